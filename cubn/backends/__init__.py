@@ -1,0 +1,165 @@
+"""The narrow protocol between the operations and the code that does the arithmetic.
+
+An operation (`cubn/forward.py`, `backward.py`, `moments.py`) validates and describes its arguments, then hands a
+backend nothing but `Operand`, `Vector`, numbers and its own arrays. A backend validates nothing and knows nothing of
+array libraries. It returns numbers and *backend arrays*: NumPy arrays on the CPU, CuPy arrays on CUDA.
+
+The arithmetic every backend must reproduce to the bit is stated in docs/numerics.md and, executably, in
+`cubn/reference.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from cubn.errors import BackendUnavailable
+
+CPU, CUDA = 1, 2  # DLPack device types
+
+BackendArray = Any
+"""An array of the backend's own library, dense and C-contiguous."""
+
+
+class Operand(NamedTuple):
+    """One array as a kernel sees it: N samples x C channels x S positions (C order of the logical shape).
+
+    Strides are in elements. Axes of the position that step as one are collapsed; a dense array has one position axis.
+    """
+
+    pointer: int
+    dtype: str
+    sample_stride: int
+    channel_stride: int
+    position_shape: tuple[int, ...]
+    position_strides: tuple[int, ...]
+
+
+class Extents(NamedTuple):
+    """Samples, channels, positions in a sample."""
+
+    N: int
+    C: int
+    S: int
+
+
+class Vector(NamedTuple):
+    """A per-channel array of any library: C elements, `stride` elements apart."""
+
+    pointer: int
+    dtype: str
+    stride: int
+
+
+class Nodes(NamedTuple):
+    """Nodes of the canonical tree, one per maximal aligned power-of-two block of samples, left to right.
+
+    Row i covers global samples `blocks[i] = (lo, hi)`; `count[i]` is the number of values of *one* channel in it (a mask
+    has no channel axis, so all channels share it). `first` and `second` have shape (len(blocks), C) in float64:
+    mean and m2 of `Backend.moments`, sum_dy and sum_dy_xmu of `Backend.backward_sums`.
+    """
+
+    blocks: tuple[tuple[int, int], ...]
+    count: BackendArray
+    first: BackendArray
+    second: BackendArray
+
+
+class Statistics(NamedTuple):
+    """What normalisation needs: count (a number, as an int64 array of shape ()), and float64 (C,) mean, var, invstd."""
+
+    count: BackendArray
+    mean: BackendArray
+    var: BackendArray
+    invstd: BackendArray
+
+
+class Gate(NamedTuple):
+    """The ReLU between y and dy.
+
+    kind "none": there was none. "recompute": dy is 0 where y, recomputed from x and rounded to its dtype, is <= 0.
+    "bits": as kept in `bits`, the backend array `Backend.normalize` or `train` returned for a residual ReLU.
+    """
+
+    kind: str
+    bits: BackendArray | None = None
+
+
+class Backend(Protocol):
+    """What the operations ask of a device. Every method works on the caller's current stream and returns at once or done."""
+
+    name: str
+
+    def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
+        """Nodes (count, mean, m2) of samples [start, start + N). N = 0 or S = 0 gives nodes of count 0, or none."""
+
+    def merge(self, nodes: Nodes) -> Nodes:
+        """The same neighbouring blocks with every complete aligned pair merged: at most one row per maximal aligned block."""
+
+    def root(self, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
+        """(count (), mean (C,), m2 (C,)) of the moments tree over all rows, which must be neighbours; absent rows are the identity."""
+
+    def root_sums(self, nodes: Nodes) -> tuple[BackendArray, BackendArray]:
+        """(sum_dy (C,), sum_dy_xmu (C,)) of the plain-sum tree over all rows of `backward_sums`."""
+
+    def statistics(self, count: BackendArray, mean: BackendArray, m2: BackendArray, eps: float) -> Statistics:
+        """var = m2 / count and invstd = 1 / sqrt(var + eps), in float64."""
+
+    def frozen_statistics(self, running_mean: Vector, running_var: Vector, C: int, eps: float) -> Statistics:
+        """The same from running statistics, widened to float64; count is 0."""
+
+    def normalize(
+        self, extents: Extents, x: Operand, y: Operand, statistics: Statistics, gamma: Vector | None, beta: Vector | None,
+        *, mask: Operand | None, residual: Operand | None, relu: bool, keep_bits: bool,
+    ) -> BackendArray | None:
+        """y = relu((x - mean) * invstd * gamma + beta + residual); with keep_bits, which y are > 0 or NaN, one bit an element."""
+
+    def forward(
+        self, extents: Extents, x: Operand, y: Operand, running_mean: Vector, running_var: Vector, eps: float,
+        gamma: Vector | None, beta: Vector | None, *, mask: Operand | None, residual: Operand | None, relu: bool,
+    ) -> None:
+        """Inference in one call: `frozen_statistics` then `normalize`, with the least host work."""
+
+    def train(
+        self, extents: Extents, x: Operand, y: Operand, eps: float, gamma: Vector | None, beta: Vector | None,
+        *, mask: Operand | None, residual: Operand | None, relu: bool, keep_bits: bool,
+    ) -> tuple[Statistics, BackendArray | None]:
+        """`moments`, `root`, `statistics` and `normalize` over a batch that starts at sample 0 and is whole: fused where it fits."""
+
+    def update(
+        self, statistics: Statistics, old: tuple[Vector, Vector], new: tuple[Vector, Vector],
+        tracked: BackendArray, skipped: BackendArray, momentum: float | None,
+    ) -> None:
+        """Running mean and variance `old` -> `new` (which may be the same memory), with the guard and both int64 (C,) counters."""
+
+    def backward_sums(
+        self, extents: Extents, dy: Operand, x: Operand, statistics: Statistics, gamma: Vector | None, beta: Vector | None,
+        *, mask: Operand | None, gate: Gate, start: int,
+    ) -> Nodes:
+        """Nodes (count, sum of dy, sum of dy * (x - mean)) of samples [start, start + N), dy behind its gate."""
+
+    def backward_apply(
+        self, extents: Extents, dy: Operand, x: Operand, dx: Operand, dresidual: Operand | None, statistics: Statistics,
+        gamma: Vector | None, beta: Vector | None, sums: tuple[BackendArray, BackendArray] | None,
+        *, mask: Operand | None, gate: Gate,
+    ) -> None:
+        """dx (and dresidual, the gated dy) from the global sums; with `sums` None the statistics were frozen: dx = dy * scale."""
+
+    def backward(
+        self, extents: Extents, dy: Operand, x: Operand, dx: Operand, dresidual: Operand | None, statistics: Statistics,
+        gamma: Vector | None, beta: Vector | None, *, frozen: bool, mask: Operand | None, gate: Gate,
+    ) -> tuple[BackendArray, BackendArray]:
+        """`backward_sums`, `root_sums` and `backward_apply` of a whole batch, fused where it fits; returns the sums."""
+
+    def parameter_gradients(
+        self, statistics: Statistics, sums: tuple[BackendArray, BackendArray], dgamma: Vector, dbeta: Vector,
+    ) -> None:
+        """dgamma = sum_dy_xmu * invstd and dbeta = sum_dy, each rounded once to its vector's dtype."""
+
+
+def backend_for(device: tuple[int, int]) -> Backend:
+    """The backend of a DLPack device (type, index)."""
+    if device[0] == CPU:
+        from cubn.backends import cpu
+
+        return cpu.backend()
+    raise BackendUnavailable(f"cubn: no backend for DLPack device type {device[0]}; this version runs on the CPU")
