@@ -65,10 +65,11 @@ class Nodes(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What normalisation needs: count (a number, as an int64 array of shape ()), and float64 (C,) mean, var, invstd."""
+    """What normalisation needs: count (a number, as an int64 array of shape ()), and float64 (C,) mean, m2, var, invstd."""
 
     count: BackendArray
     mean: BackendArray
+    m2: BackendArray
     var: BackendArray
     invstd: BackendArray
 
@@ -105,7 +106,7 @@ class Backend(Protocol):
         """var = m2 / count and invstd = 1 / sqrt(var + eps), in float64."""
 
     def frozen_statistics(self, running_mean: Vector, running_var: Vector, C: int, eps: float) -> Statistics:
-        """The same from running statistics, widened to float64; count is 0."""
+        """The same from running statistics, widened to float64; count is 0 and m2 has no meaning."""
 
     def normalize(
         self, extents: Extents, x: Operand, y: Operand, statistics: Statistics, gamma: Vector | None, beta: Vector | None,

@@ -1,0 +1,103 @@
+"""The contract's formulas (docs/numerics.md) on vectors: what is computed, nothing of where the data is.
+
+A node of the tree is a pair of vectors: (mean, m2) for the moments, (sum_dy, sum_dy_xmu) for the backward sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cubn.backends.cpu.simd import Element, Value, constant, not_positive, select
+
+Node = tuple[Value, Value]
+Term = tuple[Value, ...]
+
+
+class Coefficients(NamedTuple):
+    """What elementwise code needs of a channel, in acc, in the order of the coefficient table's rows."""
+
+    high: Value
+    low: Value
+    scale: Value
+    beta: Value
+    k1: Value
+    k2: Value
+
+
+def centre(x: Value, c: Coefficients) -> Value:
+    """x - mean, the mean as two acc numbers."""
+    return (x - c.high) - c.low
+
+
+def normalized(x: Value, c: Coefficients) -> Value:
+    return centre(x, c) * c.scale + c.beta
+
+
+def relu(v: Value) -> Value:
+    """0 where v <= 0, else v: a NaN stays."""
+    return select(not_positive(v), constant(v, 0.0), v)
+
+
+def gated(element: Element, dy: Value, x: Value, c: Coefficients) -> Value:
+    """dy behind a ReLU: 0 where y, recomputed from x and rounded to its dtype, is <= 0."""
+    return select(not_positive(element.rounded(normalized(x, c))), constant(dy, 0.0), dy)
+
+
+def input_gradient(dy: Value, x: Value, c: Coefficients) -> Value:
+    return ((dy - c.k1) - centre(x, c) * c.k2) * c.scale
+
+
+class Moments:
+    """Count, mean and m2: leaves about the tile's pivot, nodes merged by Chan's formula."""
+
+    name = "moments"
+
+    @staticmethod
+    def term(x: Value, pivot: Value) -> Term:
+        return (x - pivot,)
+
+    @staticmethod
+    def leaf(rows: Sequence[Term]) -> Node:
+        """The node of up to 8 values: two passes, in row order. One value has m2 = 0 by definition."""
+        values = [v for (v,) in rows]
+        if len(values) == 1:
+            return values[0], constant(values[0], 0.0)
+        total = values[0]
+        for v in values[1:]:
+            total = total + v
+        rows_count = len(values)
+        exact = rows_count & (rows_count - 1) == 0  # a power of two: multiplying by its inverse is the division
+        mean = total * constant(total, 1 / rows_count) if exact else total / constant(total, float(rows_count))
+        m2: Value | None = None
+        for v in values:
+            d = v - mean
+            m2 = d * d if m2 is None else m2 + d * d
+        assert m2 is not None
+        return mean, m2
+
+    @staticmethod
+    def merge(a: Node, b: Node, share: Value, weight: Value) -> Node:
+        """share = count_b / count, weight = count_a * share."""
+        d = b[0] - a[0]
+        return a[0] + d * share, (a[1] + b[1]) + (d * d) * weight
+
+
+class Sums:
+    """Sums of dy and of dy * (x - mean): plain additions in the same order."""
+
+    name = "sums"
+
+    @staticmethod
+    def leaf(rows: Sequence[Term]) -> Node:
+        first, second = rows[0]
+        for g, t in rows[1:]:
+            first, second = first + g, second + t
+        return first, second
+
+    @staticmethod
+    def merge(a: Node, b: Node, share: Value, weight: Value) -> Node:
+        return a[0] + b[0], a[1] + b[1]
+
+
+Reduction = type[Moments] | type[Sums]

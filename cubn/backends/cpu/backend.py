@@ -1,0 +1,412 @@
+"""The backend protocol on the CPU: choose a plan, fill the parameters, run the kernel."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cubn._tree import Step, pair_order, root_order
+from cubn.backends import Extents, Gate, Nodes, Operand, Statistics, Vector, threads
+from cubn.backends.cpu import plan
+from cubn.backends.cpu.compile import Kernel, compiled
+from cubn.backends.cpu.launch import parameters
+
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "bool": 1}
+CODES = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}  # as in channels.py
+LANES = 16
+
+Doubles = NDArray[np.float64]
+Sums = tuple[Doubles, Doubles]
+Fields = dict[str, int]
+
+
+class Bits(NamedTuple):
+    """Which y passed a residual ReLU: one bit an element, in 16-bit words along channels (per_position) or along positions."""
+
+    words: NDArray[np.uint16]
+    per_position: bool
+
+
+@functools.cache
+def kernel(name: str, dtype: str = "", *options: Any) -> Kernel:
+    """A kernel of kernels.py by name, specialised; compiled when first asked for."""
+
+    def build() -> Callable[[int, int], None]:
+        from cubn.backends.cpu import kernels
+
+        return kernels.build(name, dtype, options)
+
+    return compiled("-".join(filter(None, [name, dtype, *(str(int(o) if isinstance(o, bool) else o) for o in options)])), build)
+
+
+@functools.lru_cache(256)
+def double_bits(number: float) -> int:
+    return int(struct.unpack("q", struct.pack("d", number))[0])
+
+
+def at(a: NDArray[Any] | None) -> int:
+    """An array's address; 0 for none."""
+    return 0 if a is None else int(a.ctypes.data)
+
+
+def launch(run: Kernel, tasks: int, workers: int, fields: Fields) -> None:
+    block = parameters(tasks=tasks, **fields)
+    threads.run(run, block.buffer_info()[0], workers)
+
+
+def operand_fields(name: str, o: Operand | None) -> Fields:
+    if o is None:
+        return {}
+    size = ITEMSIZE[o.dtype]
+    position = o.position_strides[0] if o.position_strides else 0
+    return {
+        name: o.pointer, f"{name}_sample": o.sample_stride * size, f"{name}_channel": o.channel_stride * size,
+        f"{name}_position": position * size,
+    }  # fmt: skip
+
+
+def vector_fields(name: str, v: Vector | None) -> Fields:
+    if v is None:
+        return {}
+    return {name: v.pointer, f"{name}_code": CODES[v.dtype], f"{name}_stride": v.stride * ITEMSIZE[v.dtype]}
+
+
+def bits_fields(bits: Bits | None) -> Fields:
+    if bits is None:
+        return {}
+    sample, row = bits.words.strides[:2]
+    along = {"bits_position": row} if bits.per_position else {"bits_channel": row}
+    return {"bits": at(bits.words), "bits_sample": sample, **along, **({"bits_channel": 0} if bits.per_position else {})}
+
+
+def statistics_fields(s: Statistics) -> Fields:
+    return {"count": at(s.count), "mean": at(s.mean), "m2": at(s.m2), "var": at(s.var), "invstd": at(s.invstd)}
+
+
+def extents_fields(extents: Extents) -> Fields:
+    return dict(zip(("samples", "channels", "positions"), extents, strict=True))
+
+
+def scratch_fields(offsets: tuple[int, ...], size: int, workers: int) -> tuple[NDArray[np.uint8], Fields]:
+    memory = np.empty(size * workers + 64, np.uint8)
+    names = ("at_pivot", "at_counts", "at_columns", "at_buffer", "at_node", "at_tiles", "at_samples")
+    start = -(-at(memory) // 64) * 64
+    return memory, {"scratch": start, "scratch_size": size, **dict(zip(names, offsets, strict=True))}
+
+
+class Table(NamedTuple):
+    """The coefficient table: six rows of acc, padded to whole vectors."""
+
+    memory: NDArray[Any]
+
+    @classmethod
+    def empty(cls, C: int, dtype: str) -> Table:
+        return cls(np.empty((6, -(-C // LANES) * LANES), np.float64 if dtype == "float64" else np.float32))
+
+    def fields(self) -> Fields:
+        return {"coefficients": at(self.memory), "coefficient_row": self.memory.strides[0]}
+
+
+def new_statistics(C: int) -> Statistics:
+    return Statistics(np.zeros((), np.int64), *np.empty((4, C)))
+
+
+def empty_nodes(C: int) -> Nodes:
+    return Nodes((), np.zeros(0, np.int64), np.zeros((0, C)), np.zeros((0, C)))
+
+
+def merged(nodes: Nodes, steps: tuple[Step, ...], what: str) -> Nodes:
+    """The same arrays with the steps' merges done; rows merged into a left neighbour are spent."""
+    if not steps:
+        return nodes
+    counts = nodes.count.tolist()
+    program = np.empty((len(steps), 4), np.int64)
+    for i, (a, b) in enumerate(steps):
+        program[i] = a, b, counts[a], counts[b]
+        counts[a] += counts[b]
+    C = nodes.first.shape[1]
+    chunk = max(LANES, -(-C // 8 // LANES) * LANES)
+    tasks = -(-C // chunk)
+    workers = plan.threads_for(16 * len(steps) * C, tasks, threads.get_num_threads())
+    fields = {"channels": C, "chunk": chunk, "rows": at(program), "steps": len(steps), "node_first": at(nodes.first), "node_second": at(nodes.second)}
+    launch(kernel("merge_rows", "", what), tasks, workers, fields)
+    return nodes._replace(count=np.array(counts, np.int64))
+
+
+def kept(nodes: Nodes, rows: tuple[int, ...]) -> Nodes:
+    if len(rows) == len(nodes.count):
+        return nodes
+    index = list(rows)
+    return Nodes(nodes.blocks, nodes.count[index], nodes.first[index], nodes.second[index])
+
+
+class CpuBackend:
+    """See cubn.backends.Backend."""
+
+    name = "cpu"
+
+    def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
+        return self._reduce("moments", extents, x, None, mask, start, (), {})
+
+    def _reduce(
+        self, what: str, extents: Extents, x: Operand, dy: Operand | None, mask: Operand | None, start: int,
+        options: tuple[str, ...], fields: Fields, bits: Bits | None = None,
+    ) -> Nodes:
+        N, C, S = extents
+        if N == 0 or S == 0 or C == 0:
+            return empty_nodes(C)
+        kind = self._kind(extents, [o for o in (x, dy) if o is not None], mask, bits)
+        cut = plan.reduction(extents, kind, start)
+        rows = len(cut.table)
+        nodes = Nodes(cut.blocks, np.empty(rows, np.int64), np.empty((rows, C)), np.empty((rows, C)))
+        tasks = rows * cut.chunks
+        workers = plan.threads_for(N * C * S * ITEMSIZE[x.dtype], tasks, threads.get_num_threads())
+        memory, scratch = scratch_fields(cut.offsets, cut.scratch, workers)
+        full, tail = plan.column_tables(S, ITEMSIZE[x.dtype])
+        launch(
+            kernel(what, x.dtype, kind, *options), tasks, workers,
+            {
+                **extents_fields(extents), **operand_fields("x", x), **operand_fields("g", dy), **bits_fields(bits), **scratch,
+                **fields, "rows": at(cut.table), "chunk": cut.chunk, "chunks": cut.chunks, "node_first": at(nodes.first),
+                "node_second": at(nodes.second), "node_count": at(nodes.count), "tables": at(full), "tail": at(tail),
+            },
+        )  # fmt: skip
+        del memory
+        return kept(merged(nodes, cut.steps, what), cut.kept)
+
+    def _kind(self, extents: Extents, operands: list[Operand], mask: Operand | None, bits: Bits | None) -> str:
+        if mask is not None:
+            return "strided"
+        kind = plan.kind_of(extents, operands)
+        if bits is not None and bits.per_position != (kind in ("channels", "single")):
+            return "strided"
+        return kind
+
+    def merge(self, nodes: Nodes) -> Nodes:
+        steps, rows, blocks = pair_order(nodes.blocks)
+        return kept(merged(_copy(nodes), steps, "moments")._replace(blocks=blocks), rows)
+
+    def root(self, nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]:
+        if not nodes.blocks:
+            C = nodes.first.shape[1]
+            return np.zeros((), np.int64), np.zeros(C), np.zeros(C)
+        steps = root_order(nodes.blocks)
+        tree = merged(_copy(nodes) if steps else nodes, steps, "moments")
+        return np.array(tree.count[0]), tree.first[0], tree.second[0]
+
+    def root_sums(self, nodes: Nodes) -> Sums:
+        if not nodes.blocks:
+            C = nodes.first.shape[1]
+            return np.zeros(C), np.zeros(C)
+        steps = root_order(nodes.blocks)
+        tree = merged(_copy(nodes) if steps else nodes, steps, "sums")
+        return tree.first[0], tree.second[0]
+
+    def statistics(self, count: NDArray[np.int64], mean: Doubles, m2: Doubles, eps: float) -> Statistics:
+        s = new_statistics(len(mean))
+        s.count[...] = count
+        fields = {"channels": len(mean), "first": at(mean), "second": at(m2), "eps": double_bits(eps), **statistics_fields(s)}
+        launch(kernel("statistics"), 1, 1, fields)
+        return s
+
+    def frozen_statistics(self, running_mean: Vector, running_var: Vector, C: int, eps: float) -> Statistics:
+        s = new_statistics(C)
+        fields = {"channels": C, "eps": double_bits(eps), **statistics_fields(s), **_running_fields("old", running_mean, running_var)}
+        launch(kernel("frozen"), 1, 1, fields)
+        return s
+
+    def normalize(
+        self, extents: Extents, x: Operand, y: Operand, statistics: Statistics, gamma: Vector | None, beta: Vector | None,
+        *, mask: Operand | None, residual: Operand | None, relu: bool, keep_bits: bool,
+    ) -> Bits | None:
+        if 0 in extents:
+            return None
+        table = self._table(extents.C, x.dtype, statistics, gamma, beta)
+        return self._normalize(extents, x, y, table, mask, residual, relu, keep_bits)
+
+    def _table(self, C: int, dtype: str, statistics: Statistics, gamma: Vector | None, beta: Vector | None) -> Table:
+        table = Table.empty(C, dtype)
+        fields = {
+            "channels": C, **table.fields(), **statistics_fields(statistics), **vector_fields("gamma", gamma),
+            **vector_fields("beta", beta),
+        }  # fmt: skip
+        launch(kernel("tabulate", _acc(dtype)), 1, 1, fields)
+        return table
+
+    def _normalize(
+        self, extents: Extents, x: Operand, y: Operand, table: Table, mask: Operand | None, residual: Operand | None, relu: bool,
+        keep_bits: bool,
+    ) -> Bits | None:  # fmt: skip
+        operands = [o for o in (x, y, residual) if o is not None]
+        kind = self._kind(extents, operands, mask, None)
+        bits = self._new_bits(extents, kind) if keep_bits else None
+        name = ("normalize", x.dtype, kind, residual is not None, relu, keep_bits)
+        self._elementwise(name, extents, operands, {
+            **operand_fields("x", x), **operand_fields("y", y), **operand_fields("g", residual), **bits_fields(bits), **table.fields(),
+        })  # fmt: skip
+        return bits
+
+    def _elementwise(self, name: tuple[Any, ...], extents: Extents, operands: list[Operand], fields: Fields) -> None:
+        N, C, S = extents
+        kind, size = name[2], ITEMSIZE[operands[0].dtype]
+        rows, length = (N * C, S) if kind in ("rows", "columns") else (N * S, C)
+        tasks, block = plan.row_tasks(rows, length * size)
+        workers = plan.threads_for(N * C * S * size, tasks, threads.get_num_threads())
+        stream = int(N * C * S * size >= plan.STREAM_BYTES)
+        launch(kernel(*name), tasks, workers, {**extents_fields(extents), **fields, "block": block, "stream": stream})
+
+    def _new_bits(self, extents: Extents, kind: str) -> Bits:
+        N, C, S = extents
+        if kind in ("channels", "single"):
+            return Bits(np.empty((N, S, -(-C // LANES)), np.uint16), True)
+        return Bits(np.empty((N, C, -(-S // LANES)), np.uint16), False)
+
+    def forward(
+        self, extents: Extents, x: Operand, y: Operand, running_mean: Vector, running_var: Vector, eps: float,
+        gamma: Vector | None, beta: Vector | None, *, mask: Operand | None, residual: Operand | None, relu: bool,
+    ) -> None:
+        if 0 in extents:
+            return
+        C = extents.C
+        table, memory = Table.empty(C, x.dtype), np.empty((3, C))
+        first = at(memory)
+        fields = {
+            "channels": C, **table.fields(), "mean": first, "var": first + 8 * C, "invstd": first + 16 * C, "eps": double_bits(eps),
+            **_running_fields("old", running_mean, running_var), **vector_fields("gamma", gamma), **vector_fields("beta", beta),
+        }  # fmt: skip
+        launch(kernel("tabulate_frozen", _acc(x.dtype)), 1, 1, fields)
+        self._normalize(extents, x, y, table, mask, residual, relu, False)
+
+    def train(
+        self, extents: Extents, x: Operand, y: Operand, eps: float, gamma: Vector | None, beta: Vector | None,
+        *, mask: Operand | None, residual: Operand | None, relu: bool, keep_bits: bool,
+    ) -> tuple[Statistics, Bits | None]:
+        N, C, S = extents
+        operands = [o for o in (x, y, residual) if o is not None]
+        kind = self._kind(extents, operands, mask, None)
+        size = N * C * S * ITEMSIZE[x.dtype]
+        limit = plan.threads_for(size, C, threads.get_num_threads())
+        slab = plan.slab(extents, kind, limit) if size else None
+        if slab is None:
+            found = self.statistics(*self.root(self.moments(extents, x, mask, 0)), eps)
+            bits = self.normalize(
+                extents, x, y, found, gamma, beta, mask=mask, residual=residual, relu=relu, keep_bits=keep_bits
+            )
+            return found, bits
+        found, table = new_statistics(C), Table.empty(C, x.dtype)
+        bits = self._new_bits(extents, kind) if keep_bits else None
+        workers = min(limit, slab.tasks)
+        memory, scratch = scratch_fields(slab.offsets, slab.scratch, workers)
+        full, tail = plan.column_tables(S, ITEMSIZE[x.dtype])
+        launch(
+            kernel("train_slab", x.dtype, kind, residual is not None, relu, keep_bits), slab.tasks, workers,
+            {
+                **extents_fields(extents), **operand_fields("x", x), **operand_fields("y", y), **operand_fields("g", residual),
+                **bits_fields(bits), **table.fields(), **scratch, **statistics_fields(found), **vector_fields("gamma", gamma),
+                **vector_fields("beta", beta), "eps": double_bits(eps), "chunk": slab.chunk, "tables": at(full), "tail": at(tail),
+                "stream": int(size >= plan.STREAM_BYTES),
+            },
+        )  # fmt: skip
+        del memory
+        return found, bits
+
+    def update(
+        self, statistics: Statistics, old: tuple[Vector, Vector], new: tuple[Vector, Vector], tracked: NDArray[np.int64],
+        skipped: NDArray[np.int64], momentum: float | None,
+    ) -> None:  # fmt: skip
+        fields = {
+            "channels": len(tracked), **statistics_fields(statistics), **_running_fields("old", *old), **_running_fields("new", *new),
+            "tracked": at(tracked), "skipped": at(skipped), "momentum": double_bits(momentum or 0.0), "cumulative": int(momentum is None),
+        }  # fmt: skip
+        launch(kernel("update", "", CODES[old[0].dtype]), 1, 1, fields)
+
+    def backward_sums(
+        self, extents: Extents, dy: Operand, x: Operand, statistics: Statistics, gamma: Vector | None, beta: Vector | None,
+        *, mask: Operand | None, gate: Gate, start: int,
+    ) -> Nodes:
+        table = self._table(extents.C, x.dtype, statistics, gamma, beta)
+        return self._reduce("sums", extents, x, dy, mask, start, (gate.kind,), table.fields(), gate.bits)
+
+    def backward_apply(
+        self, extents: Extents, dy: Operand, x: Operand, dx: Operand, dresidual: Operand | None, statistics: Statistics,
+        gamma: Vector | None, beta: Vector | None, sums: Sums | None, *, mask: Operand | None, gate: Gate,
+    ) -> None:
+        if 0 in extents:
+            return
+        table = self._table(extents.C, x.dtype, statistics, gamma, beta)
+        self._apply(extents, dy, x, dx, dresidual, statistics, table, sums, mask, gate)
+
+    def _apply(
+        self, extents: Extents, dy: Operand, x: Operand, dx: Operand, dresidual: Operand | None, statistics: Statistics, table: Table,
+        sums: Sums | None, mask: Operand | None, gate: Gate,
+    ) -> None:  # fmt: skip
+        if sums is not None:
+            fields = {"first": at(sums[0]), "second": at(sums[1]), "channels": extents.C, **table.fields(), **statistics_fields(statistics)}
+            launch(kernel("tabulate_gradient", _acc(x.dtype)), 1, 1, fields)
+        operands = [o for o in (x, dy, dx, dresidual) if o is not None]
+        kind = self._kind(extents, operands, mask, gate.bits)
+        name = ("input_gradient", x.dtype, kind, gate.kind, sums is None, dresidual is not None)
+        self._elementwise(name, extents, operands, {
+            **operand_fields("x", x), **operand_fields("g", dy), **operand_fields("y", dx), **operand_fields("r", dresidual),
+            **bits_fields(gate.bits), **table.fields(),
+        })  # fmt: skip
+
+    def backward(
+        self, extents: Extents, dy: Operand, x: Operand, dx: Operand, dresidual: Operand | None, statistics: Statistics,
+        gamma: Vector | None, beta: Vector | None, *, frozen: bool, mask: Operand | None, gate: Gate,
+    ) -> Sums:
+        N, C, S = extents
+        operands = [o for o in (x, dy, dx, dresidual) if o is not None]
+        kind = self._kind(extents, operands, mask, gate.bits)
+        size = N * C * S * ITEMSIZE[x.dtype]
+        limit = plan.threads_for(size, C, threads.get_num_threads())
+        slab = plan.slab(extents, kind, limit) if size else None
+        table = self._table(C, x.dtype, statistics, gamma, beta)
+        if slab is None:
+            sums = self.root_sums(self._reduce("sums", extents, x, dy, mask, 0, (gate.kind,), table.fields(), gate.bits))
+            if size:
+                self._apply(extents, dy, x, dx, dresidual, statistics, table, None if frozen else sums, mask, gate)
+            return sums
+        first, second = np.empty((2, C))
+        workers = min(limit, slab.tasks)
+        memory, scratch = scratch_fields(slab.offsets, slab.scratch, workers)
+        full, tail = plan.column_tables(S, ITEMSIZE[x.dtype])
+        launch(
+            kernel("backward_slab", x.dtype, kind, gate.kind, frozen, dresidual is not None), slab.tasks, workers,
+            {
+                **extents_fields(extents), **operand_fields("x", x), **operand_fields("g", dy), **operand_fields("y", dx),
+                **operand_fields("r", dresidual), **bits_fields(gate.bits), **table.fields(), **scratch, **statistics_fields(statistics),
+                "first": at(first), "second": at(second), "chunk": slab.chunk, "tables": at(full), "tail": at(tail),
+                "stream": int(size >= plan.STREAM_BYTES),
+            },
+        )  # fmt: skip
+        del memory
+        return first, second
+
+    def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:
+        fields = {
+            "channels": len(sums[0]), "first": at(sums[0]), "second": at(sums[1]), **statistics_fields(statistics),
+            **vector_fields("gamma", dgamma), **vector_fields("beta", dbeta),
+        }  # fmt: skip
+        launch(kernel("parameter_gradients"), 1, 1, fields)
+
+
+def _acc(dtype: str) -> str:
+    return "float64" if dtype == "float64" else "float32"
+
+
+def _copy(nodes: Nodes) -> Nodes:
+    return Nodes(nodes.blocks, nodes.count.copy(), nodes.first.copy(), nodes.second.copy())
+
+
+def _running_fields(name: str, mean: Vector, var: Vector) -> Fields:
+    size = ITEMSIZE[mean.dtype]
+    return {
+        f"{name}_mean": mean.pointer, f"{name}_mean_stride": mean.stride * size, f"{name}_var": var.pointer,
+        f"{name}_var_stride": var.stride * size, "running_code": CODES[mean.dtype],
+    }  # fmt: skip

@@ -1,0 +1,232 @@
+"""The elementwise passes: y from x, dx from dy and x. They read the coefficient table, not the statistics.
+
+A row is what lies contiguous: positions of one channel (nchw: one coefficient for all lanes) or the channels of one position
+(nhwc: a coefficient each). Rows are cut to the alignment of the output where stores bypass the caches, which no result
+depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from cubn.backends.cpu.arithmetic import Coefficients, gated, input_gradient, normalized, relu
+from cubn.backends.cpu.launch import OFFSET
+from cubn.backends.cpu.reduce import coefficients_at, jit, load_bits
+from cubn.backends.cpu.simd import (
+    I16, LANES, Element, Value, constant, first_lanes, get, instruction, not_positive, pointer, select, splat,
+)  # fmt: skip
+
+UNROLL = 4
+
+CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
+X_SAMPLE, X_CHANNEL, X_POSITION = OFFSET["x_sample"], OFFSET["x_channel"], OFFSET["x_position"]
+Y_SAMPLE, Y_CHANNEL, Y_POSITION = OFFSET["y_sample"], OFFSET["y_channel"], OFFSET["y_position"]
+G_SAMPLE, G_CHANNEL, G_POSITION = OFFSET["g_sample"], OFFSET["g_channel"], OFFSET["g_position"]
+R_SAMPLE, R_CHANNEL, R_POSITION = OFFSET["r_sample"], OFFSET["r_channel"], OFFSET["r_position"]
+BITS_SAMPLE, BITS_CHANNEL, BITS_POSITION = OFFSET["bits_sample"], OFFSET["bits_channel"], OFFSET["bits_position"]
+X, Y, G, R, BITS = OFFSET["x"], OFFSET["y"], OFFSET["g"], OFFSET["r"], OFFSET["bits"]
+COEFFICIENTS, COEFFICIENT_ROW, STREAM = OFFSET["coefficients"], OFFSET["coefficient_row"], OFFSET["stream"]
+
+
+class Forward(NamedTuple):
+    """y = relu((x - mean) * invstd * gamma + beta + residual)."""
+
+    residual: bool
+    relu: bool
+    keep_bits: bool
+
+    reads_g = property(lambda self: self.residual)
+    writes_r = property(lambda self: False)
+    has_bits = property(lambda self: self.keep_bits)
+
+
+class Backward(NamedTuple):
+    """dx from dy, behind its gate; and the gated dy as dresidual."""
+
+    gate: str
+    frozen: bool
+    dresidual: bool
+
+    reads_g = property(lambda self: True)
+    writes_r = property(lambda self: self.dresidual)
+    has_bits = property(lambda self: self.gate == "bits")
+
+
+Pass = Forward | Backward
+
+
+def store_bits(lanes: Value, address: Value) -> None:
+    b = lanes.b
+    store = b.store(b.bitcast(lanes.v, I16), pointer(address, I16))
+    store.align = 2
+
+
+def vector_of(element: Element, what: Pass) -> Callable[..., tuple[Value, Value | None]]:
+    """(y or dx, dresidual) of 16 elements in acc; keeps the bits of a residual ReLU."""
+
+    def forward(what: Forward, x: Value, g: Value | None, pb: Value, c: Coefficients) -> tuple[Value, None]:
+        v = normalized(x, c)
+        if g is not None:
+            v = v + g
+        if what.relu:
+            v = relu(v)
+        if what.keep_bits:
+            passes = not_positive(element.rounded(v))
+            b = v.b
+            store_bits(Value(b, b.not_(passes.v)), pb)
+        return v, None
+
+    def backward(what: Backward, x: Value, g: Value, pb: Value, c: Coefficients) -> tuple[Value, Value | None]:
+        if what.gate == "recompute":
+            g = gated(element, g, x, c)
+        elif what.gate == "bits":
+            g = select(load_bits(pb), g, constant(g, 0.0))
+        dx = g * c.scale if what.frozen else input_gradient(g, x, c)
+        return dx, g if what.dresidual else None
+
+    def of(x: Value, g: Value | None, pb: Value, c: Coefficients) -> tuple[Value, Value | None]:
+        if isinstance(what, Forward):
+            return forward(what, x, g, pb, c)
+        assert g is not None
+        return backward(what, x, g, pb, c)
+
+    return of
+
+
+def row_pass(element: Element, what: Pass, per_lane: bool) -> Any:
+    """A numba function: one row of `length` elements, coefficients at `context` (a channel's, or with per_lane one a lane)."""
+    size, acc = element.size, element.acc_size
+    compute = vector_of(element, what)
+
+    def steps(count: int, stream: bool, py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value,
+              lanes: Value | None = None) -> None:  # fmt: skip
+        """`count` vectors, loads before stores."""
+        mask = None if lanes is None else first_lanes(lanes)
+        offsets = [LANES * size * i for i in range(count)]
+        xs = [element.load(px + o, mask) for o in offsets]
+        gs = [element.load(pg + o, mask) if what.reads_g else None for o in offsets]
+        if per_lane:
+            tables = [coefficients_at(element, context + LANES * acc * i, row) for i in range(count)]
+        else:
+            b = context.b
+            one = []
+            for i in range(6):
+                at = b.load(pointer(context + row * i, element.acc), typ=element.acc)
+                one.append(splat(Value(b, at)))
+            tables = [Coefficients(*one)] * count
+        found = [compute(x, g, pb + 2 * i, c) for i, (x, g, c) in enumerate(zip(xs, gs, tables, strict=True))]
+        for o, (y, dresidual) in zip(offsets, found, strict=True):
+            element.store(y, py + o, mask, stream=stream)
+            if dresidual is not None:
+                element.store(dresidual, pr + o, mask)
+
+    @instruction()
+    def many(py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value) -> None:
+        steps(UNROLL, False, py, px, pg, pr, pb, context, row)
+
+    @instruction()
+    def one(py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value) -> None:
+        steps(1, False, py, px, pg, pr, pb, context, row)
+
+    @instruction()
+    def streamed(py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value) -> None:
+        steps(UNROLL, True, py, px, pg, pr, pb, context, row)
+
+    @instruction()
+    def some(py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value, lanes: Value) -> None:
+        steps(1, False, py, px, pg, pr, pb, context, row, lanes)
+
+    vector = LANES * size
+    ahead = UNROLL * vector
+    context_step = LANES * acc if per_lane else 0
+    has_bits = what.has_bits
+
+    @jit
+    def pass_over(length, py, px, pg, pr, pb, context, row, stream):  # type: ignore[no-untyped-def]
+        if stream and not has_bits:  # bits are cut in words from the row's start
+            head = (-py & (vector - 1)) // size
+            if head and head < length:
+                some(py, px, pg, pr, pb, context, row, head)
+                length -= head
+                py += head * size
+                px += head * size
+                pg += head * size
+                pr += head * size
+                if context_step:
+                    context += head * acc
+        if stream and not py & (vector - 1):
+            while length >= UNROLL * LANES:
+                streamed(py, px, pg, pr, pb, context, row)
+                length -= UNROLL * LANES
+                py += ahead
+                px += ahead
+                pg += ahead
+                pr += ahead
+                pb += 2 * UNROLL
+                context += UNROLL * context_step
+        while length >= UNROLL * LANES:
+            many(py, px, pg, pr, pb, context, row)
+            length -= UNROLL * LANES
+            py += ahead
+            px += ahead
+            pg += ahead
+            pr += ahead
+            pb += 2 * UNROLL
+            context += UNROLL * context_step
+        while length >= LANES:
+            one(py, px, pg, pr, pb, context, row)
+            length -= LANES
+            py += vector
+            px += vector
+            pg += vector
+            pr += vector
+            pb += 2
+            context += context_step
+        if length:
+            some(py, px, pg, pr, pb, context, row, length)
+
+    return pass_over
+
+
+def channel_pass(element: Element, what: Pass) -> Any:
+    """A numba function: one sample of one channel of a dense nchw array."""
+    row = row_pass(element, what, per_lane=False)
+    acc = element.acc_size
+
+    @jit
+    def of_channel(p, n, c):  # type: ignore[no-untyped-def]
+        row(
+            get(p + POSITIONS),
+            get(p + Y) + n * get(p + Y_SAMPLE) + c * get(p + Y_CHANNEL),
+            get(p + X) + n * get(p + X_SAMPLE) + c * get(p + X_CHANNEL),
+            get(p + G) + n * get(p + G_SAMPLE) + c * get(p + G_CHANNEL),
+            get(p + R) + n * get(p + R_SAMPLE) + c * get(p + R_CHANNEL),
+            get(p + BITS) + n * get(p + BITS_SAMPLE) + c * get(p + BITS_CHANNEL),
+            get(p + COEFFICIENTS) + c * acc,
+            get(p + COEFFICIENT_ROW),
+            get(p + STREAM),
+        )
+
+    return of_channel
+
+
+def position_pass(element: Element, what: Pass) -> Any:
+    """A numba function: all channels of one position of an nhwc array."""
+    row = row_pass(element, what, per_lane=True)
+
+    @jit
+    def of_position(p, n, s):  # type: ignore[no-untyped-def]
+        row(
+            get(p + CHANNELS),
+            get(p + Y) + n * get(p + Y_SAMPLE) + s * get(p + Y_POSITION),
+            get(p + X) + n * get(p + X_SAMPLE) + s * get(p + X_POSITION),
+            get(p + G) + n * get(p + G_SAMPLE) + s * get(p + G_POSITION),
+            get(p + R) + n * get(p + R_SAMPLE) + s * get(p + R_POSITION),
+            get(p + BITS) + n * get(p + BITS_SAMPLE) + s * get(p + BITS_POSITION),
+            get(p + COEFFICIENTS),
+            get(p + COEFFICIENT_ROW),
+            get(p + STREAM),
+        )
+
+    return of_position

@@ -1,0 +1,328 @@
+"""The kernels: each claims tasks until none is left, and each is one phase, or several while a channel's slab is in cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cubn.backends.cpu import channels
+from cubn.backends.cpu.arithmetic import Moments, Reduction, Sums
+from cubn.backends.cpu.elementwise import Backward, Forward, Pass, channel_pass, position_pass
+from cubn.backends.cpu.launch import OFFSET
+from cubn.backends.cpu.reduce import HALF_NODE, NODE, Source, gather, jit
+from cubn.backends.cpu.simd import (
+    DOUBLE, LANES, Element, Value, claim, constant, first_lanes, get, instruction, load_raw, put, ratio, splat, store_raw, convert,
+)  # fmt: skip
+
+Kernel = Callable[[int, int], None]
+
+TASK, TASKS = OFFSET["task"], OFFSET["tasks"]
+SAMPLES, CHANNELS, POSITIONS = OFFSET["samples"], OFFSET["channels"], OFFSET["positions"]
+X, X_CHANNEL, G, G_CHANNEL = OFFSET["x"], OFFSET["x_channel"], OFFSET["g"], OFFSET["g_channel"]
+BITS, BITS_CHANNEL = OFFSET["bits"], OFFSET["bits_channel"]
+COEFFICIENTS, COEFFICIENT_ROW = OFFSET["coefficients"], OFFSET["coefficient_row"]
+ROW_TABLE, CHUNK, CHUNKS, BLOCK = OFFSET["rows"], OFFSET["chunk"], OFFSET["chunks"], OFFSET["block"]
+NODE_FIRST, NODE_SECOND, NODE_COUNT = OFFSET["node_first"], OFFSET["node_second"], OFFSET["node_count"]
+SCRATCH, SCRATCH_SIZE, AT_COUNTS = OFFSET["scratch"], OFFSET["scratch_size"], OFFSET["at_counts"]
+COUNT, MEAN, M2, VAR, INVSTD = (OFFSET[name] for name in ("count", "mean", "m2", "var", "invstd"))
+FIRST, SECOND = OFFSET["first"], OFFSET["second"]
+GAMMA, GAMMA_CODE, GAMMA_STRIDE = OFFSET["gamma"], OFFSET["gamma_code"], OFFSET["gamma_stride"]
+BETA, BETA_CODE, BETA_STRIDE = OFFSET["beta"], OFFSET["beta_code"], OFFSET["beta_stride"]
+EPS, MOMENTUM, CUMULATIVE = OFFSET["eps"], OFFSET["momentum"], OFFSET["cumulative"]
+TRACKED, SKIPPED, RUNNING_CODE = OFFSET["tracked"], OFFSET["skipped"], OFFSET["running_code"]
+OLD_MEAN, OLD_MEAN_STRIDE, OLD_VAR, OLD_VAR_STRIDE = (OFFSET[f"old_{k}"] for k in ("mean", "mean_stride", "var", "var_stride"))
+NEW_MEAN, NEW_MEAN_STRIDE, NEW_VAR, NEW_VAR_STRIDE = (OFFSET[f"new_{k}"] for k in ("mean", "mean_stride", "var", "var_stride"))
+STEPS = OFFSET["steps"]
+
+
+@instruction()
+def store_lanes(to: Value, slot: Value, lanes: Value) -> None:
+    """The first `lanes` float64 of a vector in scratch."""
+    store_raw(load_raw(slot, DOUBLE, 8), to, 8, first_lanes(lanes))
+
+
+def reduce_rows(source: Source, kind: str) -> Kernel:
+    """One node a row and channel. Task: a row of the plan's table, a chunk of channels."""
+    collect = gather(source, kind)
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        work = get(p + SCRATCH) + worker * get(p + SCRATCH_SIZE)
+        chunk, chunks, c_all = get(p + CHUNK), get(p + CHUNKS), get(p + CHANNELS)
+        task = claim(p + TASK)
+        while task < get(p + TASKS):
+            r, c0 = task // chunks, task % chunks * chunk
+            row = get(p + ROW_TABLE) + 32 * r
+            few = min(chunk, c_all - c0)
+            slots = collect(
+                p, work, get(p + X) + c0 * get(p + X_CHANNEL), get(p + G) + c0 * get(p + G_CHANNEL),
+                get(p + BITS) + c0 * get(p + BITS_CHANNEL), get(row), get(row + 8), get(row + 16), get(row + 24), c0,
+                (few + LANES - 1) // LANES,
+            )  # fmt: skip
+            for c in range(0, few, LANES):
+                to, slot = 8 * (r * c_all + c0 + c), slots + c // LANES * NODE
+                store_lanes(get(p + NODE_FIRST) + to, slot, min(few - c, LANES))
+                store_lanes(get(p + NODE_SECOND) + to, slot + HALF_NODE, min(few - c, LANES))
+            put(get(p + NODE_COUNT) + 8 * r, get(work + get(p + AT_COUNTS) + 2048))
+            task = claim(p + TASK)
+
+    return kernel
+
+
+def merge_rows(what: Reduction) -> Kernel:
+    """The plan's steps (left row, right row, count left, count right) over node rows. Task: a chunk of channels."""
+
+    @instruction()
+    def merge(a: Value, a2: Value, b: Value, b2: Value, count_a: Value, count_b: Value, lanes: Value) -> None:
+        mask = first_lanes(lanes)
+        left = load_raw(a, DOUBLE, 8, mask), load_raw(a2, DOUBLE, 8, mask)
+        right = load_raw(b, DOUBLE, 8, mask), load_raw(b2, DOUBLE, 8, mask)
+        share = ratio(count_b, count_a + count_b, DOUBLE)
+        first, second = what.merge(left, right, splat(share), splat(convert(count_a, DOUBLE) * share))
+        store_raw(first, a, 8, mask)
+        store_raw(second, a2, 8, mask)
+
+    @instruction()
+    def replace(a: Value, b: Value, lanes: Value) -> None:
+        store_raw(load_raw(b, DOUBLE, 8, first_lanes(lanes)), a, 8, first_lanes(lanes))
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        c_all, chunk = get(p + CHANNELS), get(p + CHUNK)
+        first, second = get(p + NODE_FIRST), get(p + NODE_SECOND)
+        task = claim(p + TASK)
+        while task < get(p + TASKS):
+            for i in range(get(p + STEPS)):
+                step = get(p + ROW_TABLE) + 32 * i
+                a, b, count_a, count_b = get(step), get(step + 8), get(step + 16), get(step + 24)
+                for c in range(task * chunk, min((task + 1) * chunk, c_all), LANES):
+                    at_a, at_b, lanes = 8 * (a * c_all + c), 8 * (b * c_all + c), min(c_all - c, LANES)
+                    if count_a == 0:
+                        replace(first + at_a, first + at_b, lanes)
+                        replace(second + at_a, second + at_b, lanes)
+                    elif count_b != 0:
+                        merge(first + at_a, second + at_a, first + at_b, second + at_b, count_a, count_b, lanes)
+            task = claim(p + TASK)
+
+    return kernel
+
+
+def table_of(element: Element) -> Any:
+    """A numba function: the table row of one channel, from its mean and invstd."""
+    of_channel, acc = channels.coefficients(element.acc), element.acc_size
+
+    @jit
+    def tabulate(p, c):  # type: ignore[no-untyped-def]
+        of_channel(
+            get(p + COEFFICIENTS) + c * acc, get(p + COEFFICIENT_ROW), get(p + MEAN) + 8 * c, get(p + INVSTD) + 8 * c,
+            get(p + GAMMA) + c * get(p + GAMMA_STRIDE), get(p + GAMMA_CODE),
+            get(p + BETA) + c * get(p + BETA_STRIDE), get(p + BETA_CODE),
+        )  # fmt: skip
+
+    return tabulate
+
+
+@jit
+def finish(p, c, slot, second, count):  # type: ignore[no-untyped-def]
+    """Statistics of one channel from its root."""
+    at = 8 * c
+    channels.statistics(slot, second, count, p + EPS, get(p + MEAN) + at, get(p + M2) + at, get(p + VAR) + at, get(p + INVSTD) + at)
+
+
+def train_slab(element: Element, kind: str, what: Forward) -> Kernel:
+    """Moments, statistics and y, a chunk of channels at a time; y in reverse, so that it starts on what is still in cache."""
+    source = Source(element, Moments, "none")
+    collect, tabulate, normalize = gather(source, kind), table_of(element), channel_pass(element, what)
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        work = get(p + SCRATCH) + worker * get(p + SCRATCH_SIZE)
+        chunk, c_all = get(p + CHUNK), get(p + CHANNELS)
+        tiles = (get(p + POSITIONS) + 2047) // 2048
+        task = claim(p + TASK)
+        while task < get(p + TASKS):
+            c0 = task * chunk
+            few = min(chunk, c_all - c0)
+            slots = collect(p, work, get(p + X) + c0 * get(p + X_CHANNEL), 0, 0, 0, get(p + SAMPLES), 0, tiles, c0, 1)
+            count = get(work + get(p + AT_COUNTS) + 2048)
+            put(get(p + COUNT), count)
+            for i in range(few):
+                finish(p, c0 + i, slots + 8 * i, slots + 8 * i + HALF_NODE, count)
+                tabulate(p, c0 + i)
+            for n in range(get(p + SAMPLES) - 1, -1, -1):
+                for c in range(c0, c0 + few):
+                    normalize(p, n, c)
+            task = claim(p + TASK)
+
+    return kernel
+
+
+def backward_slab(element: Element, kind: str, what: Backward) -> Kernel:
+    """Sums and dx, a chunk of channels at a time. The table holds the coefficients already."""
+    source = Source(element, Sums, what.gate)
+    collect, apply = gather(source, kind), channel_pass(element, what)
+    of_channel, acc = channels.gradient_coefficients(element.acc), element.acc_size
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        work = get(p + SCRATCH) + worker * get(p + SCRATCH_SIZE)
+        chunk, c_all = get(p + CHUNK), get(p + CHANNELS)
+        tiles = (get(p + POSITIONS) + 2047) // 2048
+        task = claim(p + TASK)
+        while task < get(p + TASKS):
+            c0 = task * chunk
+            few = min(chunk, c_all - c0)
+            slots = collect(
+                p, work, get(p + X) + c0 * get(p + X_CHANNEL), get(p + G) + c0 * get(p + G_CHANNEL),
+                get(p + BITS) + c0 * get(p + BITS_CHANNEL), 0, get(p + SAMPLES), 0, tiles, c0, 1,
+            )  # fmt: skip
+            store_lanes(get(p + FIRST) + 8 * c0, slots, few)
+            store_lanes(get(p + SECOND) + 8 * c0, slots + HALF_NODE, few)
+            for c in range(c0, c0 + few):
+                of_channel(
+                    get(p + COEFFICIENTS) + c * acc, get(p + COEFFICIENT_ROW), get(p + FIRST) + 8 * c, get(p + SECOND) + 8 * c,
+                    get(get(p + COUNT)), get(p + INVSTD) + 8 * c,
+                )  # fmt: skip
+            for n in range(get(p + SAMPLES) - 1, -1, -1):
+                for c in range(c0, c0 + few):
+                    apply(p, n, c)
+            task = claim(p + TASK)
+
+    return kernel
+
+
+def elementwise(element: Element, kind: str, what: Pass) -> Kernel:
+    """y or dx from the coefficient table. Task: a block of rows, the last ones first."""
+    rowwise = kind in ("rows", "columns")
+    one = channel_pass(element, what) if rowwise else position_pass(element, what)
+    inner = CHANNELS if rowwise else POSITIONS
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        many, block = get(p + inner), get(p + BLOCK)
+        rows = get(p + SAMPLES) * many
+        task = claim(p + TASK)
+        while task < get(p + TASKS):
+            stop = rows - task * block
+            for i in range(max(stop - block, 0), stop):
+                one(p, i // many, i % many)
+            task = claim(p + TASK)
+
+    return kernel
+
+
+def statistics() -> Kernel:
+    """Mean, m2, var and invstd of all channels from a root (count, first, second)."""
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        for c in range(get(p + CHANNELS)):
+            finish(p, c, get(p + FIRST) + 8 * c, get(p + SECOND) + 8 * c, get(get(p + COUNT)))
+
+    return kernel
+
+
+def tabulate(element: Element) -> Kernel:
+    """The coefficient table of all channels from mean and invstd."""
+    of_channel = table_of(element)
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        for c in range(get(p + CHANNELS)):
+            of_channel(p, c)
+
+    return kernel
+
+
+def tabulate_gradient(element: Element) -> Kernel:
+    """k1 and k2 of all channels from the sums."""
+    of_channel, acc = channels.gradient_coefficients(element.acc), element.acc_size
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        for c in range(get(p + CHANNELS)):
+            of_channel(
+                get(p + COEFFICIENTS) + c * acc, get(p + COEFFICIENT_ROW), get(p + FIRST) + 8 * c, get(p + SECOND) + 8 * c,
+                get(get(p + COUNT)), get(p + INVSTD) + 8 * c,
+            )  # fmt: skip
+
+    return kernel
+
+
+@jit
+def widen_running(p, c):  # type: ignore[no-untyped-def]
+    """Mean, var and invstd of one channel from running statistics."""
+    at = 8 * c
+    channels.load_double(get(p + OLD_MEAN) + c * get(p + OLD_MEAN_STRIDE), get(p + RUNNING_CODE), get(p + MEAN) + at)
+    channels.load_double(get(p + OLD_VAR) + c * get(p + OLD_VAR_STRIDE), get(p + RUNNING_CODE), get(p + VAR) + at)
+    channels.invstd_of(get(p + VAR) + at, p + EPS, get(p + INVSTD) + at)
+
+
+def frozen() -> Kernel:
+    """Mean, var and invstd of all channels from running statistics."""
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        for c in range(get(p + CHANNELS)):
+            widen_running(p, c)
+
+    return kernel
+
+
+def tabulate_frozen(element: Element) -> Kernel:
+    """`frozen` and `tabulate` in one."""
+    of_channel = table_of(element)
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        for c in range(get(p + CHANNELS)):
+            widen_running(p, c)
+            of_channel(p, c)
+
+    return kernel
+
+
+def update(code: int) -> Kernel:
+    """Running statistics stored in float32 (code 3) or float64 (4), and both counters."""
+    of_channel = channels.update[code]
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        for c in range(get(p + CHANNELS)):
+            at = 8 * c
+            of_channel(
+                get(p + OLD_MEAN) + c * get(p + OLD_MEAN_STRIDE), get(p + OLD_VAR) + c * get(p + OLD_VAR_STRIDE),
+                get(p + NEW_MEAN) + c * get(p + NEW_MEAN_STRIDE), get(p + NEW_VAR) + c * get(p + NEW_VAR_STRIDE),
+                get(p + MEAN) + at, get(p + M2) + at, get(p + VAR) + at, get(get(p + COUNT)), p + MOMENTUM, get(p + CUMULATIVE),
+                get(p + TRACKED) + at, get(p + SKIPPED) + at,
+            )  # fmt: skip
+
+    return kernel
+
+
+def parameter_gradients() -> Kernel:
+    """dgamma and dbeta of all channels, each in its own dtype."""
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        for c in range(get(p + CHANNELS)):
+            at = 8 * c
+            channels.parameter_gradients(
+                get(p + FIRST) + at, get(p + SECOND) + at, get(p + INVSTD) + at, get(p + GAMMA) + c * get(p + GAMMA_STRIDE),
+                get(p + GAMMA_CODE), get(p + BETA) + c * get(p + BETA_STRIDE), get(p + BETA_CODE),
+            )  # fmt: skip
+
+    return kernel
+
+
+def build(name: str, dtype: str, options: tuple[Any, ...]) -> Kernel:
+    """The kernel called `name`, specialised for a dtype and its options."""
+    element = Element(dtype) if dtype else None
+    if name in ("statistics", "frozen", "parameter_gradients"):
+        return {"statistics": statistics, "frozen": frozen, "parameter_gradients": parameter_gradients}[name]()
+    if name == "update":
+        return update(*options)
+    if name == "merge_rows":
+        return merge_rows({"moments": Moments, "sums": Sums}[options[0]])
+    assert element is not None
+    if name in ("tabulate", "tabulate_gradient", "tabulate_frozen"):
+        return {"tabulate": tabulate, "tabulate_gradient": tabulate_gradient, "tabulate_frozen": tabulate_frozen}[name](element)
+    kind, *rest = options
+    if name == "moments":
+        return reduce_rows(Source(element, Moments, "none"), kind)
+    if name == "sums":
+        return reduce_rows(Source(element, Sums, *rest), kind)
+    if name == "train_slab":
+        return train_slab(element, kind, Forward(*rest))
+    if name == "backward_slab":
+        return backward_slab(element, kind, Backward(*rest))
+    direction = {"normalize": Forward, "input_gradient": Backward}[name]
+    return elementwise(element, kind, direction(*rest))

@@ -1,0 +1,172 @@
+"""How work is cut for the CPU: pure functions of extents, layout and dtype. No result depends on what is chosen here."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cubn._tree import COLUMNS, TILE, Block, Step, aligned_blocks, pair_order, root_order
+from cubn.backends import Extents, Operand
+
+LANES = 16
+NODE = 256
+
+TASKS = 32  # enough to keep a few threads evenly busy, few enough that a node a task is nothing
+WIDEST = 512  # channels side by side: long enough for memory to stream, short enough for the counters to stay in cache
+SAMPLES_A_ROW = 256
+SERIAL_BYTES = 1 << 18  # below this waking a thread costs more than it saves
+STREAM_BYTES = 64 << 20  # above this an output would only push other data out of the caches
+BLOCK_BYTES = 1 << 16
+
+
+def kind_of(extents: Extents, operands: list[Operand]) -> str:
+    """Which kernels can read and write all operands.
+
+    "columns", "rows": dense positions (nchw), long and short. "channels", "single": dense channels (nhwc), several
+    positions and one. "strided": anything else.
+    """
+    _, C, S = extents
+    if S > 1 and all(o.position_strides == (1,) for o in operands):
+        return "columns" if S >= COLUMNS else "rows"
+    if all((o.channel_stride == 1 or C == 1) and len(o.position_strides) <= 1 for o in operands):
+        return "channels" if S > 1 else "single"
+    return "strided"
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How the tree is cut into node rows, and how these are merged.
+
+    Row i covers samples [table[i, 0], table[i, 1]) of the array and tiles [table[i, 2], table[i, 3]) of each; a row is many
+    samples or a part of one. `steps` merge rows of one sample, then complete pairs; rows `kept` then hold `blocks`.
+    """
+
+    table: NDArray[np.int64]
+    chunk: int
+    chunks: int
+    steps: tuple[Step, ...]
+    kept: tuple[int, ...]
+    blocks: tuple[Block, ...]
+    offsets: tuple[int, ...]
+    scratch: int
+
+
+@dataclass(frozen=True)
+class Slab:
+    """How a fused kernel takes channels."""
+
+    chunk: int
+    tasks: int
+    offsets: tuple[int, ...]
+    scratch: int
+
+
+def scratch_offsets(width: int, tiles: int, samples: int) -> tuple[tuple[int, ...], int]:
+    """Where a worker keeps what (at_pivot, at_counts, at_columns, at_buffer, at_node, at_tiles, at_samples), and bytes in all."""
+    sizes = (
+        max(width, 6) * LANES * 8,
+        2304,
+        9 * width * NODE,
+        4608,
+        width * NODE,
+        (tiles.bit_length() + 1) * width * NODE,
+        (samples.bit_length() + 1) * width * NODE,
+    )
+    offsets, at = [], 0
+    for size in sizes:
+        offsets.append(at)
+        at += size
+    return tuple(offsets), -(-at // 64) * 64
+
+
+@functools.lru_cache(1024)
+def reduction(extents: Extents, kind: str, start: int) -> Reduction:
+    """The rows of a reduction over samples [start, start + N)."""
+    N, C, S = extents
+    chunk = {"columns": 1, "channels": min(C, WIDEST), "single": min(C, WIDEST)}.get(kind, LANES)
+    chunks = -(-C // chunk)
+    tiles = -(-S // TILE)
+    longest, part = _row_extent(N, chunks, tiles, kind)
+    samples = []
+    for lo, hi in aligned_blocks(start, start + N):
+        samples += [(a, min(a + longest, hi)) for a in range(lo, hi, longest)]
+    table: list[tuple[int, int, int, int]] = []
+    steps: list[Step] = []
+    first_rows = []
+    for lo, hi in samples:
+        parts = [(a, min(a + part, tiles)) for a in range(0, tiles, part)]
+        first_rows.append(len(table))
+        steps += [(len(table) + a, len(table) + b) for a, b in root_order(parts)]
+        table += [(lo - start, hi - start, *tile_range) for tile_range in parts]
+    pairs, kept, blocks = pair_order(samples)
+    steps += [(first_rows[a], first_rows[b]) for a, b in pairs]
+    offsets, scratch = scratch_offsets(-(-min(chunk, C) // LANES), part, longest)
+    return Reduction(
+        np.array(table, np.int64).reshape(-1, 4), chunk, chunks, tuple(steps), tuple(first_rows[i] for i in kept), blocks, offsets, scratch
+    )  # fmt: skip
+
+
+def _row_extent(N: int, chunks: int, tiles: int, kind: str) -> tuple[int, int]:
+    """(samples a row at most, tiles a row): powers of two that leave about TASKS tasks."""
+    wanted = max(1, TASKS // chunks)
+    if N >= wanted:
+        samples = 1
+        while samples < SAMPLES_A_ROW and N // (2 * samples) >= wanted:
+            samples *= 2
+        return (max(samples, LANES) if kind == "single" else samples), tiles
+    part = 1
+    while tiles // (2 * part) * N >= wanted:
+        part *= 2
+    return 1, part
+
+
+@functools.lru_cache(1024)
+def slab(extents: Extents, kind: str, threads: int) -> Slab | None:
+    """How channels are cut where statistics and the elementwise pass of a channel are one task; None where that cannot be."""
+    N, C, S = extents
+    if kind not in ("rows", "columns"):
+        return None
+    chunk = 1 if kind == "columns" else LANES
+    tasks = -(-C // chunk)
+    if threads > 1 and tasks < 4 * threads and tasks % threads:
+        return None
+    offsets, scratch = scratch_offsets(1, -(-S // TILE), N)
+    return Slab(chunk, tasks, offsets, scratch)
+
+
+@functools.lru_cache(1024)
+def column_tables(S: int, itemsize: int) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """(full, tail): shares and weights of the merges of a tile's columns, for a full tile and for a sample's last.
+
+    For each level, 16 pairs at a time: 16 shares, then 16 weights, in acc.
+    """
+    acc = np.float64 if itemsize == 8 else np.float32
+    return _column_table(min(S, TILE), acc), _column_table(S % TILE or min(S, TILE), acc)
+
+
+def _column_table(length: int, acc: type[np.floating]) -> NDArray[np.floating]:
+    counts = np.array([len(range(j, length, COLUMNS)) for j in range(min(length, COLUMNS))], acc)
+    table = [np.zeros((0, 2, LANES), acc)]
+    while len(counts) > 1:
+        pairs = len(counts) // 2
+        a, b = counts[: 2 * pairs : 2], counts[1 : 2 * pairs : 2]
+        share = b / (a + b)
+        level = np.zeros((2, -(-pairs // LANES) * LANES), acc)
+        level[0, :pairs], level[1, :pairs] = share, a * share
+        table.append(level.reshape(2, -1, LANES).transpose(1, 0, 2))
+        counts = np.append(a + b, counts[2 * pairs :])
+    return np.ascontiguousarray(np.concatenate(table))
+
+
+def row_tasks(rows: int, row_bytes: int) -> tuple[int, int]:
+    """(tasks, rows a task) of an elementwise pass."""
+    block = max(1, BLOCK_BYTES // max(row_bytes, 1))
+    return -(-rows // block), block
+
+
+def threads_for(size: int, tasks: int, limit: int) -> int:
+    """How many threads an array of `size` bytes is worth."""
+    return 1 if size < SERIAL_BYTES else max(1, min(limit, tasks))

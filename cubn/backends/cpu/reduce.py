@@ -1,0 +1,649 @@
+"""The canonical tree as kernels: nodes of moments or of backward sums, over any layout.
+
+Lanes are either 16 neighbouring columns of one channel (`columns`, rows of a dense nchw array of 256 positions or more) or
+16 channels (everything else). Above the leaves all of them share one device: a *binary counter* of nodes. Node number i
+of a level is merged with the nodes that wait on its left while i is odd, then waits itself; what waits at the end is merged
+from the right. That is the contract's tree, neighbours first, an odd last node moving up alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from numba import njit, types
+
+from cubn.backends.cpu.arithmetic import Coefficients, Moments, Node, Reduction, Term, centre, gated
+from cubn.backends.cpu.launch import OFFSET
+from cubn.backends.cpu.simd import (
+    DOUBLE, EVEN, I16, I1, I64, LANES, ODD, Element, Value, by_cases, constant, convert, first_lanes, get, instruction, ir, load_raw,
+    pointer, prefetch, put, ratio, select, shuffle, splat, transposed, widen,
+)  # fmt: skip
+
+ROWS, COLUMNS, TILE = 8, 256, 2048
+NODE = 256  # bytes of a node slot: two vectors of 16 float64
+HALF_NODE = NODE // 2
+jit = njit(error_model="numpy", nogil=True)
+
+CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
+X_SAMPLE, X_CHANNEL, X_POSITION = OFFSET["x_sample"], OFFSET["x_channel"], OFFSET["x_position"]
+G_SAMPLE, G_CHANNEL, G_POSITION = OFFSET["g_sample"], OFFSET["g_channel"], OFFSET["g_position"]
+BITS_SAMPLE, BITS_CHANNEL, BITS_POSITION = OFFSET["bits_sample"], OFFSET["bits_channel"], OFFSET["bits_position"]
+COEFFICIENTS, COEFFICIENT_ROW = OFFSET["coefficients"], OFFSET["coefficient_row"]
+AT_PIVOT, AT_COUNTS, AT_COLUMNS, AT_BUFFER = OFFSET["at_pivot"], OFFSET["at_counts"], OFFSET["at_columns"], OFFSET["at_buffer"]
+AT_NODE, AT_TILES, AT_SAMPLES = OFFSET["at_node"], OFFSET["at_tiles"], OFFSET["at_samples"]
+TABLES, TAIL = OFFSET["tables"], OFFSET["tail"]
+COLUMN_BUFFER = (COLUMNS + 2 * LANES) * 8
+
+
+class Source(NamedTuple):
+    """How a reduction reads its terms: dtype, what is summed, and how dy is gated."""
+
+    element: Element
+    what: Reduction
+    gate: str  # "none", "recompute" or "bits"
+
+
+def coefficients_at(element: Element, address: Value, stride: Value) -> Coefficients:
+    """Six vectors, `stride` bytes apart; those not used cost nothing."""
+    return Coefficients(*(element.load_acc(address + stride * i) for i in range(6)))
+
+
+def load_bits(address: Value) -> Value:
+    """16 bits as lanes."""
+    b = address.b
+    word = b.load(pointer(address, I16), typ=I16)
+    word.align = 2
+    return Value(b, b.bitcast(word, ir.VectorType(I1, LANES)))
+
+
+def term_at(source: Source, px: Value, pg: Value, pb: Value, context: Value, stride: Value, mask: Value | None = None) -> Term:
+    """The term of 16 elements: x at px, dy at pg, bits at pb; context holds the pivot (moments) or the coefficients (sums)."""
+    element = source.element
+    x = element.load(px, mask)
+    if source.what is Moments:
+        return Moments.term(x, element.load_acc(context))
+    c = coefficients_at(element, context, stride)
+    g = element.load(pg, mask)
+    if source.gate == "recompute":
+        g = gated(element, g, x, c)
+    elif source.gate == "bits":
+        g = select(load_bits(pb), g, constant(g, 0.0))
+    return g, g * centre(x, c)
+
+
+def store_node(element: Element, node: Node, slot: Value) -> None:
+    element.store_acc(node[0], slot)
+    element.store_acc(node[1], slot + HALF_NODE)
+
+
+def load_node(element: Element, slot: Value) -> Node:
+    return element.load_acc(slot), element.load_acc(slot + HALF_NODE)
+
+
+def equal_merge(what: Reduction, a: Node, b: Node, count: float) -> Node:
+    """Merge of two nodes of `count` values each."""
+    return what.merge(a, b, constant(a[0], 0.5), constant(a[0], count * 0.5))
+
+
+def pairwise(what: Reduction, nodes: list[Node], count: float) -> Node:
+    """The tree over a power of two of nodes of `count` values each."""
+    while len(nodes) > 1:
+        nodes = [equal_merge(what, nodes[i], nodes[i + 1], count) for i in range(0, len(nodes), 2)]
+        count *= 2
+    return nodes[0]
+
+
+def counter(element: Element, what: Reduction) -> tuple[Any, Any, Any]:
+    """(push, count_up, settle): the binary counter over node slots of one precision.
+
+    slot(level, lane) = stack + (level * width + lane) * NODE, width the vectors side by side. `push` does one vector;
+    `count_up` then books the counts, which all vectors share; `settle` merges what waits and returns where it is.
+    """
+
+    @instruction()
+    def merge(to: Value, a: Value, b: Value, count_a: Value, count_b: Value) -> None:
+        share = ratio(count_b, count_a + count_b, element.acc)
+        weight = convert(count_a, element.acc) * share
+        merged = what.merge(load_node(element, a), load_node(element, b), splat(share), splat(weight))
+        store_node(element, merged, to)
+
+    @instruction()
+    def copy(to: Value, slot: Value) -> None:
+        store_node(element, load_node(element, slot), to)
+
+    @jit
+    def join(to, a, b, count_a, count_b):  # type: ignore[no-untyped-def]
+        """Merge where a node of count 0 is the identity."""
+        if count_b == 0:
+            if to != a:
+                copy(to, a)
+        elif count_a == 0:
+            if to != b:
+                copy(to, b)
+        else:
+            merge(to, a, b, count_a, count_b)
+
+    @jit
+    def push(node, count, stack, counts, width, lane, level, index):  # type: ignore[no-untyped-def]
+        slot = stack + (level * width + lane) * NODE
+        while index & 1:
+            left = get(counts + 8 * level)
+            join(node, slot, node, left, count)
+            count += left
+            level += 1
+            index >>= 1
+            slot += width * NODE
+        if slot != node:
+            copy(slot, node)
+
+    @jit
+    def count_up(count, counts, level, index):  # type: ignore[no-untyped-def]
+        while index & 1:
+            count += get(counts + 8 * level)
+            level += 1
+            index >>= 1
+        put(counts + 8 * level, count)
+
+    @jit
+    def settle(stack, counts, width, pushed):  # type: ignore[no-untyped-def]
+        """The level whose slots and count hold the tree over `pushed` nodes."""
+        level = 0
+        while not (pushed >> level) & 1:
+            level += 1
+        base = level
+        count = get(counts + 8 * base)
+        level += 1
+        while pushed >> level:
+            if (pushed >> level) & 1:
+                left = get(counts + 8 * level)
+                for lane in range(width):
+                    to = stack + (level * width + lane) * NODE
+                    join(to, to, stack + (base * width + lane) * NODE, left, count)
+                count += left
+                put(counts + 8 * level, count)
+                base = level
+            level += 1
+        return base
+
+    return push, count_up, settle
+
+
+def widened(element: Element, what: Reduction) -> Any:
+    """An instruction: an acc node at a slot becomes a float64 node, the moments' mean counted from the pivot."""
+
+    @instruction()
+    def to_double(to: Value, slot: Value, pivot: Value) -> None:
+        first, second = (widen(v, DOUBLE) for v in load_node(element, slot))
+        if what is Moments:
+            first = widen(element.load_acc(pivot), DOUBLE) + first
+        store_node(Element("float64"), (first, second), to)
+
+    return to_double
+
+
+def of_channels(source: Source) -> Any:
+    """tile(): lanes are neighbouring channels in memory (nhwc), `width` vectors of them at a time so that memory streams."""
+    element, what = source.element, source.what
+    push, count_up, settle = counter(element, what)
+    to_double = widened(element, what)
+
+    def leaf(rows: int, px: Value, pg: Value, pb: Value, steps: tuple[Value, Value, Value], context: Value, stride: Value,
+             mask: Value | None = None) -> Node:  # fmt: skip
+        terms = []
+        for r in range(rows):
+            terms.append(term_at(source, px + steps[0] * r, pg + steps[1] * r, pb + steps[2] * r, context, stride, mask))
+        return what.leaf(terms)
+
+    def block(columns: int, rows: int, to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value,
+              context: Value, stride: Value) -> None:  # fmt: skip
+        """`columns` neighbouring columns of `rows` rows, merged in registers; the next ones are asked for meanwhile."""
+        down = (sx * COLUMNS, sg * COLUMNS, sb * COLUMNS)
+        nodes = []
+        for k in range(columns):
+            for r in range(rows):
+                prefetch(px + down[0] * r + sx * (columns + k))
+                if what is not Moments:
+                    prefetch(pg + down[1] * r + sg * (columns + k))
+            nodes.append(leaf(rows, px + sx * k, pg + sg * k, pb + sb * k, down, context, stride))
+        store_node(element, pairwise(what, nodes, float(rows)), to)
+
+    @instruction()
+    def four(rows: Value, to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, context: Value, stride: Value) -> None:
+        by_cases(rows, range(1, ROWS + 1), lambda r: block(4, r, to, px, pg, pb, sx, sg, sb, context, stride))
+
+    @instruction()
+    def eight(to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, context: Value, stride: Value) -> None:
+        block(8, 1, to, px, pg, pb, sx, sg, sb, context, stride)
+
+    @instruction()
+    def one(rows: Value, lanes: Value, to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, context: Value,
+            stride: Value) -> None:  # fmt: skip
+        """A single column, of the first `lanes` channels."""
+        mask = first_lanes(lanes)
+        down = (sx * COLUMNS, sg * COLUMNS, sb * COLUMNS)
+        by_cases(rows, range(1, ROWS + 1),
+                 lambda r: store_node(element, leaf(r, px, pg, pb, down, context, stride, mask), to))  # fmt: skip
+
+    @instruction()
+    def set_pivot(to: Value, px: Value, lanes: Value) -> None:
+        element.store_acc(element.load(px, first_lanes(lanes)), to)
+
+    size, moments = element.size, what is Moments
+    acc = element.acc_size
+    vector, acc_vector = LANES * size, LANES * acc
+
+    @jit
+    def tile(p, work, px, pg, pb, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
+        """Float64 nodes of one tile of `length` positions at (px, pg, pb), for `width` vectors from channel c0; its count."""
+        channels = min(get(p + CHANNELS) - c0, width * LANES)
+        sx, sg, sb = get(p + X_POSITION), get(p + G_POSITION), get(p + BITS_POSITION)
+        context, stride = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
+        step_context = acc_vector
+        if moments:
+            context, stride = work + get(p + AT_PIVOT), 0
+            for lane in range(width):
+                set_pivot(context + lane * acc_vector, px + lane * vector, channels - lane * LANES)
+        stack, counts, node = work + get(p + AT_COLUMNS), work + get(p + AT_COUNTS), work + get(p + AT_BUFFER)
+        columns = min(length, COLUMNS)
+        deepest = (length + COLUMNS - 1) // COLUMNS
+        high = length - (deepest - 1) * COLUMNS  # columns with one row more
+        j = 0
+        while j < columns:
+            rows, limit = (deepest, high) if j < high else (deepest - 1, columns)
+            level = 0
+            if deepest == 1 and j & 7 == 0 and j + 8 <= limit:
+                level = 3
+            elif j & 3 == 0 and j + 4 <= limit:
+                level = 2
+            for k in range(level):
+                put(counts + 8 * k, rows << k)
+            ax, ag, ab = px + j * sx, pg + j * sg, pb + j * sb
+            at = context
+            for lane in range(width):
+                lanes = channels - lane * LANES
+                if lanes >= LANES and level:
+                    if level == 3:
+                        eight(node, ax, ag, ab, sx, sg, sb, at, stride)
+                    else:
+                        four(rows, node, ax, ag, ab, sx, sg, sb, at, stride)
+                    push(node, rows << level, stack, counts, width, lane, level, j >> level)
+                else:
+                    for k in range(1 << level):
+                        one(rows, min(lanes, LANES), node, ax + k * sx, ag + k * sg, ab + k * sb, sx, sg, sb, at, stride)
+                        push(node, rows, stack, counts, width, lane, 0, j + k)
+                ax += vector
+                ag += vector
+                ab += 2
+                at += step_context
+            count_up(rows << level, counts, level, j >> level)
+            j += 1 << level
+        base = settle(stack, counts, width, columns)
+        for lane in range(width):
+            to_double(nodes + lane * NODE, stack + (base * width + lane) * NODE, work + get(p + AT_PIVOT) + lane * acc_vector)
+        return length
+
+    return tile
+
+
+def of_rows(source: Source) -> Any:
+    """tile(): lanes are 16 channels whose short rows (2 to 255 positions, dense nchw) are transposed in registers."""
+    element, what = source.element, source.what
+    push, count_up, settle = counter(element, what)
+    to_double = widened(element, what)
+
+    def columns_of(base: Value, step: Value, last: Value, mask: Value | None) -> list[Value]:
+        """16 positions of 16 channels as 16 vectors of channels; channels past the last repeat it."""
+        b = base.b
+        rows = []
+        for i in range(LANES):
+            row = Value(b, b.select(b.icmp_signed("<", last.v, I64(i)), last.v, I64(i)))
+            rows.append(element.load(base + step * row, mask))
+        return transposed(rows)
+
+    def terms(px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, last: Value, context: Value, stride: Value,
+              mask: Value | None) -> list[Term]:  # fmt: skip
+        xs = columns_of(px, sx, last, mask)
+        if what is Moments:
+            pivot = element.load_acc(context)
+            return [Moments.term(x, pivot) for x in xs]
+        c = coefficients_at(element, context, stride)
+        gs = columns_of(pg, sg, last, mask)
+        if source.gate == "recompute":
+            gs = [gated(element, g, x, c) for g, x in zip(gs, xs, strict=True)]
+        elif source.gate == "bits":
+            b, zero = px.b, constant(gs[0], 0.0)
+            word = ir.VectorType(I16, LANES)
+            words = Value(b, ir.Constant(word, ir.Undefined))
+            for i in range(LANES):
+                row = Value(b, b.select(b.icmp_signed("<", last.v, I64(i)), last.v, I64(i)))
+                one = b.load(pointer(pb + sb * row, I16), typ=I16)
+                words = Value(b, b.insert_element(words.v, one, ir.IntType(32)(i)))
+            for i, g in enumerate(gs):
+                bit = b.and_(words.v, ir.Constant(word, [1 << i] * LANES))
+                passes = Value(b, b.icmp_unsigned("!=", bit, ir.Constant(word, [0] * LANES)))
+                gs[i] = select(passes, g, zero)
+        return [(g, g * centre(x, c)) for g, x in zip(gs, xs, strict=True)]
+
+    @instruction()
+    def sixteen(to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, last: Value, context: Value, stride: Value) -> None:
+        """The node of 16 positions."""
+        found = terms(px, pg, pb, sx, sg, sb, last, context, stride, None)
+        store_node(element, pairwise(what, [what.leaf([t]) for t in found], 1.0), to)
+
+    @instruction()
+    def fewer(to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, last: Value, positions: Value, context: Value,
+              stride: Value) -> None:  # fmt: skip
+        """Leaves of fewer than 16 positions, in 16 slots."""
+        for i, t in enumerate(terms(px, pg, pb, sx, sg, sb, last, context, stride, first_lanes(positions))):
+            store_node(element, what.leaf([t]), to + NODE * i)
+
+    @instruction()
+    def set_pivot(to: Value, px: Value, sx: Value, last: Value) -> None:
+        b = px.b
+        pivot = ir.Constant(ir.VectorType(element.stored, LANES), ir.Undefined)
+        for i in range(LANES):
+            row = Value(b, b.select(b.icmp_signed("<", last.v, I64(i)), last.v, I64(i)))
+            value = b.load(pointer(px + sx * row, element.stored), typ=element.stored)
+            value.align = element.size
+            pivot = b.insert_element(pivot, value, ir.IntType(32)(i))
+        element.store_acc(element.from_stored(Value(b, pivot)), to)
+
+    @instruction()
+    def fetch(address: Value) -> None:
+        prefetch(address)
+
+    moments, block, size, acc = what is Moments, LANES * element.size, element.size, element.acc_size
+
+    @jit
+    def ask(address, step, last, length):  # type: ignore[no-untyped-def]
+        """Ask for 16 rows: if they are neighbours, as one stretch."""
+        if step == length * size:
+            for at in range(address, address + step * (last + 1), 64):
+                fetch(at)
+
+    @jit
+    def tile(p, work, px, pg, pb, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
+        sx, sg, sb = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + BITS_CHANNEL)
+        last = min(get(p + CHANNELS) - c0, LANES) - 1
+        context, stride = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
+        ask(next_x, sx, last, length)
+        if moments:
+            context, stride = work + get(p + AT_PIVOT), 0
+            set_pivot(context, px, sx, last)
+        else:
+            ask(next_g, sg, last, length)
+        stack, counts, node = work + get(p + AT_COLUMNS), work + get(p + AT_COUNTS), work + get(p + AT_BUFFER)
+        whole = length // LANES
+        for k in range(whole):
+            sixteen(node, px + k * block, pg + k * block, pb + 2 * k, sx, sg, sb, last, context, stride)
+            push(node, LANES, stack, counts, 1, 0, 4, k)
+            count_up(LANES, counts, 4, k)
+        rest = length - whole * LANES
+        if rest:
+            fewer(node, px + whole * block, pg + whole * block, pb + 2 * whole, sx, sg, sb, last, rest, context, stride)
+            for i in range(rest):
+                push(node + i * NODE, 1, stack, counts, 1, 0, 0, whole * LANES + i)
+                count_up(1, counts, 0, whole * LANES + i)
+        base = settle(stack, counts, 1, length)
+        to_double(nodes, stack + base * NODE, work + get(p + AT_PIVOT))
+        return length
+
+    return tile
+
+
+def of_columns(source: Source) -> Any:
+    """tile(): lanes are 16 neighbouring columns of one channel's long row (dense nchw)."""
+    element, what = source.element, source.what
+    to_double = widened(element, what)
+    moments = what is Moments
+    acc, size = element.acc_size, element.size
+    second = COLUMN_BUFFER  # the buffer of means (sums of dy), then that of m2 (sums of dy * (x - mean))
+
+    def down(rows: int, px: Value, pg: Value, pb: Value, context: Value, stride: Value) -> list[Term]:
+        step = COLUMNS * size
+        return [term_at(source, px + step * r, pg + step * r, pb + COLUMNS // 8 * r, context, stride) for r in range(rows)]
+
+    def keep(node: Node, to: Value) -> None:
+        element.store_acc(node[0], to)
+        element.store_acc(node[1], to + second)
+
+    @instruction()
+    def leaf(rows: Value, to: Value, px: Value, pg: Value, pb: Value, context: Value, stride: Value) -> None:
+        by_cases(rows, range(1, ROWS + 1), lambda r: keep(what.leaf(down(r, px, pg, pb, context, stride)), to))
+
+    @instruction()
+    def mixed(rows: Value, deeper: Value, to: Value, px: Value, pg: Value, pb: Value, context: Value, stride: Value) -> None:
+        """As `leaf`, the first `deeper` columns having one row more; with no rows only those are columns at all."""
+        mask = first_lanes(deeper)
+
+        def body(r: int) -> None:
+            common = down(r, px, pg, pb, context, stride)
+            at = (px + COLUMNS * size * r, pg + COLUMNS * size * r, pb + COLUMNS // 8 * r)
+            node = what.leaf([*common, term_at(source, *at, context, stride, mask)])
+            if r:
+                shallow = what.leaf(common)
+                node = (select(mask, node[0], shallow[0]), select(mask, node[1], shallow[1]))
+            keep(node, to)
+
+        by_cases(rows, range(ROWS), body)
+
+    @instruction()
+    def merge_neighbours(to: Value, pair: Value, share: Value) -> None:
+        """32 neighbouring columns become 16; their shares and weights are a table's row (sums: none)."""
+        a = element.load_acc(pair), element.load_acc(pair + second)
+        b = element.load_acc(pair + LANES * acc), element.load_acc(pair + LANES * acc + second)
+        even = shuffle(a[0], b[0], EVEN), shuffle(a[1], b[1], EVEN)
+        odd = shuffle(a[0], b[0], ODD), shuffle(a[1], b[1], ODD)
+        if moments:
+            keep(what.merge(even, odd, element.load_acc(share), element.load_acc(share + LANES * acc)), to)
+        else:
+            keep(what.merge(even, odd, even[0], even[0]), to)
+
+    @instruction()
+    def move(to: Value, at: Value) -> None:
+        """One column's node."""
+        b = to.b
+        for offset in (0, second):
+            b.store(b.load(pointer(at + offset, element.acc), typ=element.acc), pointer(to + offset, element.acc))
+
+    @instruction()
+    def spread(to: Value, at: Value) -> None:
+        """One column's node in all lanes of a node slot."""
+        b = to.b
+        first, other = (splat(Value(b, b.load(pointer(at + o, element.acc), typ=element.acc))) for o in (0, second))
+        store_node(element, (first, other), to)
+
+    @instruction()
+    def set_pivot(to: Value, px: Value) -> None:
+        raw = Value(px.b, px.b.load(pointer(px, element.stored), typ=element.stored))
+        element.store_acc(splat(element.from_stored(raw)), to)
+
+    @instruction()
+    def spread_coefficients(to: Value, at: Value, row: Value) -> None:
+        """One channel's coefficients in all lanes, 16 lanes apart."""
+        b = to.b
+        for i in range(6):
+            one = b.load(pointer(at + row * i, element.acc), typ=element.acc)
+            element.store_acc(splat(Value(b, one)), to + LANES * acc * i)
+
+    @instruction()
+    def fetch(address: Value) -> None:
+        prefetch(address)
+
+    @jit
+    def ask(address, length):  # type: ignore[no-untyped-def]
+        for at in range(address, address + length * size, 64):
+            fetch(at)
+
+    @jit
+    def tile(p, work, px, pg, pb, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
+        context, stride = work + get(p + AT_PIVOT), 0
+        ask(next_x, length)
+        if moments:
+            set_pivot(context, px)
+        else:
+            stride = LANES * acc
+            spread_coefficients(context, get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW))
+            ask(next_g, length)
+        buffer = work + get(p + AT_BUFFER)
+        count = min(length, COLUMNS)
+        deepest = (length + COLUMNS - 1) // COLUMNS
+        high = length - (deepest - 1) * COLUMNS
+        for j in range(0, count, LANES):
+            ax, ag, ab, to = px + j * size, pg + j * size, pb + j // 8, buffer + j * acc
+            if j + LANES <= high:
+                leaf(deepest, to, ax, ag, ab, context, stride)
+            elif j < high:
+                mixed(deepest - 1, high - j, to, ax, ag, ab, context, stride)
+            else:
+                leaf(deepest - 1, to, ax, ag, ab, context, stride)
+        share = get(p + TABLES)
+        if length < TILE:
+            share = get(p + TAIL)
+        while count > 1:
+            pairs = count >> 1
+            last = buffer + (count - 1) * acc
+            odd = count & 1
+            if odd:
+                move(buffer + (COLUMNS + LANES) * acc, last)
+            for j in range(0, pairs, LANES):
+                merge_neighbours(buffer + j * acc, buffer + 2 * j * acc, share)
+                share += 2 * LANES * acc
+            if odd:
+                move(buffer + pairs * acc, buffer + (COLUMNS + LANES) * acc)
+            count = pairs + odd
+        slot = work + get(p + AT_COLUMNS)
+        spread(slot, buffer)
+        to_double(nodes, slot, context)
+        return length
+
+    return tile
+
+
+def of_single_positions(source: Source) -> Any:
+    """samples(): one position a sample (2-D input), lanes are channels; every merge is in float64, 16 samples in registers."""
+    element, what = source.element, source.what
+    push, count_up, _ = counter(Element("float64"), what)
+
+    def node_at(px: Value, pg: Value, pb: Value, context: Value, stride: Value, mask: Value | None) -> Node:
+        if what is Moments:
+            x = element.load(px, mask)
+            wide = widen(x, DOUBLE)
+            return wide + widen(x - x, DOUBLE), constant(wide, 0.0)  # pivot + (x - pivot): not finite where x is not
+        g, t = term_at(source, px, pg, pb, context, stride, mask)
+        return widen(g, DOUBLE), widen(t, DOUBLE)
+
+    @instruction()
+    def sixteen(to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, context: Value, stride: Value) -> None:
+        nodes = []
+        for i in range(LANES):
+            prefetch(px + sx * (LANES + i))
+            if what is not Moments:
+                prefetch(pg + sg * (LANES + i))
+            nodes.append(node_at(px + sx * i, pg + sg * i, pb + sb * i, context, stride, None))
+            # A binary counter over registers: merge as soon as a pair is whole, so that few stay alive.
+            size, index = 1.0, i
+            while index & 1:
+                b = nodes.pop()
+                nodes.append(equal_merge(what, nodes.pop(), b, size))
+                size, index = size * 2, index >> 1
+        store_node(Element("float64"), nodes[0], to)
+
+    @instruction()
+    def one(to: Value, lanes: Value, px: Value, pg: Value, pb: Value, context: Value, stride: Value) -> None:
+        store_node(Element("float64"), node_at(px, pg, pb, context, stride, first_lanes(lanes)), to)
+
+    acc = element.acc_size
+    vector, acc_vector = LANES * element.size, LANES * acc
+
+    @jit
+    def samples(p, work, px, pg, pb, first, last, c0, width):  # type: ignore[no-untyped-def]
+        """Push samples [first, last) of `width` vectors from channel c0 onto the counter of samples."""
+        channels = min(get(p + CHANNELS) - c0, width * LANES)
+        sx, sg, sb = get(p + X_SAMPLE), get(p + G_SAMPLE), get(p + BITS_SAMPLE)
+        context, stride = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
+        stack, counts, node = work + get(p + AT_SAMPLES), work + get(p + AT_COUNTS) + 1024, work + get(p + AT_NODE)
+        n, stop = 0, last - first
+        while n < stop:
+            level = 4 if n + LANES <= stop else 0
+            for k in range(level):
+                put(counts + 8 * k, 1 << k)
+            ax, ag, ab = px + (first + n) * sx, pg + (first + n) * sg, pb + (first + n) * sb
+            at = context
+            for lane in range(width):
+                lanes = channels - lane * LANES
+                if lanes >= LANES and level:
+                    sixteen(node, ax, ag, ab, sx, sg, sb, at, stride)
+                    push(node, LANES, stack, counts, width, lane, 4, n >> 4)
+                else:
+                    for k in range(1 << level):
+                        one(node, min(lanes, LANES), ax + k * sx, ag + k * sg, ab + k * sb, at, stride)
+                        push(node, 1, stack, counts, width, lane, 0, n + k)
+                ax += vector
+                ag += vector
+                ab += 2
+                at += acc_vector
+            count_up(1 << level, counts, level, n >> level)
+            n += 1 << level
+
+    return samples
+
+
+def gather(source: Source, kind: str) -> Any:
+    """A numba function: the node of channels [c0, c0 + 16 * width) over samples [first, last) and tiles [from, to) of each.
+
+    It returns the address of `width` float64 node slots and leaves their count at `work + AT_COUNTS + 2048`. `first` and
+    `from` are aligned to the tree (see rows in plan.py), so that the counters start at 0.
+    """
+    push, count_up, settle = counter(Element("float64"), source.what)
+    size = source.element.size
+
+    if kind == "single":
+        samples = of_single_positions(source)
+
+        @jit
+        def collect_single(p, work, px, pg, pb, first, last, tile_from, tile_to, c0, width):  # type: ignore[no-untyped-def]
+            samples(p, work, px, pg, pb, first, last, c0, width)
+            stack, counts = work + get(p + AT_SAMPLES), work + get(p + AT_COUNTS) + 1024
+            level = settle(stack, counts, width, last - first)
+            put(work + get(p + AT_COUNTS) + 2048, get(counts + 8 * level))
+            return stack + level * width * NODE
+
+        return collect_single
+
+    tile = {"channels": of_channels, "rows": of_rows, "columns": of_columns}[kind](source)
+
+    rowwise = kind != "channels"
+
+    @jit
+    def collect(p, work, px, pg, pb, first, last, tile_from, tile_to, c0, width):  # type: ignore[no-untyped-def]
+        positions = get(p + POSITIONS)
+        tiles, samples, node = work + get(p + AT_TILES), work + get(p + AT_SAMPLES), work + get(p + AT_NODE)
+        tile_counts, sample_counts = work + get(p + AT_COUNTS) + 512, work + get(p + AT_COUNTS) + 1024
+        step_x, step_g, step_b = TILE * get(p + X_POSITION), TILE * get(p + G_POSITION), TILE * get(p + BITS_POSITION)
+        if rowwise:
+            step_b = TILE // 8
+        for n in range(first, last):
+            ax = px + n * get(p + X_SAMPLE)
+            ag = pg + n * get(p + G_SAMPLE)
+            ab = pb + n * get(p + BITS_SAMPLE)
+            for t in range(tile_from, tile_to):
+                next_x, next_g = ax + (t + 1) * step_x, ag + (t + 1) * step_g
+                if t + 1 == tile_to:
+                    next_x, next_g = ax + get(p + X_SAMPLE) + tile_from * step_x, ag + get(p + G_SAMPLE) + tile_from * step_g
+                length = min(positions - t * TILE, TILE)
+                count = tile(p, work, ax + t * step_x, ag + t * step_g, ab + t * step_b, length, c0, width, node, next_x, next_g)
+                for lane in range(width):
+                    push(node + lane * NODE, count, tiles, tile_counts, width, lane, 0, t - tile_from)
+                count_up(count, tile_counts, 0, t - tile_from)
+            level = settle(tiles, tile_counts, width, tile_to - tile_from)
+            count = get(tile_counts + 8 * level)
+            for lane in range(width):
+                push(tiles + (level * width + lane) * NODE, count, samples, sample_counts, width, lane, 0, n - first)
+            count_up(count, sample_counts, 0, n - first)
+        level = settle(samples, sample_counts, width, last - first)
+        put(work + get(p + AT_COUNTS) + 2048, get(sample_counts + 8 * level))
+        return samples + level * width * NODE
+
+    return collect

@@ -1,0 +1,299 @@
+"""Vectors of 16 lanes for numba, and the instructions kernels are written in.
+
+A kernel is a numba function: loops and index arithmetic in Python, on nothing but 64-bit integers (counts and addresses).
+What it does to data is a handful of *instructions*, each a Python function that emits LLVM IR through `Value`, so that it
+reads as the arithmetic it is; between instructions data lives in memory. LLVM turns 16 lanes into whatever registers the
+machine has. No instruction carries a fast-math flag: each + - * / is one IEEE-754 operation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+LANES = 16
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+
+STORED = {"float16": HALF, "bfloat16": I16, "float32": FLOAT, "float64": DOUBLE}
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+class Value:
+    """An LLVM value under a builder, with the operators of what it stands for (float vectors and scalars, 64-bit integers)."""
+
+    __slots__ = ("b", "v")
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.b, self.v = builder, value
+
+    @property
+    def type(self) -> ir.Type:
+        return self.v.type
+
+    def _is_integer(self) -> bool:
+        return isinstance(getattr(self.type, "element", self.type), ir.IntType)
+
+    def _other(self, other: Value | int) -> ir.Value:
+        return ir.Constant(self.type, other) if isinstance(other, int) else other.v
+
+    def __add__(self, other: Value | int) -> Value:
+        op = self.b.add if self._is_integer() else self.b.fadd
+        return Value(self.b, op(self.v, self._other(other)))
+
+    def __sub__(self, other: Value | int) -> Value:
+        op = self.b.sub if self._is_integer() else self.b.fsub
+        return Value(self.b, op(self.v, self._other(other)))
+
+    def __mul__(self, other: Value | int) -> Value:
+        op = self.b.mul if self._is_integer() else self.b.fmul
+        return Value(self.b, op(self.v, self._other(other)))
+
+    def __truediv__(self, other: Value) -> Value:
+        return Value(self.b, self.b.fdiv(self.v, other.v))
+
+
+def constant(like: Value, number: float) -> Value:
+    """`number` in every lane of `like`'s type."""
+    kind = like.type
+    value = ir.Constant(kind, [number] * LANES) if isinstance(kind, ir.VectorType) else ir.Constant(kind, number)
+    return Value(like.b, value)
+
+
+def splat(value: Value) -> Value:
+    """A scalar in every lane."""
+    vector = ir.VectorType(value.type, LANES)
+    one = value.b.insert_element(ir.Constant(vector, ir.Undefined), value.v, I32(0))
+    return Value(value.b, value.b.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)))
+
+
+def shuffle(a: Value, b: Value, lanes: Sequence[int]) -> Value:
+    """Lanes of (a, b), a's first."""
+    return Value(a.b, a.b.shuffle_vector(a.v, b.v, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))))
+
+
+EVEN, ODD = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
+
+
+def first_lanes(count: Value) -> Value:
+    """The <16 x i1> mask of lanes below `count`."""
+    lane = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+    bound = splat(Value(count.b, count.b.trunc(count.v, I32)))
+    return Value(count.b, count.b.icmp_signed("<", lane, bound.v))
+
+
+def select(mask: Value, a: Value, b: Value) -> Value:
+    return Value(a.b, a.b.select(mask.v, a.v, b.v))
+
+
+def not_positive(value: Value) -> Value:
+    """value <= 0, false for a NaN."""
+    return Value(value.b, value.b.fcmp_ordered("<=", value.v, constant(value, 0.0).v))
+
+
+def ratio(a: Value, b: Value, kind: ir.Type) -> Value:
+    """a / b of two counts, each exact in `kind`."""
+    return convert(a, kind) / convert(b, kind)
+
+
+def convert(count: Value, kind: ir.Type) -> Value:
+    """A count as a float."""
+    return Value(count.b, count.b.sitofp(count.v, kind))
+
+
+def widen(value: Value, element: ir.Type) -> Value:
+    """float32 lanes as float64, or as they are."""
+    if value.type.element == element:
+        return value
+    return Value(value.b, value.b.fpext(value.v, ir.VectorType(element, LANES)))
+
+
+def pointer(address: Value, kind: ir.Type) -> ir.Value:
+    return address.b.inttoptr(address.v, ir.PointerType(kind))
+
+
+def load_raw(address: Value, element: ir.Type, align: int, mask: Value | None = None) -> Value:
+    """16 elements; with a mask the others are zero and their memory is not touched."""
+    b, vector = address.b, ir.VectorType(element, LANES)
+    if mask is None:
+        value = b.load(pointer(address, vector), typ=vector)
+        value.align = align
+        return Value(b, value)
+    name = f"llvm.masked.load.v16{_mangle(element)}.p0"
+    kind = ir.FunctionType(vector, [ir.PointerType(vector), I32, mask.type, vector])
+    zero = ir.Constant(vector, None)
+    return Value(b, b.call(_declare(b, name, kind), [pointer(address, vector), I32(align), mask.v, zero]))
+
+
+def store_raw(value: Value, address: Value, align: int, mask: Value | None = None, *, stream: bool = False) -> None:
+    """16 elements, or those of the mask; `stream` bypasses the caches and needs the address aligned to the vector."""
+    b = address.b
+    if mask is not None:
+        name = f"llvm.masked.store.v16{_mangle(value.type.element)}.p0"
+        kind = ir.FunctionType(ir.VoidType(), [value.type, ir.PointerType(value.type), I32, mask.type])
+        b.call(_declare(b, name, kind), [value.v, pointer(address, value.type), I32(align), mask.v])
+        return
+    store = b.store(value.v, pointer(address, value.type))
+    store.align = align
+    if stream:
+        store.set_metadata("nontemporal", b.module.add_metadata([I32(1)]))
+
+
+def _mangle(element: ir.Type) -> str:
+    return {HALF: "f16", FLOAT: "f32", DOUBLE: "f64"}.get(element) or f"i{element.width}"
+
+
+def _declare(b: ir.IRBuilder, name: str, kind: ir.FunctionType) -> ir.Function:
+    return b.module.globals.get(name) or ir.Function(b.module, kind, name)
+
+
+def prefetch(address: Value) -> None:
+    """Ask for the cache line at an address; any address may be asked for."""
+    b, byte = address.b, ir.PointerType(I8)
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    b.call(_declare(b, "llvm.prefetch.p0", kind), [pointer(address, I8), I32(0), I32(3), I32(1)])
+
+
+class Element:
+    """How one dtype is stored, and the type it is computed in (`acc`)."""
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+        self.stored = STORED[dtype]
+        self.size = ITEMSIZE[dtype]
+        self.acc = DOUBLE if dtype == "float64" else FLOAT
+        self.acc_size = 8 if dtype == "float64" else 4
+
+    def from_stored(self, raw: Value) -> Value:
+        """Stored lanes (or one stored element) in acc: exact."""
+        b = raw.b
+        if self.dtype == "bfloat16":
+            wide, acc = _like(raw, I32), _like(raw, FLOAT)
+            bits = b.shl(b.zext(raw.v, wide), _full(wide, 16))
+            return Value(b, b.bitcast(bits, acc))
+        if self.dtype == "float16":
+            return Value(b, b.fpext(raw.v, _like(raw, FLOAT)))
+        return raw
+
+    def to_stored(self, value: Value) -> Value:
+        """Rounded to nearest even, once. A NaN stays a NaN."""
+        b = value.b
+        if self.dtype == "bfloat16":
+            wide = _like(value, I32)
+            bits = b.bitcast(value.v, wide)
+            half = b.and_(b.lshr(bits, _full(wide, 16)), _full(wide, 1))
+            rounded = b.add(bits, b.add(half, _full(wide, 0x7FFF)))
+            nan = b.fcmp_unordered("uno", value.v, value.v)
+            rounded = b.select(nan, _full(wide, 0x7FC00000), rounded)
+            return Value(b, b.trunc(b.lshr(rounded, _full(wide, 16)), _like(value, I16)))
+        if self.dtype == "float16":
+            return Value(b, b.fptrunc(value.v, _like(value, HALF)))
+        return value
+
+    def rounded(self, value: Value) -> Value:
+        """acc lanes rounded to the dtype, in acc again."""
+        return self.from_stored(self.to_stored(value)) if self.size == 2 else value
+
+    def load(self, address: Value, mask: Value | None = None) -> Value:
+        return self.from_stored(load_raw(address, self.stored, self.size, mask))
+
+    def store(self, value: Value, address: Value, mask: Value | None = None, *, stream: bool = False) -> None:
+        align = self.size * LANES if stream else self.size
+        store_raw(self.to_stored(value), address, align, mask, stream=stream)
+
+    def load_acc(self, address: Value) -> Value:
+        """16 lanes of acc from scratch memory."""
+        return load_raw(address, self.acc, self.acc_size)
+
+    def store_acc(self, value: Value, address: Value) -> None:
+        store_raw(value, address, self.acc_size)
+
+
+def _like(value: Value, element: ir.Type) -> ir.Type:
+    return ir.VectorType(element, LANES) if isinstance(value.type, ir.VectorType) else element
+
+
+def _full(kind: ir.Type, number: int) -> ir.Constant:
+    return ir.Constant(kind, [number] * LANES) if isinstance(kind, ir.VectorType) else ir.Constant(kind, number)
+
+
+def instruction(result: Any = types.void) -> Callable[[Callable[..., Any]], Any]:
+    """Make a numba-callable instruction of a function that emits IR: emit(*Values) -> Value or None, all 64-bit integers."""
+
+    def decorate(emit: Callable[..., Value | None]) -> Any:
+        parameters = inspect.signature(emit).parameters.values()
+
+        def typed(typing_context: Any, *args: Any) -> Any:
+            def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+                out = emit(*(Value(builder, v) for v in values))
+                return context.get_dummy_value() if out is None else out.v
+
+            return result(*[types.intp] * len(args)), codegen
+
+        # numba reads arity and argument names off the signature, and cannot lower *args.
+        context = inspect.Parameter("typing_context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        typed.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+        return intrinsic(typed)
+
+    return decorate
+
+
+def transposed(rows: Sequence[Value]) -> list[Value]:
+    """The 16 x 16 transpose of 16 vectors."""
+
+    def interleave(width: int) -> tuple[list[int], list[int]]:
+        """Pick alternate runs of `width` lanes: lower halves of each 2*width block of both operands, then upper halves."""
+        low, high = [], []
+        for start in range(0, LANES, 2 * width):
+            for side in (0, LANES):
+                low += [side + start + i for i in range(width)]
+                high += [side + start + width + i for i in range(width)]
+        return low, high
+
+    out = list(rows)
+    for width in (1, 2, 4, 8):
+        low, high = interleave(width)
+        for i in range(LANES):
+            if not i & width:
+                a, b = out[i], out[i + width]
+                out[i], out[i + width] = shuffle(a, b, low), shuffle(a, b, high)
+    return out
+
+
+def by_cases(value: Value, cases: Sequence[int], body: Callable[[int], None]) -> None:
+    """Emit body(k) for each k and run the one that equals `value`, an integer known only at run time."""
+    b = value.b
+    end = b.append_basic_block("end")
+    switch = b.switch(value.v, end)
+    for k in cases:
+        block = b.append_basic_block(f"case{k}")
+        switch.add_case(I64(k), block)
+        b.position_at_end(block)
+        body(k)
+        b.branch(end)
+    b.position_at_end(end)
+
+
+@instruction(types.intp)
+def get(address: Value) -> Value:
+    """The int64 at an address."""
+    return Value(address.b, address.b.load(pointer(address, I64), typ=I64))
+
+
+@instruction()
+def put(address: Value, value: Value) -> None:
+    """Store an int64."""
+    address.b.store(value.v, pointer(address, I64))
+
+
+@instruction(types.intp)
+def claim(counter: Value) -> Value:
+    """The next task: the int64 at an address, which other threads add to as well, before adding 1."""
+    b = counter.b
+    return Value(b, b.atomic_rmw("add", pointer(counter, I64), I64(1), "monotonic"))
