@@ -70,6 +70,22 @@ def operand_fields(name: str, o: Operand | None) -> Fields:
     }  # fmt: skip
 
 
+def position_fields(S: int, operands: dict[str, Operand | None]) -> tuple[list[NDArray[np.int64]], Fields]:
+    """For arrays of any strides: where each position is, in bytes, per operand; and the mask itself."""
+    tables, fields = [], {}
+    for name, o in operands.items():
+        if o is None:
+            continue
+        offsets = np.zeros((), np.int64)
+        for extent, stride in zip(o.position_shape, o.position_strides, strict=True):
+            offsets = np.add.outer(offsets, np.arange(extent, dtype=np.int64) * (stride * ITEMSIZE[o.dtype]))
+        tables.append(np.ascontiguousarray(np.broadcast_to(offsets.reshape(-1), (S,))))
+        fields[f"{name}_offsets"] = at(tables[-1])
+        if name == "mask":
+            fields |= {"mask": o.pointer, "mask_sample": o.sample_stride}
+    return tables, fields
+
+
 def vector_fields(name: str, v: Vector | None) -> Fields:
     if v is None:
         return {}
@@ -168,15 +184,16 @@ class CpuBackend:
         workers = plan.threads_for(N * C * S * ITEMSIZE[x.dtype], tasks, threads.get_num_threads())
         memory, scratch = scratch_fields(cut.offsets, cut.scratch, workers)
         full, tail = plan.column_tables(S, ITEMSIZE[x.dtype])
+        tables, positions = position_fields(S, {"x": x, "g": dy, "mask": mask}) if kind == "strided" else ([], {})
         launch(
             kernel(what, x.dtype, kind, *options), tasks, workers,
             {
-                **extents_fields(extents), **operand_fields("x", x), **operand_fields("g", dy), **bits_fields(bits), **scratch,
+                **positions, **extents_fields(extents), **operand_fields("x", x), **operand_fields("g", dy), **bits_fields(bits), **scratch,
                 **fields, "rows": at(cut.table), "chunk": cut.chunk, "chunks": cut.chunks, "node_first": at(nodes.first),
                 "node_second": at(nodes.second), "node_count": at(nodes.count), "tables": at(full), "tail": at(tail),
             },
         )  # fmt: skip
-        del memory
+        del memory, tables
         return kept(merged(nodes, cut.steps, what), cut.kept)
 
     def _kind(self, extents: Extents, operands: list[Operand], mask: Operand | None, bits: Bits | None) -> str:
@@ -248,12 +265,21 @@ class CpuBackend:
         name = ("normalize", x.dtype, kind, residual is not None, relu, keep_bits)
         self._elementwise(name, extents, operands, {
             **operand_fields("x", x), **operand_fields("y", y), **operand_fields("g", residual), **bits_fields(bits), **table.fields(),
-        })  # fmt: skip
+        }, {"x": x, "y": y, "g": residual, "mask": mask})  # fmt: skip
         return bits
 
-    def _elementwise(self, name: tuple[Any, ...], extents: Extents, operands: list[Operand], fields: Fields) -> None:
+    def _elementwise(
+        self, name: tuple[Any, ...], extents: Extents, operands: list[Operand], fields: Fields, named: dict[str, Operand | None]
+    ) -> None:
         N, C, S = extents
         kind, size = name[2], ITEMSIZE[operands[0].dtype]
+        if kind == "strided":
+            tasks = N * -(-C // LANES)
+            workers = plan.threads_for(N * C * S * size, tasks, threads.get_num_threads())
+            tables, positions = position_fields(S, named)
+            launch(kernel(*name), tasks, workers, {**extents_fields(extents), **fields, **positions})
+            del tables
+            return
         rows, length = (N * C, S) if kind in ("rows", "columns") else (N * S, C)
         tasks, block = plan.row_tasks(rows, length * size)
         workers = plan.threads_for(N * C * S * size, tasks, threads.get_num_threads())
@@ -354,7 +380,7 @@ class CpuBackend:
         self._elementwise(name, extents, operands, {
             **operand_fields("x", x), **operand_fields("g", dy), **operand_fields("y", dx), **operand_fields("r", dresidual),
             **bits_fields(gate.bits), **table.fields(),
-        })  # fmt: skip
+        }, {"x": x, "y": dx, "g": dy, "r": dresidual, "mask": mask})  # fmt: skip
 
     def backward(
         self, extents: Extents, dy: Operand, x: Operand, dx: Operand, dresidual: Operand | None, statistics: Statistics,

@@ -7,6 +7,7 @@ depends on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,9 +37,21 @@ class Forward(NamedTuple):
     relu: bool
     keep_bits: bool
 
-    reads_g = property(lambda self: self.residual)
-    writes_r = property(lambda self: False)
-    has_bits = property(lambda self: self.keep_bits)
+    @property
+    def reads_g(self) -> bool:
+        return self.residual
+
+    @property
+    def writes_r(self) -> bool:
+        return False
+
+    @property
+    def keeps_bits(self) -> bool:
+        return self.keep_bits
+
+    @property
+    def has_bits(self) -> bool:
+        return self.keep_bits
 
 
 class Backward(NamedTuple):
@@ -48,9 +61,21 @@ class Backward(NamedTuple):
     frozen: bool
     dresidual: bool
 
-    reads_g = property(lambda self: True)
-    writes_r = property(lambda self: self.dresidual)
-    has_bits = property(lambda self: self.gate == "bits")
+    @property
+    def reads_g(self) -> bool:
+        return True
+
+    @property
+    def writes_r(self) -> bool:
+        return self.dresidual
+
+    @property
+    def keeps_bits(self) -> bool:
+        return False
+
+    @property
+    def has_bits(self) -> bool:
+        return self.gate == "bits"
 
 
 Pass = Forward | Backward
@@ -62,36 +87,37 @@ def store_bits(lanes: Value, address: Value) -> None:
     store.align = 2
 
 
-def vector_of(element: Element, what: Pass) -> Callable[..., tuple[Value, Value | None]]:
-    """(y or dx, dresidual) of 16 elements in acc; keeps the bits of a residual ReLU."""
+def vector_of(
+    element: Element, what: Pass, load: Callable[..., Value] = load_bits, store: Callable[..., None] = store_bits
+) -> Callable[..., tuple[Value, Value | None]]:
+    """compute(x, g, place, coefficients): y or dx of 16 elements in acc, and dresidual.
 
-    def forward(what: Forward, x: Value, g: Value | None, pb: Value, c: Coefficients) -> tuple[Value, None]:
+    The bits of a residual ReLU are read by load(*place) and kept by store(bits, *place).
+    """
+
+    def forward(what: Forward, x: Value, g: Value | None, place: tuple[Value, ...], c: Coefficients) -> tuple[Value, None]:
         v = normalized(x, c)
         if g is not None:
             v = v + g
         if what.relu:
             v = relu(v)
         if what.keep_bits:
-            passes = not_positive(element.rounded(v))
             b = v.b
-            store_bits(Value(b, b.not_(passes.v)), pb)
+            store(Value(b, b.not_(not_positive(element.rounded(v)).v)), *place)
         return v, None
 
-    def backward(what: Backward, x: Value, g: Value, pb: Value, c: Coefficients) -> tuple[Value, Value | None]:
+    def backward(
+        what: Backward, x: Value, g: Value | None, place: tuple[Value, ...], c: Coefficients
+    ) -> tuple[Value, Value | None]:
+        assert g is not None
         if what.gate == "recompute":
             g = gated(element, g, x, c)
         elif what.gate == "bits":
-            g = select(load_bits(pb), g, constant(g, 0.0))
+            g = select(load(*place), g, constant(g, 0.0))
         dx = g * c.scale if what.frozen else input_gradient(g, x, c)
         return dx, g if what.dresidual else None
 
-    def of(x: Value, g: Value | None, pb: Value, c: Coefficients) -> tuple[Value, Value | None]:
-        if isinstance(what, Forward):
-            return forward(what, x, g, pb, c)
-        assert g is not None
-        return backward(what, x, g, pb, c)
-
-    return of
+    return functools.partial(forward if isinstance(what, Forward) else backward, what)
 
 
 def row_pass(element: Element, what: Pass, per_lane: bool) -> Any:
@@ -115,7 +141,7 @@ def row_pass(element: Element, what: Pass, per_lane: bool) -> Any:
                 at = b.load(pointer(context + row * i, element.acc), typ=element.acc)
                 one.append(splat(Value(b, at)))
             tables = [Coefficients(*one)] * count
-        found = [compute(x, g, pb + 2 * i, c) for i, (x, g, c) in enumerate(zip(xs, gs, tables, strict=True))]
+        found = [compute(x, g, (pb + 2 * i,), c) for i, (x, g, c) in enumerate(zip(xs, gs, tables, strict=True))]
         for o, (y, dresidual) in zip(offsets, found, strict=True):
             element.store(y, py + o, mask, stream=stream)
             if dresidual is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from llvmlite import ir
+
 from cubn.backends.cpu import channels
 from cubn.backends.cpu.arithmetic import Moments, Reduction, Sums
 from cubn.backends.cpu.elementwise import Backward, Forward, Pass, channel_pass, position_pass
@@ -13,6 +15,7 @@ from cubn.backends.cpu.reduce import HALF_NODE, NODE, Source, gather, jit
 from cubn.backends.cpu.simd import (
     DOUBLE, LANES, Element, Value, claim, constant, first_lanes, get, instruction, load_raw, put, ratio, splat, store_raw, convert,
 )  # fmt: skip
+from cubn.backends.cpu.strided import strided_pass
 
 Kernel = Callable[[int, int], None]
 
@@ -41,6 +44,14 @@ def store_lanes(to: Value, slot: Value, lanes: Value) -> None:
     store_raw(load_raw(slot, DOUBLE, 8), to, 8, first_lanes(lanes))
 
 
+@instruction()
+def clear(slot: Value) -> None:
+    """The node of nothing."""
+    zero = Value(slot.b, ir.Constant(ir.VectorType(DOUBLE, LANES), None))
+    store_raw(zero, slot, 8)
+    store_raw(zero, slot + HALF_NODE, 8)
+
+
 def reduce_rows(source: Source, kind: str) -> Kernel:
     """One node a row and channel. Task: a row of the plan's table, a chunk of channels."""
     collect = gather(source, kind)
@@ -58,11 +69,15 @@ def reduce_rows(source: Source, kind: str) -> Kernel:
                 get(p + BITS) + c0 * get(p + BITS_CHANNEL), get(row), get(row + 8), get(row + 16), get(row + 24), c0,
                 (few + LANES - 1) // LANES,
             )  # fmt: skip
+            count = get(work + get(p + AT_COUNTS) + 2048)
+            if count == 0:
+                for c in range(0, few, LANES):
+                    clear(slots + c // LANES * NODE)
             for c in range(0, few, LANES):
                 to, slot = 8 * (r * c_all + c0 + c), slots + c // LANES * NODE
                 store_lanes(get(p + NODE_FIRST) + to, slot, min(few - c, LANES))
                 store_lanes(get(p + NODE_SECOND) + to, slot + HALF_NODE, min(few - c, LANES))
-            put(get(p + NODE_COUNT) + 8 * r, get(work + get(p + AT_COUNTS) + 2048))
+            put(get(p + NODE_COUNT) + 8 * r, count)
             task = claim(p + TASK)
 
     return kernel
@@ -182,6 +197,20 @@ def backward_slab(element: Element, kind: str, what: Backward) -> Kernel:
             for n in range(get(p + SAMPLES) - 1, -1, -1):
                 for c in range(c0, c0 + few):
                     apply(p, n, c)
+            task = claim(p + TASK)
+
+    return kernel
+
+
+def elementwise_strided(element: Element, what: Pass) -> Kernel:
+    """y or dx of arrays of any strides. Task: up to 16 channels of one sample."""
+    one, groups_of = strided_pass(element, what), LANES
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        groups = (get(p + CHANNELS) + groups_of - 1) // groups_of
+        task = claim(p + TASK)
+        while task < get(p + TASKS):
+            one(p, task // groups, task % groups * groups_of)
             task = claim(p + TASK)
 
     return kernel
@@ -325,4 +354,5 @@ def build(name: str, dtype: str, options: tuple[Any, ...]) -> Kernel:
     if name == "backward_slab":
         return backward_slab(element, kind, Backward(*rest))
     direction = {"normalize": Forward, "input_gradient": Backward}[name]
-    return elementwise(element, kind, direction(*rest))
+    what = direction(*rest)
+    return elementwise_strided(element, what) if kind == "strided" else elementwise(element, kind, what)

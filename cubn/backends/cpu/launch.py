@@ -13,7 +13,7 @@ FIELDS = (
     "r", "r_sample", "r_channel", "r_position",  # dresidual
     "mask", "mask_sample",
     "x_offsets", "y_offsets", "g_offsets", "r_offsets", "mask_offsets",  # int64[S]: where a position is, for strided arrays
-    "bits", "bits_sample", "bits_channel", "bits_position",  # one bit an element, in 16-bit words along the vector
+    "bits", "bits_sample", "bits_channel", "bits_position",  # 16-bit words: a row a channel, or (bits_position > 0) a position
     "coefficients", "coefficient_row",  # table of arithmetic.Coefficients: rows of acc, one entry a channel
     "rows", "steps", "chunk", "chunks",  # int64[.][4], see plan.py; channels a task takes; tasks a row
     "node_first", "node_second", "node_count",  # float64[row][C] twice, int64[row]

@@ -16,7 +16,7 @@ from numba import njit, types
 from cubn.backends.cpu.arithmetic import Coefficients, Moments, Node, Reduction, Term, centre, gated
 from cubn.backends.cpu.launch import OFFSET
 from cubn.backends.cpu.simd import (
-    DOUBLE, EVEN, I16, I1, I64, LANES, ODD, Element, Value, by_cases, constant, convert, first_lanes, get, instruction, ir, load_raw,
+    DOUBLE, EVEN, I1, I16, I32, I64, LANES, ODD, Element, Value, by_cases, constant, convert, first_lanes, get, instruction, ir, load_raw,
     pointer, prefetch, put, ratio, select, shuffle, splat, transposed, widen,
 )  # fmt: skip
 
@@ -55,6 +55,29 @@ def load_bits(address: Value) -> Value:
     word = b.load(pointer(address, I16), typ=I16)
     word.align = 2
     return Value(b, b.bitcast(word, ir.VectorType(I1, LANES)))
+
+
+def at_most(i: int, last: Value) -> Value:
+    b = last.b
+    return Value(b, b.select(b.icmp_signed("<", last.v, I64(i)), last.v, I64(i)))
+
+
+def gathered(base: Value, step: Value, last: Value, kind: ir.Type, align: int) -> Value:
+    """Elements `step` bytes apart as lanes; lanes past the last repeat it."""
+    b = base.b
+    vector = ir.Constant(ir.VectorType(kind, LANES), ir.Undefined)
+    for i in range(LANES):
+        one = b.load(pointer(base + step * at_most(i, last), kind), typ=kind)
+        one.align = align
+        vector = b.insert_element(vector, one, I32(i))
+    return Value(b, vector)
+
+
+def bit_of(words: Value, index: Value) -> Value:
+    """Bit `index` of each lane's 16-bit word."""
+    b = words.b
+    bit = splat(Value(b, b.shl(I16(1), b.trunc(index.v, I16))))
+    return Value(b, b.icmp_unsigned("!=", b.and_(words.v, bit.v), ir.Constant(words.type, [0] * LANES)))
 
 
 def term_at(source: Source, px: Value, pg: Value, pb: Value, context: Value, stride: Value, mask: Value | None = None) -> Term:
@@ -234,7 +257,7 @@ def of_channels(source: Source) -> Any:
     vector, acc_vector = LANES * size, LANES * acc
 
     @jit
-    def tile(p, work, px, pg, pb, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
+    def tile(p, work, px, pg, pb, n, t, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
         """Float64 nodes of one tile of `length` positions at (px, pg, pb), for `width` vectors from channel c0; its count."""
         channels = min(get(p + CHANNELS) - c0, width * LANES)
         sx, sg, sb = get(p + X_POSITION), get(p + G_POSITION), get(p + BITS_POSITION)
@@ -294,12 +317,7 @@ def of_rows(source: Source) -> Any:
 
     def columns_of(base: Value, step: Value, last: Value, mask: Value | None) -> list[Value]:
         """16 positions of 16 channels as 16 vectors of channels; channels past the last repeat it."""
-        b = base.b
-        rows = []
-        for i in range(LANES):
-            row = Value(b, b.select(b.icmp_signed("<", last.v, I64(i)), last.v, I64(i)))
-            rows.append(element.load(base + step * row, mask))
-        return transposed(rows)
+        return transposed([element.load(base + step * at_most(i, last), mask) for i in range(LANES)])
 
     def terms(px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, last: Value, context: Value, stride: Value,
               mask: Value | None) -> list[Term]:  # fmt: skip
@@ -312,17 +330,8 @@ def of_rows(source: Source) -> Any:
         if source.gate == "recompute":
             gs = [gated(element, g, x, c) for g, x in zip(gs, xs, strict=True)]
         elif source.gate == "bits":
-            b, zero = px.b, constant(gs[0], 0.0)
-            word = ir.VectorType(I16, LANES)
-            words = Value(b, ir.Constant(word, ir.Undefined))
-            for i in range(LANES):
-                row = Value(b, b.select(b.icmp_signed("<", last.v, I64(i)), last.v, I64(i)))
-                one = b.load(pointer(pb + sb * row, I16), typ=I16)
-                words = Value(b, b.insert_element(words.v, one, ir.IntType(32)(i)))
-            for i, g in enumerate(gs):
-                bit = b.and_(words.v, ir.Constant(word, [1 << i] * LANES))
-                passes = Value(b, b.icmp_unsigned("!=", bit, ir.Constant(word, [0] * LANES)))
-                gs[i] = select(passes, g, zero)
+            words, zero = gathered(pb, sb, last, I16, 2), constant(gs[0], 0.0)
+            gs = [select(bit_of(words, Value(px.b, I64(i))), g, zero) for i, g in enumerate(gs)]
         return [(g, g * centre(x, c)) for g, x in zip(gs, xs, strict=True)]
 
     @instruction()
@@ -340,14 +349,7 @@ def of_rows(source: Source) -> Any:
 
     @instruction()
     def set_pivot(to: Value, px: Value, sx: Value, last: Value) -> None:
-        b = px.b
-        pivot = ir.Constant(ir.VectorType(element.stored, LANES), ir.Undefined)
-        for i in range(LANES):
-            row = Value(b, b.select(b.icmp_signed("<", last.v, I64(i)), last.v, I64(i)))
-            value = b.load(pointer(px + sx * row, element.stored), typ=element.stored)
-            value.align = element.size
-            pivot = b.insert_element(pivot, value, ir.IntType(32)(i))
-        element.store_acc(element.from_stored(Value(b, pivot)), to)
+        element.store_acc(element.from_stored(gathered(px, sx, last, element.stored, element.size)), to)
 
     @instruction()
     def fetch(address: Value) -> None:
@@ -363,7 +365,7 @@ def of_rows(source: Source) -> Any:
                 fetch(at)
 
     @jit
-    def tile(p, work, px, pg, pb, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
+    def tile(p, work, px, pg, pb, n, t, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
         sx, sg, sb = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + BITS_CHANNEL)
         last = min(get(p + CHANNELS) - c0, LANES) - 1
         context, stride = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
@@ -477,7 +479,7 @@ def of_columns(source: Source) -> Any:
             fetch(at)
 
     @jit
-    def tile(p, work, px, pg, pb, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
+    def tile(p, work, px, pg, pb, n, t, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
         context, stride = work + get(p + AT_PIVOT), 0
         ask(next_x, length)
         if moments:
@@ -612,9 +614,14 @@ def gather(source: Source, kind: str) -> Any:
 
         return collect_single
 
-    tile = {"channels": of_channels, "rows": of_rows, "columns": of_columns}[kind](source)
+    if kind == "strided":
+        from cubn.backends.cpu.strided import of_any
 
-    rowwise = kind != "channels"
+        tile = of_any(source)
+    else:
+        tile = {"channels": of_channels, "rows": of_rows, "columns": of_columns}[kind](source)
+
+    rowwise, anyhow = kind in ("rows", "columns"), kind == "strided"  # strided arrays find positions by their tables
 
     @jit
     def collect(p, work, px, pg, pb, first, last, tile_from, tile_to, c0, width):  # type: ignore[no-untyped-def]
@@ -624,6 +631,8 @@ def gather(source: Source, kind: str) -> Any:
         step_x, step_g, step_b = TILE * get(p + X_POSITION), TILE * get(p + G_POSITION), TILE * get(p + BITS_POSITION)
         if rowwise:
             step_b = TILE // 8
+        if anyhow:
+            step_x = step_g = step_b = 0
         for n in range(first, last):
             ax = px + n * get(p + X_SAMPLE)
             ag = pg + n * get(p + G_SAMPLE)
@@ -633,7 +642,8 @@ def gather(source: Source, kind: str) -> Any:
                 if t + 1 == tile_to:
                     next_x, next_g = ax + get(p + X_SAMPLE) + tile_from * step_x, ag + get(p + G_SAMPLE) + tile_from * step_g
                 length = min(positions - t * TILE, TILE)
-                count = tile(p, work, ax + t * step_x, ag + t * step_g, ab + t * step_b, length, c0, width, node, next_x, next_g)
+                at_x, at_g, at_b = ax + t * step_x, ag + t * step_g, ab + t * step_b
+                count = tile(p, work, at_x, at_g, at_b, n, t, length, c0, width, node, next_x, next_g)
                 for lane in range(width):
                     push(node + lane * NODE, count, tiles, tile_counts, width, lane, 0, t - tile_from)
                 count_up(count, tile_counts, 0, t - tile_from)
