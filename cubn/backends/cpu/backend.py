@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cubn._tree import Step, pair_order, root_order
 from cubn.backends import Extents, Gate, Nodes, Operand, Statistics, Vector, threads
-from cubn.backends.cpu import plan
+from cubn.backends.cpu import plan, pool
 from cubn.backends.cpu.compile import Kernel, compiled
 from cubn.backends.cpu.launch import parameters
 
@@ -56,7 +56,7 @@ def at(a: NDArray[Any] | None) -> int:
 
 def launch(run: Kernel, tasks: int, workers: int, fields: Fields) -> None:
     block = parameters(tasks=tasks, **fields)
-    threads.run(run, block.buffer_info()[0], workers)
+    pool.run(run, block.buffer_info()[0], workers)
 
 
 def operand_fields(name: str, o: Operand | None) -> Fields:

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import llvmlite.binding as llvm
@@ -27,7 +28,6 @@ except ImportError as error:
     ) from error
 
 logger = logging.getLogger("cubn")
-Kernel = Callable[[int, int], None]
 _SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
 _compiling = threading.RLock()
 _engines: list[llvm.ExecutionEngine] = []  # what they loaded lives as long as they do
@@ -43,6 +43,13 @@ def cache_folder() -> Path | None:
     except ImportError:
         return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cubn"
     return Path(platformdirs.user_cache_dir("cubn", appauthor=False))
+
+
+class Kernel(NamedTuple):
+    """A native `call(parameters, worker)`, which releases the GIL, and its address."""
+
+    call: Callable[[int, int], None]
+    address: int
 
 
 @functools.cache
@@ -100,7 +107,8 @@ def _load(code: bytes) -> Kernel:
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
-    return _SIGNATURE(engine.get_function_address("kernel"))
+    address = engine.get_function_address("kernel")
+    return Kernel(_SIGNATURE(address), address)
 
 
 def _path(name: str) -> Path | None:

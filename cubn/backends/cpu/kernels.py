@@ -17,7 +17,7 @@ from cubn.backends.cpu.simd import (
 )  # fmt: skip
 from cubn.backends.cpu.strided import strided_pass
 
-Kernel = Callable[[int, int], None]
+Function = Callable[[int, int], None]
 
 TASK, TASKS = OFFSET["task"], OFFSET["tasks"]
 SAMPLES, CHANNELS, POSITIONS = OFFSET["samples"], OFFSET["channels"], OFFSET["positions"]
@@ -52,7 +52,7 @@ def clear(slot: Value) -> None:
     store_raw(zero, slot + HALF_NODE, 8)
 
 
-def reduce_rows(source: Source, kind: str) -> Kernel:
+def reduce_rows(source: Source, kind: str) -> Function:
     """One node a row and channel. Task: a row of the plan's table, a chunk of channels."""
     collect = gather(source, kind)
 
@@ -83,7 +83,7 @@ def reduce_rows(source: Source, kind: str) -> Kernel:
     return kernel
 
 
-def merge_rows(what: Reduction) -> Kernel:
+def merge_rows(what: Reduction) -> Function:
     """The plan's steps (left row, right row, count left, count right) over node rows. Task: a chunk of channels."""
 
     @instruction()
@@ -142,7 +142,7 @@ def finish(p, c, slot, second, count):  # type: ignore[no-untyped-def]
     channels.statistics(slot, second, count, p + EPS, get(p + MEAN) + at, get(p + M2) + at, get(p + VAR) + at, get(p + INVSTD) + at)
 
 
-def train_slab(element: Element, kind: str, what: Forward) -> Kernel:
+def train_slab(element: Element, kind: str, what: Forward) -> Function:
     """Moments, statistics and y, a chunk of channels at a time; y in reverse, so that it starts on what is still in cache."""
     source = Source(element, Moments, "none")
     collect, tabulate, normalize = gather(source, kind), table_of(element), channel_pass(element, what)
@@ -169,7 +169,7 @@ def train_slab(element: Element, kind: str, what: Forward) -> Kernel:
     return kernel
 
 
-def backward_slab(element: Element, kind: str, what: Backward) -> Kernel:
+def backward_slab(element: Element, kind: str, what: Backward) -> Function:
     """Sums and dx, a chunk of channels at a time. The table holds the coefficients already."""
     source = Source(element, Sums, what.gate)
     collect, apply = gather(source, kind), channel_pass(element, what)
@@ -202,7 +202,7 @@ def backward_slab(element: Element, kind: str, what: Backward) -> Kernel:
     return kernel
 
 
-def elementwise_strided(element: Element, what: Pass) -> Kernel:
+def elementwise_strided(element: Element, what: Pass) -> Function:
     """y or dx of arrays of any strides. Task: up to 16 channels of one sample."""
     one, groups_of = strided_pass(element, what), LANES
 
@@ -216,7 +216,7 @@ def elementwise_strided(element: Element, what: Pass) -> Kernel:
     return kernel
 
 
-def elementwise(element: Element, kind: str, what: Pass) -> Kernel:
+def elementwise(element: Element, kind: str, what: Pass) -> Function:
     """y or dx from the coefficient table. Task: a block of rows, the last ones first."""
     rowwise = kind in ("rows", "columns")
     one = channel_pass(element, what) if rowwise else position_pass(element, what)
@@ -235,7 +235,7 @@ def elementwise(element: Element, kind: str, what: Pass) -> Kernel:
     return kernel
 
 
-def statistics() -> Kernel:
+def statistics() -> Function:
     """Mean, m2, var and invstd of all channels from a root (count, first, second)."""
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
@@ -245,7 +245,7 @@ def statistics() -> Kernel:
     return kernel
 
 
-def tabulate(element: Element) -> Kernel:
+def tabulate(element: Element) -> Function:
     """The coefficient table of all channels from mean and invstd."""
     of_channel = table_of(element)
 
@@ -256,7 +256,7 @@ def tabulate(element: Element) -> Kernel:
     return kernel
 
 
-def tabulate_gradient(element: Element) -> Kernel:
+def tabulate_gradient(element: Element) -> Function:
     """k1 and k2 of all channels from the sums."""
     of_channel, acc = channels.gradient_coefficients(element.acc), element.acc_size
 
@@ -279,7 +279,7 @@ def widen_running(p, c):  # type: ignore[no-untyped-def]
     channels.invstd_of(get(p + VAR) + at, p + EPS, get(p + INVSTD) + at)
 
 
-def frozen() -> Kernel:
+def frozen() -> Function:
     """Mean, var and invstd of all channels from running statistics."""
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
@@ -289,7 +289,7 @@ def frozen() -> Kernel:
     return kernel
 
 
-def tabulate_frozen(element: Element) -> Kernel:
+def tabulate_frozen(element: Element) -> Function:
     """`frozen` and `tabulate` in one."""
     of_channel = table_of(element)
 
@@ -301,7 +301,7 @@ def tabulate_frozen(element: Element) -> Kernel:
     return kernel
 
 
-def update(code: int) -> Kernel:
+def update(code: int) -> Function:
     """Running statistics stored in float32 (code 3) or float64 (4), and both counters."""
     of_channel = channels.update[code]
 
@@ -318,7 +318,7 @@ def update(code: int) -> Kernel:
     return kernel
 
 
-def parameter_gradients() -> Kernel:
+def parameter_gradients() -> Function:
     """dgamma and dbeta of all channels, each in its own dtype."""
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
@@ -332,7 +332,7 @@ def parameter_gradients() -> Kernel:
     return kernel
 
 
-def build(name: str, dtype: str, options: tuple[Any, ...]) -> Kernel:
+def build(name: str, dtype: str, options: tuple[Any, ...]) -> Function:
     """The kernel called `name`, specialised for a dtype and its options."""
     element = Element(dtype) if dtype else None
     if name in ("statistics", "frozen", "parameter_gradients"):

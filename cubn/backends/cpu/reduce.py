@@ -23,7 +23,7 @@ from cubn.backends.cpu.simd import (
 ROWS, COLUMNS, TILE = 8, 256, 2048
 NODE = 256  # bytes of a node slot: two vectors of 16 float64
 HALF_NODE = NODE // 2
-jit = njit(error_model="numpy", nogil=True)
+jit = njit(error_model="numpy", nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
 X_SAMPLE, X_CHANNEL, X_POSITION = OFFSET["x_sample"], OFFSET["x_channel"], OFFSET["x_position"]
