@@ -9,3 +9,32 @@ class BackendUnavailable(RuntimeError):
 
 class CollectiveMismatch(ValueError):
     """Ranks disagree on what they are about to reduce; raised on every rank."""
+
+
+def message(
+    function: str,
+    argument: str,
+    rule: str,
+    got: object,
+    remedy: str = "",
+    *,
+    shape: tuple[int, ...] | None = None,
+    dtype: str | None = None,
+    device: tuple[int, int] | str | None = None,
+) -> str:
+    """`<function>: <argument> must <rule>; got <value> (shape=…, dtype=…, device=…). <remedy>`, of the facts given."""
+    place = device_name(device) if isinstance(device, tuple) else device
+    facts = [
+        f"{name}={value}"
+        for name, value in (("shape", shape), ("dtype", dtype), ("device", place))
+        if value is not None
+    ]
+    known = f" ({', '.join(facts)})" if facts else ""
+    return f"{function}: {argument} must {rule}; got {got}{known}." + (f" {remedy}" if remedy else "")
+
+
+def device_name(device: tuple[int, int]) -> str:
+    """A DLPack device (type, index) as people write it: `cpu`, `cuda:0`."""
+    kind, index = device
+    name = {1: "cpu", 2: "cuda"}.get(kind, f"dlpack-{kind}")
+    return name if kind == 1 else f"{name}:{index}"

@@ -53,7 +53,8 @@ class Vector(NamedTuple):
 class Nodes(NamedTuple):
     """Nodes of the canonical tree, one per maximal aligned power-of-two block of samples, left to right.
 
-    Row i covers global samples `blocks[i] = (lo, hi)`; `count[i]` is the number of values of *one* channel in it (a mask
+    Row i covers global samples `blocks[i] = (lo, hi)`; `count[i]` is the number of values of *one* channel in it (a
+    mask
     has no channel axis, so all channels share it). `first` and `second` have shape (len(blocks), C) in float64:
     mean and m2 of `Backend.moments`, sum_dy and sum_dy_xmu of `Backend.backward_sums`.
     """
@@ -65,7 +66,9 @@ class Nodes(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What normalisation needs: count (a number, as an int64 array of shape ()), and float64 (C,) mean, m2, var, invstd."""
+    """What normalisation needs: count (a number, as an int64 array of shape ()), and float64 (C,) mean, m2, var,
+    invstd.
+    """
 
     count: BackendArray
     mean: BackendArray
@@ -86,7 +89,9 @@ class Gate(NamedTuple):
 
 
 class Backend(Protocol):
-    """What the operations ask of a device. Every method works on the caller's current stream and returns at once or done."""
+    """What the operations ask of a device. Every method works on the caller's current stream and returns at once or
+    done.
+    """
 
     name: str
 
@@ -94,10 +99,14 @@ class Backend(Protocol):
         """Nodes (count, mean, m2) of samples [start, start + N). N = 0 or S = 0 gives nodes of count 0, or none."""
 
     def merge(self, nodes: Nodes) -> Nodes:
-        """The same neighbouring blocks with every complete aligned pair merged: at most one row per maximal aligned block."""
+        """The same neighbouring blocks with every complete aligned pair merged: at most one row per maximal aligned
+        block.
+        """
 
     def root(self, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
-        """(count (), mean (C,), m2 (C,)) of the moments tree over all rows, which must be neighbours; absent rows are the identity."""
+        """(count (), mean (C,), m2 (C,)) of the moments tree over all rows, which must be neighbours; absent rows are
+        the identity.
+        """
 
     def root_sums(self, nodes: Nodes) -> tuple[BackendArray, BackendArray]:
         """(sum_dy (C,), sum_dy_xmu (C,)) of the plain-sum tree over all rows of `backward_sums`."""
@@ -109,50 +118,128 @@ class Backend(Protocol):
         """The same from running statistics, widened to float64; count is 0 and m2 has no meaning."""
 
     def normalize(
-        self, extents: Extents, x: Operand, y: Operand, statistics: Statistics, gamma: Vector | None, beta: Vector | None,
-        *, mask: Operand | None, residual: Operand | None, relu: bool, keep_bits: bool,
+        self,
+        extents: Extents,
+        x: Operand,
+        y: Operand,
+        statistics: Statistics,
+        gamma: Vector | None,
+        beta: Vector | None,
+        *,
+        mask: Operand | None,
+        residual: Operand | None,
+        relu: bool,
+        keep_bits: bool,
     ) -> BackendArray | None:
-        """y = relu((x - mean) * invstd * gamma + beta + residual); with keep_bits, which y are > 0 or NaN, one bit an element."""
+        """y = relu((x - mean) * invstd * gamma + beta + residual); with keep_bits, which y are > 0 or NaN, one bit an
+        element.
+        """
 
     def forward(
-        self, extents: Extents, x: Operand, y: Operand, running_mean: Vector, running_var: Vector, eps: float,
-        gamma: Vector | None, beta: Vector | None, *, mask: Operand | None, residual: Operand | None, relu: bool,
+        self,
+        extents: Extents,
+        x: Operand,
+        y: Operand,
+        running_mean: Vector,
+        running_var: Vector,
+        eps: float,
+        gamma: Vector | None,
+        beta: Vector | None,
+        *,
+        mask: Operand | None,
+        residual: Operand | None,
+        relu: bool,
     ) -> None:
         """Inference in one call: `frozen_statistics` then `normalize`, with the least host work."""
 
     def train(
-        self, extents: Extents, x: Operand, y: Operand, eps: float, gamma: Vector | None, beta: Vector | None,
-        *, mask: Operand | None, residual: Operand | None, relu: bool, keep_bits: bool,
+        self,
+        extents: Extents,
+        x: Operand,
+        y: Operand,
+        eps: float,
+        gamma: Vector | None,
+        beta: Vector | None,
+        *,
+        mask: Operand | None,
+        residual: Operand | None,
+        relu: bool,
+        keep_bits: bool,
     ) -> tuple[Statistics, BackendArray | None]:
-        """`moments`, `root`, `statistics` and `normalize` over a batch that starts at sample 0 and is whole: fused where it fits."""
+        """`moments`, `root`, `statistics` and `normalize` over a batch that starts at sample 0 and is whole: fused
+        where it fits.
+        """
 
     def update(
-        self, statistics: Statistics, old: tuple[Vector, Vector], new: tuple[Vector, Vector],
-        tracked: BackendArray, skipped: BackendArray, momentum: float | None,
+        self,
+        statistics: Statistics,
+        old: tuple[Vector, Vector],
+        new: tuple[Vector, Vector],
+        tracked: BackendArray,
+        skipped: BackendArray,
+        momentum: float | None,
     ) -> None:
-        """Running mean and variance `old` -> `new` (which may be the same memory), with the guard and both int64 (C,) counters."""
+        """Running mean and variance `old` -> `new` (which may be the same memory), with the guard and both int64 (C,)
+        counters.
+        """
 
     def backward_sums(
-        self, extents: Extents, dy: Operand, x: Operand, statistics: Statistics, gamma: Vector | None, beta: Vector | None,
-        *, mask: Operand | None, gate: Gate, start: int,
+        self,
+        extents: Extents,
+        dy: Operand,
+        x: Operand,
+        statistics: Statistics,
+        gamma: Vector | None,
+        beta: Vector | None,
+        *,
+        mask: Operand | None,
+        gate: Gate,
+        start: int,
     ) -> Nodes:
         """Nodes (count, sum of dy, sum of dy * (x - mean)) of samples [start, start + N), dy behind its gate."""
 
     def backward_apply(
-        self, extents: Extents, dy: Operand, x: Operand, dx: Operand, dresidual: Operand | None, statistics: Statistics,
-        gamma: Vector | None, beta: Vector | None, sums: tuple[BackendArray, BackendArray] | None,
-        *, mask: Operand | None, gate: Gate,
+        self,
+        extents: Extents,
+        dy: Operand,
+        x: Operand,
+        dx: Operand,
+        dresidual: Operand | None,
+        statistics: Statistics,
+        gamma: Vector | None,
+        beta: Vector | None,
+        sums: tuple[BackendArray, BackendArray] | None,
+        *,
+        mask: Operand | None,
+        gate: Gate,
     ) -> None:
-        """dx (and dresidual, the gated dy) from the global sums; with `sums` None the statistics were frozen: dx = dy * scale."""
+        """dx (and dresidual, the gated dy) from the global sums; with `sums` None the statistics were frozen: dx = dy
+        * scale.
+        """
 
     def backward(
-        self, extents: Extents, dy: Operand, x: Operand, dx: Operand, dresidual: Operand | None, statistics: Statistics,
-        gamma: Vector | None, beta: Vector | None, *, frozen: bool, mask: Operand | None, gate: Gate,
+        self,
+        extents: Extents,
+        dy: Operand,
+        x: Operand,
+        dx: Operand,
+        dresidual: Operand | None,
+        statistics: Statistics,
+        gamma: Vector | None,
+        beta: Vector | None,
+        *,
+        frozen: bool,
+        mask: Operand | None,
+        gate: Gate,
     ) -> tuple[BackendArray, BackendArray]:
         """`backward_sums`, `root_sums` and `backward_apply` of a whole batch, fused where it fits; returns the sums."""
 
     def parameter_gradients(
-        self, statistics: Statistics, sums: tuple[BackendArray, BackendArray], dgamma: Vector, dbeta: Vector,
+        self,
+        statistics: Statistics,
+        sums: tuple[BackendArray, BackendArray],
+        dgamma: Vector,
+        dbeta: Vector,
     ) -> None:
         """dgamma = sum_dy_xmu * invstd and dbeta = sum_dy, each rounded once to its vector's dtype."""
 

@@ -10,7 +10,8 @@ _limit: int | None = None
 def set_num_threads(n: int) -> None:
     """Set how many threads one operation may use on the CPU, the caller's included.
 
-    Results do not depend on it. The default is the environment variable CUBN_NUM_THREADS, else the cores this process may
+    Results do not depend on it. The default is the environment variable CUBN_NUM_THREADS, else the cores this process
+    may
     run on.
 
     Parameters

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cubn.backends.cpu.simd import Element, Value, constant, not_positive, select
+from cubn.backends.cpu.simd import DOUBLE, Element, Value, constant, narrow, not_positive, select, widen
 
 Node = tuple[Value, Value]
 Term = tuple[Value, ...]
@@ -23,6 +23,23 @@ class Coefficients(NamedTuple):
     beta: Value
     k1: Value
     k2: Value
+
+
+def divided(total: Value, count: int) -> Value:
+    """total / count for a count of 2 to 8, rounded as the division is, without dividing where that is slow.
+
+    A power of two: its inverse is exact. Else a float32 total times the inverse in float64: no quotient of a float32
+    by such
+    a count lies within that product's error of the middle between two float32, unless it is that middle, and then the
+    product
+    is exact.
+    """
+    if count & (count - 1) == 0:
+        return total * constant(total, 1 / count)
+    if total.type.element == DOUBLE:
+        return total / constant(total, float(count))
+    wide = widen(total, DOUBLE)
+    return narrow(wide * constant(wide, 1 / count), total.type.element)
 
 
 def centre(x: Value, c: Coefficients) -> Value:
@@ -66,9 +83,7 @@ class Moments:
         total = values[0]
         for v in values[1:]:
             total = total + v
-        rows_count = len(values)
-        exact = rows_count & (rows_count - 1) == 0  # a power of two: multiplying by its inverse is the division
-        mean = total * constant(total, 1 / rows_count) if exact else total / constant(total, float(rows_count))
+        mean = divided(total, len(values))
         m2: Value | None = None
         for v in values:
             d = v - mean

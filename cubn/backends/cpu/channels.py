@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from llvmlite import ir
+
 from cubn.backends.cpu.arithmetic import Coefficients
 from cubn.backends.cpu.simd import (
-    DOUBLE, FLOAT, HALF, I1, I16, I32, I64, Element, Value, by_cases, convert, instruction, ir, pointer,
-)  # fmt: skip
+    DOUBLE,
+    FLOAT,
+    I32,
+    I64,
+    Element,
+    Value,
+    by_cases,
+    convert,
+    instruction,
+    pointer,
+)
 
 CODES = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
 """How kernels are told a vector's dtype; 0 is an absent vector."""
@@ -65,7 +76,9 @@ def load_parameter(address: Value, code: Value, absent: float, to: Value, kind: 
 
 
 @instruction()
-def statistics(slot: Value, second: Value, count: Value, eps: Value, mean: Value, m2: Value, var: Value, invstd: Value) -> None:
+def statistics(
+    slot: Value, second: Value, count: Value, eps: Value, mean: Value, m2: Value, var: Value, invstd: Value
+) -> None:
     """Mean, m2, var and invstd of one channel from its root node."""
     store(load(slot), mean)
     found = load(second)
@@ -90,7 +103,16 @@ def coefficients(acc: ir.Type) -> Any:
     """An instruction: high, low, scale and beta of one channel into the table."""
 
     @instruction()
-    def of_channel(to: Value, row: Value, mean: Value, invstd: Value, gamma: Value, gamma_code: Value, beta: Value, beta_code: Value) -> None:
+    def of_channel(
+        to: Value,
+        row: Value,
+        mean: Value,
+        invstd: Value,
+        gamma: Value,
+        gamma_code: Value,
+        beta: Value,
+        beta_code: Value,
+    ) -> None:
         places = Coefficients(*(to + row * i for i in range(6)))
         centre = load(mean)
         high = cast(centre, acc)
@@ -159,9 +181,19 @@ def _update(kind: ir.Type) -> Callable[..., None]:
     """Running mean and variance of one channel, stored in `kind`, with the guard and both counters."""
 
     def update(
-        old_mean: Value, old_var: Value, new_mean: Value, new_var: Value, mean: Value, m2: Value, var: Value, count: Value,
-        momentum: Value, cumulative: Value, tracked: Value, skipped: Value,
-    ) -> None:  # fmt: skip
+        old_mean: Value,
+        old_var: Value,
+        new_mean: Value,
+        new_var: Value,
+        mean: Value,
+        m2: Value,
+        var: Value,
+        count: Value,
+        momentum: Value,
+        cumulative: Value,
+        tracked: Value,
+        skipped: Value,
+    ) -> None:
         b = count.b
         batches, passed_over = load(tracked, I64) + 1, load(skipped, I64)
         one = number(load(mean), 1.0)

@@ -1,6 +1,8 @@
-"""Kernels compiled once: numba makes LLVM IR, LLVM makes an object file, a cache keeps it, later processes just load it.
+"""Kernels compiled once: numba makes LLVM IR, LLVM makes an object file, a cache keeps it, later processes just load
+it.
 
-A process that finds its kernels in the cache never imports numba. The cache key covers everything an object file depends
+A process that finds its kernels in the cache never imports numba. The cache key covers everything an object file
+depends
 on, the source of this package included, so an edit is never stale. A cache that cannot be written or read is no error.
 """
 
@@ -34,7 +36,9 @@ _engines: list[llvm.ExecutionEngine] = []  # what they loaded lives as long as t
 
 
 def cache_folder() -> Path | None:
-    """Where object files are kept: $CUBN_CACHE_DIR, else the user's cache folder; None if that is switched off with ''."""
+    """Where object files are kept: $CUBN_CACHE_DIR, else the user's cache folder; None if that is switched off with
+    ''.
+    """
     asked = os.environ.get("CUBN_CACHE_DIR")
     if asked is not None:
         return Path(asked) if asked else None
@@ -58,7 +62,12 @@ def _machine() -> llvm.TargetMachine:
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_default_triple()
     return target.create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, reloc="pic", codemodel="jitdefault", jit=True
+        cpu=llvm.get_host_cpu_name(),
+        features=llvm.get_host_cpu_features().flatten(),
+        opt=3,
+        reloc="pic",
+        codemodel="jitdefault",
+        jit=True,
     )
 
 

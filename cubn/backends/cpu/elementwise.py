@@ -1,6 +1,7 @@
 """The elementwise passes: y from x, dx from dy and x. They read the coefficient table, not the statistics.
 
-A row is what lies contiguous: positions of one channel (nchw: one coefficient for all lanes) or the channels of one position
+A row is what lies contiguous: positions of one channel (nchw: one coefficient for all lanes) or the channels of one
+position
 (nhwc: a coefficient each). Rows are cut to the alignment of the output where stores bypass the caches, which no result
 depends on.
 """
@@ -15,10 +16,24 @@ from cubn.backends.cpu.arithmetic import Coefficients, gated, input_gradient, no
 from cubn.backends.cpu.launch import OFFSET
 from cubn.backends.cpu.reduce import coefficients_at, jit, load_bits
 from cubn.backends.cpu.simd import (
-    I16, LANES, Element, Value, constant, first_lanes, get, instruction, not_positive, pointer, select, splat,
-)  # fmt: skip
+    I16,
+    LANES,
+    Element,
+    Value,
+    constant,
+    first_lanes,
+    get,
+    instruction,
+    not_positive,
+    pointer,
+    select,
+    splat,
+)
 
 UNROLL = 4
+SHORT = 64  # positions up to which 16 channels are treated as one row
+SPREAD_ROW = (SHORT + 1) * LANES * 8
+SPREAD = 6 * SPREAD_ROW  # bytes of such a row's coefficient table
 
 CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
 X_SAMPLE, X_CHANNEL, X_POSITION = OFFSET["x_sample"], OFFSET["x_channel"], OFFSET["x_position"]
@@ -95,7 +110,9 @@ def vector_of(
     The bits of a residual ReLU are read by load(*place) and kept by store(bits, *place).
     """
 
-    def forward(what: Forward, x: Value, g: Value | None, place: tuple[Value, ...], c: Coefficients) -> tuple[Value, None]:
+    def forward(
+        what: Forward, x: Value, g: Value | None, place: tuple[Value, ...], c: Coefficients
+    ) -> tuple[Value, None]:
         v = normalized(x, c)
         if g is not None:
             v = v + g
@@ -117,16 +134,30 @@ def vector_of(
         dx = g * c.scale if what.frozen else input_gradient(g, x, c)
         return dx, g if what.dresidual else None
 
-    return functools.partial(forward if isinstance(what, Forward) else backward, what)
+    if isinstance(what, Forward):
+        return functools.partial(forward, what)
+    return functools.partial(backward, what)
 
 
 def row_pass(element: Element, what: Pass, per_lane: bool) -> Any:
-    """A numba function: one row of `length` elements, coefficients at `context` (a channel's, or with per_lane one a lane)."""
+    """A numba function: one row of `length` elements, coefficients at `context` (a channel's, or with per_lane one a
+    lane).
+    """
     size, acc = element.size, element.acc_size
     compute = vector_of(element, what)
 
-    def steps(count: int, stream: bool, py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value,
-              lanes: Value | None = None) -> None:  # fmt: skip
+    def steps(
+        count: int,
+        stream: bool,
+        py: Value,
+        px: Value,
+        pg: Value,
+        pr: Value,
+        pb: Value,
+        context: Value,
+        row: Value,
+        lanes: Value | None = None,
+    ) -> None:
         """`count` vectors, loads before stores."""
         mask = None if lanes is None else first_lanes(lanes)
         offsets = [LANES * size * i for i in range(count)]
@@ -216,43 +247,209 @@ def row_pass(element: Element, what: Pass, per_lane: bool) -> Any:
 
 
 def channel_pass(element: Element, what: Pass) -> Any:
-    """A numba function: one sample of one channel of a dense nchw array."""
+    """A numba function: one sample of `count` channels from c0 of a dense nchw array."""
     row = row_pass(element, what, per_lane=False)
     acc = element.acc_size
 
     @jit
-    def of_channel(p, n, c):  # type: ignore[no-untyped-def]
-        row(
-            get(p + POSITIONS),
-            get(p + Y) + n * get(p + Y_SAMPLE) + c * get(p + Y_CHANNEL),
-            get(p + X) + n * get(p + X_SAMPLE) + c * get(p + X_CHANNEL),
-            get(p + G) + n * get(p + G_SAMPLE) + c * get(p + G_CHANNEL),
-            get(p + R) + n * get(p + R_SAMPLE) + c * get(p + R_CHANNEL),
-            get(p + BITS) + n * get(p + BITS_SAMPLE) + c * get(p + BITS_CHANNEL),
-            get(p + COEFFICIENTS) + c * acc,
-            get(p + COEFFICIENT_ROW),
-            get(p + STREAM),
+    def of_channels(p, n, c0, count):  # type: ignore[no-untyped-def]
+        sy, sx, sg, sr, sb = (
+            get(p + Y_CHANNEL),
+            get(p + X_CHANNEL),
+            get(p + G_CHANNEL),
+            get(p + R_CHANNEL),
+            get(p + BITS_CHANNEL),
         )
+        py = get(p + Y) + n * get(p + Y_SAMPLE) + c0 * sy
+        px = get(p + X) + n * get(p + X_SAMPLE) + c0 * sx
+        pg = get(p + G) + n * get(p + G_SAMPLE) + c0 * sg
+        pr = get(p + R) + n * get(p + R_SAMPLE) + c0 * sr
+        pb = get(p + BITS) + n * get(p + BITS_SAMPLE) + c0 * sb
+        length, stream, stride = get(p + POSITIONS), get(p + STREAM), get(p + COEFFICIENT_ROW)
+        context = get(p + COEFFICIENTS) + c0 * acc
+        for _ in range(count):
+            row(length, py, px, pg, pr, pb, context, stride, stream)
+            py += sy
+            px += sx
+            pg += sg
+            pr += sr
+            pb += sb
+            context += acc
 
-    return of_channel
+    return of_channels
 
 
 def position_pass(element: Element, what: Pass) -> Any:
-    """A numba function: all channels of one position of an nhwc array."""
+    """A numba function: all channels of `count` positions from s0 of one sample of an nhwc array, four positions at a
+    time.
+    """
     row = row_pass(element, what, per_lane=True)
+    compute = vector_of(element, what)
+    size, acc = element.size, element.acc_size
+    vector = LANES * size
+
+    def four(
+        stream: bool,
+        py: Value,
+        px: Value,
+        pg: Value,
+        pr: Value,
+        pb: Value,
+        sy: Value,
+        sx: Value,
+        sg: Value,
+        sr: Value,
+        sb: Value,
+        context: Value,
+        stride: Value,
+    ) -> None:
+        """16 channels of four positions: coefficients are loaded once."""
+        c = coefficients_at(element, context, stride)
+        xs = [element.load(px + sx * i) for i in range(UNROLL)]
+        gs = [element.load(pg + sg * i) if what.reads_g else None for i in range(UNROLL)]
+        found = [compute(x, g, (pb + sb * i,), c) for i, (x, g) in enumerate(zip(xs, gs, strict=True))]
+        for i, (y, dresidual) in enumerate(found):
+            element.store(y, py + sy * i, stream=stream)
+            if dresidual is not None:
+                element.store(dresidual, pr + sr * i)
+
+    @instruction()
+    def plain(
+        py: Value,
+        px: Value,
+        pg: Value,
+        pr: Value,
+        pb: Value,
+        sy: Value,
+        sx: Value,
+        sg: Value,
+        sr: Value,
+        sb: Value,
+        context: Value,
+        stride: Value,
+    ) -> None:
+        four(False, py, px, pg, pr, pb, sy, sx, sg, sr, sb, context, stride)
+
+    @instruction()
+    def streamed(
+        py: Value,
+        px: Value,
+        pg: Value,
+        pr: Value,
+        pb: Value,
+        sy: Value,
+        sx: Value,
+        sg: Value,
+        sr: Value,
+        sb: Value,
+        context: Value,
+        stride: Value,
+    ) -> None:
+        four(True, py, px, pg, pr, pb, sy, sx, sg, sr, sb, context, stride)
 
     @jit
-    def of_position(p, n, s):  # type: ignore[no-untyped-def]
-        row(
+    def of_positions(p, n, s0, count):  # type: ignore[no-untyped-def]
+        sy, sx, sg, sr, sb = (
+            get(p + Y_POSITION),
+            get(p + X_POSITION),
+            get(p + G_POSITION),
+            get(p + R_POSITION),
+            get(p + BITS_POSITION),
+        )
+        py = get(p + Y) + n * get(p + Y_SAMPLE) + s0 * sy
+        px = get(p + X) + n * get(p + X_SAMPLE) + s0 * sx
+        pg = get(p + G) + n * get(p + G_SAMPLE) + s0 * sg
+        pr = get(p + R) + n * get(p + R_SAMPLE) + s0 * sr
+        pb = get(p + BITS) + n * get(p + BITS_SAMPLE) + s0 * sb
+        length, stream, stride, context = (
             get(p + CHANNELS),
-            get(p + Y) + n * get(p + Y_SAMPLE) + s * get(p + Y_POSITION),
-            get(p + X) + n * get(p + X_SAMPLE) + s * get(p + X_POSITION),
-            get(p + G) + n * get(p + G_SAMPLE) + s * get(p + G_POSITION),
-            get(p + R) + n * get(p + R_SAMPLE) + s * get(p + R_POSITION),
-            get(p + BITS) + n * get(p + BITS_SAMPLE) + s * get(p + BITS_POSITION),
-            get(p + COEFFICIENTS),
+            get(p + STREAM),
             get(p + COEFFICIENT_ROW),
+            get(p + COEFFICIENTS),
+        )
+        whole = length - length % LANES
+        streams = stream and not (py | sy) & (vector - 1)
+        while count >= UNROLL:
+            for c in range(0, whole, LANES):
+                o = c * size
+                if streams:
+                    streamed(py + o, px + o, pg + o, pr + o, pb + c // 8, sy, sx, sg, sr, sb, context + c * acc, stride)
+                else:
+                    plain(py + o, px + o, pg + o, pr + o, pb + c // 8, sy, sx, sg, sr, sb, context + c * acc, stride)
+            if whole < length:
+                o = whole * size
+                for i in range(UNROLL):
+                    row(
+                        length - whole,
+                        py + o + i * sy,
+                        px + o + i * sx,
+                        pg + o + i * sg,
+                        pr + o + i * sr,
+                        pb + whole // 8 + i * sb,
+                        context + whole * acc,
+                        stride,
+                        0,
+                    )
+            py += UNROLL * sy
+            px += UNROLL * sx
+            pg += UNROLL * sg
+            pr += UNROLL * sr
+            pb += UNROLL * sb
+            count -= UNROLL
+        for _ in range(count):
+            row(length, py, px, pg, pr, pb, context, stride, stream)
+            py += sy
+            px += sx
+            pg += sg
+            pr += sr
+            pb += sb
+
+    return of_positions
+
+
+def group_pass(element: Element, what: Pass) -> tuple[Any, Any]:
+    """(spread, of_group): 16 channels of short rows that lie side by side, as one long row with a coefficient an
+    element.
+
+    `spread` makes the long row's coefficient table in scratch, once for all samples, and says whether that is worth it.
+    """
+    row = row_pass(element, what, per_lane=True)
+    size, acc, has_bits = element.size, element.acc_size, what.has_bits
+    reads_g, writes_r = what.reads_g, what.writes_r
+
+    @instruction()
+    def repeat(to: Value, at: Value) -> None:
+        b = to.b
+        element.store_acc(splat(Value(b, b.load(pointer(at, element.acc), typ=element.acc))), to)
+
+    @jit
+    def spread(p, table, c0, count):  # type: ignore[no-untyped-def]
+        length = get(p + POSITIONS)
+        step = length * size
+        if has_bits or length > SHORT or get(p + X_CHANNEL) != step or get(p + Y_CHANNEL) != step:
+            return False
+        if (reads_g and get(p + G_CHANNEL) != step) or (writes_r and get(p + R_CHANNEL) != step):
+            return False
+        for k in range(6):
+            to = table + k * SPREAD_ROW
+            at = get(p + COEFFICIENTS) + k * get(p + COEFFICIENT_ROW) + c0 * acc
+            for c in range(count):
+                for s in range(0, length, LANES):  # what reaches into the next channel is overwritten by it
+                    repeat(to + (c * length + s) * acc, at + c * acc)
+        return True
+
+    @jit
+    def of_group(p, table, n, c0, count):  # type: ignore[no-untyped-def]
+        row(
+            get(p + POSITIONS) * count,
+            get(p + Y) + n * get(p + Y_SAMPLE) + c0 * get(p + Y_CHANNEL),
+            get(p + X) + n * get(p + X_SAMPLE) + c0 * get(p + X_CHANNEL),
+            get(p + G) + n * get(p + G_SAMPLE) + c0 * get(p + G_CHANNEL),
+            get(p + R) + n * get(p + R_SAMPLE) + c0 * get(p + R_CHANNEL),
+            0,
+            table,
+            SPREAD_ROW,
             get(p + STREAM),
         )
 
-    return of_position
+    return spread, of_group

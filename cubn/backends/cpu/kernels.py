@@ -1,4 +1,6 @@
-"""The kernels: each claims tasks until none is left, and each is one phase, or several while a channel's slab is in cache."""
+"""The kernels: each claims tasks until none is left, and each is one phase, or several while a channel's slab is in
+cache.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,25 @@ from llvmlite import ir
 
 from cubn.backends.cpu import channels
 from cubn.backends.cpu.arithmetic import Moments, Reduction, Sums
-from cubn.backends.cpu.elementwise import Backward, Forward, Pass, channel_pass, position_pass
+from cubn.backends.cpu.elementwise import SPREAD, Backward, Forward, Pass, channel_pass, group_pass, position_pass
 from cubn.backends.cpu.launch import OFFSET
-from cubn.backends.cpu.reduce import HALF_NODE, NODE, Source, gather, jit
+from cubn.backends.cpu.reduce import HALF_NODE, NODE, Source, channels_of_a_slot, gather, jit
 from cubn.backends.cpu.simd import (
-    DOUBLE, LANES, Element, Value, claim, constant, first_lanes, get, instruction, load_raw, put, ratio, splat, store_raw, convert,
-)  # fmt: skip
+    DOUBLE,
+    LANES,
+    Element,
+    Value,
+    claim,
+    convert,
+    first_lanes,
+    get,
+    instruction,
+    load_raw,
+    put,
+    ratio,
+    splat,
+    store_raw,
+)
 from cubn.backends.cpu.strided import strided_pass
 
 Function = Callable[[int, int], None]
@@ -26,15 +41,20 @@ BITS, BITS_CHANNEL = OFFSET["bits"], OFFSET["bits_channel"]
 COEFFICIENTS, COEFFICIENT_ROW = OFFSET["coefficients"], OFFSET["coefficient_row"]
 ROW_TABLE, CHUNK, CHUNKS, BLOCK = OFFSET["rows"], OFFSET["chunk"], OFFSET["chunks"], OFFSET["block"]
 NODE_FIRST, NODE_SECOND, NODE_COUNT = OFFSET["node_first"], OFFSET["node_second"], OFFSET["node_count"]
-SCRATCH, SCRATCH_SIZE, AT_COUNTS = OFFSET["scratch"], OFFSET["scratch_size"], OFFSET["at_counts"]
+SCRATCH, SCRATCH_SIZE = OFFSET["scratch"], OFFSET["scratch_size"]
+AT_COUNTS, AT_SPREAD = OFFSET["at_counts"], OFFSET["at_spread"]
 COUNT, MEAN, M2, VAR, INVSTD = (OFFSET[name] for name in ("count", "mean", "m2", "var", "invstd"))
 FIRST, SECOND = OFFSET["first"], OFFSET["second"]
 GAMMA, GAMMA_CODE, GAMMA_STRIDE = OFFSET["gamma"], OFFSET["gamma_code"], OFFSET["gamma_stride"]
 BETA, BETA_CODE, BETA_STRIDE = OFFSET["beta"], OFFSET["beta_code"], OFFSET["beta_stride"]
 EPS, MOMENTUM, CUMULATIVE = OFFSET["eps"], OFFSET["momentum"], OFFSET["cumulative"]
 TRACKED, SKIPPED, RUNNING_CODE = OFFSET["tracked"], OFFSET["skipped"], OFFSET["running_code"]
-OLD_MEAN, OLD_MEAN_STRIDE, OLD_VAR, OLD_VAR_STRIDE = (OFFSET[f"old_{k}"] for k in ("mean", "mean_stride", "var", "var_stride"))
-NEW_MEAN, NEW_MEAN_STRIDE, NEW_VAR, NEW_VAR_STRIDE = (OFFSET[f"new_{k}"] for k in ("mean", "mean_stride", "var", "var_stride"))
+OLD_MEAN, OLD_MEAN_STRIDE, OLD_VAR, OLD_VAR_STRIDE = (
+    OFFSET[f"old_{k}"] for k in ("mean", "mean_stride", "var", "var_stride")
+)
+NEW_MEAN, NEW_MEAN_STRIDE, NEW_VAR, NEW_VAR_STRIDE = (
+    OFFSET[f"new_{k}"] for k in ("mean", "mean_stride", "var", "var_stride")
+)
 STEPS = OFFSET["steps"]
 
 
@@ -54,7 +74,7 @@ def clear(slot: Value) -> None:
 
 def reduce_rows(source: Source, kind: str) -> Function:
     """One node a row and channel. Task: a row of the plan's table, a chunk of channels."""
-    collect = gather(source, kind)
+    collect, in_slot = gather(source, kind), channels_of_a_slot(kind)
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         work = get(p + SCRATCH) + worker * get(p + SCRATCH_SIZE)
@@ -65,18 +85,26 @@ def reduce_rows(source: Source, kind: str) -> Function:
             row = get(p + ROW_TABLE) + 32 * r
             few = min(chunk, c_all - c0)
             slots = collect(
-                p, work, get(p + X) + c0 * get(p + X_CHANNEL), get(p + G) + c0 * get(p + G_CHANNEL),
-                get(p + BITS) + c0 * get(p + BITS_CHANNEL), get(row), get(row + 8), get(row + 16), get(row + 24), c0,
-                (few + LANES - 1) // LANES,
-            )  # fmt: skip
+                p,
+                work,
+                get(p + X) + c0 * get(p + X_CHANNEL),
+                get(p + G) + c0 * get(p + G_CHANNEL),
+                get(p + BITS) + c0 * get(p + BITS_CHANNEL),
+                get(row),
+                get(row + 8),
+                get(row + 16),
+                get(row + 24),
+                c0,
+                (few + in_slot - 1) // in_slot,
+            )
             count = get(work + get(p + AT_COUNTS) + 2048)
             if count == 0:
-                for c in range(0, few, LANES):
-                    clear(slots + c // LANES * NODE)
-            for c in range(0, few, LANES):
-                to, slot = 8 * (r * c_all + c0 + c), slots + c // LANES * NODE
-                store_lanes(get(p + NODE_FIRST) + to, slot, min(few - c, LANES))
-                store_lanes(get(p + NODE_SECOND) + to, slot + HALF_NODE, min(few - c, LANES))
+                for c in range(0, few, in_slot):
+                    clear(slots + c // in_slot * NODE)
+            for c in range(0, few, in_slot):
+                to, slot = 8 * (r * c_all + c0 + c), slots + c // in_slot * NODE
+                store_lanes(get(p + NODE_FIRST) + to, slot, min(few - c, in_slot))
+                store_lanes(get(p + NODE_SECOND) + to, slot + HALF_NODE, min(few - c, in_slot))
             put(get(p + NODE_COUNT) + 8 * r, count)
             task = claim(p + TASK)
 
@@ -127,10 +155,15 @@ def table_of(element: Element) -> Any:
     @jit
     def tabulate(p, c):  # type: ignore[no-untyped-def]
         of_channel(
-            get(p + COEFFICIENTS) + c * acc, get(p + COEFFICIENT_ROW), get(p + MEAN) + 8 * c, get(p + INVSTD) + 8 * c,
-            get(p + GAMMA) + c * get(p + GAMMA_STRIDE), get(p + GAMMA_CODE),
-            get(p + BETA) + c * get(p + BETA_STRIDE), get(p + BETA_CODE),
-        )  # fmt: skip
+            get(p + COEFFICIENTS) + c * acc,
+            get(p + COEFFICIENT_ROW),
+            get(p + MEAN) + 8 * c,
+            get(p + INVSTD) + 8 * c,
+            get(p + GAMMA) + c * get(p + GAMMA_STRIDE),
+            get(p + GAMMA_CODE),
+            get(p + BETA) + c * get(p + BETA_STRIDE),
+            get(p + BETA_CODE),
+        )
 
     return tabulate
 
@@ -139,13 +172,49 @@ def table_of(element: Element) -> Any:
 def finish(p, c, slot, second, count):  # type: ignore[no-untyped-def]
     """Statistics of one channel from its root."""
     at = 8 * c
-    channels.statistics(slot, second, count, p + EPS, get(p + MEAN) + at, get(p + M2) + at, get(p + VAR) + at, get(p + INVSTD) + at)
+    channels.statistics(
+        slot, second, count, p + EPS, get(p + MEAN) + at, get(p + M2) + at, get(p + VAR) + at, get(p + INVSTD) + at
+    )
+
+
+def slab_pass(element: Element, kind: str, what: Pass) -> Any:
+    """A numba function: the elementwise pass over all samples of a chunk of channels, the last sample first."""
+    of_channels = channel_pass(element, what)
+    if kind == "columns":
+
+        @jit
+        def one_by_one(p, table, c0, few):  # type: ignore[no-untyped-def]
+            for n in range(get(p + SAMPLES) - 1, -1, -1):
+                of_channels(p, n, c0, few)
+
+        return one_by_one
+
+    spread, of_group = group_pass(element, what)
+
+    groups = LANES
+
+    @jit
+    def together(p, table, c0, few):  # type: ignore[no-untyped-def]
+        long = True
+        for c in range(0, few, groups):
+            long = spread(p, table + c // groups * SPREAD, c0 + c, min(few - c, groups))
+        for n in range(get(p + SAMPLES) - 1, -1, -1):
+            for c in range(0, few, groups):
+                if long:
+                    of_group(p, table + c // groups * SPREAD, n, c0 + c, min(few - c, groups))
+                else:
+                    of_channels(p, n, c0 + c, min(few - c, groups))
+
+    return together
 
 
 def train_slab(element: Element, kind: str, what: Forward) -> Function:
-    """Moments, statistics and y, a chunk of channels at a time; y in reverse, so that it starts on what is still in cache."""
+    """Moments, statistics and y, a chunk of channels at a time; y in reverse, so that it starts on what is still in
+    cache.
+    """
     source = Source(element, Moments, "none")
-    collect, tabulate, normalize = gather(source, kind), table_of(element), channel_pass(element, what)
+    collect, tabulate, normalize = gather(source, kind), table_of(element), slab_pass(element, kind, what)
+    in_slot = channels_of_a_slot(kind)
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         work = get(p + SCRATCH) + worker * get(p + SCRATCH_SIZE)
@@ -155,15 +224,18 @@ def train_slab(element: Element, kind: str, what: Forward) -> Function:
         while task < get(p + TASKS):
             c0 = task * chunk
             few = min(chunk, c_all - c0)
-            slots = collect(p, work, get(p + X) + c0 * get(p + X_CHANNEL), 0, 0, 0, get(p + SAMPLES), 0, tiles, c0, 1)
+            width = (few + in_slot - 1) // in_slot
+            slots = collect(
+                p, work, get(p + X) + c0 * get(p + X_CHANNEL), 0, 0, 0, get(p + SAMPLES), 0, tiles, c0, width
+            )
             count = get(work + get(p + AT_COUNTS) + 2048)
-            put(get(p + COUNT), count)
+            if task == 0:
+                put(get(p + COUNT), count)
             for i in range(few):
-                finish(p, c0 + i, slots + 8 * i, slots + 8 * i + HALF_NODE, count)
+                slot = slots + i // in_slot * NODE + i % in_slot * 8
+                finish(p, c0 + i, slot, slot + HALF_NODE, count)
                 tabulate(p, c0 + i)
-            for n in range(get(p + SAMPLES) - 1, -1, -1):
-                for c in range(c0, c0 + few):
-                    normalize(p, n, c)
+            normalize(p, work + get(p + AT_SPREAD), c0, few)
             task = claim(p + TASK)
 
     return kernel
@@ -172,8 +244,8 @@ def train_slab(element: Element, kind: str, what: Forward) -> Function:
 def backward_slab(element: Element, kind: str, what: Backward) -> Function:
     """Sums and dx, a chunk of channels at a time. The table holds the coefficients already."""
     source = Source(element, Sums, what.gate)
-    collect, apply = gather(source, kind), channel_pass(element, what)
-    of_channel, acc = channels.gradient_coefficients(element.acc), element.acc_size
+    collect, apply = gather(source, kind), slab_pass(element, kind, what)
+    of_channel, acc, in_slot = channels.gradient_coefficients(element.acc), element.acc_size, channels_of_a_slot(kind)
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         work = get(p + SCRATCH) + worker * get(p + SCRATCH_SIZE)
@@ -184,19 +256,32 @@ def backward_slab(element: Element, kind: str, what: Backward) -> Function:
             c0 = task * chunk
             few = min(chunk, c_all - c0)
             slots = collect(
-                p, work, get(p + X) + c0 * get(p + X_CHANNEL), get(p + G) + c0 * get(p + G_CHANNEL),
-                get(p + BITS) + c0 * get(p + BITS_CHANNEL), 0, get(p + SAMPLES), 0, tiles, c0, 1,
-            )  # fmt: skip
-            store_lanes(get(p + FIRST) + 8 * c0, slots, few)
-            store_lanes(get(p + SECOND) + 8 * c0, slots + HALF_NODE, few)
+                p,
+                work,
+                get(p + X) + c0 * get(p + X_CHANNEL),
+                get(p + G) + c0 * get(p + G_CHANNEL),
+                get(p + BITS) + c0 * get(p + BITS_CHANNEL),
+                0,
+                get(p + SAMPLES),
+                0,
+                tiles,
+                c0,
+                (few + in_slot - 1) // in_slot,
+            )
+            for c in range(0, few, in_slot):
+                to, slot = 8 * (c0 + c), slots + c // in_slot * NODE
+                store_lanes(get(p + FIRST) + to, slot, min(few - c, in_slot))
+                store_lanes(get(p + SECOND) + to, slot + HALF_NODE, min(few - c, in_slot))
             for c in range(c0, c0 + few):
                 of_channel(
-                    get(p + COEFFICIENTS) + c * acc, get(p + COEFFICIENT_ROW), get(p + FIRST) + 8 * c, get(p + SECOND) + 8 * c,
-                    get(get(p + COUNT)), get(p + INVSTD) + 8 * c,
-                )  # fmt: skip
-            for n in range(get(p + SAMPLES) - 1, -1, -1):
-                for c in range(c0, c0 + few):
-                    apply(p, n, c)
+                    get(p + COEFFICIENTS) + c * acc,
+                    get(p + COEFFICIENT_ROW),
+                    get(p + FIRST) + 8 * c,
+                    get(p + SECOND) + 8 * c,
+                    get(get(p + COUNT)),
+                    get(p + INVSTD) + 8 * c,
+                )
+            apply(p, work + get(p + AT_SPREAD), c0, few)
             task = claim(p + TASK)
 
     return kernel
@@ -219,7 +304,7 @@ def elementwise_strided(element: Element, what: Pass) -> Function:
 def elementwise(element: Element, kind: str, what: Pass) -> Function:
     """y or dx from the coefficient table. Task: a block of rows, the last ones first."""
     rowwise = kind in ("rows", "columns")
-    one = channel_pass(element, what) if rowwise else position_pass(element, what)
+    of_rows = channel_pass(element, what) if rowwise else position_pass(element, what)
     inner = CHANNELS if rowwise else POSITIONS
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
@@ -228,8 +313,12 @@ def elementwise(element: Element, kind: str, what: Pass) -> Function:
         task = claim(p + TASK)
         while task < get(p + TASKS):
             stop = rows - task * block
-            for i in range(max(stop - block, 0), stop):
-                one(p, i // many, i % many)
+            at = max(stop - block, 0)
+            while at < stop:
+                n, first = at // many, at % many
+                count = min(many - first, stop - at)
+                of_rows(p, n, first, count)
+                at += count
             task = claim(p + TASK)
 
     return kernel
@@ -263,9 +352,13 @@ def tabulate_gradient(element: Element) -> Function:
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         for c in range(get(p + CHANNELS)):
             of_channel(
-                get(p + COEFFICIENTS) + c * acc, get(p + COEFFICIENT_ROW), get(p + FIRST) + 8 * c, get(p + SECOND) + 8 * c,
-                get(get(p + COUNT)), get(p + INVSTD) + 8 * c,
-            )  # fmt: skip
+                get(p + COEFFICIENTS) + c * acc,
+                get(p + COEFFICIENT_ROW),
+                get(p + FIRST) + 8 * c,
+                get(p + SECOND) + 8 * c,
+                get(get(p + COUNT)),
+                get(p + INVSTD) + 8 * c,
+            )
 
     return kernel
 
@@ -309,11 +402,19 @@ def update(code: int) -> Function:
         for c in range(get(p + CHANNELS)):
             at = 8 * c
             of_channel(
-                get(p + OLD_MEAN) + c * get(p + OLD_MEAN_STRIDE), get(p + OLD_VAR) + c * get(p + OLD_VAR_STRIDE),
-                get(p + NEW_MEAN) + c * get(p + NEW_MEAN_STRIDE), get(p + NEW_VAR) + c * get(p + NEW_VAR_STRIDE),
-                get(p + MEAN) + at, get(p + M2) + at, get(p + VAR) + at, get(get(p + COUNT)), p + MOMENTUM, get(p + CUMULATIVE),
-                get(p + TRACKED) + at, get(p + SKIPPED) + at,
-            )  # fmt: skip
+                get(p + OLD_MEAN) + c * get(p + OLD_MEAN_STRIDE),
+                get(p + OLD_VAR) + c * get(p + OLD_VAR_STRIDE),
+                get(p + NEW_MEAN) + c * get(p + NEW_MEAN_STRIDE),
+                get(p + NEW_VAR) + c * get(p + NEW_VAR_STRIDE),
+                get(p + MEAN) + at,
+                get(p + M2) + at,
+                get(p + VAR) + at,
+                get(get(p + COUNT)),
+                p + MOMENTUM,
+                get(p + CUMULATIVE),
+                get(p + TRACKED) + at,
+                get(p + SKIPPED) + at,
+            )
 
     return kernel
 
@@ -325,9 +426,14 @@ def parameter_gradients() -> Function:
         for c in range(get(p + CHANNELS)):
             at = 8 * c
             channels.parameter_gradients(
-                get(p + FIRST) + at, get(p + SECOND) + at, get(p + INVSTD) + at, get(p + GAMMA) + c * get(p + GAMMA_STRIDE),
-                get(p + GAMMA_CODE), get(p + BETA) + c * get(p + BETA_STRIDE), get(p + BETA_CODE),
-            )  # fmt: skip
+                get(p + FIRST) + at,
+                get(p + SECOND) + at,
+                get(p + INVSTD) + at,
+                get(p + GAMMA) + c * get(p + GAMMA_STRIDE),
+                get(p + GAMMA_CODE),
+                get(p + BETA) + c * get(p + BETA_STRIDE),
+                get(p + BETA_CODE),
+            )
 
     return kernel
 
@@ -340,10 +446,12 @@ def build(name: str, dtype: str, options: tuple[Any, ...]) -> Function:
     if name == "update":
         return update(*options)
     if name == "merge_rows":
-        return merge_rows({"moments": Moments, "sums": Sums}[options[0]])
+        return merge_rows(Moments if options[0] == "moments" else Sums)
     assert element is not None
     if name in ("tabulate", "tabulate_gradient", "tabulate_frozen"):
-        return {"tabulate": tabulate, "tabulate_gradient": tabulate_gradient, "tabulate_frozen": tabulate_frozen}[name](element)
+        return {"tabulate": tabulate, "tabulate_gradient": tabulate_gradient, "tabulate_frozen": tabulate_frozen}[name](
+            element
+        )
     kind, *rest = options
     if name == "moments":
         return reduce_rows(Source(element, Moments, "none"), kind)

@@ -1,4 +1,6 @@
-"""How work is cut for the CPU: pure functions of extents, layout and dtype. No result depends on what is chosen here."""
+"""How work is cut for the CPU: pure functions of extents, layout and dtype. No result depends on what is chosen
+here.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from cubn._tree import COLUMNS, TILE, Block, Step, aligned_blocks, pair_order, r
 from cubn.backends import Extents, Operand
 
 LANES = 16
-NODE = 256
+NODE = 256  # bytes of a node slot, as in reduce.py
+SPREAD = 6 * 65 * LANES * 8  # the table of elementwise.group_pass
 
 TASKS = 32  # enough to keep a few threads evenly busy, few enough that a node a task is nothing
 WIDEST = 512  # channels side by side: long enough for memory to stream, short enough for the counters to stay in cache
@@ -20,6 +23,9 @@ SAMPLES_A_ROW = 256
 SERIAL_BYTES = 1 << 18  # below this waking a thread costs more than it saves
 STREAM_BYTES = 64 << 20  # above this an output would only push other data out of the caches
 BLOCK_BYTES = 1 << 16
+SLAB_BYTES = 1 << 19  # of x that a fused task may take: half of a core's cache or less
+STRETCH_BYTES = 1 << 13  # of a sample that a fused task should take at once, for memory to stream
+WIDEST_SLAB = 8  # node slots
 
 
 def kind_of(extents: Extents, operands: list[Operand]) -> str:
@@ -40,7 +46,8 @@ def kind_of(extents: Extents, operands: list[Operand]) -> str:
 class Reduction:
     """How the tree is cut into node rows, and how these are merged.
 
-    Row i covers samples [table[i, 0], table[i, 1]) of the array and tiles [table[i, 2], table[i, 3]) of each; a row is many
+    Row i covers samples [table[i, 0], table[i, 1]) of the array and tiles [table[i, 2], table[i, 3]) of each; a row
+    is many
     samples or a part of one. `steps` merge rows of one sample, then complete pairs; rows `kept` then hold `blocks`.
     """
 
@@ -64,8 +71,8 @@ class Slab:
     scratch: int
 
 
-def scratch_offsets(width: int, tiles: int, samples: int) -> tuple[tuple[int, ...], int]:
-    """Where a worker keeps what (at_pivot, at_counts, at_columns, at_buffer, at_node, at_tiles, at_samples), and bytes in all."""
+def scratch_offsets(width: int, tiles: int, samples: int, spread: int = 0) -> tuple[tuple[int, ...], int]:
+    """Where a worker keeps what (at_pivot, ..., at_spread; see launch.py), and bytes in all."""
     sizes = (
         max(width, 6) * LANES * 8,
         2304,
@@ -74,6 +81,7 @@ def scratch_offsets(width: int, tiles: int, samples: int) -> tuple[tuple[int, ..
         width * NODE,
         (tiles.bit_length() + 1) * width * NODE,
         (samples.bit_length() + 1) * width * NODE,
+        spread,
     )
     offsets, at = [], 0
     for size in sizes:
@@ -86,7 +94,11 @@ def scratch_offsets(width: int, tiles: int, samples: int) -> tuple[tuple[int, ..
 def reduction(extents: Extents, kind: str, start: int) -> Reduction:
     """The rows of a reduction over samples [start, start + N)."""
     N, C, S = extents
-    chunk = {"columns": 1, "channels": min(C, WIDEST), "single": min(C, WIDEST)}.get(kind, LANES)
+    slot = 1 if kind == "columns" else LANES
+    chunk = min(C, WIDEST) if kind in ("channels", "single") else slot
+    if kind in ("rows", "columns"):
+        while chunk < 8 * slot and 4 * chunk * S < STRETCH_BYTES:
+            chunk *= 2
     chunks = -(-C // chunk)
     tiles = -(-S // TILE)
     longest, part = _row_extent(N, chunks, tiles, kind)
@@ -103,16 +115,23 @@ def reduction(extents: Extents, kind: str, start: int) -> Reduction:
         table += [(lo - start, hi - start, *tile_range) for tile_range in parts]
     pairs, kept, blocks = pair_order(samples)
     steps += [(first_rows[a], first_rows[b]) for a, b in pairs]
-    offsets, scratch = scratch_offsets(-(-min(chunk, C) // LANES), part, longest)
+    offsets, scratch = scratch_offsets(-(-chunk // slot), part, longest)
     return Reduction(
-        np.array(table, np.int64).reshape(-1, 4), chunk, chunks, tuple(steps), tuple(first_rows[i] for i in kept), blocks, offsets, scratch
-    )  # fmt: skip
+        np.array(table, np.int64).reshape(-1, 4),
+        chunk,
+        chunks,
+        tuple(steps),
+        tuple(first_rows[i] for i in kept),
+        blocks,
+        offsets,
+        scratch,
+    )
 
 
 def _row_extent(N: int, chunks: int, tiles: int, kind: str) -> tuple[int, int]:
     """(samples a row at most, tiles a row): powers of two that leave about TASKS tasks."""
     wanted = max(1, TASKS // chunks)
-    if N >= wanted:
+    if wanted <= N:
         samples = 1
         while samples < SAMPLES_A_ROW and N // (2 * samples) >= wanted:
             samples *= 2
@@ -124,16 +143,28 @@ def _row_extent(N: int, chunks: int, tiles: int, kind: str) -> tuple[int, int]:
 
 
 @functools.lru_cache(1024)
-def slab(extents: Extents, kind: str, threads: int) -> Slab | None:
-    """How channels are cut where statistics and the elementwise pass of a channel are one task; None where that cannot be."""
+def slab(extents: Extents, kind: str, itemsize: int, threads: int) -> Slab | None:
+    """How channels are cut where statistics and the elementwise pass of a channel are one task; None where that
+    cannot be.
+    """
     N, C, S = extents
     if kind not in ("rows", "columns"):
         return None
-    chunk = 1 if kind == "columns" else LANES
+    one = 1 if kind == "columns" else LANES  # channels of a node slot
+    chunk = one
+    while (
+        chunk < one * WIDEST_SLAB
+        and 2 * chunk * N * S * itemsize <= SLAB_BYTES
+        and chunk * S * itemsize < STRETCH_BYTES
+    ):
+        chunk *= 2
+    while chunk > one and -(-C // chunk) < 8 * threads:
+        chunk //= 2
     tasks = -(-C // chunk)
     if threads > 1 and tasks < 4 * threads and tasks % threads:
         return None
-    offsets, scratch = scratch_offsets(1, -(-S // TILE), N)
+    width = chunk // one
+    offsets, scratch = scratch_offsets(width, -(-S // TILE), N, width * SPREAD if kind == "rows" else 0)
     return Slab(chunk, tasks, offsets, scratch)
 
 
@@ -161,10 +192,19 @@ def _column_table(length: int, acc: type[np.floating]) -> NDArray[np.floating]:
     return np.ascontiguousarray(np.concatenate(table))
 
 
-def row_tasks(rows: int, row_bytes: int) -> tuple[int, int]:
-    """(tasks, rows a task) of an elementwise pass."""
-    block = max(1, BLOCK_BYTES // max(row_bytes, 1))
+def elementwise_tasks(extents: Extents, kind: str, itemsize: int) -> tuple[int, int]:
+    """(tasks, rows a task) of an elementwise pass; a strided one takes 16 channels of a sample."""
+    N, C, S = extents
+    if kind == "strided":
+        return N * -(-C // LANES), 0
+    rows, length = (N * C, S) if kind in ("rows", "columns") else (N * S, C)
+    block = max(1, BLOCK_BYTES // (length * itemsize))
     return -(-rows // block), block
+
+
+def streams(extents: Extents, itemsize: int) -> bool:
+    """Whether outputs should bypass the caches."""
+    return extents.N * extents.C * extents.S * itemsize >= STREAM_BYTES
 
 
 def threads_for(size: int, tasks: int, limit: int) -> int:

@@ -1,36 +1,69 @@
 """The canonical tree as kernels: nodes of moments or of backward sums, over any layout.
 
-Lanes are either 16 neighbouring columns of one channel (`columns`, rows of a dense nchw array of 256 positions or more) or
+Lanes are either 16 neighbouring columns of one channel (`columns`, rows of a dense nchw array of 256 positions or
+more) or
 16 channels (everything else). Above the leaves all of them share one device: a *binary counter* of nodes. Node number i
-of a level is merged with the nodes that wait on its left while i is odd, then waits itself; what waits at the end is merged
+of a level is merged with the nodes that wait on its left while i is odd, then waits itself; what waits at the end is
+merged
 from the right. That is the contract's tree, neighbours first, an odd last node moving up alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from numba import njit, types
+from llvmlite import ir
+from numba import njit
 
 from cubn.backends.cpu.arithmetic import Coefficients, Moments, Node, Reduction, Term, centre, gated
 from cubn.backends.cpu.launch import OFFSET
 from cubn.backends.cpu.simd import (
-    DOUBLE, EVEN, I1, I16, I32, I64, LANES, ODD, Element, Value, by_cases, constant, convert, first_lanes, get, instruction, ir, load_raw,
-    pointer, prefetch, put, ratio, select, shuffle, splat, transposed, widen,
-)  # fmt: skip
+    DOUBLE,
+    EVEN,
+    I1,
+    I16,
+    I32,
+    I64,
+    LANES,
+    ODD,
+    Element,
+    Value,
+    by_cases,
+    constant,
+    convert,
+    first_lanes,
+    get,
+    instruction,
+    pointer,
+    prefetch,
+    put,
+    ratio,
+    select,
+    shuffle,
+    splat,
+    transposed,
+    widen,
+)
 
 ROWS, COLUMNS, TILE = 8, 256, 2048
 NODE = 256  # bytes of a node slot: two vectors of 16 float64
 HALF_NODE = NODE // 2
-jit = njit(error_model="numpy", nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+FEW = 3  # positions that are cheaper gathered one by one than transposed
+# Helpers are only ever inlined into a kernel, so they need no entry points of their own.
+jit = njit(error_model="numpy", nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
 
 CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
 X_SAMPLE, X_CHANNEL, X_POSITION = OFFSET["x_sample"], OFFSET["x_channel"], OFFSET["x_position"]
 G_SAMPLE, G_CHANNEL, G_POSITION = OFFSET["g_sample"], OFFSET["g_channel"], OFFSET["g_position"]
 BITS_SAMPLE, BITS_CHANNEL, BITS_POSITION = OFFSET["bits_sample"], OFFSET["bits_channel"], OFFSET["bits_position"]
 COEFFICIENTS, COEFFICIENT_ROW = OFFSET["coefficients"], OFFSET["coefficient_row"]
-AT_PIVOT, AT_COUNTS, AT_COLUMNS, AT_BUFFER = OFFSET["at_pivot"], OFFSET["at_counts"], OFFSET["at_columns"], OFFSET["at_buffer"]
+AT_PIVOT, AT_COUNTS, AT_COLUMNS, AT_BUFFER = (
+    OFFSET["at_pivot"],
+    OFFSET["at_counts"],
+    OFFSET["at_columns"],
+    OFFSET["at_buffer"],
+)
 AT_NODE, AT_TILES, AT_SAMPLES = OFFSET["at_node"], OFFSET["at_tiles"], OFFSET["at_samples"]
 TABLES, TAIL = OFFSET["tables"], OFFSET["tail"]
 COLUMN_BUFFER = (COLUMNS + 2 * LANES) * 8
@@ -80,8 +113,12 @@ def bit_of(words: Value, index: Value) -> Value:
     return Value(b, b.icmp_unsigned("!=", b.and_(words.v, bit.v), ir.Constant(words.type, [0] * LANES)))
 
 
-def term_at(source: Source, px: Value, pg: Value, pb: Value, context: Value, stride: Value, mask: Value | None = None) -> Term:
-    """The term of 16 elements: x at px, dy at pg, bits at pb; context holds the pivot (moments) or the coefficients (sums)."""
+def term_at(
+    source: Source, px: Value, pg: Value, pb: Value, context: Value, stride: Value, mask: Value | None = None
+) -> Term:
+    """The term of 16 elements: x at px, dy at pg, bits at pb; context holds the pivot (moments) or the coefficients
+    (sums).
+    """
     element = source.element
     x = element.load(px, mask)
     if source.what is Moments:
@@ -109,12 +146,18 @@ def equal_merge(what: Reduction, a: Node, b: Node, count: float) -> Node:
     return what.merge(a, b, constant(a[0], 0.5), constant(a[0], count * 0.5))
 
 
-def pairwise(what: Reduction, nodes: list[Node], count: float) -> Node:
-    """The tree over a power of two of nodes of `count` values each."""
-    while len(nodes) > 1:
-        nodes = [equal_merge(what, nodes[i], nodes[i + 1], count) for i in range(0, len(nodes), 2)]
-        count *= 2
-    return nodes[0]
+def pairwise(what: Reduction, nodes: Iterable[Node], count: float) -> Node:
+    """The tree over a power of two of nodes of `count` values each, merged as soon as they come so that few stay in
+    registers.
+    """
+    waiting: list[Node] = []
+    for index, node in enumerate(nodes):
+        size = count
+        while index & 1:
+            node = equal_merge(what, waiting.pop(), node, size)
+            size, index = size * 2, index >> 1
+        waiting.append(node)
+    return waiting[0]
 
 
 def counter(element: Element, what: Reduction) -> tuple[Any, Any, Any]:
@@ -206,47 +249,99 @@ def widened(element: Element, what: Reduction) -> Any:
 
 
 def of_channels(source: Source) -> Any:
-    """tile(): lanes are neighbouring channels in memory (nhwc), `width` vectors of them at a time so that memory streams."""
+    """tile(): lanes are neighbouring channels in memory (nhwc), `width` vectors of them at a time so that memory
+    streams.
+    """
     element, what = source.element, source.what
     push, count_up, settle = counter(element, what)
     to_double = widened(element, what)
 
-    def leaf(rows: int, px: Value, pg: Value, pb: Value, steps: tuple[Value, Value, Value], context: Value, stride: Value,
-             mask: Value | None = None) -> Node:  # fmt: skip
+    def leaf(
+        rows: int,
+        px: Value,
+        pg: Value,
+        pb: Value,
+        steps: tuple[Value, Value, Value],
+        context: Value,
+        stride: Value,
+        mask: Value | None = None,
+    ) -> Node:
         terms = []
         for r in range(rows):
-            terms.append(term_at(source, px + steps[0] * r, pg + steps[1] * r, pb + steps[2] * r, context, stride, mask))
+            terms.append(
+                term_at(source, px + steps[0] * r, pg + steps[1] * r, pb + steps[2] * r, context, stride, mask)
+            )
         return what.leaf(terms)
 
-    def block(columns: int, rows: int, to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value,
-              context: Value, stride: Value) -> None:  # fmt: skip
+    def block(
+        columns: int,
+        rows: int,
+        to: Value,
+        px: Value,
+        pg: Value,
+        pb: Value,
+        sx: Value,
+        sg: Value,
+        sb: Value,
+        context: Value,
+        stride: Value,
+    ) -> None:
         """`columns` neighbouring columns of `rows` rows, merged in registers; the next ones are asked for meanwhile."""
         down = (sx * COLUMNS, sg * COLUMNS, sb * COLUMNS)
-        nodes = []
-        for k in range(columns):
-            for r in range(rows):
-                prefetch(px + down[0] * r + sx * (columns + k))
-                if what is not Moments:
-                    prefetch(pg + down[1] * r + sg * (columns + k))
-            nodes.append(leaf(rows, px + sx * k, pg + sg * k, pb + sb * k, down, context, stride))
-        store_node(element, pairwise(what, nodes, float(rows)), to)
+
+        def leaves() -> Iterator[Node]:
+            for k in range(columns):
+                for r in range(rows):
+                    prefetch(px + down[0] * r + sx * (columns + k))
+                    if what is not Moments:
+                        prefetch(pg + down[1] * r + sg * (columns + k))
+                yield leaf(rows, px + sx * k, pg + sg * k, pb + sb * k, down, context, stride)
+
+        store_node(element, pairwise(what, leaves(), float(rows)), to)
 
     @instruction()
-    def four(rows: Value, to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, context: Value, stride: Value) -> None:
+    def four(
+        rows: Value,
+        to: Value,
+        px: Value,
+        pg: Value,
+        pb: Value,
+        sx: Value,
+        sg: Value,
+        sb: Value,
+        context: Value,
+        stride: Value,
+    ) -> None:
         by_cases(rows, range(1, ROWS + 1), lambda r: block(4, r, to, px, pg, pb, sx, sg, sb, context, stride))
 
     @instruction()
-    def eight(to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, context: Value, stride: Value) -> None:
-        block(8, 1, to, px, pg, pb, sx, sg, sb, context, stride)
+    def sixteen(
+        to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, context: Value, stride: Value
+    ) -> None:
+        block(16, 1, to, px, pg, pb, sx, sg, sb, context, stride)
 
     @instruction()
-    def one(rows: Value, lanes: Value, to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, context: Value,
-            stride: Value) -> None:  # fmt: skip
+    def one(
+        rows: Value,
+        lanes: Value,
+        to: Value,
+        px: Value,
+        pg: Value,
+        pb: Value,
+        sx: Value,
+        sg: Value,
+        sb: Value,
+        context: Value,
+        stride: Value,
+    ) -> None:
         """A single column, of the first `lanes` channels."""
         mask = first_lanes(lanes)
         down = (sx * COLUMNS, sg * COLUMNS, sb * COLUMNS)
-        by_cases(rows, range(1, ROWS + 1),
-                 lambda r: store_node(element, leaf(r, px, pg, pb, down, context, stride, mask), to))  # fmt: skip
+        by_cases(
+            rows,
+            range(1, ROWS + 1),
+            lambda r: store_node(element, leaf(r, px, pg, pb, down, context, stride, mask), to),
+        )
 
     @instruction()
     def set_pivot(to: Value, px: Value, lanes: Value) -> None:
@@ -258,7 +353,9 @@ def of_channels(source: Source) -> Any:
 
     @jit
     def tile(p, work, px, pg, pb, n, t, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
-        """Float64 nodes of one tile of `length` positions at (px, pg, pb), for `width` vectors from channel c0; its count."""
+        """Float64 nodes of one tile of `length` positions at (px, pg, pb), for `width` vectors from channel c0; its
+        count.
+        """
         channels = min(get(p + CHANNELS) - c0, width * LANES)
         sx, sg, sb = get(p + X_POSITION), get(p + G_POSITION), get(p + BITS_POSITION)
         context, stride = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
@@ -275,8 +372,8 @@ def of_channels(source: Source) -> Any:
         while j < columns:
             rows, limit = (deepest, high) if j < high else (deepest - 1, columns)
             level = 0
-            if deepest == 1 and j & 7 == 0 and j + 8 <= limit:
-                level = 3
+            if deepest == 1 and j & 15 == 0 and j + 16 <= limit:
+                level = 4
             elif j & 3 == 0 and j + 4 <= limit:
                 level = 2
             for k in range(level):
@@ -286,14 +383,16 @@ def of_channels(source: Source) -> Any:
             for lane in range(width):
                 lanes = channels - lane * LANES
                 if lanes >= LANES and level:
-                    if level == 3:
-                        eight(node, ax, ag, ab, sx, sg, sb, at, stride)
+                    if level == 4:
+                        sixteen(node, ax, ag, ab, sx, sg, sb, at, stride)
                     else:
                         four(rows, node, ax, ag, ab, sx, sg, sb, at, stride)
                     push(node, rows << level, stack, counts, width, lane, level, j >> level)
                 else:
                     for k in range(1 << level):
-                        one(rows, min(lanes, LANES), node, ax + k * sx, ag + k * sg, ab + k * sb, sx, sg, sb, at, stride)
+                        one(
+                            rows, min(lanes, LANES), node, ax + k * sx, ag + k * sg, ab + k * sb, sx, sg, sb, at, stride
+                        )
                         push(node, rows, stack, counts, width, lane, 0, j + k)
                 ax += vector
                 ag += vector
@@ -303,7 +402,9 @@ def of_channels(source: Source) -> Any:
             j += 1 << level
         base = settle(stack, counts, width, columns)
         for lane in range(width):
-            to_double(nodes + lane * NODE, stack + (base * width + lane) * NODE, work + get(p + AT_PIVOT) + lane * acc_vector)
+            to_double(
+                nodes + lane * NODE, stack + (base * width + lane) * NODE, work + get(p + AT_PIVOT) + lane * acc_vector
+            )
         return length
 
     return tile
@@ -315,18 +416,37 @@ def of_rows(source: Source) -> Any:
     push, count_up, settle = counter(element, what)
     to_double = widened(element, what)
 
-    def columns_of(base: Value, step: Value, last: Value, mask: Value | None) -> list[Value]:
-        """16 positions of 16 channels as 16 vectors of channels; channels past the last repeat it."""
+    def columns_of(base: Value, step: Value, last: Value, mask: Value | None, ahead: Value) -> list[Value]:
+        """16 positions of 16 channels as 16 vectors of channels; channels past the last repeat it. Ask for what comes
+        `ahead`.
+        """
+        for i in range(LANES):
+            prefetch(base + step * i + ahead)
         return transposed([element.load(base + step * at_most(i, last), mask) for i in range(LANES)])
 
-    def terms(px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, last: Value, context: Value, stride: Value,
-              mask: Value | None) -> list[Term]:  # fmt: skip
-        xs = columns_of(px, sx, last, mask)
+    def terms(
+        px: Value,
+        pg: Value,
+        pb: Value,
+        sx: Value,
+        sg: Value,
+        sb: Value,
+        last: Value,
+        context: Value,
+        stride: Value,
+        ahead_x: Value,
+        ahead_g: Value,
+        mask: Value | None,
+        begins: bool = False,
+    ) -> list[Term]:
+        xs = columns_of(px, sx, last, mask, ahead_x)
         if what is Moments:
-            pivot = element.load_acc(context)
+            pivot = xs[0] if begins else element.load_acc(context)
+            if begins:
+                element.store_acc(pivot, context)
             return [Moments.term(x, pivot) for x in xs]
         c = coefficients_at(element, context, stride)
-        gs = columns_of(pg, sg, last, mask)
+        gs = columns_of(pg, sg, last, mask, ahead_g)
         if source.gate == "recompute":
             gs = [gated(element, g, x, c) for g, x in zip(gs, xs, strict=True)]
         elif source.gate == "bits":
@@ -335,60 +455,156 @@ def of_rows(source: Source) -> Any:
         return [(g, g * centre(x, c)) for g, x in zip(gs, xs, strict=True)]
 
     @instruction()
-    def sixteen(to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, last: Value, context: Value, stride: Value) -> None:
+    def sixteen(
+        to: Value,
+        px: Value,
+        pg: Value,
+        pb: Value,
+        sx: Value,
+        sg: Value,
+        sb: Value,
+        last: Value,
+        context: Value,
+        stride: Value,
+        ahead_x: Value,
+        ahead_g: Value,
+    ) -> None:
         """The node of 16 positions."""
-        found = terms(px, pg, pb, sx, sg, sb, last, context, stride, None)
-        store_node(element, pairwise(what, [what.leaf([t]) for t in found], 1.0), to)
+        found = terms(px, pg, pb, sx, sg, sb, last, context, stride, ahead_x, ahead_g, None)
+        store_node(element, pairwise(what, (what.leaf([t]) for t in found), 1.0), to)
 
     @instruction()
-    def fewer(to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, last: Value, positions: Value, context: Value,
-              stride: Value) -> None:  # fmt: skip
+    def first_sixteen(to: Value, px: Value, sx: Value, last: Value, pivot: Value, ahead: Value) -> None:
+        """The node of a tile's first 16 positions, which sets the pivot."""
+        found = terms(px, px, px, sx, sx, sx, last, pivot, sx, ahead, ahead, None, begins=True)
+        store_node(element, pairwise(what, (what.leaf([t]) for t in found), 1.0), to)
+
+    @instruction()
+    def fewer(
+        to: Value,
+        px: Value,
+        pg: Value,
+        pb: Value,
+        sx: Value,
+        sg: Value,
+        sb: Value,
+        last: Value,
+        positions: Value,
+        context: Value,
+        stride: Value,
+        ahead_x: Value,
+        ahead_g: Value,
+    ) -> None:
         """Leaves of fewer than 16 positions, in 16 slots."""
-        for i, t in enumerate(terms(px, pg, pb, sx, sg, sb, last, context, stride, first_lanes(positions))):
+        for i, t in enumerate(
+            terms(px, pg, pb, sx, sg, sb, last, context, stride, ahead_x, ahead_g, first_lanes(positions))
+        ):
             store_node(element, what.leaf([t]), to + NODE * i)
+
+    @instruction()
+    def single(
+        to: Value,
+        px: Value,
+        pg: Value,
+        pb: Value,
+        sx: Value,
+        sg: Value,
+        sb: Value,
+        last: Value,
+        bit: Value,
+        context: Value,
+        stride: Value,
+    ) -> None:
+        """The leaf of one position."""
+        x = element.from_stored(gathered(px, sx, last, element.stored, element.size))
+        if what is Moments:
+            store_node(element, what.leaf([Moments.term(x, element.load_acc(context))]), to)
+            return
+        c = coefficients_at(element, context, stride)
+        g = element.from_stored(gathered(pg, sg, last, element.stored, element.size))
+        if source.gate == "recompute":
+            g = gated(element, g, x, c)
+        elif source.gate == "bits":
+            g = select(bit_of(gathered(pb, sb, last, I16, 2), bit), g, constant(g, 0.0))
+        store_node(element, what.leaf([(g, g * centre(x, c))]), to)
 
     @instruction()
     def set_pivot(to: Value, px: Value, sx: Value, last: Value) -> None:
         element.store_acc(element.from_stored(gathered(px, sx, last, element.stored, element.size)), to)
 
-    @instruction()
-    def fetch(address: Value) -> None:
-        prefetch(address)
-
     moments, block, size, acc = what is Moments, LANES * element.size, element.size, element.acc_size
 
     @jit
-    def ask(address, step, last, length):  # type: ignore[no-untyped-def]
-        """Ask for 16 rows: if they are neighbours, as one stretch."""
-        if step == length * size:
-            for at in range(address, address + step * (last + 1), 64):
-                fetch(at)
-
-    @jit
-    def tile(p, work, px, pg, pb, n, t, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
+    def group(p, work, px, pg, pb, length, c0, node_out, next_x, next_g):  # type: ignore[no-untyped-def]
+        """The float64 node of 16 channels."""
         sx, sg, sb = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + BITS_CHANNEL)
         last = min(get(p + CHANNELS) - c0, LANES) - 1
         context, stride = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
-        ask(next_x, sx, last, length)
+        ahead_x, ahead_g = next_x - px, next_g - pg
         if moments:
             context, stride = work + get(p + AT_PIVOT), 0
-            set_pivot(context, px, sx, last)
-        else:
-            ask(next_g, sg, last, length)
+            if length < LANES:
+                set_pivot(context, px, sx, last)
         stack, counts, node = work + get(p + AT_COLUMNS), work + get(p + AT_COUNTS), work + get(p + AT_BUFFER)
         whole = length // LANES
         for k in range(whole):
-            sixteen(node, px + k * block, pg + k * block, pb + 2 * k, sx, sg, sb, last, context, stride)
+            if moments and k == 0:
+                first_sixteen(node, px, sx, last, context, ahead_x)
+            else:
+                sixteen(
+                    node,
+                    px + k * block,
+                    pg + k * block,
+                    pb + 2 * k,
+                    sx,
+                    sg,
+                    sb,
+                    last,
+                    context,
+                    stride,
+                    ahead_x,
+                    ahead_g,
+                )
             push(node, LANES, stack, counts, 1, 0, 4, k)
             count_up(LANES, counts, 4, k)
         rest = length - whole * LANES
-        if rest:
-            fewer(node, px + whole * block, pg + whole * block, pb + 2 * whole, sx, sg, sb, last, rest, context, stride)
+        if rest <= FEW:
             for i in range(rest):
-                push(node + i * NODE, 1, stack, counts, 1, 0, 0, whole * LANES + i)
-                count_up(1, counts, 0, whole * LANES + i)
+                at = (whole * LANES + i) * size
+                single(node + i * NODE, px + at, pg + at, pb + 2 * whole, sx, sg, sb, last, i, context, stride)
+        else:
+            fewer(
+                node,
+                px + whole * block,
+                pg + whole * block,
+                pb + 2 * whole,
+                sx,
+                sg,
+                sb,
+                last,
+                rest,
+                context,
+                stride,
+                ahead_x,
+                ahead_g,
+            )
+        for i in range(rest):
+            push(node + i * NODE, 1, stack, counts, 1, 0, 0, whole * LANES + i)
+            count_up(1, counts, 0, whole * LANES + i)
         base = settle(stack, counts, 1, length)
-        to_double(nodes, stack + base * NODE, work + get(p + AT_PIVOT))
+        to_double(node_out, stack + base * NODE, work + get(p + AT_PIVOT))
+
+    @jit
+    def tile(p, work, px, pg, pb, n, t, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
+        step_x, step_g, step_b = LANES * get(p + X_CHANNEL), LANES * get(p + G_CHANNEL), LANES * get(p + BITS_CHANNEL)
+        for lane in range(width):
+            ask_x, ask_g = px + step_x, pg + step_g
+            if lane + 1 == width:
+                ask_x, ask_g = next_x, next_g
+            group(p, work, px, pg, pb, length, c0 + lane * LANES, nodes + lane * NODE, ask_x, ask_g)
+            px += step_x
+            pg += step_g
+            pb += step_b
         return length
 
     return tile
@@ -404,18 +620,41 @@ def of_columns(source: Source) -> Any:
 
     def down(rows: int, px: Value, pg: Value, pb: Value, context: Value, stride: Value) -> list[Term]:
         step = COLUMNS * size
-        return [term_at(source, px + step * r, pg + step * r, pb + COLUMNS // 8 * r, context, stride) for r in range(rows)]
+        return [
+            term_at(source, px + step * r, pg + step * r, pb + COLUMNS // 8 * r, context, stride) for r in range(rows)
+        ]
 
     def keep(node: Node, to: Value) -> None:
         element.store_acc(node[0], to)
         element.store_acc(node[1], to + second)
 
     @instruction()
-    def leaf(rows: Value, to: Value, px: Value, pg: Value, pb: Value, context: Value, stride: Value) -> None:
-        by_cases(rows, range(1, ROWS + 1), lambda r: keep(what.leaf(down(r, px, pg, pb, context, stride)), to))
+    def leaf(
+        rows: Value,
+        to: Value,
+        px: Value,
+        pg: Value,
+        pb: Value,
+        context: Value,
+        stride: Value,
+        ahead_x: Value,
+        ahead_g: Value,
+    ) -> None:
+        """16 columns; ask for what comes `ahead`."""
+
+        def body(r: int) -> None:
+            for i in range(r):
+                prefetch(px + ahead_x + COLUMNS * size * i)
+                if not moments:
+                    prefetch(pg + ahead_g + COLUMNS * size * i)
+            keep(what.leaf(down(r, px, pg, pb, context, stride)), to)
+
+        by_cases(rows, range(1, ROWS + 1), body)
 
     @instruction()
-    def mixed(rows: Value, deeper: Value, to: Value, px: Value, pg: Value, pb: Value, context: Value, stride: Value) -> None:
+    def mixed(
+        rows: Value, deeper: Value, to: Value, px: Value, pg: Value, pb: Value, context: Value, stride: Value
+    ) -> None:
         """As `leaf`, the first `deeper` columns having one row more; with no rows only those are columns at all."""
         mask = first_lanes(deeper)
 
@@ -441,6 +680,36 @@ def of_columns(source: Source) -> Any:
             keep(what.merge(even, odd, element.load_acc(share), element.load_acc(share + LANES * acc)), to)
         else:
             keep(what.merge(even, odd, even[0], even[0]), to)
+
+    @instruction()
+    def fold(slot: Value, buffer: Value, shares: Value) -> None:
+        """The tree over all 256 columns in registers, depth first; the node goes to all lanes of a slot."""
+        firsts = [
+            sum(8 >> k for k in range(level)) if level < 4 else 11 + level for level in range(8)
+        ]  # table rows, 16 pairs each
+
+        def neighbours(a: Node, b: Node, level: int, j: int) -> Node:
+            even = shuffle(a[0], b[0], EVEN), shuffle(a[1], b[1], EVEN)
+            odd = shuffle(a[0], b[0], ODD), shuffle(a[1], b[1], ODD)
+            at = shares + (firsts[level] + j) * 2 * LANES * acc
+            share, weight = (
+                (element.load_acc(at), element.load_acc(at + LANES * acc)) if moments else (even[0], even[0])
+            )
+            return what.merge(even, odd, share, weight)
+
+        def node(level: int, j: int) -> Node:
+            """Vector j of the nodes below `level`."""
+            if level == 0:
+                at = buffer + j * LANES * acc
+                return element.load_acc(at), element.load_acc(at + second)
+            return neighbours(node(level - 1, 2 * j), node(level - 1, 2 * j + 1), level - 1, j)
+
+        found = node(4, 0)
+        for level in range(4, 8):
+            found = neighbours(found, found, level, 0)
+        b = slot.b
+        first, other = (splat(Value(b, b.extract_element(v.v, I32(0)))) for v in found)
+        store_node(element, (first, other), slot)
 
     @instruction()
     def move(to: Value, at: Value) -> None:
@@ -469,25 +738,16 @@ def of_columns(source: Source) -> Any:
             one = b.load(pointer(at + row * i, element.acc), typ=element.acc)
             element.store_acc(splat(Value(b, one)), to + LANES * acc * i)
 
-    @instruction()
-    def fetch(address: Value) -> None:
-        prefetch(address)
-
     @jit
-    def ask(address, length):  # type: ignore[no-untyped-def]
-        for at in range(address, address + length * size, 64):
-            fetch(at)
-
-    @jit
-    def tile(p, work, px, pg, pb, n, t, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
+    def one_channel(p, work, px, pg, pb, length, c0, node, next_x, next_g):  # type: ignore[no-untyped-def]
+        """The float64 node of one channel, in all lanes."""
         context, stride = work + get(p + AT_PIVOT), 0
-        ask(next_x, length)
+        ahead_x, ahead_g = next_x - px, next_g - pg
         if moments:
             set_pivot(context, px)
         else:
             stride = LANES * acc
             spread_coefficients(context, get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW))
-            ask(next_g, length)
         buffer = work + get(p + AT_BUFFER)
         count = min(length, COLUMNS)
         deepest = (length + COLUMNS - 1) // COLUMNS
@@ -495,14 +755,19 @@ def of_columns(source: Source) -> Any:
         for j in range(0, count, LANES):
             ax, ag, ab, to = px + j * size, pg + j * size, pb + j // 8, buffer + j * acc
             if j + LANES <= high:
-                leaf(deepest, to, ax, ag, ab, context, stride)
+                leaf(deepest, to, ax, ag, ab, context, stride, ahead_x, ahead_g)
             elif j < high:
                 mixed(deepest - 1, high - j, to, ax, ag, ab, context, stride)
             else:
-                leaf(deepest - 1, to, ax, ag, ab, context, stride)
+                leaf(deepest - 1, to, ax, ag, ab, context, stride, ahead_x, ahead_g)
         share = get(p + TABLES)
         if length < TILE:
             share = get(p + TAIL)
+        slot = work + get(p + AT_COLUMNS)
+        if count == COLUMNS:
+            fold(slot, buffer, share)
+            to_double(node, slot, context)
+            return
         while count > 1:
             pairs = count >> 1
             last = buffer + (count - 1) * acc
@@ -515,16 +780,29 @@ def of_columns(source: Source) -> Any:
             if odd:
                 move(buffer + pairs * acc, buffer + (COLUMNS + LANES) * acc)
             count = pairs + odd
-        slot = work + get(p + AT_COLUMNS)
         spread(slot, buffer)
-        to_double(nodes, slot, context)
+        to_double(node, slot, context)
+
+    @jit
+    def tile(p, work, px, pg, pb, n, t, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
+        step_x, step_g, step_b = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + BITS_CHANNEL)
+        for c in range(width):
+            ask_x, ask_g = px + step_x, pg + step_g
+            if c + 1 == width:
+                ask_x, ask_g = next_x, next_g
+            one_channel(p, work, px, pg, pb, length, c0 + c, nodes + c * NODE, ask_x, ask_g)
+            px += step_x
+            pg += step_g
+            pb += step_b
         return length
 
     return tile
 
 
 def of_single_positions(source: Source) -> Any:
-    """samples(): one position a sample (2-D input), lanes are channels; every merge is in float64, 16 samples in registers."""
+    """samples(): one position a sample (2-D input), lanes are channels; every merge is in float64, 16 samples in
+    registers.
+    """
     element, what = source.element, source.what
     push, count_up, _ = counter(Element("float64"), what)
 
@@ -537,20 +815,17 @@ def of_single_positions(source: Source) -> Any:
         return widen(g, DOUBLE), widen(t, DOUBLE)
 
     @instruction()
-    def sixteen(to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, context: Value, stride: Value) -> None:
-        nodes = []
-        for i in range(LANES):
-            prefetch(px + sx * (LANES + i))
-            if what is not Moments:
-                prefetch(pg + sg * (LANES + i))
-            nodes.append(node_at(px + sx * i, pg + sg * i, pb + sb * i, context, stride, None))
-            # A binary counter over registers: merge as soon as a pair is whole, so that few stay alive.
-            size, index = 1.0, i
-            while index & 1:
-                b = nodes.pop()
-                nodes.append(equal_merge(what, nodes.pop(), b, size))
-                size, index = size * 2, index >> 1
-        store_node(Element("float64"), nodes[0], to)
+    def sixteen(
+        to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, context: Value, stride: Value
+    ) -> None:
+        def nodes() -> Iterator[Node]:
+            for i in range(LANES):
+                prefetch(px + sx * (LANES + i))
+                if what is not Moments:
+                    prefetch(pg + sg * (LANES + i))
+                yield node_at(px + sx * i, pg + sg * i, pb + sb * i, context, stride, None)
+
+        store_node(Element("float64"), pairwise(what, nodes(), 1.0), to)
 
     @instruction()
     def one(to: Value, lanes: Value, px: Value, pg: Value, pb: Value, context: Value, stride: Value) -> None:
@@ -592,14 +867,20 @@ def of_single_positions(source: Source) -> Any:
     return samples
 
 
-def gather(source: Source, kind: str) -> Any:
-    """A numba function: the node of channels [c0, c0 + 16 * width) over samples [first, last) and tiles [from, to) of each.
+def channels_of_a_slot(kind: str) -> int:
+    """How many channels one node slot holds."""
+    return 1 if kind == "columns" else LANES
 
-    It returns the address of `width` float64 node slots and leaves their count at `work + AT_COUNTS + 2048`. `first` and
+
+def gather(source: Source, kind: str) -> Any:
+    """A numba function: the nodes of `width` slots of channels from c0 over samples [first, last) and tiles [from,
+    to) of each.
+
+    It returns the address of `width` float64 node slots and leaves their count at `work + AT_COUNTS + 2048`. `first`
+    and
     `from` are aligned to the tree (see rows in plan.py), so that the counters start at 0.
     """
     push, count_up, settle = counter(Element("float64"), source.what)
-    size = source.element.size
 
     if kind == "single":
         samples = of_single_positions(source)
@@ -633,6 +914,7 @@ def gather(source: Source, kind: str) -> Any:
             step_b = TILE // 8
         if anyhow:
             step_x = step_g = step_b = 0
+        whole = tile_to - tile_from == 1
         for n in range(first, last):
             ax = px + n * get(p + X_SAMPLE)
             ag = pg + n * get(p + G_SAMPLE)
@@ -640,18 +922,27 @@ def gather(source: Source, kind: str) -> Any:
             for t in range(tile_from, tile_to):
                 next_x, next_g = ax + (t + 1) * step_x, ag + (t + 1) * step_g
                 if t + 1 == tile_to:
-                    next_x, next_g = ax + get(p + X_SAMPLE) + tile_from * step_x, ag + get(p + G_SAMPLE) + tile_from * step_g
+                    next_x, next_g = (
+                        ax + get(p + X_SAMPLE) + tile_from * step_x,
+                        ag + get(p + G_SAMPLE) + tile_from * step_g,
+                    )
                 length = min(positions - t * TILE, TILE)
                 at_x, at_g, at_b = ax + t * step_x, ag + t * step_g, ab + t * step_b
                 count = tile(p, work, at_x, at_g, at_b, n, t, length, c0, width, node, next_x, next_g)
+                stack, counts, index = tiles, tile_counts, t - tile_from
+                if whole:  # a sample of one tile is that tile
+                    stack, counts, index = samples, sample_counts, n - first
                 for lane in range(width):
-                    push(node + lane * NODE, count, tiles, tile_counts, width, lane, 0, t - tile_from)
-                count_up(count, tile_counts, 0, t - tile_from)
-            level = settle(tiles, tile_counts, width, tile_to - tile_from)
-            count = get(tile_counts + 8 * level)
-            for lane in range(width):
-                push(tiles + (level * width + lane) * NODE, count, samples, sample_counts, width, lane, 0, n - first)
-            count_up(count, sample_counts, 0, n - first)
+                    push(node + lane * NODE, count, stack, counts, width, lane, 0, index)
+                count_up(count, counts, 0, index)
+            if not whole:
+                level = settle(tiles, tile_counts, width, tile_to - tile_from)
+                count = get(tile_counts + 8 * level)
+                for lane in range(width):
+                    push(
+                        tiles + (level * width + lane) * NODE, count, samples, sample_counts, width, lane, 0, n - first
+                    )
+                count_up(count, sample_counts, 0, n - first)
         level = settle(samples, sample_counts, width, last - first)
         put(work + get(p + AT_COUNTS) + 2048, get(sample_counts + 8 * level))
         return samples + level * width * NODE

@@ -1,8 +1,11 @@
 """Vectors of 16 lanes for numba, and the instructions kernels are written in.
 
-A kernel is a numba function: loops and index arithmetic in Python, on nothing but 64-bit integers (counts and addresses).
-What it does to data is a handful of *instructions*, each a Python function that emits LLVM IR through `Value`, so that it
-reads as the arithmetic it is; between instructions data lives in memory. LLVM turns 16 lanes into whatever registers the
+A kernel is a numba function: loops and index arithmetic in Python, on nothing but 64-bit integers (counts and
+addresses).
+What it does to data is a handful of *instructions*, each a Python function that emits LLVM IR through `Value`, so
+that it
+reads as the arithmetic it is; between instructions data lives in memory. LLVM turns 16 lanes into whatever registers
+the
 machine has. No instruction carries a fast-math flag: each + - * / is one IEEE-754 operation.
 """
 
@@ -26,7 +29,9 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Value:
-    """An LLVM value under a builder, with the operators of what it stands for (float vectors and scalars, 64-bit integers)."""
+    """An LLVM value under a builder, with the operators of what it stands for (float vectors and scalars, 64-bit
+    integers).
+    """
 
     __slots__ = ("b", "v")
 
@@ -112,6 +117,11 @@ def widen(value: Value, element: ir.Type) -> Value:
     if value.type.element == element:
         return value
     return Value(value.b, value.b.fpext(value.v, ir.VectorType(element, LANES)))
+
+
+def narrow(value: Value, element: ir.Type) -> Value:
+    """float64 lanes rounded to float32."""
+    return Value(value.b, value.b.fptrunc(value.v, ir.VectorType(element, LANES)))
 
 
 def pointer(address: Value, kind: ir.Type) -> ir.Value:
@@ -224,7 +234,9 @@ def _full(kind: ir.Type, number: int) -> ir.Constant:
 
 
 def instruction(result: Any = types.void) -> Callable[[Callable[..., Any]], Any]:
-    """Make a numba-callable instruction of a function that emits IR: emit(*Values) -> Value or None, all 64-bit integers."""
+    """Make a numba-callable instruction of a function that emits IR: emit(*Values) -> Value or None, all 64-bit
+    integers.
+    """
 
     def decorate(emit: Callable[..., Value | None]) -> Any:
         parameters = inspect.signature(emit).parameters.values()
@@ -248,7 +260,9 @@ def transposed(rows: Sequence[Value]) -> list[Value]:
     """The 16 x 16 transpose of 16 vectors."""
 
     def interleave(width: int) -> tuple[list[int], list[int]]:
-        """Pick alternate runs of `width` lanes: lower halves of each 2*width block of both operands, then upper halves."""
+        """Pick alternate runs of `width` lanes: lower halves of each 2*width block of both operands, then upper
+        halves.
+        """
         low, high = [], []
         for start in range(0, LANES, 2 * width):
             for side in (0, LANES):

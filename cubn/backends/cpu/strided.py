@@ -1,6 +1,7 @@
 """Arrays of any strides, and masks: 16 channels at a time are gathered into lanes, position by position.
 
-Bits as on the fast paths: present values of a column are packed into consecutive rows, and the same leaf is taken of them.
+Bits as on the fast paths: present values of a column are packed into consecutive rows, and the same leaf is taken of
+them.
 """
 
 from __future__ import annotations
@@ -10,16 +11,46 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from cubn.backends.cpu.arithmetic import Moments
+from cubn.backends.cpu.arithmetic import Moments, gated
 from cubn.backends.cpu.elementwise import Pass, store_bits, vector_of
 from cubn.backends.cpu.launch import OFFSET
 from cubn.backends.cpu.reduce import (
-    AT_BUFFER, AT_COLUMNS, AT_COUNTS, AT_PIVOT, COLUMNS, NODE, ROWS, TILE, Source, bit_of, coefficients_at, counter, gathered, jit,
-    load_bits, store_node, term_at, widened,
-)  # fmt: skip
+    AT_BUFFER,
+    AT_COLUMNS,
+    AT_COUNTS,
+    AT_PIVOT,
+    COLUMNS,
+    NODE,
+    ROWS,
+    TILE,
+    Source,
+    bit_of,
+    coefficients_at,
+    counter,
+    gathered,
+    jit,
+    load_bits,
+    store_node,
+    term_at,
+    widened,
+)
 from cubn.backends.cpu.simd import (
-    I8, I16, I64, LANES, Element, Value, by_cases, constant, first_lanes, get, instruction, load_raw, pointer, select, store_raw,
-)  # fmt: skip
+    I8,
+    I16,
+    I64,
+    LANES,
+    Element,
+    Value,
+    by_cases,
+    constant,
+    first_lanes,
+    get,
+    instruction,
+    load_raw,
+    pointer,
+    select,
+    store_raw,
+)
 
 CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
 X_CHANNEL, Y_CHANNEL, G_CHANNEL, R_CHANNEL = (OFFSET[f"{k}_channel"] for k in "xygr")
@@ -80,7 +111,9 @@ def scatter(lanes: Value, base: Value, step: Value, last: Value, align: int) -> 
 
 
 def bits_at(pb: Value, step: Value, last: Value, position: Value) -> Value:
-    """The kept bits of 16 channels at one position: a word of theirs, or (step > 0) a bit in the word of each one's row."""
+    """The kept bits of 16 channels at one position: a word of theirs, or (step > 0) a bit in the word of each one's
+    row.
+    """
     b = pb.b
     by_row = b.icmp_signed(">", step.v, I64(0))
     with b.if_else(by_row) as (then, otherwise):
@@ -132,12 +165,20 @@ def of_any(source: Source) -> Any:
         element.store_acc(load_lanes(element, px, step, last), to)
 
     @instruction()
-    def stage_dy(to: Value, x: Value, pg: Value, step: Value, pb: Value, bits_step: Value, last: Value, position: Value, context: Value,
-                 row: Value) -> None:  # fmt: skip
+    def stage_dy(
+        to: Value,
+        x: Value,
+        pg: Value,
+        step: Value,
+        pb: Value,
+        bits_step: Value,
+        last: Value,
+        position: Value,
+        context: Value,
+        row: Value,
+    ) -> None:
         g = load_lanes(element, pg, step, last)
         if source.gate == "recompute":
-            from cubn.backends.cpu.arithmetic import gated
-
             g = gated(element, g, element.load_acc(x), coefficients_at(element, context, row))
         elif source.gate == "bits":
             g = select(bits_at(pb, bits_step, last, position), g, constant(g, 0.0))
@@ -185,9 +226,17 @@ def of_any(source: Source) -> Any:
                         if b_step == 0:
                             at_bits += c0 // 8 + position * get(p + BITS_POSITION)
                         stage_dy(
-                            gs + count * acc_vector, xs + count * acc_vector, pg + get(g_offsets + 8 * position), g_step, at_bits,
-                            b_step, last, position, table, table_row,
-                        )  # fmt: skip
+                            gs + count * acc_vector,
+                            xs + count * acc_vector,
+                            pg + get(g_offsets + 8 * position),
+                            g_step,
+                            at_bits,
+                            b_step,
+                            last,
+                            position,
+                            table,
+                            table_row,
+                        )
                     count += 1
             if count:
                 leaf(count, node, xs, gs, context, row)
@@ -206,8 +255,22 @@ def strided_pass(element: Element, what: Pass) -> Any:
     compute = vector_of(element, what, bits_at, keep_bits_at)
 
     @instruction()
-    def one(py: Value, px: Value, pg: Value, pr: Value, pb: Value, sy: Value, sx: Value, sg: Value, sr: Value, sb: Value, last: Value,
-            position: Value, context: Value, row: Value) -> None:  # fmt: skip
+    def one(
+        py: Value,
+        px: Value,
+        pg: Value,
+        pr: Value,
+        pb: Value,
+        sy: Value,
+        sx: Value,
+        sg: Value,
+        sr: Value,
+        sb: Value,
+        last: Value,
+        position: Value,
+        context: Value,
+        row: Value,
+    ) -> None:
         x = load_lanes(element, px, sx, last)
         g = load_lanes(element, pg, sg, last) if what.reads_g else None
         y, dresidual = compute(x, g, (pb, sb, last, position), coefficients_at(element, context, row))
@@ -221,7 +284,9 @@ def strided_pass(element: Element, what: Pass) -> Any:
 
     @instruction()
     def no_bits(pb: Value, step: Value, last: Value, position: Value) -> None:
-        keep_bits_at(Value(pb.b, ir.Constant(ir.VectorType(ir.IntType(1), LANES), [0] * LANES)), pb, step, last, position)
+        keep_bits_at(
+            Value(pb.b, ir.Constant(ir.VectorType(ir.IntType(1), LANES), [0] * LANES)), pb, step, last, position
+        )
 
     acc, writes_r, keeps = element.acc_size, what.writes_r, what.keeps_bits
     X, Y, G, R = (OFFSET[k] for k in "xygr")
@@ -230,7 +295,13 @@ def strided_pass(element: Element, what: Pass) -> Any:
     @jit
     def of_channels(p, n, c0):  # type: ignore[no-untyped-def]
         last = min(get(p + CHANNELS) - c0, LANES) - 1
-        sx, sy, sg, sr, sb = get(p + X_CHANNEL), get(p + Y_CHANNEL), get(p + G_CHANNEL), get(p + R_CHANNEL), get(p + BITS_CHANNEL)
+        sx, sy, sg, sr, sb = (
+            get(p + X_CHANNEL),
+            get(p + Y_CHANNEL),
+            get(p + G_CHANNEL),
+            get(p + R_CHANNEL),
+            get(p + BITS_CHANNEL),
+        )
         px = get(p + X) + n * get(p + X_SAMPLE) + c0 * sx
         py = get(p + Y) + n * get(p + Y_SAMPLE) + c0 * sy
         pg = get(p + G) + n * get(p + G_SAMPLE) + c0 * sg

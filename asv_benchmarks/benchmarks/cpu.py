@@ -1,0 +1,114 @@
+"""The CPU suite: each operation as a multiple of a copy and of torch's time; host overhead; first calls."""
+
+import os
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import torch
+
+import cubn
+
+from .workloads import WORKLOADS, alternate, operations, use_threads
+
+NAMED = {f"{workload.name} {workload.layout}": workload for workload in WORKLOADS}
+
+
+class _Ratios:
+    params = (list(NAMED),)
+    param_names = ("array",)
+    operation: str
+
+    def setup(self, array: str) -> None:
+        use_threads()
+        self.operations = operations(NAMED[array])
+
+    def track_over_copy(self, array: str) -> float:
+        ours, copy = alternate([self.operations[self.operation].cubn, self.operations["copy"].cubn])
+        return ours / copy
+
+    def track_over_torch(self, array: str) -> float:
+        ours, theirs = alternate(list(self.operations[self.operation]))
+        return ours / theirs
+
+    track_over_copy.unit = "copies"
+    track_over_torch.unit = "of torch's time"
+
+
+class ForwardTrain(_Ratios):
+    operation = "forward_train"
+
+
+class Forward(_Ratios):
+    operation = "forward"
+
+
+class Moments(_Ratios):
+    operation = "moments"
+
+
+class Backward(_Ratios):
+    operation = "backward"
+
+
+class BackwardInto(_Ratios):
+    operation = "backward into dx"
+
+
+class Overhead:
+    """The time of a call whose arithmetic is nothing: a (2, 8) float32 array."""
+
+    params = (["numpy", "torch"],)
+    param_names = ("library",)
+
+    def setup(self, library: str) -> None:
+        array = np.arange(16, dtype=np.float32).reshape(2, 8)
+        self.x = array if library == "numpy" else torch.from_numpy(array)
+        self.state = cubn.BatchNormState(8, like=self.x)
+        _, self.saved = cubn.forward_train(self.x, self.state)
+        self.time_forward(library)
+        self.time_backward(library)
+
+    def time_forward(self, library: str) -> None:
+        cubn.forward(self.x, self.state)
+
+    def time_forward_train(self, library: str) -> None:
+        cubn.forward_train(self.x, self.state)
+
+    def time_backward(self, library: str) -> None:
+        cubn.backward(self.x, self.saved)
+
+
+class FirstCall:
+    """The first call in a new process, import of cubn left out, with an empty and with a filled kernel cache."""
+
+    params = (["forward", "forward_train", "moments"], ["empty", "filled"])
+    param_names = ("operation", "cache")
+    unit = "s"
+    timeout = 300
+
+    def track_first_call(self, operation: str, cache: str) -> float:
+        argument = "x" if operation == "moments" else "x, cubn.BatchNormState(8)"
+        code = (
+            "import time, numpy, cubn; x = numpy.ones((4, 8, 5, 5), 'float32'); begin = time.perf_counter(); "
+            f"cubn.{operation}({argument}); print(time.perf_counter() - begin)"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            environment = os.environ | {"CUBN_CACHE_DIR": folder}
+            for _ in range(1 if cache == "empty" else 2):
+                run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+        return float(run.stdout)
+
+    track_first_call.unit = "s"
+
+
+class Import:
+    """`import cubn` beyond `import numpy`, in a new process."""
+
+    def track_import(self) -> float:
+        code = "import numpy, time; begin = time.perf_counter(); import cubn; print(time.perf_counter() - begin)"
+        runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, check=True) for _ in range(3)]
+        return min(float(run.stdout) for run in runs)
+
+    track_import.unit = "s"

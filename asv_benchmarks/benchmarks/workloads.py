@@ -1,0 +1,115 @@
+"""What is measured: the array shapes everybody compares, and each operation as cubn and torch would run it on them."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+import cubn
+
+BATCH = 32
+THREADS = 2
+
+
+class Workload(NamedTuple):
+    """A float32 array, unless another type is asked for: (N, C, *extent), in memory channel-first or channel-last."""
+
+    name: str
+    shape: tuple[int, ...]
+    layout: str
+
+
+RESNET50 = (  # the distinct layers: channels, extent
+    (64, 112),
+    (64, 56),
+    (256, 56),
+    (128, 56),
+    (128, 28),
+    (512, 28),
+    (256, 28),
+    (256, 14),
+    (1024, 14),
+    (512, 14),
+    (512, 7),
+    (2048, 7),
+)
+MLP = ((128, 512), (1024, 1024), (4096, 1024), (4096, 4096), (65536, 64), (100000, 32))
+VOLUMES = ((32, 64), (64, 64), (128, 32), (320, 8))  # N = 2: channels, extent
+
+WORKLOADS = (
+    *(Workload(f"{C}@{H}²", (BATCH, C, H, H), layout) for layout in ("nchw", "nhwc") for C, H in RESNET50),
+    *(Workload(f"({N}, {C})", (N, C), "2-d") for N, C in MLP),
+    *(Workload(f"{C}@{H}³", (2, C, H, H, H), layout) for layout in ("nchw", "nhwc") for C, H in VOLUMES),
+)
+
+MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def random(workload: Workload, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal values in the workload's layout."""
+    x = torch.randn(workload.shape, generator=torch.Generator().manual_seed(0))
+    format = MEMORY_FORMATS[x.ndim] if workload.layout == "nhwc" else torch.contiguous_format
+    return x.to(dtype).contiguous(memory_format=format)
+
+
+class Operation(NamedTuple):
+    """One operation, ready to be called: by cubn and by torch."""
+
+    cubn: Callable[[], object]
+    torch: Callable[[], object]
+
+
+def operations(workload: Workload, dtype: torch.dtype = torch.float32) -> dict[str, Operation]:
+    """Every measured operation on a workload, and "copy", which is the same on both sides."""
+    x = random(workload, dtype)
+    dy = torch.randn_like(x)
+    y, dx = torch.empty_like(x), torch.empty_like(x)
+    C = x.shape[1]
+    gamma, beta, running_mean, running_var = torch.ones(C), torch.zeros(C), torch.zeros(C), torch.ones(C)
+    mean, invstd = torch.empty(C), torch.empty(C)
+    state = cubn.BatchNormState(C, like=x)
+    _, saved = cubn.forward_train(x, state, out=y)
+    _, batch_mean, batch_invstd = torch.native_batch_norm(x, gamma, beta, running_mean, running_var, True, 0.1, 1e-5)
+    others = [axis for axis in range(x.ndim) if axis != 1]
+
+    def torch_forward(training: bool) -> object:
+        return torch.native_batch_norm(
+            x, gamma, beta, running_mean, running_var, training, 0.1, 1e-5, out=(y, mean, invstd)
+        )
+
+    def torch_backward() -> object:
+        return torch.ops.aten.native_batch_norm_backward(
+            dy, x, gamma, running_mean, running_var, batch_mean, batch_invstd, True, 1e-5, [True, True, True]
+        )
+
+    return {
+        "copy": Operation(lambda: y.copy_(x), lambda: y.copy_(x)),
+        "forward_train": Operation(lambda: cubn.forward_train(x, state, out=y), lambda: torch_forward(True)),
+        "forward": Operation(lambda: cubn.forward(x, state, out=y), lambda: torch_forward(False)),
+        "moments": Operation(lambda: cubn.moments(x), lambda: torch.var_mean(x, others)),
+        "backward": Operation(lambda: cubn.backward(dy, saved), torch_backward),
+        "backward into dx": Operation(lambda: cubn.backward(dy, saved, out=dx), torch_backward),
+    }
+
+
+def alternate(calls: Sequence[Callable[[], object]], repeats: int = 11, warm: int = 2) -> list[float]:
+    """The median time of each call in seconds, the calls taking turns.
+
+    At least `repeats` rounds and a quarter of a second count, after `warm` rounds that do not.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + 0.25
+    while len(times[0]) < warm + repeats or (time.perf_counter() < end and len(times[0]) < 1000):
+        for call, row in zip(calls, times, strict=True):
+            begin = time.perf_counter()
+            call()
+            row.append(time.perf_counter() - begin)
+    return [statistics.median(row[warm:]) for row in times]
+
+
+def use_threads(n: int = THREADS) -> None:
+    """The same number of threads on both sides."""
+    torch.set_num_threads(n)
+    cubn.set_num_threads(n)

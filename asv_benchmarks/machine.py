@@ -1,0 +1,39 @@
+"""Result files: where they are, and what they say of where and with what they were measured; no host's name."""
+
+import json
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def processor() -> str:
+    """The processor as it calls itself."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """A folder name: processor and number of CPUs."""
+    name = re.sub(r"\((R|TM)\)", "", f"{processor()} {os.cpu_count()} cpus")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write(name: str, options: dict[str, object], rows: list[dict[str, object]]) -> Path:
+    """Write results/<machine>/<name>, one row a line, and return its path."""
+    header = {
+        "processor": processor(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in ("cubn", "numpy", "numba", "llvmlite", "torch")},
+        **options,
+    }
+    path = RESULTS / machine() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in rows)
+    path.write_text(f'{json.dumps(header, indent=2)[:-2]},\n  "rows": [\n{body}\n  ]\n}}\n')
+    return path

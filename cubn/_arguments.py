@@ -1,0 +1,141 @@
+"""The arrays an operation is given, checked against x and described for a backend. Nothing is written here."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cubn import _arrays, _layout
+from cubn._arrays import BOOL, Array, Output
+from cubn.backends import Backend, Extents, Operand, backend_for
+from cubn.errors import device_name, message
+
+backend = lru_cache(maxsize=None)(backend_for)
+
+
+class Source(NamedTuple):
+    """x, and how its axes are read."""
+
+    array: Array
+    axis: int
+    extents: Extents
+    operand: Operand
+    backend: Backend
+
+
+class Companion(NamedTuple):
+    """An array that goes with x element by element."""
+
+    array: Array
+    operand: Operand
+
+
+def source(function: str, x: Any, channel_axis: int, num_features: int | None = None) -> Source:
+    """x, with the given number of channels if there is one."""
+    array = _arrays.describe(x, function, "x")
+    shape = array.shape
+    if len(shape) < 2:
+        remedy = "Samples and channels are two axes: a single sample has shape (1, C)."
+        raise ValueError(refusal(function, "x", "have 2 axes or more", array, remedy))
+    axis = _layout.channel_position(len(shape), channel_axis, function)
+    extents = _layout.extents(shape, axis)
+    if not extents.C or num_features not in (None, extents.C):
+        rule = f"have {num_features or '1 or more'} channels on axis {axis}"
+        raise ValueError(refusal(function, "x", rule, array))
+    return Source(array, axis, extents, _layout.operand(array, axis), backend(array.device))
+
+
+def mask(function: str, given: Any, x: Source) -> Companion:
+    """Which positions of x are present."""
+    array = _arrays.describe(given, function, "mask", BOOL)
+    _check_device(function, "mask", array, x)
+    operand = _layout.mask_operand(array, x.array.shape, x.axis)
+    if operand is None:
+        shape = x.array.shape[: x.axis] + x.array.shape[x.axis + 1 :]
+        rule = f"have x's shape without the channel axis, {shape}, or 1 instead of any extent"
+        raise ValueError(refusal(function, "mask", rule, array))
+    return Companion(array, operand)
+
+
+def beside(function: str, argument: str, given: Any, x: Source) -> Companion:
+    """Values that go with x's, of its shape, dtype, library and device."""
+    array = _arrays.describe(given, function, argument)
+    _check_like(function, argument, array, x)
+    return Companion(array, _layout.operand(array, x.axis))
+
+
+def parameter(function: str, argument: str, given: Any, x: Source) -> Array:
+    """A per-channel array of any library on x's device."""
+    array = _arrays.describe(given, function, argument, detach=True)
+    if array.shape != (x.extents.C,):
+        raise ValueError(refusal(function, argument, f"have shape ({x.extents.C},), one value per channel", array))
+    _check_device(function, argument, array, x)
+    return array
+
+
+def destination(
+    function: str, out: Any, x: Source, in_place: Mapping[str, Array | None], apart: Mapping[str, Array | None]
+) -> Output:
+    """A caller's `out`: exactly one of `in_place`, or sharing no memory with any of them; and none with `apart`."""
+    output = _arrays.destination(out, function)
+    _check_like(function, "out", output.array, x)
+    for name, array in in_place.items():
+        if array is not None and _arrays.overlap(output.array, array) == "partial":
+            raise ValueError(refusal(function, "out", f"be exactly {name} or share no memory with it", output.array))
+    for name, array in apart.items():
+        if array is not None and _arrays.overlap(output.array, array) != "none":
+            raise ValueError(refusal(function, "out", f"share no memory with {name}", output.array))
+    return output
+
+
+def values_per_channel(x: Source, mask: Companion | None) -> int:
+    """How many values of a channel are present."""
+    N, _, S = x.extents
+    if mask is None:
+        return N * S
+    repeats = N * S // max(1, math.prod(mask.array.shape))
+    return int(np.count_nonzero(mask.array.library.to_numpy(mask.array))) * repeats
+
+
+def whole(value: int, function: str, argument: str) -> int:
+    """An integer of any library's kind."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(message(function, argument, "be an integer", repr(value))) from None
+
+
+def refusal(function: str, argument: str, rule: str, array: Array, remedy: str = "") -> str:
+    """The message that says what is wrong with an array, with the facts about it."""
+    return message(
+        function,
+        argument,
+        rule,
+        f"a {array.library.name} array",
+        remedy,
+        shape=array.shape,
+        dtype=array.dtype,
+        device=array.device,
+    )
+
+
+def _check_like(function: str, argument: str, array: Array, x: Source) -> None:
+    if array.shape != x.array.shape:
+        raise ValueError(refusal(function, argument, f"have x's shape {x.array.shape}", array))
+    _check_device(function, argument, array, x)
+    if array.dtype != x.array.dtype:
+        raise TypeError(refusal(function, argument, f"have x's dtype {x.array.dtype}", array, "Convert it first."))
+    if array.library is not x.array.library:
+        remedy = "Convert it first."
+        raise TypeError(refusal(function, argument, f"be a {x.array.library.name} array, as x is", array, remedy))
+
+
+def _check_device(function: str, argument: str, array: Array, x: Source) -> None:
+    if array.device != x.array.device:
+        rule = f"be on x's device, {device_name(x.array.device)}"
+        raise ValueError(refusal(function, argument, rule, array, "Move one of them to the other's device."))

@@ -1,0 +1,566 @@
+"""Any array in, the same library's array out.
+
+NumPy and PyTorch arrays are read through their own attributes, which is fastest; every other array through its DLPack
+capsule. No library is imported here: a library whose array came in is in `sys.modules` already.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol
+
+import numpy as np
+
+from cubn import _dlpack, _layout
+from cubn.backends import CPU, CUDA
+from cubn.errors import message
+
+Shape = tuple[int, ...]
+Strides = tuple[int, ...]
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+BOOL = ("bool",)
+ITEMSIZE = {name: bits // 8 for name, (_, bits) in _dlpack.CODES.items()}
+
+
+class Array(NamedTuple):
+    """A described array: all that a backend needs of it, and what keeps it alive."""
+
+    pointer: int  # address of the first element
+    shape: Shape
+    strides: Strides  # in elements
+    dtype: str
+    device: tuple[int, int]  # DLPack (type, index)
+    writable: bool
+    owner: Any  # the array itself
+    library: Library
+    capsule: object = None  # keeps the memory alive where the array alone might not
+
+
+class Output(NamedTuple):
+    """Memory to write, and what turns it into the library's own array once it is written."""
+
+    array: Array
+    finish: Callable[[], Any]
+
+
+class Library(Protocol):
+    """What cubn asks of an array library. `like` is always one of the library's own arrays."""
+
+    name: str
+    immutable: bool
+
+    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+        """See `describe`."""
+
+    def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
+        """Memory for an array on like's device."""
+
+    def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
+        """A new array of these values on like's device; NumPy's own for a library cubn does not know."""
+
+    def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
+        """A copy in host memory; bfloat16 comes, exactly, as float32."""
+
+    def version(self, array: Array) -> int | None:
+        """A number that grows when the array is written in place, where the library counts that."""
+
+    def mark_written(self, array: Array) -> None:
+        """Tell the library that the array was written behind its back."""
+
+
+def describe(x: Any, function: str, argument: str, dtypes: tuple[str, ...] = FLOATS, *, detach: bool = False) -> Array:
+    """Describe any library's array without copying it.
+
+    Parameters
+    ----------
+    x : array
+        Of any library with `__dlpack__`.
+    function, argument : str
+        Whose argument this is, for messages.
+    dtypes : tuple of str
+        What is accepted.
+    detach : bool
+        Whether an array that requires a gradient is read as if it did not (it never is writable then), or refused.
+
+    Raises
+    ------
+    TypeError
+        Not an array; not of these dtypes; one that stands for numbers without holding them (a tracer), or that holds
+        more than numbers (a mask, a unit, a gradient to come).
+    ValueError
+        A misaligned, deleted or multi-device array.
+    NotImplementedError
+        A device that is neither a CPU nor CUDA's.
+    BufferError
+        The array's library would not export it.
+    """
+    read = _DESCRIBERS.get(type(x)) or _describer(x, function, argument)
+    return read(x, function, argument, dtypes, detach)
+
+
+def empty_like(x: Array) -> Output:
+    """An output of x's shape, dtype, device and library; of its layout too where x is dense, else C-contiguous."""
+    return x.library.empty(x.shape, _layout.output_strides(x.shape, x.strides), x.dtype, x)
+
+
+def empty_vector(features: int, dtype: str, like: Array) -> Output:
+    """A per-channel output beside `like`, in its library."""
+    return like.library.empty((features,), (1,), dtype, like)
+
+
+def destination(out: Any, function: str, argument: str = "out") -> Output:
+    """A caller's own array, to be written and given back."""
+    array = describe(out, function, argument)
+    check_writable(array, function, argument)
+
+    def finish() -> Any:
+        array.library.mark_written(array)
+        return out
+
+    return Output(array, finish)
+
+
+def check_writable(array: Array, function: str, argument: str) -> None:
+    """Raise unless the array can be written: TypeError for an immutable library, ValueError for this array alone."""
+    refuse = partial(_refuse, array, function, argument)
+    if array.library.immutable:
+        refuse(
+            TypeError, "be an array that can be written", f"an immutable {array.library.name} array", "Leave it out."
+        )
+    if not array.writable:
+        refuse(ValueError, "be writable", "a read-only array", "Pass a copy.")
+    if not _layout.is_distinct(array.shape, array.strides):
+        got = f"elements that share memory, strides={array.strides}"
+        refuse(ValueError, "have memory of its own for every element", got, "Pass a copy.")
+
+
+def overlap(a: Array, b: Array) -> Literal["none", "same", "partial"]:
+    """Whether two arrays share memory: no, element for element, or otherwise (in doubt, otherwise)."""
+    if a.device != b.device:
+        return "none"
+    low_a, high_a = _addresses(a)
+    low_b, high_b = _addresses(b)
+    if high_a <= low_b or high_b <= low_a:
+        return "none"
+    if (a.pointer, a.shape, a.dtype) == (b.pointer, b.shape, b.dtype) and all(
+        extent == 1 or stride_a == stride_b
+        for extent, stride_a, stride_b in zip(a.shape, a.strides, b.strides, strict=True)
+    ):
+        return "same"
+    try:
+        shared = np.shares_memory(_view(a), _view(b), max_work=10_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        shared = True
+    return "partial" if shared else "none"
+
+
+def _addresses(array: Array) -> tuple[int, int]:
+    """The lowest address the array uses and one past the highest; nothing without elements."""
+    low, high = _layout.span(array.shape, array.strides)
+    size = ITEMSIZE[array.dtype]
+    return array.pointer + low * size, array.pointer + high * size
+
+
+class _Interface:
+    """NumPy's array interface over a described array."""
+
+    def __init__(self, array: Array) -> None:
+        size = ITEMSIZE[array.dtype]
+        self.array = array
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (array.pointer, True),
+            "shape": array.shape,
+            "strides": _in_bytes(array.strides, size),
+            "typestr": _storage(array.dtype).str,
+        }
+
+
+def _view(array: Array) -> np.ndarray[Any, Any]:
+    """The memory under NumPy's eyes, read-only; bfloat16 as its bits."""
+    return np.asarray(_Interface(array))
+
+
+def _storage(dtype: str) -> np.dtype[Any]:
+    """A NumPy dtype that holds this one's bits."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
+
+
+@lru_cache(maxsize=1024)
+def _in_bytes(strides: Strides, size: int) -> Strides:
+    return tuple(stride * size for stride in strides)
+
+
+def _refuse(
+    x: Any, function: str, argument: str, error: type[Exception], rule: str, got: object, remedy: str
+) -> NoReturn:
+    """Raise what is wrong with x, with the facts known about it."""
+    raise error(message(function, argument, rule, got, remedy, **_facts(x)))
+
+
+def _facts(x: Any) -> dict[str, Any]:
+    """Shape, dtype and device, as far as x has them and they mean that."""
+    shape, dtype, device = (_attribute(x, name) for name in ("shape", "dtype", "device"))
+    if not isinstance(x, Array):
+        kind, _, index = str(device).partition(":")
+        device = (_DEVICE_TYPES[kind], int(index or 0)) if kind in _DEVICE_TYPES else None
+    return {
+        "shape": tuple(shape) if isinstance(shape, tuple) else None,
+        "dtype": None if dtype is None else str(dtype).rpartition(".")[2],  # torch.float32
+        "device": device,
+    }
+
+
+def _attribute(x: Any, name: str) -> Any:
+    """The attribute, or None: a deleted or nested array raises anything when asked."""
+    try:
+        return getattr(x, name, None)
+    except Exception:
+        return None
+
+
+def _refuse_dtype(x: Any, dtype: str, dtypes: tuple[str, ...], function: str, argument: str) -> NoReturn:
+    *most, last = dtypes
+    rule = f"have dtype {', '.join(most)} or {last}" if most else f"have dtype {last}"
+    _refuse(x, function, argument, TypeError, rule, dtype, "Convert it first.")
+
+
+def _refuse_stand_in(x: Any, function: str, argument: str) -> NoReturn:
+    rule = "hold numbers in memory, not stand for them"
+    remedy = "Call it outside tracing, vmap and the like."
+    _refuse(x, function, argument, TypeError, rule, f"a {_type_name(x)}", remedy)
+
+
+def _refuse_misaligned(x: Any, function: str, argument: str, got: str) -> NoReturn:
+    _refuse(x, function, argument, ValueError, "be aligned to its elements", got, "Pass a copy.")
+
+
+def _refuse_device(x: Any, device: str, function: str, argument: str) -> NoReturn:
+    _refuse(x, function, argument, NotImplementedError, "be on a CPU or CUDA device", device, "Move it there first.")
+
+
+def _type_name(x: Any) -> str:
+    """As `numpy.matrix`, `list`."""
+    return f"{type(x).__module__.partition('.')[0]}.{type(x).__qualname__}".removeprefix("builtins.")
+
+
+_DEVICE_TYPES = {"cpu": CPU, "cuda": CUDA}
+_HOST = (CPU, 0)
+_read_address = ctypes.c_size_t.from_address
+
+
+class _NumPy:
+    """NumPy, through its arrays' own attributes."""
+
+    name = "numpy"
+    immutable = False
+
+    # PyArrayObject is the object's header, then the data pointer. Every compiled extension relies on that, and reading
+    # it takes an eighth of the time of `x.ctypes.data`.
+    _DATA = object.__basicsize__
+
+    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+        shape = x.shape
+        dtype = x.dtype
+        strides, name = _numpy_layout(shape, x.strides, dtype)
+        if name not in dtypes:
+            if not dtype.isnative:
+                remedy = "Pass x.astype(x.dtype.newbyteorder('='))."
+                _refuse(x, function, argument, TypeError, "have this machine's byte order", name, remedy)
+            _refuse_dtype(x, name, dtypes, function, argument)
+        pointer = _read_address(id(x) + self._DATA).value
+        if strides is None:
+            _refuse_misaligned(x, function, argument, f"strides of {x.strides} bytes")
+        if pointer % dtype.itemsize:
+            _refuse_misaligned(x, function, argument, f"address {pointer:#x}")
+        return Array(pointer, shape, strides, name, _HOST, x.flags.writeable, x, self)
+
+    def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
+        y: np.ndarray[Any, Any] = np.ndarray(shape, dtype, None, 0, _in_bytes(strides, ITEMSIZE[dtype]))
+        pointer = _read_address(id(y) + self._DATA).value
+        return Output(Array(pointer, shape, strides, dtype, _HOST, True, y, self), lambda: y)
+
+    def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
+        return np.array(values, dtype)
+
+    def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
+        return np.array(array.owner, "float32" if array.dtype == "bfloat16" else None)
+
+    def version(self, array: Array) -> int | None:
+        return None
+
+    def mark_written(self, array: Array) -> None:
+        pass
+
+
+@lru_cache(maxsize=1024)
+def _numpy_layout(shape: Shape, strides: Strides, dtype: np.dtype[Any]) -> tuple[Strides | None, str]:
+    """Strides in elements, or None where a step is no whole number of them; and the dtype's name."""
+    name = _dtype_name(dtype)
+    size = dtype.itemsize or 1
+    if any(extent > 1 and stride % size for extent, stride in zip(shape, strides, strict=True)):
+        return None, name
+    return tuple(stride // size for stride in strides), name
+
+
+@lru_cache
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    """`float32`; with the byte order, `>f4`, where that is not the machine's own."""
+    return dtype.name if dtype.isnative else dtype.str
+
+
+class _Torch:
+    """PyTorch, through its tensors' own methods."""
+
+    name = "torch"
+    immutable = False
+
+    def __init__(self, torch: Any) -> None:
+        self._torch = torch
+        self._strided = torch.strided
+        self._names = {getattr(torch, name): name for name in _dlpack.CODES}
+        self._dtypes = {name: dtype for dtype, name in self._names.items()}
+        self._unpack_dual = torch.autograd.forward_ad.unpack_dual
+
+    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+        if x.layout is not self._strided or x.is_nested:
+            kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+            _refuse(x, function, argument, TypeError, "be a dense tensor", f"a {kind} one", "Convert it first.")
+        device = _HOST if x.is_cpu else self._device(x, function, argument)
+        try:
+            pointer = x.data_ptr()
+        except RuntimeError:
+            pointer = 0
+        if not pointer and x.numel():
+            _refuse_stand_in(x, function, argument)
+        dtype = self._names.get(x.dtype)
+        if dtype not in dtypes:
+            _refuse_dtype(x, dtype or str(x.dtype).removeprefix("torch."), dtypes, function, argument)
+        own = not x.requires_grad
+        if not detach:
+            self._check_detached(x, function, argument)
+        if x.is_neg():  # a view whose memory holds the numbers with the other sign
+            x, own = x.resolve_neg(), False
+            pointer = x.data_ptr()
+        if pointer % ITEMSIZE[dtype]:
+            _refuse_misaligned(x, function, argument, f"address {pointer:#x}")
+        return Array(pointer, tuple(x.shape), x.stride(), dtype, device, own, x, self)
+
+    def _check_detached(self, x: Any, function: str, argument: str) -> None:
+        """A gradient asked for in either direction would be lost without a word."""
+        if x.requires_grad:
+            got = "requires_grad=True"
+        elif self._unpack_dual(x).tangent is not None:
+            got = "a forward-mode dual tensor"
+        else:
+            return
+        _refuse(x, function, argument, TypeError, "not require a gradient", got, "Pass x.detach().")
+
+    def _device(self, x: Any, function: str, argument: str) -> tuple[int, int]:
+        if not x.is_cuda or self._torch.version.hip:
+            _refuse_device(x, "rocm" if x.is_cuda else x.device.type, function, argument)
+        return CUDA, x.device.index
+
+    def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
+        y = self._torch.empty_strided(shape, strides, dtype=self._dtypes[dtype], device=like.owner.device)
+        if type(y) is not self._torch.Tensor:  # a mode is on that makes tensors of its own
+            _refuse_stand_in(y, "cubn", "an output")
+        return Output(Array(y.data_ptr(), shape, strides, dtype, like.device, True, y, self), lambda: y)
+
+    def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
+        return self._torch.tensor(values, dtype=self._dtypes[dtype], device=like.owner.device)
+
+    def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
+        host = array.owner.detach().cpu()
+        return np.array((host.float() if array.dtype == "bfloat16" else host).numpy())
+
+    def version(self, array: Array) -> int | None:
+        return None if array.owner.is_inference() else int(array.owner._version)
+
+    def mark_written(self, array: Array) -> None:
+        self._torch.autograd.graph.increment_version(array.owner)
+
+
+class _Jax:
+    """JAX, through its arrays' capsules. An array is never written: others may hold its memory."""
+
+    name = "jax"
+    immutable = True
+
+    def __init__(self, jax: Any) -> None:
+        self._jax = jax
+
+    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+        if x.is_deleted():
+            _refuse(x, function, argument, ValueError, "not be deleted", "a deleted array", "Was it donated?")
+        devices = len(x.sharding.device_set)
+        if devices > 1:
+            remedy = "Call it on each shard."
+            _refuse(x, function, argument, ValueError, "be on one device", f"one on {devices} devices", remedy)
+        dtype = _dtype_name(x.dtype)
+        if dtype not in dtypes:  # some have no capsule
+            _refuse_dtype(x, dtype, dtypes, function, argument)
+        return _read(x, function, argument, dtypes, self)
+
+    def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
+        buffer = _buffer(shape, strides, dtype)
+        device = like.owner.device
+
+        def finish() -> Any:
+            y = self._adopt(_dlpack.Exporter(buffer, dtype))
+            return y if y.device == device else self._jax.device_put(y, device)
+
+        return Output(_own(buffer, strides, dtype, self), finish)
+
+    def _adopt(self, exporter: _dlpack.Exporter) -> Any:
+        """A JAX array in the exporter's memory."""
+        if exporter.dtype != "float64":
+            return self._jax.dlpack.from_dlpack(exporter)
+        with self._jax.enable_x64(True):  # without it JAX returns float32
+            return self._jax.dlpack.from_dlpack(exporter)
+
+    def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
+        output = self.empty(values.shape, _layout.c_strides(values.shape), dtype, like)
+        output.array.owner[...] = values.astype(dtype).view(_storage(dtype))
+        return output.finish()
+
+    def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
+        return np.array(array.owner, "float32" if array.dtype == "bfloat16" else None)
+
+    def version(self, array: Array) -> int | None:
+        return None
+
+    def mark_written(self, array: Array) -> None:
+        raise TypeError("a JAX array is never written")
+
+
+class _Foreign:
+    """A library cubn has never heard of, by `__dlpack__` and `from_dlpack`."""
+
+    immutable = False
+
+    def __init__(self, name: str, from_dlpack: Callable[[Any], Any] | None) -> None:
+        self.name = name
+        self._from_dlpack = from_dlpack
+
+    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+        return _read(x, function, argument, dtypes, self)
+
+    def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
+        adopt = self._from_dlpack
+        if adopt is None:
+            raise TypeError(
+                message("cubn", "x's library", "have from_dlpack, to make outputs", self.name, "Pass out=.")
+            )
+        buffer = _buffer(shape, strides, dtype)
+        return Output(_own(buffer, strides, dtype, self), lambda: adopt(_dlpack.Exporter(buffer, dtype)))
+
+    def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
+        return NUMPY.from_numpy(values, dtype, like)
+
+    def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
+        values = _view(array)
+        if array.dtype == "bfloat16":
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return np.array(values)
+
+    def version(self, array: Array) -> int | None:
+        return None
+
+    def mark_written(self, array: Array) -> None:
+        pass
+
+
+def _read(x: Any, function: str, argument: str, dtypes: tuple[str, ...], library: Library) -> Array:
+    """Describe x by its capsule."""
+    kind = int(x.__dlpack_device__()[0])
+    if kind not in (CPU, CUDA):
+        _refuse_device(x, _OTHER_DEVICES.get(kind, f"DLPack device type {kind}"), function, argument)
+    try:
+        tensor = _dlpack.read(x)
+    except BufferError as error:
+        rule = "be an array its library can export"
+        raise BufferError(message(function, argument, rule, f"'{error}'", **_facts(x))) from error
+    capsule, pointer, shape, strides, dtype, device, writable = tensor
+    if strides is None:
+        strides = _layout.c_strides(shape)
+    array = Array(pointer, shape, strides, dtype, _HOST if kind == CPU else device, writable, x, library, capsule)
+    if dtype not in dtypes:
+        _refuse_dtype(array, dtype, dtypes, function, argument)
+    if pointer % ITEMSIZE[dtype]:
+        _refuse_misaligned(array, function, argument, f"address {pointer:#x}")
+    return array
+
+
+def _buffer(shape: Shape, strides: Strides, dtype: str) -> np.ndarray[Any, Any]:
+    """Host memory aligned as JAX asks for it: what is not, it copies."""
+    storage = _storage(dtype)
+    memory = np.empty(math.prod(shape) * storage.itemsize + _ALIGNMENT, np.uint8)
+    offset = -_read_address(id(memory) + _NumPy._DATA).value % _ALIGNMENT
+    return np.ndarray(shape, storage, memory, offset, _in_bytes(strides, storage.itemsize))
+
+
+def _own(buffer: np.ndarray[Any, Any], strides: Strides, dtype: str, library: Library) -> Array:
+    """A buffer of ours, for an output of a library."""
+    return Array(buffer.ctypes.data, buffer.shape, strides, dtype, _HOST, True, buffer, library)
+
+
+_ALIGNMENT = 64
+_OTHER_DEVICES = {
+    3: "pinned host memory",
+    4: "opencl",
+    7: "vulkan",
+    8: "metal",
+    10: "rocm",
+    13: "cuda managed memory",
+    14: "oneapi",
+}
+
+NUMPY = _NumPy()
+_Describer = Callable[[Any, str, str, tuple[str, ...], bool], Array]
+_DESCRIBERS: dict[type, _Describer] = {np.ndarray: NUMPY.describe, np.memmap: NUMPY.describe}
+
+
+def _describer(x: Any, function: str, argument: str) -> _Describer:
+    """Who describes arrays of x's type, on meeting the first one; an error if nobody does."""
+    kind = type(x)
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    if isinstance(x, np.ndarray):
+        _refuse_subclass(x, function, argument)
+    if torch and isinstance(x, torch.Tensor):
+        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            _refuse_stand_in(x, function, argument)
+        found = _torch(torch).describe
+    elif jax and isinstance(x, jax.Array):
+        if isinstance(x, jax.core.Tracer):
+            _refuse_stand_in(x, function, argument)
+        found = _jax(jax).describe
+    elif hasattr(kind, "__dlpack__"):
+        found = _foreign(*_home(x)).describe
+    else:
+        remedy = "Pass numpy.asarray(x)."
+        _refuse(x, function, argument, TypeError, "be an array with __dlpack__", f"a {_type_name(x)}", remedy)
+    _DESCRIBERS[kind] = found
+    return found
+
+
+def _refuse_subclass(x: Any, function: str, argument: str) -> NoReturn:
+    """Subclasses of NumPy's array mean more, or other, than their numbers: masks, units, matrix products."""
+    masked = isinstance(x, np.ma.MaskedArray)
+    remedy = "Pass x.data, and the valid positions as mask." if masked else "Pass numpy.asarray(x)."
+    _refuse(x, function, argument, TypeError, "be a plain numpy.ndarray", f"a {_type_name(x)}", remedy)
+
+
+def _home(x: Any) -> tuple[str, Callable[[Any], Any] | None]:
+    """The name of x's library, and its from_dlpack."""
+    name = type(x).__module__.partition(".")[0]
+    namespace = x.__array_namespace__() if hasattr(x, "__array_namespace__") else sys.modules.get(name)
+    return name, getattr(namespace, "from_dlpack", None)
+
+
+_torch, _jax, _foreign = lru_cache(_Torch), lru_cache(_Jax), lru_cache(_Foreign)  # one of each library

@@ -1,0 +1,133 @@
+"""Reading any DLPack capsule, and exporting a NumPy buffer under any dtype.
+
+NumPy's own reader knows no bfloat16, and other libraries' readers make arrays of their own; cubn needs only an address,
+strides, a dtype and a flag. Layouts are those of dlpack.h, version 1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CODES = {
+    "float16": (2, 16),
+    "bfloat16": (4, 16),
+    "float32": (2, 32),
+    "float64": (2, 64),
+    "bool": (6, 8),
+    "int64": (0, 64),
+}
+"""(DLPack type code, bits) of the dtypes cubn works with."""
+
+_NAMES = {code: name for name, code in CODES.items()}
+_KINDS = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 5: "complex", 6: "bool"}
+_READ_ONLY, _IS_COPIED = 1, 2
+
+
+class Tensor(NamedTuple):
+    """What a capsule says. The memory lives as long as the capsule."""
+
+    capsule: object
+    pointer: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    dtype: str
+    device: tuple[int, int]
+    writable: bool
+
+
+class _Device(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_int32), ("index", ctypes.c_int32))
+
+
+class _DataType(ctypes.Structure):
+    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", _Device),
+        ("ndim", ctypes.c_int32),
+        ("dtype", _DataType),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _Versioned(ctypes.Structure):
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _Tensor),
+    )
+
+
+_is_valid = ctypes.pythonapi.PyCapsule_IsValid
+_is_valid.argtypes, _is_valid.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_int
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.argtypes, _pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
+
+
+def read(x: Any) -> Tensor:
+    """What x's capsule says, without consuming it. A capsule without flags, or of a copy, is not writable."""
+    try:
+        capsule = x.__dlpack__(max_version=(1, 0))
+    except TypeError:  # an exporter older than DLPack 1
+        capsule = x.__dlpack__()
+    tensor, writable = _open(capsule)
+    shape = tuple(tensor.shape[: tensor.ndim])
+    return Tensor(
+        capsule,
+        (tensor.data or 0) + tensor.byte_offset,
+        shape,
+        tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None,
+        _dtype_name(tensor.dtype),
+        (tensor.device.type, tensor.device.index),
+        writable,
+    )
+
+
+def _open(capsule: object) -> tuple[_Tensor, bool]:
+    """The capsule's tensor, in place, and whether it may be written."""
+    if _is_valid(capsule, b"dltensor_versioned"):
+        versioned = _Versioned.from_address(_pointer(capsule, b"dltensor_versioned"))
+        if versioned.major != 1:
+            raise BufferError(f"cubn reads DLPack 1, not {versioned.major}.{versioned.minor}")
+        return versioned.tensor, not versioned.flags & (_READ_ONLY | _IS_COPIED)
+    if _is_valid(capsule, b"dltensor"):
+        return _Tensor.from_address(_pointer(capsule, b"dltensor")), False
+    raise BufferError("__dlpack__ returned no unused DLPack capsule")
+
+
+def _dtype_name(dtype: _DataType) -> str:
+    name = _NAMES.get((dtype.code, dtype.bits)) or f"{_KINDS.get(dtype.code, f'dlpack-{dtype.code}-')}{dtype.bits}"
+    return name if dtype.lanes == 1 else f"{name}x{dtype.lanes}"
+
+
+class Exporter:
+    """A NumPy buffer for another library to take over, as an array of `dtype`, which has the buffer's item size.
+
+    NumPy makes the capsule, and frees the buffer when it is told; only the dtype written in it is changed. (A deleter
+    of our own would be Python code, which a library may call after the interpreter has shut down.)
+    """
+
+    def __init__(self, buffer: np.ndarray[Any, Any], dtype: str) -> None:
+        self.buffer = buffer
+        self.dtype = dtype
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self, **options: Any) -> Any:
+        capsule = self.buffer.__dlpack__(**options)
+        tensor, _ = _open(capsule)
+        tensor.dtype.code, tensor.dtype.bits = CODES[self.dtype]
+        return capsule

@@ -1,0 +1,136 @@
+"""Batch norm in other forms: as a scale and shift, and inside the weights of the layer before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cubn import _arrays
+from cubn._arguments import refusal, whole
+from cubn._arrays import Array
+from cubn.errors import message
+from cubn.state import BatchNormState
+
+Float64 = NDArray[np.float64]
+
+
+def fold(state: BatchNormState) -> tuple[Any, Any]:
+    """The scale and shift that `forward` amounts to.
+
+    scale = gamma / sqrt(running_var + eps) and shift = beta - running_mean * scale, so that y is x * scale + shift.
+
+    Parameters
+    ----------
+    state : BatchNormState
+        With running statistics.
+
+    Returns
+    -------
+    scale, shift : array of shape (C,)
+        Computed in float64 and rounded once to running_var's dtype; of its library, on its device.
+
+    Raises
+    ------
+    ValueError
+        If the state has no running statistics.
+
+    Notes
+    -----
+    x * scale + shift has other bits than `forward`, and cancels where the mean is large beside the standard deviation.
+
+    References
+    ----------
+    Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
+    """
+    scale, shift, home = _folded(state, "fold")
+    return home.library.from_numpy(scale, home.dtype, home), home.library.from_numpy(shift, home.dtype, home)
+
+
+def fold_into(
+    weight: Any, bias: Any, state: BatchNormState, *, output_axis: int = 0, groups: int = 1
+) -> tuple[Any, Any]:
+    """Weight and bias with which a convolution or linear layer does its batch norm too.
+
+    weight' = weight * scale along the output channels and bias' = bias * scale + shift, with scale and shift as in
+    `fold`: the layer with weight' and bias' is the layer followed by `forward`.
+
+    Parameters
+    ----------
+    weight : array of any library
+        float16, bfloat16, float32 or float64, with C output channels along output_axis. Read detached.
+    bias : array of shape (C,), or None
+        The layer's own; None counts as 0.
+    state : BatchNormState
+        Of C channels, with running statistics.
+    output_axis : int
+        The output channels' axis in weight: 0 for PyTorch's convolutions and linear layers, 1 for its transposed
+        convolutions, -1 for Flax and Keras. May be negative.
+    groups : int
+        Of a transposed convolution, where output_axis holds C / groups channels, and axis 0 the input channels group by
+        group (PyTorch). A grouped convolution that is not transposed has all C on output_axis: leave it 1.
+
+    Returns
+    -------
+    weight, bias : array
+        New ones: weight in its own dtype and library; bias in its own, or the weight's where it was None.
+
+    Raises
+    ------
+    TypeError
+        If weight or bias is not an array of these dtypes.
+    ValueError
+        If a shape does not fit, or the state has no running statistics.
+    numpy.exceptions.AxisError
+        If weight has no such output_axis.
+
+    Notes
+    -----
+    Computed in float64 and rounded once. The folded layer has other bits than the layer followed by `forward`.
+    """
+    array = _arrays.describe(weight, "fold_into", "weight", detach=True)
+    given = None if bias is None else _arrays.describe(bias, "fold_into", "bias", detach=True)
+    scale, shift, _ = _folded(state, "fold_into")
+    along = _along_outputs(scale, array, output_axis, groups)
+    if given is not None and given.shape != scale.shape:
+        raise ValueError(refusal("fold_into", "bias", f"have shape {scale.shape}, one value per channel", given))
+    offset = 0.0 if given is None else given.library.to_numpy(given).astype(np.float64)
+    home = given or array
+    return (
+        array.library.from_numpy(array.library.to_numpy(array) * along, array.dtype, array),
+        home.library.from_numpy(offset * scale + shift, home.dtype, home),
+    )
+
+
+def _folded(state: BatchNormState, function: str) -> tuple[Float64, Float64, Array]:
+    """scale, shift, and the array they are like."""
+    if state.running_var is None:
+        raise ValueError(message(function, "state", "have running statistics", "a state with track=False"))
+    held = state.to_dict()
+    home = _arrays.describe(state.running_var, function, "running_var")
+    gamma = 1.0 if held["gamma"] is None else held["gamma"].astype(np.float64)
+    beta = 0.0 if held["beta"] is None else held["beta"].astype(np.float64)
+    scale = gamma / np.sqrt(held["running_var"].astype(np.float64) + state.eps)
+    return scale, beta - held["running_mean"] * scale, home
+
+
+def _along_outputs(scale: Float64, weight: Array, output_axis: int, groups: int) -> Float64:
+    """scale placed to multiply the weight."""
+    shape = weight.shape
+    axis = whole(output_axis, "fold_into", "output_axis")
+    if not -len(shape) <= axis < len(shape):
+        rule = f"be at least {-len(shape)} and below {len(shape)}"
+        raise np.exceptions.AxisError(message("fold_into", "output_axis", rule, axis))
+    axis %= len(shape)
+    outputs = shape[axis] * groups
+    if outputs != scale.size:
+        rule = f"have {scale.size} output channels on axis {axis}" + (f" in {groups} groups" if groups != 1 else "")
+        raise ValueError(refusal("fold_into", "weight", rule, weight))
+    if groups == 1:
+        return scale.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    if axis == 0 or shape[0] % groups:
+        rule = f"have input channels on axis 0, a multiple of groups={groups}, and outputs on another"
+        raise ValueError(refusal("fold_into", "weight", rule, weight))
+    rows = np.repeat(scale.reshape(groups, -1), shape[0] // groups, axis=0)
+    return rows.reshape([shape[0] if i == 0 else -1 if i == axis else 1 for i in range(len(shape))])

@@ -1,0 +1,483 @@
+"""The forward operations: inference, training, frozen statistics, and normalisation by given moments."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cubn import _arguments, _arrays
+from cubn._arguments import Companion, Source
+from cubn._arrays import Array, Output
+from cubn._layout import operand, vector
+from cubn.backends import Gate, Statistics, Vector
+from cubn.errors import message
+from cubn.moments import Moments, statistics_of
+from cubn.state import BatchNormState, Held, checked_eps, hold
+
+
+class Given(NamedTuple):
+    """What an operation was given, checked."""
+
+    source: Source
+    held: Held
+    mask: Companion | None
+    residual: Companion | None
+
+
+class Kept(NamedTuple):
+    """A parameter as it was in the forward, and where it came from."""
+
+    vector: Vector
+    values: np.ndarray[Any, Any]
+    home: Array
+
+
+class Saved:
+    """What `backward` needs from the forward that returned it.
+
+    Holds a reference to x (and to the mask), and copies of everything else, so that later updates of the state do not
+    change a backward. May be used several times. x must stay as it is until the last of them: a PyTorch tensor that was
+    changed in place is noticed, a change of another library's array is not.
+
+    Attributes
+    ----------
+    x : array
+        As given.
+    count : int64 array of shape ()
+        Values per channel; 0 where the statistics were frozen.
+    mean, var, invstd : float64 arrays of shape (C,)
+        The statistics x was normalised by; invstd = 1 / sqrt(var + eps).
+    relu_bits : object or None
+        After a residual and a ReLU: which elements of y are positive or NaN, at one bit an element, packed as suits the
+        backend. Without a residual they are recomputed from x, and nothing of the input's size is kept.
+    """
+
+    __slots__ = (
+        "beta",
+        "frozen",
+        "gamma",
+        "gate",
+        "has_residual",
+        "mask",
+        "overwritten",
+        "source",
+        "statistics",
+        "version",
+    )
+
+    def __init__(
+        self,
+        given: Given,
+        statistics: Statistics,
+        parameters: tuple[Kept | None, Kept | None],
+        gate: Gate,
+        *,
+        frozen: bool,
+        overwritten: bool,
+    ) -> None:
+        self.source = given.source
+        self.mask = given.mask
+        self.has_residual = given.residual is not None
+        self.statistics = statistics
+        self.gamma, self.beta = parameters
+        self.gate = gate
+        self.frozen = frozen
+        self.overwritten = overwritten
+        self.version = self.source.array.library.version(self.source.array)
+
+    @property
+    def x(self) -> Any:
+        return self.source.array.owner
+
+    @property
+    def count(self) -> Any:
+        return self.statistics.count
+
+    @property
+    def mean(self) -> Any:
+        return self.statistics.mean
+
+    @property
+    def var(self) -> Any:
+        return self.statistics.var
+
+    @property
+    def invstd(self) -> Any:
+        return self.statistics.invstd
+
+    @property
+    def relu_bits(self) -> Any:
+        return self.gate.bits
+
+
+def forward(
+    x: Any, state: BatchNormState, *, mask: Any = None, residual: Any = None, relu: bool = False, out: Any = None
+) -> Any:
+    """Normalise by running statistics: inference.
+
+    y = (x - running_mean) / sqrt(running_var + eps) * gamma + beta, then + residual, then ReLU.
+
+    Parameters
+    ----------
+    x : array of any library, rank 2 or more, C channels on the state's channel_axis
+        float16, bfloat16, float32 or float64.
+    state : BatchNormState
+        With running statistics; on x's device.
+    mask : bool array on x's device, optional
+        True where a position is present; y is 0 elsewhere. x's shape without the channel axis (or with 1 there), each
+        extent full or 1.
+    residual : array like x, optional
+        Added before the ReLU. Of x's shape, dtype, library and device; any layout.
+    relu : bool
+        Whether what is below 0 becomes 0. A NaN stays.
+    out : array like x, optional
+        Where y goes: exactly x, exactly residual, or memory of its own.
+
+    Returns
+    -------
+    array
+        y, or `out`: of x's shape, dtype, library and device; of x's layout where that is dense, else C-contiguous.
+
+    Raises
+    ------
+    TypeError
+        If an array is not one, has another dtype or library, requires a gradient, or cannot be written (`out`).
+    ValueError
+        If shapes or devices do not fit, `out` overlaps another array, or the state has no running statistics.
+    numpy.exceptions.AxisError
+        If x has no such channel_axis.
+    BackendUnavailable, ImportError
+        If nothing computes on x's device; the message says what to do.
+
+    Notes
+    -----
+    A sample's y does not depend on the other samples, nor on layout, alignment, threads or array library: the same
+    bits, always. Arithmetic is in float32 (float64 for float64 x), rounded once. Reads x
+    (and residual) once, writes y once.
+
+    References
+    ----------
+    Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
+    """
+    given = _given("forward", x, state, mask, residual)
+    source, held = given.source, given.held
+    mean, var = _running(held, "forward")
+    output = _destination("forward", out, given)
+    source.backend.forward(
+        source.extents,
+        source.operand,
+        operand(output.array, source.axis),
+        mean,
+        var,
+        state.eps,
+        held.gamma,
+        held.beta,
+        mask=given.mask and given.mask.operand,
+        residual=given.residual and given.residual.operand,
+        relu=bool(relu),
+    )
+    return output.finish()
+
+
+def forward_train(
+    x: Any,
+    state: BatchNormState,
+    *,
+    mask: Any = None,
+    residual: Any = None,
+    relu: bool = False,
+    update: bool = True,
+    out: Any = None,
+) -> tuple[Any, Saved]:
+    """Normalise by the batch's own statistics, and move the running statistics towards them: training.
+
+    y = (x - mean) / sqrt(var + eps) * gamma + beta, then + residual, then ReLU, with mean and var = m2 / count over all
+    present values of a channel; running = (1 - momentum) * running + momentum * batch, its variance m2 / (count - 1).
+
+    Parameters
+    ----------
+    x, mask, residual, relu
+        As in `forward`. What the mask leaves out takes no part in the statistics.
+    state : BatchNormState
+        Its running statistics, if it has any, are updated: in place, or replaced where their library is immutable.
+    update : bool
+        Whether they are.
+    out : array like x, optional
+        Where y goes: exactly x (then there can be no backward), exactly residual, or memory of its own.
+
+    Returns
+    -------
+    y : array
+        As from `forward`.
+    saved : Saved
+        For `backward`.
+
+    Raises
+    ------
+    TypeError, numpy.exceptions.AxisError, BackendUnavailable, ImportError
+        As in `forward`.
+    ValueError
+        As in `forward`, and if there are not at least two values per channel: the variance of one value is 0. Nothing
+        is changed then.
+
+    Notes
+    -----
+    The same bits for every layout, number of threads and array library. A channel whose statistics are not finite
+    leaves its running statistics as they were, and is counted in `state.skipped`; its y is what IEEE arithmetic gives.
+    Reads x (and residual) twice from memory at most, and writes y once.
+
+    References
+    ----------
+    Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
+    Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances"
+    """
+    given = _given("forward_train", x, state, mask, residual)
+    source = given.source
+    _check_count(source, given.mask)
+    updates = update and state.tracked is not None
+    if updates:
+        state.check_updatable("forward_train")
+    output = _destination("forward_train", out, given)
+    gamma, beta = _kept_parameters(given.held)
+    kind = _gate_kind(relu, given)
+    statistics, bits = source.backend.train(
+        source.extents,
+        source.operand,
+        operand(output.array, source.axis),
+        state.eps,
+        gamma and gamma.vector,
+        beta and beta.vector,
+        mask=given.mask and given.mask.operand,
+        residual=given.residual and given.residual.operand,
+        relu=bool(relu),
+        keep_bits=kind == "bits",
+    )
+    if updates:
+        state.update("forward_train", statistics)
+    y = output.finish()
+    return y, Saved(
+        given,
+        statistics,
+        (gamma, beta),
+        Gate(kind, bits),
+        frozen=False,
+        overwritten=_overwrites(out, output, source),
+    )
+
+
+def forward_frozen(
+    x: Any, state: BatchNormState, *, mask: Any = None, residual: Any = None, relu: bool = False, out: Any = None
+) -> tuple[Any, Saved]:
+    """Normalise by running statistics, with a backward: fine-tuning on statistics that stay as they are.
+
+    y = (x - running_mean) / sqrt(running_var + eps) * gamma + beta, then + residual, then ReLU; the same bits as
+    `forward`. In the backward, dx = dy * gamma / sqrt(running_var + eps).
+
+    Parameters
+    ----------
+    x, state, mask, residual, relu
+        As in `forward`. The state is not changed.
+    out : array like x, optional
+        Where y goes: exactly x (then there can be no backward), exactly residual, or memory of its own.
+
+    Returns
+    -------
+    y : array
+        As from `forward`.
+    saved : Saved
+        For `backward`.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError, BackendUnavailable, ImportError
+        As in `forward`.
+
+    Notes
+    -----
+    The same bits for every layout, number of threads and array library. Reads x (and residual) once, writes y once.
+
+    References
+    ----------
+    Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
+    """
+    given = _given("forward_frozen", x, state, mask, residual)
+    source = given.source
+    mean, var = _running(given.held, "forward_frozen")
+    output = _destination("forward_frozen", out, given)
+    gamma, beta = _kept_parameters(given.held)
+    kind = _gate_kind(relu, given)
+    statistics = source.backend.frozen_statistics(mean, var, source.extents.C, state.eps)
+    bits = source.backend.normalize(
+        source.extents,
+        source.operand,
+        operand(output.array, source.axis),
+        statistics,
+        gamma and gamma.vector,
+        beta and beta.vector,
+        mask=given.mask and given.mask.operand,
+        residual=given.residual and given.residual.operand,
+        relu=bool(relu),
+        keep_bits=kind == "bits",
+    )
+    y = output.finish()
+    return y, Saved(
+        given,
+        statistics,
+        (gamma, beta),
+        Gate(kind, bits),
+        frozen=True,
+        overwritten=_overwrites(out, output, source),
+    )
+
+
+def normalize(
+    x: Any,
+    moments: Moments,
+    *,
+    gamma: Any = None,
+    beta: Any = None,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    mask: Any = None,
+    residual: Any = None,
+    relu: bool = False,
+    out: Any = None,
+) -> Any:
+    """Normalise by given moments: of this batch, of several batches, of a data set.
+
+    y = (x - mean) / sqrt(var + eps) * gamma + beta, then + residual, then ReLU, with var = m2 / count. With
+    `moments(x)`, the same bits as `forward_train`.
+
+    Parameters
+    ----------
+    x, mask, residual, relu, out
+        As in `forward`.
+    moments : Moments
+        Of C channels and at least one value.
+    gamma, beta : array of shape (C,), any library, x's device, optional
+        float16, bfloat16, float32 or float64. Without them 1 and 0.
+    eps : float
+        Added to the variance; positive.
+    channel_axis : int
+        The channels' axis in x; may be negative.
+
+    Returns
+    -------
+    array
+        As from `forward`.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError, BackendUnavailable, ImportError
+        As in `forward`, and if eps or moments do not fit.
+
+    Notes
+    -----
+    A sample's y does not depend on the other samples. Reads x (and residual) once, writes y once.
+    """
+    if not isinstance(moments, Moments):
+        remedy = "Use cubn.moments(x) to take them."
+        raise TypeError(message("normalize", "moments", "be Moments", type(moments).__name__, remedy))
+    source = _arguments.source("normalize", x, channel_axis, moments.num_features)
+    if not moments.count:
+        raise ValueError(message("normalize", "moments", "be of one value per channel or more", moments.count))
+    eps = checked_eps(eps, "normalize")
+    parameters = {
+        name: _arguments.parameter("normalize", name, parameter, source)
+        for name, parameter in (("gamma", gamma), ("beta", beta))
+        if parameter is not None
+    }
+    held = hold(parameters, "normalize")
+    given = _beside("normalize", source, held, mask, residual)
+    output = _destination("normalize", out, given)
+    source.backend.normalize(
+        source.extents,
+        source.operand,
+        operand(output.array, source.axis),
+        statistics_of(moments, eps),
+        held.gamma,
+        held.beta,
+        mask=given.mask and given.mask.operand,
+        residual=given.residual and given.residual.operand,
+        relu=bool(relu),
+        keep_bits=False,
+    )
+    return output.finish()
+
+
+def _given(function: str, x: Any, state: BatchNormState, mask: Any, residual: Any) -> Given:
+    """x, the state's arrays, mask and residual."""
+    if not isinstance(state, BatchNormState):
+        raise TypeError(message(function, "state", "be a BatchNormState", type(state).__name__))
+    source = _arguments.source(function, x, state.channel_axis, state.num_features)
+    return _beside(function, source, state.read(function, source.array), mask, residual)
+
+
+def _beside(function: str, source: Source, held: Held, mask: Any, residual: Any) -> Given:
+    return Given(
+        source,
+        held,
+        None if mask is None else _arguments.mask(function, mask, source),
+        None if residual is None else _arguments.beside(function, "residual", residual, source),
+    )
+
+
+def _running(held: Held, function: str) -> tuple[Vector, Vector]:
+    if held.running_mean is None or held.running_var is None:
+        remedy = "Use forward_train, or normalize by moments(x)."
+        raise ValueError(message(function, "state", "have running statistics", "a state with track=False", remedy))
+    return held.running_mean, held.running_var
+
+
+def _check_count(x: Source, mask: Companion | None) -> None:
+    """Training needs two values per channel."""
+    count = _arguments.values_per_channel(x, mask)
+    if count > 1:
+        return
+    if count:
+        rule = "have more than one value per channel"
+        remedy = (
+            "The variance of one value is 0, so its y would be beta whatever it is: use a larger batch, or forward or "
+            "forward_frozen, which use the running statistics."
+        )
+    else:
+        rule = "have values to take statistics of"
+        remedy = "Skip the empty batch."
+    got = f"{count} where the mask is True" if mask else count
+    array = x.array
+    raise ValueError(
+        message("forward_train", "x", rule, got, remedy, shape=array.shape, dtype=array.dtype, device=array.device)
+    )
+
+
+def _destination(function: str, out: Any, given: Given) -> Output:
+    """Where y goes: a new array, or `out`."""
+    source, held, mask, residual = given
+    if out is None:
+        return _arrays.empty_like(source.array)
+    in_place = {"x": source.array, "residual": residual and residual.array}
+    return _arguments.destination(function, out, source, in_place, {"mask": mask and mask.array, **held.arrays})
+
+
+def _overwrites(out: Any, y: Output, x: Source) -> bool:
+    """Whether y was written over x."""
+    return out is not None and _arrays.overlap(y.array, x.array) != "none"
+
+
+def _gate_kind(relu: bool, given: Given) -> str:
+    """How the backward will know what a ReLU stopped; see `Gate`."""
+    if not relu:
+        return "none"
+    return "recompute" if given.residual is None else "bits"
+
+
+def _kept_parameters(held: Held) -> tuple[Kept | None, Kept | None]:
+    """Copies of gamma and beta."""
+    gamma, beta = (held.arrays.get(name) for name in ("gamma", "beta"))
+    return gamma and _kept(gamma), beta and _kept(beta)
+
+
+def _kept(parameter: Array) -> Kept:
+    values = parameter.library.to_numpy(parameter)
+    return Kept(vector(_arrays.describe(values, "forward", "parameter")), values, parameter)

@@ -1,0 +1,77 @@
+"""What is installed, which backends work here and why the others do not."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+from cubn.backends import CPU, CUDA, backend_for
+from cubn.errors import BackendUnavailable
+
+LIBRARIES = {  # name -> the distributions that may provide it; read from their metadata, never imported
+    "numpy": ("numpy",),
+    "numba": ("numba",),
+    "llvmlite": ("llvmlite",),
+    "torch": ("torch",),
+    "jax": ("jax",),
+    "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+    "mpi4py": ("mpi4py",),
+}
+
+
+def version_of(*distributions: str) -> str:
+    """The version of the first of these distributions that is installed, or "not installed"."""
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def availability(device_type: int) -> tuple[bool, str]:
+    """Whether the backend of a DLPack device type works here, and if not, why."""
+    try:
+        backend_for((device_type, 0))
+    except (BackendUnavailable, ImportError) as error:
+        return False, f"not available: {error}"
+    return True, "available"
+
+
+def _cpu_settings() -> dict[str, str]:
+    from cubn import get_num_threads
+    from cubn.backends.cpu.compile import cache_folder
+
+    folder = cache_folder()
+    if folder is None:
+        cache = "switched off by an empty CUBN_CACHE_DIR: every process compiles its kernels anew"
+    else:
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+        cache = f"{folder} ({'writable' if writable else 'not writable: every process compiles its kernels anew'})"
+    return {
+        "threads": f"{get_num_threads()}, a pool of cubn's own; numba's threading layers are not used",
+        "kernel cache": cache,
+    }
+
+
+def _section(title: str, rows: dict[str, str]) -> list[str]:
+    width = max(map(len, rows))
+    return ["", title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())]
+
+
+def info() -> str:
+    """The text of `python -m cubn info`."""
+    import cubn
+
+    lines = [
+        f"cubn {version_of('cubn')}, numerics contract {cubn.NUMERICS}",
+        f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        *_section("libraries", {name: version_of(*distributions) for name, distributions in LIBRARIES.items()}),
+    ]
+    cpu_works, cpu = availability(CPU)
+    lines += _section("backends", {"cpu": cpu, "cuda": availability(CUDA)[1]})
+    if cpu_works:
+        lines += _section("cpu backend", _cpu_settings())
+    return "\n".join(lines)

@@ -1,0 +1,431 @@
+"""What every operation means, in plain NumPy: twice, and never fast.
+
+The first half is the textbook in float64. It is what tolerances are measured against; it promises no bits.
+
+The second half, from `merge` on, is the numerics contract as an executable statement: what every backend computes, to
+the bit, for every layout, thread count and cut of the batch. docs/numerics.md says the same in words and says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from cubn._tree import COLUMNS, TILE, Block, aligned_blocks, root_order
+
+Float = NDArray[np.floating[Any]]
+Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The textbook, in float64. x is array-like of rank >= 2 with C channels along channel_axis; per-channel arguments and
+# results have shape (C,). mask is bool, of x's shape without the channel axis, each extent full or 1; True is present.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BatchStatistics:
+    """Number of present values, mean and biased variance (divided by count), each of shape (C,)."""
+
+    count: Int64
+    mean: Float64
+    var: Float64
+
+
+class Gradients(NamedTuple):
+    """Gradients of a scalar loss; dresidual is the gradient that passed the ReLU."""
+
+    dx: Float64
+    dgamma: Float64
+    dbeta: Float64
+    dresidual: Float64
+
+
+def moments(x: ArrayLike, *, channel_axis: int = 1, mask: ArrayLike | None = None) -> BatchStatistics:
+    """Count, mean and variance of the present values of each channel, in two passes."""
+    x, present = _described(x, channel_axis, mask)
+    axes = _all_but(channel_axis, x.ndim)
+    count = present.sum(axes)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(present, x, 0.0).sum(axes) / count
+        deviation = np.where(present, x - _along(channel_axis, x.ndim, mean), 0.0)
+        return BatchStatistics(count, mean, (deviation**2).sum(axes) / count)
+
+
+def normalize(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    *,
+    gamma: ArrayLike = 1.0,
+    beta: ArrayLike = 0.0,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    mask: ArrayLike | None = None,
+    residual: ArrayLike = 0.0,
+    relu: bool = False,
+) -> Float64:
+    """y = (x - mean) / sqrt(var + eps) * gamma + beta + residual, then ReLU; 0 where the mask is False.
+
+    With running statistics this is `cubn.forward`; with a batch's own it is `cubn.forward_train`.
+    """
+    x, present = _described(x, channel_axis, mask)
+    mean, var, gamma, beta = (_along(channel_axis, x.ndim, v) for v in (mean, var, gamma, beta))
+    y = (x - mean) / np.sqrt(var + eps) * gamma + beta + np.asarray(residual, np.float64)
+    if relu:
+        y = np.where(y <= 0.0, 0.0, y)
+    return np.where(present, y, 0.0)
+
+
+def forward_train(
+    x: ArrayLike,
+    *,
+    gamma: ArrayLike = 1.0,
+    beta: ArrayLike = 0.0,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    mask: ArrayLike | None = None,
+    residual: ArrayLike = 0.0,
+    relu: bool = False,
+) -> tuple[Float64, BatchStatistics]:
+    """Normalise with the batch's own statistics (Ioffe & Szegedy 2015); returns y and the statistics."""
+    batch = moments(x, channel_axis=channel_axis, mask=mask)
+    y = normalize(
+        x,
+        batch.mean,
+        batch.var,
+        gamma=gamma,
+        beta=beta,
+        eps=eps,
+        channel_axis=channel_axis,
+        mask=mask,
+        residual=residual,
+        relu=relu,
+    )
+    return y, batch
+
+
+def update(
+    running_mean: ArrayLike, running_var: ArrayLike, batch: BatchStatistics, momentum: float
+) -> tuple[Float64, Float64]:
+    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance (divided by count - 1)."""
+    var_unbiased = batch.var * batch.count / (batch.count - 1)
+    return (
+        (1.0 - momentum) * np.asarray(running_mean, np.float64) + momentum * batch.mean,
+        (1.0 - momentum) * np.asarray(running_var, np.float64) + momentum * var_unbiased,
+    )
+
+
+def backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    *,
+    frozen: bool = False,
+    gamma: ArrayLike = 1.0,
+    beta: ArrayLike = 0.0,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    mask: ArrayLike | None = None,
+    residual: ArrayLike = 0.0,
+    relu: bool = False,
+) -> Gradients:
+    """Gradients of sum(dy * y). Unless frozen, mean and var are the batch's own and depend on x.
+
+    With xhat = (x - mean) / sqrt(var + eps), and dy behind the ReLU:
+    dbeta = sum(dy), dgamma = sum(dy * xhat),
+    dx = gamma / sqrt(var + eps) * (dy - dbeta / count - xhat * dgamma / count),
+    or, frozen, dx = gamma / sqrt(var + eps) * dy.
+    """
+    y = normalize(
+        x,
+        mean,
+        var,
+        gamma=gamma,
+        beta=beta,
+        eps=eps,
+        channel_axis=channel_axis,
+        mask=mask,
+        residual=residual,
+        relu=relu,
+    )
+    x, present = _described(x, channel_axis, mask)
+    axes = _all_but(channel_axis, x.ndim)
+    mean, invstd, gamma = (
+        _along(channel_axis, x.ndim, v) for v in (mean, 1.0 / np.sqrt(np.asarray(var, np.float64) + eps), gamma)
+    )
+    passed = present & (y > 0.0) if relu else present
+    dy = np.where(passed, np.asarray(dy, np.float64), 0.0)
+    xhat = np.where(present, (x - mean) * invstd, 0.0)
+    dbeta = dy.sum(axes)
+    dgamma = (dy * xhat).sum(axes)
+    if frozen:
+        dx = gamma * invstd * dy
+    else:
+        k1, k2 = (_along(channel_axis, x.ndim, v / present.sum(axes)) for v in (dbeta, dgamma))
+        dx = np.where(present, gamma * invstd * (dy - k1 - xhat * k2), 0.0)
+    return Gradients(dx, dgamma, dbeta, dy)
+
+
+def fold(
+    running_mean: ArrayLike, running_var: ArrayLike, *, gamma: ArrayLike = 1.0, beta: ArrayLike = 0.0, eps: float = 1e-5
+) -> tuple[Float64, Float64]:
+    """(scale, shift) with which normalising by running statistics is x * scale + shift."""
+    scale = np.asarray(gamma, np.float64) / np.sqrt(np.asarray(running_var, np.float64) + eps)
+    return scale, np.asarray(beta, np.float64) - np.asarray(running_mean, np.float64) * scale
+
+
+def _described(x: ArrayLike, channel_axis: int, mask: ArrayLike | None) -> tuple[Float64, Mask]:
+    """x in float64, and which of its values are present, in x's shape."""
+    x = np.asarray(x, np.float64)
+    if mask is None:
+        return x, np.ones(x.shape, np.bool_)
+    return x, np.broadcast_to(np.expand_dims(np.asarray(mask, np.bool_), channel_axis), x.shape)
+
+
+def _all_but(channel_axis: int, ndim: int) -> tuple[int, ...]:
+    return tuple(axis for axis in range(ndim) if axis != channel_axis % ndim)
+
+
+def _along(channel_axis: int, ndim: int, v: ArrayLike) -> Float64:
+    """A per-channel vector, or one number for all channels, placed to broadcast along channel_axis."""
+    v = np.asarray(v, np.float64)
+    return v if v.ndim == 0 else np.expand_dims(v, _all_but(channel_axis, ndim))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The numerics contract. Here x is (..., C, S), already in `acc`: float32 for float16, bfloat16 and float32 data,
+# float64 for float64 data. Each + - * / sqrt below is one IEEE-754 operation, rounded to nearest even, subnormals kept,
+# never contracted into a fused multiply-add. Everything per channel, and everything above a tile, is float64.
+#
+# S counts the positions of one sample (the axes that are neither the sample's nor the channel's, flattened in C order
+# of the logical shape; 1 for 2-D input), and may differ from sample to sample. Infinities and NaN are results like any
+# other. At a masked position y, dx and dresidual are 0.
+#
+# A node is what the tree keeps of a set of values: (count, mean, m2) for moments, (count, sum, ...) for plain sums.
+# ---------------------------------------------------------------------------------------------------------------------
+
+Node = tuple[Any, ...]
+"""An integer count first, then floating arrays; all broadcast together."""
+
+Combine = Callable[[Node, Node], Node]
+
+
+@np.errstate(all="ignore")
+def merge(a: Node, b: Node) -> Node:
+    """Moments (count, mean, m2) of a and b together (Chan, Golub & LeVeque 1979); a count of 0 is the identity."""
+    count_a, mean_a, m2_a = a
+    count_b, mean_b, m2_b = b
+    real = mean_a.dtype.type
+    count = count_a + count_b
+    share = count_b.astype(real) / count.astype(real)
+    d = mean_b - mean_a
+    mean = mean_a + d * share
+    m2 = (m2_a + m2_b) + (d * d) * (count_a.astype(real) * share)
+    return count, _unless_absent(a, b, mean_a, mean_b, mean), _unless_absent(a, b, m2_a, m2_b, m2)
+
+
+@np.errstate(all="ignore")
+def add(a: Node, b: Node) -> Node:
+    """Sums (count, sum, ...) of a and b together; a count of 0 is the identity."""
+    sums = (_unless_absent(a, b, u, v, u + v) for u, v in zip(a[1:], b[1:], strict=True))
+    return a[0] + b[0], *sums
+
+
+def _unless_absent(a: Node, b: Node, of_a: Float, of_b: Float, of_both: Float) -> Float:
+    return np.where(b[0] == 0, of_a, np.where(a[0] == 0, of_b, of_both))
+
+
+def tree(nodes: Sequence[Node], combine: Combine) -> Node:
+    """Binary tree over adjacent nodes: neighbours (0, 1), (2, 3), ... first; an odd last node moves up alone."""
+    if not nodes:
+        raise ValueError("tree: nodes must not be empty; got none. Leave an empty range out of the tree above it")
+    while len(nodes) > 1:
+        nodes = [combine(*nodes[i : i + 2]) if i + 1 < len(nodes) else nodes[i] for i in range(0, len(nodes), 2)]
+    return nodes[0]
+
+
+@np.errstate(all="ignore")
+def sample_moments(x: Float, mask: Mask | None = None) -> Node:
+    """(count, mean, m2) of one sample x (C, S); mask (S,), True where a position is present.
+
+    Inside a tile every value is taken relative to the tile's pivot, its first present value.
+    """
+    C, S = x.shape
+    acc = x.dtype.type
+    tiles: list[Node] = []
+    for first in range(0, S, TILE):
+        columns = _columns(first, S, mask)
+        present = sorted(p for rows in columns for p in rows)
+        pivot = x[:, present[0]] if present else np.zeros(C, acc)
+        nodes = []
+        for rows in columns:
+            v = [x[:, p] - pivot for p in rows]
+            if len(rows) < 2:
+                mean, m2 = (v[0] if v else np.zeros(C, acc)), np.zeros(C, acc)
+            else:
+                mean = _in_order(v) / acc(len(rows))
+                m2 = _in_order([(u - mean) * (u - mean) for u in v])
+            nodes.append((np.full(C, len(rows)), mean, m2))
+        count, mean, m2 = tree(nodes, merge)
+        tiles.append((count, pivot.astype(np.float64) + mean.astype(np.float64), m2.astype(np.float64)))
+    return tree(tiles, merge) if tiles else _nothing(C, 2)
+
+
+def sample_sums(*terms: Float, mask: Mask | None = None) -> Node:
+    """(count, sum, ...) of one sample for each of the terms, all (C, S): the same tree, with plain sums.
+
+    An absent position is left out, never multiplied by zero.
+    """
+    C, S = terms[0].shape
+    tiles: list[Node] = []
+    for first in range(0, S, TILE):
+        nodes = []
+        for rows in _columns(first, S, mask):
+            sums = [_in_order([v[:, p] for p in rows]) if rows else np.zeros(C, v.dtype) for v in terms]
+            nodes.append((np.full(C, len(rows)), *sums))
+        count, *sums = tree(nodes, add)
+        tiles.append((count, *(s.astype(np.float64) for s in sums)))
+    return tree(tiles, add) if tiles else _nothing(C, len(terms))
+
+
+def _columns(first: int, S: int, mask: Mask | None) -> list[list[int]]:
+    """The present positions of each column of the tile that begins at `first`, in row order."""
+    stop = min(first + TILE, S)
+    return [
+        [p for p in range(j, stop, COLUMNS) if mask is None or mask[p]] for j in range(first, min(first + COLUMNS, S))
+    ]
+
+
+@np.errstate(all="ignore")
+def _in_order(terms: Sequence[Float]) -> Float:
+    """Sum of the terms from the first to the last."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _nothing(C: int, width: int) -> Node:
+    """The node of no values."""
+    return np.zeros(C, np.int64), *(np.zeros(C) for _ in range(width))
+
+
+def range_nodes(samples: Sequence[Node], start: int, combine: Combine) -> tuple[tuple[Block, ...], list[Node]]:
+    """The samples from the global index `start` on, as one node per maximal aligned power-of-two block."""
+    blocks = aligned_blocks(start, start + len(samples))
+    return blocks, [tree(samples[lo - start : hi - start], combine) for lo, hi in blocks]
+
+
+def root(blocks: Sequence[Block], nodes: Sequence[Node], combine: Combine) -> Node:
+    """The node of neighbouring blocks together, the same however the range was cut; absent samples are nothing."""
+    nodes = list(nodes)
+    for left, right in root_order(blocks):
+        nodes[left] = combine(nodes[left], nodes[right])
+    return nodes[0]
+
+
+@np.errstate(all="ignore")
+def finalize(node: Node, eps: float) -> tuple[Float64, Float64, Float64]:
+    """(mean, var, invstd) of a root, all float64: var = m2 / count, invstd = 1 / sqrt(var + eps)."""
+    count, mean, m2 = node
+    var = m2 / count.astype(np.float64)
+    return mean, var, 1.0 / np.sqrt(var + np.float64(eps))
+
+
+@np.errstate(all="ignore")
+def centre(x: Float, mean: Float64) -> Float:
+    """(x - high) - low, with the mean taken as two `acc` numbers: high = acc(mean), low = acc(mean - high).
+
+    x - high is exact when x is near the mean, so a large mean costs no accuracy.
+    """
+    high = mean.astype(x.dtype)
+    low = (mean - high.astype(np.float64)).astype(x.dtype)
+    return (x - high[:, None]) - low[:, None]
+
+
+@np.errstate(all="ignore")
+def output(x: Float, mean: Float64, invstd: Float64, gamma: Float, beta: Float, residual: Float | None = None) -> Float:
+    """y before ReLU and its one rounding: centre(x) * scale + beta, then + residual; scale = acc(invstd) * gamma.
+
+    gamma, beta and residual are first rounded to `acc`.
+    """
+    acc = x.dtype
+    y = centre(x, mean) * _scale(invstd, gamma, acc)[:, None] + beta.astype(acc)[:, None]
+    return y if residual is None else y + residual.astype(acc)
+
+
+def relu(v: Float) -> Float:
+    """0 where v <= 0, else v: a NaN stays. Taken in `acc`, before the one rounding to x's own dtype."""
+    return np.where(v <= 0, v.dtype.type(0), v)
+
+
+def behind_relu(dy: Float, y: Float) -> Float:
+    """dy where it passes the ReLU: 0 where the *rounded* output y is <= 0, else dy."""
+    return np.where(y <= 0, dy.dtype.type(0), dy)
+
+
+@np.errstate(all="ignore")
+def input_gradient(
+    dy: Float,
+    x: Float,
+    mean: Float64,
+    invstd: Float64,
+    gamma: Float,
+    count: Int64,
+    sum_dy: Float64,
+    sum_dy_xmu: Float64,
+) -> Float:
+    """dx before its one rounding: ((dy - k1) - centre(x) * k2) * scale, k1 and k2 in float64, rounded to `acc` once.
+
+    count, sum_dy and sum_dy_xmu are the root of `sample_sums(dy, dy * centre(x))`, dy behind its ReLU.
+    With frozen statistics dx is `dy * scale` instead: `frozen_input_gradient`.
+    """
+    acc = x.dtype
+    k1 = (sum_dy / count).astype(acc)
+    k2 = ((sum_dy_xmu / count) * (invstd * invstd)).astype(acc)
+    return ((dy - k1[:, None]) - centre(x, mean) * k2[:, None]) * _scale(invstd, gamma, acc)[:, None]
+
+
+@np.errstate(all="ignore")
+def frozen_input_gradient(dy: Float, invstd: Float64, gamma: Float) -> Float:
+    """dx before its one rounding, for statistics that do not depend on x: dy * scale."""
+    return dy * _scale(invstd, gamma, dy.dtype)[:, None]
+
+
+@np.errstate(all="ignore")
+def parameter_gradients(invstd: Float64, sum_dy: Float64, sum_dy_xmu: Float64, dtype: DTypeLike) -> tuple[Float, Float]:
+    """(dgamma, dbeta): sum_dy_xmu * invstd and sum_dy in float64, rounded once to the parameters' dtype."""
+    return (sum_dy_xmu * invstd).astype(dtype), sum_dy.astype(dtype)
+
+
+@np.errstate(all="ignore")
+def running(old: Float, value: Float64, momentum: float | None, tracked: Int64, skipped: Int64) -> Float:
+    """New running values: (1 - w) * old + w * value in float64, rounded once to old's dtype.
+
+    value is the batch's mean, or its unbiased variance m2 / (count - 1). w = momentum, or with momentum None
+    1 / (tracked - skipped), where both counters are as if this batch were kept.
+    """
+    w = np.float64(momentum) if momentum is not None else 1.0 / (tracked - skipped).astype(np.float64)
+    return ((1.0 - w) * old.astype(np.float64) + w * value).astype(old.dtype)
+
+
+def keep(count: Int64, mean: Float64, var: Float64, new_mean: Float, new_var: Float) -> Mask:
+    """Channels whose running statistics change: two values or more, and everything finite, the rounded results too.
+
+    The others stay as they were and are counted as skipped.
+    """
+    return (count >= 2) & np.isfinite(mean) & np.isfinite(var) & np.isfinite(new_mean) & np.isfinite(new_var)
+
+
+@np.errstate(all="ignore")
+def _scale(invstd: Float64, gamma: Float, acc: DTypeLike) -> Float:
+    scale: Float = invstd.astype(acc) * gamma.astype(acc)
+    return scale

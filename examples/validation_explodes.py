@@ -1,0 +1,38 @@
+"""Validation explodes though training is fine: one bad batch has poisoned the running statistics.
+
+The usual update makes running_mean inf and running_var NaN for ever after a single overflow. cubn leaves a channel
+whose batch is not finite as it was, counts it, and keeps tiny variances as the subnormal numbers they are.
+"""
+
+import numpy as np
+
+import cubn
+
+
+def main():
+    rng = np.random.default_rng(0)
+    state = cubn.BatchNormState(4)
+    for _ in range(100):
+        cubn.forward_train(rng.standard_normal((8, 4, 6, 6), dtype=np.float32), state)
+    before = state.copy()
+
+    x = rng.standard_normal((8, 4, 6, 6), dtype=np.float32)
+    x[3, 2, 0, 0] = np.inf  # an overflow in channel 2
+    cubn.forward_train(x, state)
+    print("skipped batches per channel:", state.skipped)
+    assert state.skipped.tolist() == [0, 0, 1, 0]
+    assert state.running_mean[2] == before.running_mean[2] and state.running_var[2] == before.running_var[2]
+    assert np.isfinite(state.running_mean).all() and np.isfinite(state.running_var).all()
+    assert (state.running_mean != before.running_mean).tolist() == [True, True, False, True]
+
+    constant = np.zeros((8, 4, 6, 6), np.float32)  # dead channels: the running variance sinks
+    for _ in range(900):
+        cubn.forward_train(constant, state)
+    print("running variance of dead channels:", state.running_var)
+    assert (state.running_var >= 0).all() and (state.running_var < 1e-38).all()
+    assert np.isfinite(cubn.forward(x[:3], state)).all()
+    print("inference stays finite")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Fixtures of the operations' tests."""
+
+import pytest
+
+import cubn
+from cubn.backends.cpu import plan
+
+
+@pytest.fixture(autouse=True)
+def number_of_threads():
+    """Put back the number of threads a test leaves."""
+    before = cubn.get_num_threads()
+    yield
+    cubn.set_num_threads(before)
+
+
+@pytest.fixture
+def eager_threads(monkeypatch):
+    """Wake threads for arrays of any size, so that small ones are cut between them too."""
+    monkeypatch.setattr(plan, "SERIAL_BYTES", 0)
+
+
+@pytest.fixture(params=[False, True], ids=["cached", "streamed"])
+def streaming(request, monkeypatch):
+    """Outputs written past the caches, as otherwise only large ones are."""
+    if request.param:
+        monkeypatch.setattr(plan, "STREAM_BYTES", 0)

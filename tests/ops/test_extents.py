@@ -1,0 +1,128 @@
+"""Extents at their ends: nothing at all, one of a kind, axes over 65535, and arrays worth cutting between threads."""
+
+import numpy as np
+import pytest
+
+import cubn
+from tests import oracle
+from tests.ops import arrays
+from tests.ops.cases import assert_moments
+
+EPS = 1e-5
+
+
+def check(shape, axis=1, dtype="float32", threads=(2,)):
+    """Training, its backward, moments and inference of one shape, against the oracle, on several numbers of threads."""
+    rng = np.random.default_rng(0)
+    C = shape[axis]
+    x, dy = (arrays.normal(rng, shape, dtype, centre=0.3) for _ in range(2))
+    gamma, beta = arrays.normal(rng, C), arrays.normal(rng, C)
+    mean, var = np.zeros(C, np.float32), np.ones(C, np.float32)
+    flat = oracle.as_ncs(x, axis)
+    inferred = oracle.normalize(flat, oracle.frozen_statistics(mean, var, EPS), gamma, beta)
+    stats = oracle.batch_statistics(flat, EPS)
+    trained = oracle.normalize(flat, stats, gamma, beta)
+    gradients = oracle.backward(oracle.as_ncs(dy, axis), flat, stats, gamma, beta)
+
+    def same(got, expected, what):
+        arrays.assert_same(oracle.as_ncs(arrays.store_of(got), axis), expected, what)
+
+    x, dy = arrays.carry(x, "numpy"), arrays.carry(dy, "numpy")
+    for n in threads:
+        cubn.set_num_threads(n)
+        state = cubn.BatchNormState.from_arrays(
+            gamma=gamma, beta=beta, running_mean=mean.copy(), running_var=var.copy(), eps=EPS, channel_axis=axis
+        )
+        same(cubn.forward(x, state), inferred, "y of forward")
+        y, saved = cubn.forward_train(x, state)
+        same(y, trained, "y of forward_train")
+        assert_moments(cubn.moments(x, channel_axis=axis), stats)
+        grads = cubn.backward(dy, saved)
+        same(grads.dx, gradients.dx, "dx")
+        arrays.assert_same(grads.dgamma, gradients.dgamma, "dgamma")
+        arrays.assert_same(grads.dbeta, gradients.dbeta, "dbeta")
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((70001, 3), 1), ((2, 70001), 1), ((3, 70001, 2), 1), ((2, 2, 70001), 1), ((2, 70001, 3), -1)]
+)
+def test_axes_over_65535(backend, shape, axis):
+    check(shape, axis)
+
+
+ONES = [(2, 1), (1, 1, 2), (2, 1, 1, 1, 1, 1), (1, 40, 2), (300, 1), (1, 1, 5000)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [(s, axis) for s in ONES for axis in (0, 1, -1) if np.prod(s) > s[axis]], ids=str
+)
+@pytest.mark.parametrize("dtype", arrays.DTYPES)
+def test_one_of_a_kind(backend, dtype, shape, axis):
+    check(shape, axis, dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((6, 64, 56, 56), 1),
+        ((6, 56, 56, 64), -1),
+        ((2, 3, 300, 301), 1),
+        ((16, 2048, 7, 7), 1),
+        ((8, 14, 14, 1024), -1),
+        ((1025, 1024), 1),
+        ((16384, 64), 1),
+        ((32, 70, 14, 14), 1),
+        ((2, 32, 32, 32, 32), 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads_share_what_is_large(backend, shape, axis, dtype):
+    """No number of threads changes a bit, here with arrays large enough to be cut between them as shipped."""
+    check(shape, axis, dtype, threads=(1, 2, 3, 11))
+
+
+def test_an_output_larger_than_the_caches(backend):
+    check((22, 64, 112, 112))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((0, 3), 1), ((0, 3, 4), 1), ((5, 3, 0), 1), ((0, 4, 3), -1), ((3, 0, 2), 0)]
+)
+@pytest.mark.parametrize("library", arrays.LIBRARIES)
+def test_no_samples_or_no_positions(backend, shape, axis, library):
+    x = arrays.carry(np.zeros(shape, np.float32), library)
+    state = cubn.BatchNormState(3, channel_axis=axis)
+    m = cubn.moments(x, channel_axis=axis)
+    assert m.count == 0 and not m.mean.any() and not m.m2.any()
+    y, saved = cubn.forward_frozen(x, state, residual=x, relu=True)
+    grads = cubn.backward(x, saved)
+    for got in (cubn.forward(x, state), y, grads.dx, grads.dresidual):
+        assert tuple(got.shape) == shape and arrays.library_of(got) == library
+    arrays.assert_same(arrays.store_of(grads.dgamma), np.zeros(3, np.float32))
+    arrays.assert_same(arrays.store_of(grads.dbeta), np.zeros(3, np.float32))
+    before = state.to_dict()
+    with pytest.raises(ValueError, match="forward_train: x must have values"):
+        cubn.forward_train(x, state)
+    assert (state.tracked == before["tracked"]).all()
+
+
+def test_merging_with_nothing(backend):
+    x = arrays.normal(np.random.default_rng(0), (5, 3, 4))
+    nothing = cubn.moments(x[:0], start=5)
+    assert_moments(cubn.moments(x).merge(nothing), oracle.batch_statistics(x, EPS))
+    assert_moments(nothing.merge(cubn.moments(x, start=5)), oracle.batch_statistics(x, EPS, start=5))
+
+
+def test_samples_of_different_sizes(backend):
+    """Ranges merge whatever their number of positions, none at all included."""
+    rng = np.random.default_rng(0)
+    xs = [arrays.normal(rng, (n, 3, s)) for n, s in ((3, 7), (2, 0), (4, 2500), (1, 1))]
+    whole, start, nodes = None, 0, []
+    for x in xs:
+        part = cubn.moments(x, start=start)
+        whole = part if whole is None else whole.merge(part)
+        start += len(x)
+        nodes.append(oracle.sample_moments(x))
+    stacked = tuple(np.concatenate(arrays_of) for arrays_of in zip(*nodes, strict=True))
+    assert_moments(whole, oracle.statistics(oracle.root(stacked, oracle.reference.merge), EPS))

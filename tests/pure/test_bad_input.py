@@ -1,0 +1,733 @@
+"""What cannot be computed is refused, with a message that says what to do, and with nothing changed."""
+
+import copy
+
+import numpy as np
+import pytest
+
+import cubn
+from cubn import _dlpack
+from cubn.errors import BackendUnavailable
+
+F32 = "dtype=float32, device=cpu"
+
+
+class Elsewhere(_dlpack.Exporter):
+    """A NumPy array that says it lies on the first CUDA device."""
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def __dlpack__(self, **options):
+        capsule = super().__dlpack__(**options)
+        tensor, _ = _dlpack._open(capsule)
+        tensor.device.type = 2
+        return capsule
+
+
+def elsewhere(shape, dtype="float32"):
+    return Elsewhere(np.zeros(shape, dtype), dtype)
+
+
+class World:
+    """A state that has seen a batch, that batch and arrays beside it; knows whether any of it changed."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.x, self.residual, self.dy, self.out = rng.standard_normal((4, 3, 4, 2), dtype=np.float32)
+        self.mask = np.ones((3, 2), bool)
+        self.state = cubn.BatchNormState(4)
+        _, self.saved = cubn.forward_train(self.x, self.state)
+        self.moments = cubn.moments(self.x)
+        self.also = []
+
+    def contents(self):
+        return copy.deepcopy([self.x, self.residual, self.dy, self.out, self.state.to_dict(), *self.also])
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def refused(world, error, text, call, *arguments, **options):
+    """The call raises exactly this error with exactly this message, and leaves the world as it was."""
+    before = world.contents()
+    with pytest.raises(error) as caught:
+        call(*arguments, **options)
+    assert str(caught.value) == text
+    assert type(caught.value) is error
+    np.testing.assert_equal(world.contents(), before)
+
+
+def each(world):
+    """Every operation on x, by name."""
+    return {
+        "forward": lambda x: cubn.forward(x, world.state),
+        "forward_train": lambda x: cubn.forward_train(x, world.state),
+        "forward_frozen": lambda x: cubn.forward_frozen(x, world.state),
+        "normalize": lambda x: cubn.normalize(x, world.moments),
+        "moments": cubn.moments,
+    }
+
+
+OPERATIONS = ["forward", "forward_train", "forward_frozen", "normalize", "moments"]
+WITH_STATE = ["forward", "forward_train", "forward_frozen"]
+NORMALIZING = [*WITH_STATE, "normalize"]
+
+
+def given(world, operation, **options):
+    """An operation on x that takes mask, residual and out."""
+    second = world.moments if operation == "normalize" else world.state
+    return lambda: getattr(cubn, operation)(world.x, second, **options)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_1_not_an_array(world, operation):
+    text = f"{operation}: x must be an array with __dlpack__; got a list. Pass numpy.asarray(x)."
+    refused(world, TypeError, text, each(world)[operation], world.x.tolist())
+
+
+@pytest.mark.parametrize("shape", [(), (4,)])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_2_fewer_than_two_axes(world, operation, shape):
+    text = (
+        f"{operation}: x must have 2 axes or more; got a numpy array (shape={shape}, {F32}). "
+        "Samples and channels are two axes: a single sample has shape (1, C)."
+    )
+    refused(world, ValueError, text, each(world)[operation], np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("axis", [3, -4])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_3_no_such_channel_axis(world, operation, axis):
+    text = f"{operation}: channel_axis must be at least -3 and below 3, x having 3 axes; got {axis}."
+    world.state.channel_axis = axis
+    calls = each(world) | {
+        "moments": lambda x: cubn.moments(x, channel_axis=axis),
+        "normalize": lambda x: cubn.normalize(x, world.moments, channel_axis=axis),
+    }
+    refused(world, np.exceptions.AxisError, text, calls[operation], world.x)
+
+
+def test_3_channel_axis_that_is_no_integer(world):
+    text = "BatchNormState: channel_axis must be an integer; got 1.5."
+    refused(world, TypeError, text, setattr, world.state, "channel_axis", 1.5)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "object"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_4_dtype_of_x(world, operation, dtype):
+    text = (
+        f"{operation}: x must have dtype float16, bfloat16, float32 or float64; "
+        f"got {dtype} (shape=(3, 4, 2), dtype={dtype}, device=cpu). Convert it first."
+    )
+    refused(world, TypeError, text, each(world)[operation], world.x.astype(dtype))
+
+
+def test_4_eight_bits(world):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    text = (
+        "forward: x must have dtype float16, bfloat16, float32 or float64; "
+        "got float8_e4m3fn (shape=(3, 4, 2), dtype=float8_e4m3fn, device=cpu). Convert it first."
+    )
+    refused(world, TypeError, text, cubn.forward, world.x.astype(ml_dtypes.float8_e4m3fn), world.state)
+
+
+@pytest.mark.parametrize("operation", NORMALIZING)
+def test_4_dtype_of_mask(world, operation):
+    text = (
+        f"{operation}: mask must have dtype bool; got int64 (shape=(3, 2), dtype=int64, device=cpu). Convert it first."
+    )
+    refused(world, TypeError, text, given(world, operation, mask=np.ones((3, 2), np.int64)))
+
+
+@pytest.mark.parametrize("argument", ["residual", "out"])
+@pytest.mark.parametrize("operation", NORMALIZING)
+def test_4_dtype_beside_x(world, operation, argument):
+    text = (
+        f"{operation}: {argument} must have x's dtype float32; "
+        "got a numpy array (shape=(3, 4, 2), dtype=float64, device=cpu). Convert it first."
+    )
+    refused(world, TypeError, text, given(world, operation, **{argument: world.x.astype(np.float64)}))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_5_byte_order(world, operation):
+    swapped = world.x.astype(world.x.dtype.newbyteorder())
+    text = (
+        f"{operation}: x must have this machine's byte order; got {swapped.dtype.str} "
+        f"(shape=(3, 4, 2), dtype={swapped.dtype.str}, device=cpu). Pass x.astype(x.dtype.newbyteorder('='))."
+    )
+    refused(world, TypeError, text, each(world)[operation], swapped)
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta", "running_mean", "running_var"])
+@pytest.mark.parametrize("shape", [(5,), (4, 1), ()])
+def test_6_shape_of_a_parameter(world, name, shape):
+    text = (
+        f"BatchNormState: {name} must have shape (4,), one value per channel; got a numpy array (shape={shape}, {F32})."
+    )
+    refused(world, ValueError, text, setattr, world.state, name, np.ones(shape, np.float32))
+
+
+def test_6_parameters_of_two_sizes(world):
+    text = f"BatchNormState: beta must have shape (4,), one value per channel; got a numpy array (shape=(5,), {F32})."
+    four, five = np.ones(4, np.float32), np.ones(5, np.float32)
+    refused(world, ValueError, text, cubn.BatchNormState.from_arrays, gamma=four, beta=five)
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+def test_6_shape_of_a_given_parameter(world, name):
+    text = f"normalize: {name} must have shape (4,), one value per channel; got a numpy array (shape=(5,), {F32})."
+    refused(world, ValueError, text, given(world, "normalize", **{name: np.ones(5, np.float32)}))
+
+
+@pytest.mark.parametrize("operation", NORMALIZING)
+def test_6_channels_of_x(world, operation):
+    text = f"{operation}: x must have 4 channels on axis 1; got a numpy array (shape=(3, 3, 2), {F32})."
+    refused(world, ValueError, text, each(world)[operation], world.x[:, :3])
+
+
+def test_6_no_channels(world):
+    text = f"moments: x must have 1 or more channels on axis 1; got a numpy array (shape=(3, 0, 2), {F32})."
+    refused(world, ValueError, text, cubn.moments, world.x[:, :0])
+
+
+@pytest.mark.parametrize("argument", ["residual", "out"])
+@pytest.mark.parametrize("operation", NORMALIZING)
+def test_7_shape_beside_x(world, operation, argument):
+    text = f"{operation}: {argument} must have x's shape (3, 4, 2); got a numpy array (shape=(2, 4, 2), {F32})."
+    refused(world, ValueError, text, given(world, operation, **{argument: world.out[:2]}))
+
+
+@pytest.mark.parametrize("argument", ["dy", "out"])
+def test_7_shape_of_a_gradient(world, argument):
+    text = f"backward: {argument} must have x's shape (3, 4, 2); got a numpy array (shape=(2, 4, 2), {F32})."
+    arguments = {"dy": world.dy} | {argument: world.out[:2]}
+    refused(world, ValueError, text, cubn.backward, saved=world.saved, **arguments)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 3), (2, 2), (3, 4, 2), (3, 1, 1, 2)])
+@pytest.mark.parametrize("operation", [*NORMALIZING, "moments"])
+def test_7_mask_that_does_not_fit(world, operation, shape):
+    text = (
+        f"{operation}: mask must have x's shape without the channel axis, (3, 2), or 1 instead of any extent; "
+        f"got a numpy array (shape={shape}, dtype=bool, device=cpu)."
+    )
+    mask = np.ones(shape, bool)
+    call = (lambda: cubn.moments(world.x, mask=mask)) if operation == "moments" else given(world, operation, mask=mask)
+    refused(world, ValueError, text, call)
+
+
+@pytest.mark.parametrize("operation", NORMALIZING)
+def test_8_two_devices(world, operation):
+    text = (
+        f"{operation}: residual must be on x's device, cpu; got a tests array (shape=(3, 4, 2), dtype=float32, "
+        "device=cuda:0). Move one of them to the other's device."
+    )
+    refused(world, ValueError, text, given(world, operation, residual=elsewhere((3, 4, 2))))
+
+
+@pytest.mark.parametrize("operation", NORMALIZING)
+def test_8_mask_on_another_device(world, operation):
+    text = (
+        f"{operation}: mask must be on x's device, cpu; got a tests array (shape=(3, 2), dtype=bool, "
+        "device=cuda:0). Move one of them to the other's device."
+    )
+    refused(world, ValueError, text, given(world, operation, mask=elsewhere((3, 2), "bool")))
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+def test_8_parameter_on_another_device(world, name):
+    text = (
+        f"normalize: {name} must be on x's device, cpu; got a tests array (shape=(4,), dtype=float32, "
+        "device=cuda:0). Move one of them to the other's device."
+    )
+    refused(world, ValueError, text, given(world, "normalize", **{name: elsewhere(4)}))
+
+
+def test_8_state_on_two_devices(world):
+    text = (
+        f"BatchNormState: beta must be on the device of gamma, cuda:0; got a numpy array (shape=(4,), {F32}). "
+        "Move one of them to the other's device."
+    )
+    refused(world, ValueError, text, setattr, world.state, "gamma", elsewhere(4))
+
+
+@pytest.mark.parametrize("operation", WITH_STATE)
+def test_8_state_on_another_device(world, operation):
+    state = cubn.BatchNormState.from_arrays(gamma=elsewhere(4), running_mean=elsewhere(4), running_var=elsewhere(4))
+    text = (
+        f"{operation}: x must be on the state's device, cuda:0; got a numpy array (shape=(3, 4, 2), {F32}). "
+        "Move one of them to the other's device."
+    )
+    refused(world, ValueError, text, getattr(cubn, operation), world.x, state)
+
+
+@pytest.mark.parametrize("argument", ["residual", "out"])
+@pytest.mark.parametrize("operation", NORMALIZING)
+def test_8_two_libraries(world, operation, argument):
+    torch = pytest.importorskip("torch")
+    text = (
+        f"{operation}: {argument} must be a numpy array, as x is; "
+        f"got a torch array (shape=(3, 4, 2), {F32}). Convert it first."
+    )
+    refused(world, TypeError, text, given(world, operation, **{argument: torch.from_numpy(world.out)}))
+
+
+def test_8_gradient_of_another_library(world):
+    torch = pytest.importorskip("torch")
+    text = f"backward: dy must be a numpy array, as x is; got a torch array (shape=(3, 4, 2), {F32}). Convert it first."
+    refused(world, TypeError, text, cubn.backward, torch.from_numpy(world.dy), world.saved)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_9_device_without_memory(world, operation):
+    torch = pytest.importorskip("torch")
+    text = (
+        f"{operation}: x must be on a CPU or CUDA device; got meta (shape=(3, 4, 2), dtype=float32). "
+        "Move it there first."
+    )
+    refused(world, NotImplementedError, text, each(world)[operation], torch.zeros(3, 4, 2, device="meta"))
+
+
+@pytest.mark.parametrize("operation", NORMALIZING)
+def test_10_read_only_out(world, operation):
+    world.out.flags.writeable = False
+    text = f"{operation}: out must be writable; got a read-only array (shape=(3, 4, 2), {F32}). Pass a copy."
+    refused(world, ValueError, text, given(world, operation, out=world.out))
+
+
+def test_10_read_only_gradient(world):
+    world.out.flags.writeable = False
+    text = f"backward: out must be writable; got a read-only array (shape=(3, 4, 2), {F32}). Pass a copy."
+    refused(world, ValueError, text, cubn.backward, world.dy, world.saved, out=world.out)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("function", ["forward_train", "update"])
+def test_10_read_only_statistics(world, function, name):
+    getattr(world.state, name).flags.writeable = False
+    text = f"{function}: {name} must be writable; got a read-only array (shape=(4,), {F32}). Pass a copy."
+    refused(world, ValueError, text, learning(world)[function])
+
+
+@pytest.mark.parametrize("operation", NORMALIZING)
+def test_10_immutable_out(world, operation):
+    jnp = pytest.importorskip("jax.numpy")
+    x = world.also_x = jnp.array(world.x)
+    second = world.moments if operation == "normalize" else world.state
+    text = (
+        f"{operation}: out must be an array that can be written; got an immutable jax array "
+        f"(shape=(3, 4, 2), {F32}). Leave it out."
+    )
+    refused(world, TypeError, text, getattr(cubn, operation), x, second, out=jnp.zeros((3, 4, 2)))
+    np.testing.assert_array_equal(x, world.x)
+
+
+def learning(world):
+    """The operations that write running statistics."""
+    return {
+        "forward_train": given(world, "forward_train", out=world.out),
+        "update": lambda: cubn.update(world.state, world.moments),
+    }
+
+
+def windows():
+    """Two arrays of x's shape whose memory overlaps in part."""
+    memory = np.zeros(40, np.float32)
+    return memory[:24].reshape(3, 4, 2), memory[8:32].reshape(3, 4, 2)
+
+
+@pytest.mark.parametrize("operation", NORMALIZING)
+def test_11_out_overlaps_x_in_part(world, operation):
+    world.x, out = windows()
+    text = f"{operation}: out must be exactly x or share no memory with it; got a numpy array (shape=(3, 4, 2), {F32})."
+    refused(world, ValueError, text, given(world, operation, out=out))
+
+
+@pytest.mark.parametrize("operation", NORMALIZING)
+def test_11_out_overlaps_residual_in_part(world, operation):
+    world.residual, out = windows()
+    text = (
+        f"{operation}: out must be exactly residual or share no memory with it; "
+        f"got a numpy array (shape=(3, 4, 2), {F32})."
+    )
+    refused(world, ValueError, text, given(world, operation, residual=world.residual, out=out))
+
+
+def test_11_x_the_other_way_round(world):
+    world.x = np.zeros((3, 4, 3), np.float32)
+    state = cubn.BatchNormState(4)
+    text = f"forward: out must be exactly x or share no memory with it; got a numpy array (shape=(3, 4, 3), {F32})."
+    refused(world, ValueError, text, cubn.forward, world.x, state, out=world.x[..., ::-1])
+
+
+@pytest.mark.parametrize("operation", NORMALIZING)
+def test_11_out_overlaps_mask(world, operation):
+    world.mask = world.out.view(bool)[:, 0, ::4]
+    text = f"{operation}: out must share no memory with mask; got a numpy array (shape=(3, 4, 2), {F32})."
+    refused(world, ValueError, text, given(world, operation, mask=world.mask, out=world.out))
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta", "running_mean", "running_var"])
+@pytest.mark.parametrize("operation", WITH_STATE)
+def test_11_out_overlaps_the_state(world, operation, name):
+    setattr(world.state, name, world.out.reshape(-1)[4:8])
+    text = f"{operation}: out must share no memory with {name}; got a numpy array (shape=(3, 4, 2), {F32})."
+    refused(world, ValueError, text, given(world, operation, out=world.out))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_11_gradient_over_x(world, offset):
+    memory = np.random.default_rng(1).standard_normal(25, dtype=np.float32)
+    world.x = memory[:24].reshape(3, 4, 2)
+    _, saved = cubn.forward_train(world.x, world.state)
+    text = f"backward: out must share no memory with x; got a numpy array (shape=(3, 4, 2), {F32})."
+    out = memory[offset : 24 + offset].reshape(3, 4, 2)
+    refused(world, ValueError, text, cubn.backward, world.dy, saved, out=out)
+
+
+def test_11_gradient_over_dy_in_part(world):
+    world.dy, out = windows()
+    text = f"backward: out must be exactly dy or share no memory with it; got a numpy array (shape=(3, 4, 2), {F32})."
+    refused(world, ValueError, text, cubn.backward, world.dy, world.saved, out=out)
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+def test_12_running_statistics_share_memory(world, offset):
+    memory = np.ones(8, np.float32)
+    text = (
+        "BatchNormState: running_mean must share no memory with running_var; "
+        f"got a numpy array (shape=(4,), {F32}). Pass a copy of one of them."
+    )
+    mean, var = memory[:4], memory[offset : 4 + offset]
+    refused(world, ValueError, text, cubn.BatchNormState.from_arrays, running_mean=mean, running_var=var)
+
+
+def test_12_running_statistics_share_memory_with_a_parameter(world):
+    text = (
+        "BatchNormState: running_var must share no memory with gamma; "
+        f"got a numpy array (shape=(4,), {F32}). Pass a copy of one of them."
+    )
+    refused(world, ValueError, text, setattr, world.state, "gamma", world.state.running_var)
+
+
+@pytest.mark.parametrize("operation", NORMALIZING)
+def test_12_broadcast_out(world, operation):
+    world.out = np.lib.stride_tricks.as_strided(np.zeros(8, np.float32), (3, 4, 2), (0, 8, 4))
+    text = (
+        f"{operation}: out must have memory of its own for every element; got elements that share memory, "
+        f"strides=(0, 2, 1) (shape=(3, 4, 2), {F32}). Pass a copy."
+    )
+    refused(world, ValueError, text, given(world, operation, out=world.out))
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("function", ["forward_train", "update"])
+def test_12_broadcast_statistics(world, function, name):
+    setattr(world.state, name, np.lib.stride_tricks.as_strided(np.ones(1, np.float32), (4,), (0,)))
+    text = (
+        f"{function}: {name} must have memory of its own for every element; got elements that share memory, "
+        f"strides=(0,) (shape=(4,), {F32}). Pass a copy."
+    )
+    refused(world, ValueError, text, learning(world)[function])
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-5, np.nan, np.inf])
+def test_13_eps(world, eps):
+    text = f"eps must be positive and finite; got {eps}."
+    refused(world, ValueError, f"BatchNormState: {text}", cubn.BatchNormState, 4, eps=eps)
+    refused(world, ValueError, f"BatchNormState: {text}", setattr, world.state, "eps", eps)
+    refused(world, ValueError, f"normalize: {text}", given(world, "normalize", eps=eps))
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.5, np.nan])
+def test_14_momentum(world, momentum):
+    text = f"BatchNormState: momentum must be None or from 0 to 1, the weight of the new value; got {momentum}."
+    refused(world, ValueError, text, cubn.BatchNormState, 4, momentum=momentum)
+    refused(world, ValueError, text, setattr, world.state, "momentum", momentum)
+
+
+@pytest.mark.parametrize("option", ["eps", "momentum"])
+def test_13_14_numbers(world, option):
+    text = f"BatchNormState: {option} must be a real number; got '0.1'."
+    refused(world, TypeError, text, setattr, world.state, option, "0.1")
+
+
+TRAP = (
+    "The variance of one value is 0, so its y would be beta whatever it is: use a larger batch, or forward or "
+    "forward_frozen, which use the running statistics."
+)
+
+
+@pytest.mark.parametrize("options", [{}, {"update": False}])
+def test_15_one_value_per_channel(world, options):
+    text = f"forward_train: x must have more than one value per channel; got 1 (shape=(1, 4, 1), {F32}). {TRAP}"
+    refused(
+        world, ValueError, text, cubn.forward_train, world.x[:1, :, :1], world.state, out=world.x[:1, :, :1], **options
+    )
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_15_one_value_per_channel_behind_a_mask(world, library):
+    pytest.importorskip(library)
+    from tests.ops.arrays import carry
+
+    text = (
+        "forward_train: x must have more than one value per channel; "
+        f"got 1 where the mask is True (shape=(3, 4, 2), {F32}). {TRAP}"
+    )
+    world.mask[:] = False
+    world.mask[1, 1] = True
+    refused(world, ValueError, text, given(world, "forward_train", mask=carry(world.mask, library)))
+
+
+def test_15_a_broadcast_mask_counts_in_full(world):
+    _, saved = cubn.forward_train(world.x, world.state, mask=np.array([[False], [True], [False]]))
+    assert saved.count == 2
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2), (3, 4, 0)])
+def test_16_empty_batch(world, shape):
+    text = (
+        f"forward_train: x must have values to take statistics of; got 0 (shape={shape}, {F32}). Skip the empty batch."
+    )
+    refused(world, ValueError, text, cubn.forward_train, np.zeros(shape, np.float32), world.state)
+
+
+def test_16_empty_mask(world):
+    text = (
+        "forward_train: x must have values to take statistics of; "
+        f"got 0 where the mask is True (shape=(3, 4, 2), {F32}). Skip the empty batch."
+    )
+    refused(world, ValueError, text, given(world, "forward_train", mask=np.zeros((3, 2), bool)))
+
+
+def test_16_moments_of_nothing(world):
+    text = "normalize: moments must be of one value per channel or more; got 0."
+    refused(world, ValueError, text, cubn.normalize, world.x, cubn.moments(world.x[:0]))
+
+
+@pytest.mark.parametrize(("alone", "other"), [("running_mean", "running_var"), ("running_var", "running_mean")])
+def test_17_one_running_statistic_alone(world, alone, other):
+    text = (
+        f"BatchNormState: {other} must be given together with {alone}; got None. "
+        "Give both for running statistics, or neither."
+    )
+    refused(world, ValueError, text, cubn.BatchNormState.from_arrays, **{alone: np.ones(4, np.float32)})
+    refused(world, ValueError, text, setattr, world.state, other, None)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_18_x_that_requires_a_gradient(world, operation):
+    torch = pytest.importorskip("torch")
+    text = (
+        f"{operation}: x must not require a gradient; got requires_grad=True (shape=(3, 4, 2), {F32}). Pass x.detach()."
+    )
+    refused(world, TypeError, text, each(world)[operation], torch.zeros(3, 4, 2, requires_grad=True))
+
+
+def test_19_tracers(world):
+    jax = pytest.importorskip("jax")
+    text = (
+        "forward: x must hold numbers in memory, not stand for them; got a jax.DynamicJaxprTracer "
+        "(shape=(3, 4, 2), dtype=float32). Call it outside tracing, vmap and the like."
+    )
+    refused(world, TypeError, text, jax.jit(each(world)["forward"]), world.x)
+
+
+def test_19_vmap(world):
+    torch = pytest.importorskip("torch")
+    text = (
+        f"forward: x must hold numbers in memory, not stand for them; got a torch.Tensor (shape=(3, 4, 2), {F32}). "
+        "Call it outside tracing, vmap and the like."
+    )
+    refused(world, TypeError, text, torch.func.vmap(each(world)["forward"]), torch.zeros(2, 3, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "text"),
+    [
+        (
+            np.ma.array,
+            "got a numpy.MaskedArray (shape=(3, 4, 2), dtype=float32, device=cpu). "
+            "Pass x.data, and the valid positions as mask.",
+        ),
+        (
+            lambda x: np.matrix(x[0]),
+            "got a numpy.matrix (shape=(4, 2), dtype=float32, device=cpu). Pass numpy.asarray(x).",
+        ),
+    ],
+    ids=["masked", "matrix"],
+)
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_20_more_than_numbers(world, wrap, text):
+    refused(
+        world, TypeError, f"forward: x must be a plain numpy.ndarray; {text}", cubn.forward, wrap(world.x), world.state
+    )
+
+
+def test_20_sparse(world):
+    torch = pytest.importorskip("torch")
+    text = f"forward: x must be a dense tensor; got a sparse_coo one (shape=(3, 4, 2), {F32}). Convert it first."
+    refused(world, TypeError, text, cubn.forward, torch.zeros(3, 4, 2).to_sparse(), world.state)
+
+
+def test_21_deleted(world):
+    jnp = pytest.importorskip("jax.numpy")
+    x = jnp.array(world.x)
+    x.delete()
+    text = "forward: x must not be deleted; got a deleted array (shape=(3, 4, 2), dtype=float32). Was it donated?"
+    refused(world, ValueError, text, cubn.forward, x, world.state)
+
+
+def test_24_no_backend_there(world):
+    text = "cubn: no backend for DLPack device type 2; this version runs on the CPU"
+    refused(world, BackendUnavailable, text, cubn.moments, elsewhere((3, 4, 2)))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_25_alignment(world, operation):
+    memory = np.zeros(97, np.uint8)
+    x = memory[1:].view(np.float32).reshape(3, 4, 2)
+    text = (
+        f"{operation}: x must be aligned to its elements; got address {x.ctypes.data:#x} "
+        f"(shape=(3, 4, 2), {F32}). Pass a copy."
+    )
+    refused(world, ValueError, text, each(world)[operation], x)
+
+
+# --- beyond the arrays ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_statistics_in_16_bits(world, name):
+    text = (
+        f"BatchNormState: {name} must have dtype float32 or float64; got float16 "
+        "(shape=(4,), dtype=float16, device=cpu). Convert it first."
+    )
+    refused(world, TypeError, text, setattr, world.state, name, np.ones(4, np.float16))
+
+
+@pytest.mark.parametrize("operation", WITH_STATE)
+def test_statistics_that_a_framework_halved(world, operation):
+    torch = pytest.importorskip("torch")
+    state = cubn.BatchNormState(4, like=torch.zeros(1))
+    state.running_var.data = state.running_var.data.half()
+    text = (
+        f"{operation}: running_var must have dtype float32 or float64; got float16 "
+        "(shape=(4,), dtype=float16, device=cpu). Convert it first."
+    )
+    refused(world, TypeError, text, getattr(cubn, operation), world.x, state)
+
+
+@pytest.mark.parametrize("operation", ["forward", "forward_frozen"])
+def test_no_running_statistics(world, operation):
+    text = (
+        f"{operation}: state must have running statistics; got a state with track=False. "
+        "Use forward_train, or normalize by moments(x)."
+    )
+    refused(world, ValueError, text, getattr(cubn, operation), world.x, cubn.BatchNormState(4, track=False))
+
+
+def test_no_running_statistics_to_update(world):
+    text = "update: state must have running statistics; got a state with track=False. Make the state with track=True."
+    refused(world, ValueError, text, cubn.update, cubn.BatchNormState(4, track=False), world.moments)
+
+
+OVERWRITTEN = "Give the forward an `out` of its own, and change x only after the last backward."
+
+
+@pytest.mark.parametrize("operation", ["forward_train", "forward_frozen"])
+def test_backward_of_an_overwritten_x(world, operation):
+    _, saved = getattr(cubn, operation)(world.x, world.state, out=world.x)
+    text = (
+        "backward: x must be kept until backward, but y was written over it; "
+        f"got a numpy array (shape=(3, 4, 2), {F32}). {OVERWRITTEN}"
+    )
+    refused(world, ValueError, text, cubn.backward, world.dy, saved)
+
+
+@pytest.mark.parametrize("how", ["in place", "by cubn", "data"])
+def test_backward_of_a_changed_tensor(world, how):
+    torch = pytest.importorskip("torch")
+    x, dy = torch.from_numpy(world.x), torch.from_numpy(world.dy)
+    _, saved = cubn.forward_train(x, world.state)
+    match how:
+        case "in place":
+            x.add_(1)
+        case "by cubn":
+            cubn.forward(x, world.state, out=x)
+        case "data":
+            x.data = torch.zeros(3, 4, 2)
+    text = (
+        "backward: x must be as it was in the forward, but was changed since; "
+        f"got a torch array (shape=(3, 4, 2), {F32}). {OVERWRITTEN}"
+    )
+    refused(world, ValueError, text, cubn.backward, dy, saved)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda w: cubn.forward(w.x, 3), "forward: state must be a BatchNormState; got int."),
+        (
+            lambda w: cubn.backward(w.dy, w.out),
+            "backward: saved must be a Saved; got ndarray. "
+            "It is the second result of forward_train and forward_frozen.",
+        ),
+        (
+            lambda w: cubn.normalize(w.x, w.state),
+            "normalize: moments must be Moments; got BatchNormState. Use cubn.moments(x) to take them.",
+        ),
+        (
+            lambda w: cubn.update(w.state, w.x),
+            "update: moments must be Moments; got ndarray. Use cubn.moments(x) to take them.",
+        ),
+        (lambda w: w.moments.merge(w.x), "merge: other must be Moments; got ndarray."),
+        (lambda w: cubn.moments(w.x, start=1.5), "moments: start must be an integer; got 1.5."),
+        (lambda w: cubn.BatchNormState(2.5), "BatchNormState: num_features must be an integer; got 2.5."),
+        (
+            lambda w: cubn.BatchNormState(4, dtype="float16"),
+            "BatchNormState: dtype must be 'float32' or 'float64'; got 'float16'.",
+        ),
+    ],
+    ids=["state", "saved", "normalize", "update", "merge", "start", "num_features", "dtype"],
+)
+def test_arguments_of_another_kind(world, call, text):
+    refused(world, TypeError, text, call, world)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda w: w.moments.merge(cubn.moments(w.x, start=2)),
+            "merge: other must begin at sample 3 or end at 0, beside these Moments; got [2, 5). "
+            "Give `moments` the global index of its first sample as start, and merge neighbours.",
+        ),
+        (
+            lambda w: w.moments.merge(cubn.moments(w.x[:, :2], start=3)),
+            "merge: other must have 4 channels, as these Moments have; got 2.",
+        ),
+        (
+            lambda w: cubn.update(w.state, cubn.moments(w.x[:, :2])),
+            "update: moments must have 4 channels, as the state has; got 2.",
+        ),
+        (
+            lambda w: cubn.moments(w.x, start=-1),
+            "moments: start must be 0 or more, a global sample index; got -1.",
+        ),
+        (lambda w: cubn.BatchNormState(0), "BatchNormState: num_features must be 1 or more; got 0."),
+        (
+            lambda w: cubn.BatchNormState.from_arrays(),
+            "BatchNormState: arrays must hold one of them at least; got None. "
+            "BatchNormState(num_features, affine=False, track=False) is a state without any.",
+        ),
+    ],
+    ids=["merge", "merge channels", "update channels", "start", "num_features", "no arrays"],
+)
+def test_values_out_of_range(world, call, text):
+    refused(world, ValueError, text, call, world)

@@ -1,0 +1,79 @@
+"""What pyproject.toml promises: NumPy alone to import, extras for the rest, the kernels' folder in the wheel."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+import cubn
+from cubn.info import info, version_of
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+README_COMMANDS = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+def test_numpy_is_the_only_dependency():
+    assert [re.match(r"[\w-]+", requirement)[0] for requirement in PROJECT["dependencies"]] == ["numpy"]
+
+
+def test_readme_has_two_commands_of_one_line_whose_extras_exist():
+    assert len(README_COMMANDS) == 2
+    assert README_COMMANDS[0].endswith("-m cubn demo")
+    assert README_COMMANDS[1].endswith("-m pytest")
+    for command in README_COMMANDS:
+        assert re.search(r"'\.\[(\w+)\]'", command)[1] in PROJECT["optional-dependencies"]
+
+
+def test_changelog_has_an_entry_for_this_version_and_its_numerics():
+    entry = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
+    assert entry.startswith(f"[{PROJECT['version']}]")
+    assert "### Numerics" in entry
+    assert f"version {cubn.NUMERICS}" in entry
+
+
+def test_info_names_every_library_and_backend():
+    text = info()
+    assert f"numerics contract {cubn.NUMERICS}" in text
+    assert re.search(rf"^  numpy +{re.escape(np.__version__)}$", text, re.MULTILINE)
+    for name in ("numba", "llvmlite", "torch", "jax", "cupy", "mpi4py"):
+        assert re.search(rf"^  {name} +(\d|not installed$)", text, re.MULTILINE)
+    assert re.search(r"^  cpu +available$", text, re.MULTILINE)
+    assert re.search(r"^  cuda +not available: .+", text, re.MULTILINE)
+    assert re.search(rf"^  threads +{cubn.get_num_threads()}, ", text, re.MULTILINE)
+
+
+def test_version_is_of_the_first_distribution_there_is():
+    assert version_of("no-such-distribution", "numpy") == np.__version__
+    assert version_of("no-such-distribution") == "not installed"
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"), [("", "switched off"), ("{file}/new", "not writable"), ("{tmp}/new", "(writable)")]
+)
+def test_info_says_whether_kernels_can_be_cached(folder, expected, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUBN_CACHE_DIR", folder.format(tmp=tmp_path, file=__file__))
+    assert expected in info()
+
+
+def test_info_runs_with_numpy_alone_and_says_what_to_install():
+    absent = ("numba", "llvmlite", "platformdirs", "torch", "jax", "sklearn", "tqdm", "cupy", "mpi4py")
+    code = (
+        f"import sys; sys.modules |= dict.fromkeys({absent}); from cubn.__main__ import main; sys.exit(main(['info']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^  cpu +not available: .*pip install 'cubn\[cpu\]'", run.stdout, re.MULTILINE)
+
+
+def test_wheel_holds_the_package_and_the_kernels_folder(tmp_path):
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    listing = subprocess.run([sys.executable, "-m", "zipfile", "-l", wheel], capture_output=True, text=True, check=True)
+    for name in ("cubn/__init__.py", "cubn/py.typed", "cubn/backends/cpu/simd.py", "cubn/kernels/README.md"):
+        assert re.search(rf"^{re.escape(name)} ", listing.stdout, re.MULTILINE), name
+    assert "tests/" not in listing.stdout
