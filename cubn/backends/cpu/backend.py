@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cubn._arrays import numpy_address
 from cubn._tree import Step, pair_order, root_order
 from cubn.backends import Extents, Gate, Nodes, Operand, Statistics, Vector, threads
 from cubn.backends.cpu import plan, pool
@@ -56,7 +57,7 @@ def double_bits(number: float) -> int:
 
 def at(a: NDArray[Any] | None) -> int:
     """An array's address; 0 for none."""
-    return 0 if a is None else int(a.ctypes.data)
+    return 0 if a is None else numpy_address(a)
 
 
 def rows_of(count: int, length: int, dtype: Any = np.float64) -> NDArray[Any]:
@@ -225,15 +226,22 @@ def empty_nodes(C: int) -> Nodes:
     return Nodes((), np.zeros(0, np.int64), np.zeros((0, C)), np.zeros((0, C)))
 
 
+@functools.lru_cache(1024)
+def program(steps: tuple[Step, ...], counts: tuple[int, ...]) -> tuple[NDArray[np.int64], tuple[int, ...]]:
+    """The steps with the counts they merge, as the kernel reads them; and the counts of all rows in the end."""
+    rows = list(counts)
+    table = np.empty((len(steps), 4), np.int64)
+    for i, (a, b) in enumerate(steps):
+        table[i] = a, b, rows[a], rows[b]
+        rows[a] += rows[b]
+    return table, tuple(rows)
+
+
 def merged(nodes: Nodes, steps: tuple[Step, ...], what: str) -> Nodes:
     """The same arrays with the steps' merges done; rows merged into a left neighbour are spent."""
     if not steps:
         return nodes
-    counts = nodes.count.tolist()
-    program = np.empty((len(steps), 4), np.int64)
-    for i, (a, b) in enumerate(steps):
-        program[i] = a, b, counts[a], counts[b]
-        counts[a] += counts[b]
+    table, counts = program(steps, tuple(nodes.count.tolist()))
     C = nodes.first.shape[1]
     chunk = max(LANES, -(-C // 8 // LANES) * LANES)
     tasks = -(-C // chunk)
@@ -241,7 +249,7 @@ def merged(nodes: Nodes, steps: tuple[Step, ...], what: str) -> Nodes:
     fields = {
         "channels": C,
         "chunk": chunk,
-        "rows": at(program),
+        "rows": at(table),
         "steps": len(steps),
         "node_first": at(nodes.first),
         "node_second": at(nodes.second),
@@ -276,7 +284,10 @@ class CpuBackend:
         options: tuple[str, ...],
         fields: Fields,
         bits: Bits | None = None,
+        *,
+        whole: bool = False,
     ) -> Nodes:
+        """Node rows, merged to maximal aligned blocks; or, of a whole batch, to one node."""
         N, C, S = extents
         if N == 0 or S == 0 or C == 0:
             return empty_nodes(C)
@@ -312,6 +323,9 @@ class CpuBackend:
             },
         )
         del memory, tables
+        if whole:
+            tree = merged(nodes, cut.to_root, what)
+            return Nodes(((start, start + N),), tree.count[:1], tree.first[:1], tree.second[:1])
         return kept(merged(nodes, cut.steps, what), cut.kept)
 
     def _kind(self, extents: Extents, operands: list[Operand], mask: Operand | None, bits: Bits | None) -> str:
@@ -511,11 +525,7 @@ class CpuBackend:
         limit = plan.threads_for(size, C, threads.get_num_threads())
         slab = plan.slab(extents, kind, ITEMSIZE[x.dtype], limit) if size else None
         if slab is None:
-            found = self.statistics(*self.root(self.moments(extents, x, mask, 0)), eps)
-            bits = self.normalize(
-                extents, x, y, found, gamma, beta, mask=mask, residual=residual, relu=relu, keep_bits=keep_bits
-            )
-            return found, bits
+            return self._train_in_two(extents, x, y, eps, gamma, beta, mask, residual, relu, keep_bits)
         found, table = new_statistics(C), Table.empty(C, x.dtype)
         bits = self._new_bits(extents, kind) if keep_bits else None
         workers = min(limit, slab.tasks)
@@ -545,6 +555,39 @@ class CpuBackend:
         )
         del memory
         return found, bits
+
+    def _train_in_two(
+        self,
+        extents: Extents,
+        x: Operand,
+        y: Operand,
+        eps: float,
+        gamma: Vector | None,
+        beta: Vector | None,
+        mask: Operand | None,
+        residual: Operand | None,
+        relu: bool,
+        keep_bits: bool,
+    ) -> tuple[Statistics, Bits | None]:
+        """`train` where statistics and y are passes of their own."""
+        nodes = self._reduce("moments", extents, x, None, mask, 0, (), {}, whole=0 not in extents)
+        count, mean, m2 = self.root(nodes)
+        found, table = new_statistics(extents.C), Table.empty(extents.C, x.dtype)
+        found.count[...] = count
+        fields = {
+            "channels": extents.C,
+            "first": at(mean),
+            "second": at(m2),
+            "eps": double_bits(eps),
+            **statistics_fields(found),
+            **table.fields(),
+            **vector_fields("gamma", gamma),
+            **vector_fields("beta", beta),
+        }
+        launch(kernel("finish", _acc(x.dtype)), 1, 1, fields)
+        if 0 in extents:
+            return found, None
+        return found, self._normalize(extents, x, y, table, mask, residual, relu, keep_bits)
 
     def update(
         self,
@@ -666,9 +709,10 @@ class CpuBackend:
         slab = plan.slab(extents, kind, ITEMSIZE[x.dtype], limit) if size else None
         table = self._table(C, x.dtype, statistics, gamma, beta)
         if slab is None:
-            sums = self.root_sums(
-                self._reduce("sums", extents, x, dy, mask, 0, (gate.kind,), table.fields(), gate.bits)
+            nodes = self._reduce(
+                "sums", extents, x, dy, mask, 0, (gate.kind,), table.fields(), gate.bits, whole=size > 0
             )
+            sums = self.root_sums(nodes)
             if size:
                 self._apply(extents, dy, x, dx, dresidual, statistics, table, None if frozen else sums, mask, gate)
             return sums

@@ -84,12 +84,15 @@ def reduce_rows(source: Source, kind: str) -> Function:
             r, c0 = task // chunks, task % chunks * chunk
             row = get(p + ROW_TABLE) + 32 * r
             few = min(chunk, c_all - c0)
+            bits = get(p + BITS) + c0 * get(p + BITS_CHANNEL)
+            if bits_by_position:
+                bits += c0 // 8
             slots = collect(
                 p,
                 work,
                 get(p + X) + c0 * get(p + X_CHANNEL),
                 get(p + G) + c0 * get(p + G_CHANNEL),
-                get(p + BITS) + c0 * get(p + BITS_CHANNEL),
+                bits,
                 get(row),
                 get(row + 8),
                 get(row + 16),
@@ -363,6 +366,18 @@ def tabulate_gradient(element: Element) -> Function:
     return kernel
 
 
+def finish_all(element: Element) -> Function:
+    """`statistics` and `tabulate` in one."""
+    of_channel = table_of(element)
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        for c in range(get(p + CHANNELS)):
+            finish(p, c, get(p + FIRST) + 8 * c, get(p + SECOND) + 8 * c, get(get(p + COUNT)))
+            of_channel(p, c)
+
+    return kernel
+
+
 @jit
 def widen_running(p, c):  # type: ignore[no-untyped-def]
     """Mean, var and invstd of one channel from running statistics."""
@@ -438,20 +453,26 @@ def parameter_gradients() -> Function:
     return kernel
 
 
+FOR_ALL = {"statistics": statistics, "frozen": frozen, "parameter_gradients": parameter_gradients}
+IN_ACC = {
+    "finish": finish_all,
+    "tabulate": tabulate,
+    "tabulate_gradient": tabulate_gradient,
+    "tabulate_frozen": tabulate_frozen,
+}
+
+
 def build(name: str, dtype: str, options: tuple[Any, ...]) -> Function:
     """The kernel called `name`, specialised for a dtype and its options."""
-    element = Element(dtype) if dtype else None
-    if name in ("statistics", "frozen", "parameter_gradients"):
-        return {"statistics": statistics, "frozen": frozen, "parameter_gradients": parameter_gradients}[name]()
+    if name in FOR_ALL:
+        return FOR_ALL[name]()
     if name == "update":
         return update(*options)
     if name == "merge_rows":
         return merge_rows(Moments if options[0] == "moments" else Sums)
-    assert element is not None
-    if name in ("tabulate", "tabulate_gradient", "tabulate_frozen"):
-        return {"tabulate": tabulate, "tabulate_gradient": tabulate_gradient, "tabulate_frozen": tabulate_frozen}[name](
-            element
-        )
+    element = Element(dtype)
+    if name in IN_ACC:
+        return IN_ACC[name](element)
     kind, *rest = options
     if name == "moments":
         return reduce_rows(Source(element, Moments, "none"), kind)
@@ -461,6 +482,5 @@ def build(name: str, dtype: str, options: tuple[Any, ...]) -> Function:
         return train_slab(element, kind, Forward(*rest))
     if name == "backward_slab":
         return backward_slab(element, kind, Backward(*rest))
-    direction = {"normalize": Forward, "input_gradient": Backward}[name]
-    what = direction(*rest)
+    what = Forward(*rest) if name == "normalize" else Backward(*rest)
     return elementwise_strided(element, what) if kind == "strided" else elementwise(element, kind, what)

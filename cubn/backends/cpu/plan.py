@@ -21,7 +21,7 @@ TASKS = 32  # enough to keep a few threads evenly busy, few enough that a node a
 WIDEST = 512  # channels side by side: long enough for memory to stream, short enough for the counters to stay in cache
 SAMPLES_A_ROW = 256
 SERIAL_BYTES = 1 << 18  # below this waking a thread costs more than it saves
-STREAM_BYTES = 64 << 20  # above this an output would only push other data out of the caches
+STREAM_BYTES = 32 << 20  # above this an output would only push other data out of the caches
 BLOCK_BYTES = 1 << 16
 SLAB_BYTES = 1 << 19  # of x that a fused task may take: half of a core's cache or less
 STRETCH_BYTES = 1 << 13  # of a sample that a fused task should take at once, for memory to stream
@@ -49,12 +49,14 @@ class Reduction:
     Row i covers samples [table[i, 0], table[i, 1]) of the array and tiles [table[i, 2], table[i, 3]) of each; a row
     is many
     samples or a part of one. `steps` merge rows of one sample, then complete pairs; rows `kept` then hold `blocks`.
+    `to_root` are those steps and the ones that follow, if the array is the whole batch: row 0 then holds the root.
     """
 
     table: NDArray[np.int64]
     chunk: int
     chunks: int
     steps: tuple[Step, ...]
+    to_root: tuple[Step, ...]
     kept: tuple[int, ...]
     blocks: tuple[Block, ...]
     offsets: tuple[int, ...]
@@ -115,13 +117,16 @@ def reduction(extents: Extents, kind: str, start: int) -> Reduction:
         table += [(lo - start, hi - start, *tile_range) for tile_range in parts]
     pairs, kept, blocks = pair_order(samples)
     steps += [(first_rows[a], first_rows[b]) for a, b in pairs]
+    rows = [first_rows[i] for i in kept]
+    to_root = (*steps, *((rows[a], rows[b]) for a, b in root_order(blocks)))
     offsets, scratch = scratch_offsets(-(-chunk // slot), part, longest)
     return Reduction(
         np.array(table, np.int64).reshape(-1, 4),
         chunk,
         chunks,
         tuple(steps),
-        tuple(first_rows[i] for i in kept),
+        to_root,
+        tuple(rows),
         blocks,
         offsets,
         scratch,
