@@ -75,6 +75,7 @@ def clear(slot: Value) -> None:
 def reduce_rows(source: Source, kind: str) -> Function:
     """One node a row and channel. Task: a row of the plan's table, a chunk of channels."""
     collect, in_slot = gather(source, kind), channels_of_a_slot(kind)
+    bits_by_position = kind in ("channels", "single")  # then a word is 16 channels, and strided.py finds its own
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         work = get(p + SCRATCH) + worker * get(p + SCRATCH_SIZE)
