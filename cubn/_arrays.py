@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -255,6 +256,17 @@ _read_address = ctypes.c_size_t.from_address
 _DATA = object.__basicsize__
 
 
+_HUGE = 4 << 20  # bytes from which huge pages pay; NumPy asks for them itself, from the same size
+
+
+def _advise_huge_pages(address: int, size: int) -> None:
+    """Ask for huge pages under a new output: touching small ones for the first time costs more than the arithmetic."""
+    if sys.platform == "linux":
+        page = mmap.PAGESIZE
+        start = -(-address // page) * page
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), mmap.MADV_HUGEPAGE)
+
+
 def numpy_address(x: np.ndarray[Any, Any]) -> int:
     """Where a NumPy array's first element is.
 
@@ -376,7 +388,10 @@ class _Torch:
         y = self._torch.empty_strided(shape, strides, dtype=self._dtypes[dtype], device=like.owner.device)
         if type(y) is not self._torch.Tensor:  # a mode is on that makes tensors of its own
             _refuse_stand_in(y, "cubn", "an output")
-        return Output(Array(y.data_ptr(), shape, strides, dtype, like.device, True, y, self), lambda: y)
+        pointer = y.data_ptr()
+        if y.nbytes >= _HUGE and like.device == _HOST:
+            _advise_huge_pages(pointer, y.nbytes)
+        return Output(Array(pointer, shape, strides, dtype, like.device, True, y, self), lambda: y)
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
         return self._torch.tensor(values, dtype=self._dtypes[dtype], device=like.owner.device)

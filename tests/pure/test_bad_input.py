@@ -322,7 +322,7 @@ def test_10_immutable_out(world, operation):
         f"{operation}: out must be an array that can be written; got an immutable jax array "
         f"(shape=(3, 4, 2), {F32}). Leave it out."
     )
-    refused(world, TypeError, text, getattr(cubn, operation), x, second, out=jnp.zeros((3, 4, 2)))
+    refused(world, TypeError, text, getattr(cubn, operation), x, second, out=jnp.zeros((3, 4, 2), "float32"))
     np.testing.assert_array_equal(x, world.x)
 
 

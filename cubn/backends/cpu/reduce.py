@@ -39,6 +39,7 @@ from cubn.backends.cpu.simd import (
     prefetch,
     put,
     ratio,
+    scalar_at,
     select,
     shuffle,
     splat,
@@ -77,9 +78,15 @@ class Source(NamedTuple):
     gate: str  # "none", "recompute" or "bits"
 
 
-def coefficients_at(element: Element, address: Value, stride: Value) -> Coefficients:
-    """Six vectors, `stride` bytes apart; those not used cost nothing."""
-    return Coefficients(*(element.load_acc(address + stride * i) for i in range(6)))
+def coefficients_at(element: Element, address: Value, stride: Value, one_channel: bool = False) -> Coefficients:
+    """Six vectors, `stride` bytes apart, or one channel's coefficients in all lanes; those not used cost nothing."""
+    return Coefficients(*(acc_at(element, address + stride * i, one_channel) for i in range(6)))
+
+
+def acc_at(element: Element, address: Value, one_channel: bool) -> Value:
+    if one_channel:
+        return splat(scalar_at(address, element.acc, element.acc_size))
+    return element.load_acc(address)
 
 
 def load_bits(address: Value) -> Value:
@@ -114,22 +121,35 @@ def bit_of(words: Value, index: Value) -> Value:
 
 
 def term_at(
-    source: Source, px: Value, pg: Value, pb: Value, context: Value, stride: Value, mask: Value | None = None
+    source: Source,
+    px: Value,
+    pg: Value,
+    pb: Value,
+    context: Value,
+    stride: Value,
+    mask: Value | None = None,
+    *,
+    one_channel: bool = False,
 ) -> Term:
     """The term of 16 elements: x at px, dy at pg, bits at pb; context holds the pivot (moments) or the coefficients
-    (sums).
+    (sums), a lane each or one channel's for all.
     """
     element = source.element
     x = element.load(px, mask)
     if source.what is Moments:
-        return Moments.term(x, element.load_acc(context))
-    c = coefficients_at(element, context, stride)
+        return Moments.term(x, acc_at(element, context, one_channel))
+    c = coefficients_at(element, context, stride, one_channel)
     g = element.load(pg, mask)
     if source.gate == "recompute":
         g = gated(element, g, x, c)
     elif source.gate == "bits":
         g = select(load_bits(pb), g, constant(g, 0.0))
     return g, g * centre(x, c)
+
+
+def neighbours(a: Node, b: Node) -> tuple[Node, Node]:
+    """The even and the odd lanes of two nodes' vectors, a's first."""
+    return (shuffle(a[0], b[0], EVEN), shuffle(a[1], b[1], EVEN)), (shuffle(a[0], b[0], ODD), shuffle(a[1], b[1], ODD))
 
 
 def store_node(element: Element, node: Node, slot: Value) -> None:
@@ -411,20 +431,16 @@ def of_channels(source: Source) -> Any:
 
 
 def of_rows(source: Source) -> Any:
-    """tile(): lanes are 16 channels whose short rows (2 to 255 positions, dense nchw) are transposed in registers."""
+    """tile(): lanes are 16 channels with short rows (2 to 255 positions, dense nchw), which neighbours-first merging
+    brings together: 16 rows of 16 positions become 8 vectors of 16 pairs, 4 of quadruples, and in the end one.
+    """
     element, what = source.element, source.what
     push, count_up, settle = counter(element, what)
     to_double = widened(element, what)
+    moments, size, acc = what is Moments, element.size, element.acc_size
+    block = LANES * size
 
-    def columns_of(base: Value, step: Value, last: Value, mask: Value | None, ahead: Value) -> list[Value]:
-        """16 positions of 16 channels as 16 vectors of channels; channels past the last repeat it. Ask for what comes
-        `ahead`.
-        """
-        for i in range(LANES):
-            prefetch(base + step * i + ahead)
-        return transposed([element.load(base + step * at_most(i, last), mask) for i in range(LANES)])
-
-    def terms(
+    def rows(
         px: Value,
         pg: Value,
         pb: Value,
@@ -436,23 +452,26 @@ def of_rows(source: Source) -> Any:
         stride: Value,
         ahead_x: Value,
         ahead_g: Value,
-        mask: Value | None,
-        begins: bool = False,
+        mask: Value | None = None,
     ) -> list[Term]:
-        xs = columns_of(px, sx, last, mask, ahead_x)
-        if what is Moments:
-            pivot = xs[0] if begins else element.load_acc(context)
-            if begins:
-                element.store_acc(pivot, context)
-            return [Moments.term(x, pivot) for x in xs]
-        c = coefficients_at(element, context, stride)
-        gs = columns_of(pg, sg, last, mask, ahead_g)
-        if source.gate == "recompute":
-            gs = [gated(element, g, x, c) for g, x in zip(gs, xs, strict=True)]
-        elif source.gate == "bits":
-            words, zero = gathered(pb, sb, last, I16, 2), constant(gs[0], 0.0)
-            gs = [select(bit_of(words, Value(px.b, I64(i))), g, zero) for i, g in enumerate(gs)]
-        return [(g, g * centre(x, c)) for g, x in zip(gs, xs, strict=True)]
+        """Terms of 16 channels, 16 positions each; channels past the last repeat it. Ask for what comes `ahead`."""
+        found = []
+        for i in range(LANES):
+            prefetch(px + sx * i + ahead_x)
+            if not moments:
+                prefetch(pg + sg * i + ahead_g)
+            row = at_most(i, last)
+            at = (px + sx * row, pg + sg * row, pb + sb * row, context + acc * i)
+            found.append(term_at(source, *at, stride, mask, one_channel=True))
+        return found
+
+    def merged_rows(nodes: list[Node]) -> Node:
+        """The node of 16 positions, a channel a lane."""
+        count = 1.0
+        while len(nodes) > 1:
+            nodes = [equal_merge(what, *neighbours(a, b), count) for a, b in zip(nodes[::2], nodes[1::2], strict=True)]
+            count *= 2
+        return nodes[0]
 
     @instruction()
     def sixteen(
@@ -470,14 +489,8 @@ def of_rows(source: Source) -> Any:
         ahead_g: Value,
     ) -> None:
         """The node of 16 positions."""
-        found = terms(px, pg, pb, sx, sg, sb, last, context, stride, ahead_x, ahead_g, None)
-        store_node(element, pairwise(what, (what.leaf([t]) for t in found), 1.0), to)
-
-    @instruction()
-    def first_sixteen(to: Value, px: Value, sx: Value, last: Value, pivot: Value, ahead: Value) -> None:
-        """The node of a tile's first 16 positions, which sets the pivot."""
-        found = terms(px, px, px, sx, sx, sx, last, pivot, sx, ahead, ahead, None, begins=True)
-        store_node(element, pairwise(what, (what.leaf([t]) for t in found), 1.0), to)
+        terms = rows(px, pg, pb, sx, sg, sb, last, context, stride, ahead_x, ahead_g)
+        store_node(element, merged_rows([what.leaf([t]) for t in terms]), to)
 
     @instruction()
     def fewer(
@@ -496,10 +509,11 @@ def of_rows(source: Source) -> Any:
         ahead_g: Value,
     ) -> None:
         """Leaves of fewer than 16 positions, in 16 slots."""
-        for i, t in enumerate(
-            terms(px, pg, pb, sx, sg, sb, last, context, stride, ahead_x, ahead_g, first_lanes(positions))
-        ):
-            store_node(element, what.leaf([t]), to + NODE * i)
+        mask = first_lanes(positions)
+        terms = rows(px, pg, pb, sx, sg, sb, last, context, stride, ahead_x, ahead_g, mask)
+        parts = [transposed(part) for part in zip(*terms, strict=True)]
+        for i, term in enumerate(zip(*parts, strict=True)):
+            store_node(element, what.leaf([term]), to + NODE * i)
 
     @instruction()
     def single(
@@ -530,9 +544,10 @@ def of_rows(source: Source) -> Any:
 
     @instruction()
     def set_pivot(to: Value, px: Value, sx: Value, last: Value) -> None:
-        element.store_acc(element.from_stored(gathered(px, sx, last, element.stored, element.size)), to)
-
-    moments, block, size, acc = what is Moments, LANES * element.size, element.size, element.acc_size
+        for i in range(LANES):
+            raw = scalar_at(px + sx * at_most(i, last), element.stored, element.size)
+            place = to + element.acc_size * i
+            place.b.store(element.from_stored(raw).v, pointer(place, element.acc))
 
     @jit
     def group(p, work, px, pg, pb, length, c0, node_out, next_x, next_g):  # type: ignore[no-untyped-def]
@@ -543,28 +558,12 @@ def of_rows(source: Source) -> Any:
         ahead_x, ahead_g = next_x - px, next_g - pg
         if moments:
             context, stride = work + get(p + AT_PIVOT), 0
-            if length < LANES:
-                set_pivot(context, px, sx, last)
+            set_pivot(context, px, sx, last)
         stack, counts, node = work + get(p + AT_COLUMNS), work + get(p + AT_COUNTS), work + get(p + AT_BUFFER)
         whole = length // LANES
         for k in range(whole):
-            if moments and k == 0:
-                first_sixteen(node, px, sx, last, context, ahead_x)
-            else:
-                sixteen(
-                    node,
-                    px + k * block,
-                    pg + k * block,
-                    pb + 2 * k,
-                    sx,
-                    sg,
-                    sb,
-                    last,
-                    context,
-                    stride,
-                    ahead_x,
-                    ahead_g,
-                )
+            ax, ag, ab = px + k * block, pg + k * block, pb + 2 * k
+            sixteen(node, ax, ag, ab, sx, sg, sb, last, context, stride, ahead_x, ahead_g)
             push(node, LANES, stack, counts, 1, 0, 4, k)
             count_up(LANES, counts, 4, k)
         rest = length - whole * LANES
@@ -573,21 +572,8 @@ def of_rows(source: Source) -> Any:
                 at = (whole * LANES + i) * size
                 single(node + i * NODE, px + at, pg + at, pb + 2 * whole, sx, sg, sb, last, i, context, stride)
         else:
-            fewer(
-                node,
-                px + whole * block,
-                pg + whole * block,
-                pb + 2 * whole,
-                sx,
-                sg,
-                sb,
-                last,
-                rest,
-                context,
-                stride,
-                ahead_x,
-                ahead_g,
-            )
+            ax, ag, ab = px + whole * block, pg + whole * block, pb + 2 * whole
+            fewer(node, ax, ag, ab, sx, sg, sb, last, rest, context, stride, ahead_x, ahead_g)
         for i in range(rest):
             push(node + i * NODE, 1, stack, counts, 1, 0, 0, whole * LANES + i)
             count_up(1, counts, 0, whole * LANES + i)
@@ -674,8 +660,7 @@ def of_columns(source: Source) -> Any:
         """32 neighbouring columns become 16; their shares and weights are a table's row (sums: none)."""
         a = element.load_acc(pair), element.load_acc(pair + second)
         b = element.load_acc(pair + LANES * acc), element.load_acc(pair + LANES * acc + second)
-        even = shuffle(a[0], b[0], EVEN), shuffle(a[1], b[1], EVEN)
-        odd = shuffle(a[0], b[0], ODD), shuffle(a[1], b[1], ODD)
+        even, odd = neighbours(a, b)
         if moments:
             keep(what.merge(even, odd, element.load_acc(share), element.load_acc(share + LANES * acc)), to)
         else:
@@ -688,9 +673,8 @@ def of_columns(source: Source) -> Any:
             sum(8 >> k for k in range(level)) if level < 4 else 11 + level for level in range(8)
         ]  # table rows, 16 pairs each
 
-        def neighbours(a: Node, b: Node, level: int, j: int) -> Node:
-            even = shuffle(a[0], b[0], EVEN), shuffle(a[1], b[1], EVEN)
-            odd = shuffle(a[0], b[0], ODD), shuffle(a[1], b[1], ODD)
+        def merged(a: Node, b: Node, level: int, j: int) -> Node:
+            even, odd = neighbours(a, b)
             at = shares + (firsts[level] + j) * 2 * LANES * acc
             share, weight = (
                 (element.load_acc(at), element.load_acc(at + LANES * acc)) if moments else (even[0], even[0])
@@ -702,11 +686,11 @@ def of_columns(source: Source) -> Any:
             if level == 0:
                 at = buffer + j * LANES * acc
                 return element.load_acc(at), element.load_acc(at + second)
-            return neighbours(node(level - 1, 2 * j), node(level - 1, 2 * j + 1), level - 1, j)
+            return merged(node(level - 1, 2 * j), node(level - 1, 2 * j + 1), level - 1, j)
 
         found = node(4, 0)
         for level in range(4, 8):
-            found = neighbours(found, found, level, 0)
+            found = merged(found, found, level, 0)
         b = slot.b
         first, other = (splat(Value(b, b.extract_element(v.v, I32(0)))) for v in found)
         store_node(element, (first, other), slot)

@@ -128,6 +128,12 @@ def pointer(address: Value, kind: ir.Type) -> ir.Value:
     return address.b.inttoptr(address.v, ir.PointerType(kind))
 
 
+def scalar_at(address: Value, kind: ir.Type, align: int) -> Value:
+    one = address.b.load(pointer(address, kind), typ=kind)
+    one.align = align
+    return Value(address.b, one)
+
+
 def load_raw(address: Value, element: ir.Type, align: int, mask: Value | None = None) -> Value:
     """16 elements; with a mask the others are zero and their memory is not touched."""
     b, vector = address.b, ir.VectorType(element, LANES)
