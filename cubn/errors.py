@@ -7,10 +7,6 @@ class BackendUnavailable(RuntimeError):
     """The device has no usable backend here; the message says which command or setting mends it."""
 
 
-class CollectiveMismatch(ValueError):
-    """Ranks disagree on what they are about to reduce; raised on every rank."""
-
-
 def message(
     function: str,
     argument: str,
