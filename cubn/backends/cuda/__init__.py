@@ -1,0 +1,1 @@
+"""The CUDA backend: the kernels of `kernels/`, planned, specialised and launched."""
