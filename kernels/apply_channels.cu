@@ -4,7 +4,9 @@
 
 using Acc = Format<ELEMENT>::Acc;
 
-extern "C" __global__ void __launch_bounds__(256) apply_channels(const __grid_constant__ Parameters p) {
+constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 1 : OPERATION == NORMALIZE ? 4 : 2; // of a multiprocessor, or more: registers are for these
+
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) apply_channels(const __grid_constant__ Parameters p) {
     const long long block = gridDim.x - 1 - blockIdx.x, across = block % p.blocks_across, down = block / p.blocks_across;
     const int lanes = static_cast<int>(p.lanes), at_once = blockDim.x / lanes;
     const long long c = (across * lanes + threadIdx.x % lanes) * OCTET;

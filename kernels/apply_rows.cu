@@ -7,6 +7,8 @@
 
 using Acc = Format<ELEMENT>::Acc;
 
+constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 2 : 4; // of a multiprocessor, or more: registers are for these
+
 // Octets within a row.
 __device__ __forceinline__ void apply_inside(const Parameters& p, INDEX octet) {
     const INDEX e = octet * OCTET, S = static_cast<INDEX>(p.positions), C = static_cast<INDEX>(p.channels);
@@ -56,7 +58,7 @@ __device__ __forceinline__ void apply_crossing(const Parameters& p, INDEX octet,
     else if (WRITES_BITS) reinterpret_cast<unsigned char*>(p.bits)[octet] = static_cast<unsigned char>(v.passed);
 }
 
-extern "C" __global__ void __launch_bounds__(256) apply_rows(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) apply_rows(const __grid_constant__ Parameters p) {
     const INDEX elements = static_cast<INDEX>(p.samples * p.channels * p.positions);
     const INDEX octets = elements / OCTET + (elements % OCTET != 0);
     const INDEX block = gridDim.x - 1 - blockIdx.x;

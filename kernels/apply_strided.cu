@@ -5,7 +5,9 @@
 
 using Acc = Format<ELEMENT>::Acc;
 
-extern "C" __global__ void __launch_bounds__(256) apply_strided(const __grid_constant__ Parameters p) {
+constexpr int BLOCKS = 4; // of a multiprocessor, or more: registers are for these
+
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) apply_strided(const __grid_constant__ Parameters p) {
     const long long elements = p.samples * p.channels * p.positions;
     const long long octet = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     unsigned passed = 0;

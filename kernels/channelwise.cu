@@ -7,6 +7,12 @@
     const long long c = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;                       \
     if (c >= p.channels) return
 
+// A parameter (`gamma`) of any format in double.
+extern "C" __global__ void widen(const __grid_constant__ Parameters p) {
+    CHANNEL_OR_RETURN;
+    reinterpret_cast<double*>(p.first)[c] = load_parameter(p.gamma, c, 0.0);
+}
+
 // Statistics from a root node (`count`, `first`, `second`).
 extern "C" __global__ void statistics(const __grid_constant__ Parameters p) {
     CHANNEL_OR_RETURN;

@@ -3,7 +3,7 @@
 #include "formats.cuh"
 #include "parameters.cuh"
 
-template <class Acc> struct Coefficients {
+template <class Acc> struct alignas(16) Coefficients {
     Acc high, low, scale, beta, k1, k2;
 };
 

@@ -59,11 +59,21 @@ template <class T> __device__ __forceinline__ Octet<T> load_octet(const T* p, bo
     return r;
 }
 
+// A store of 16 bytes, written out: the compiler takes a plain one apart where another branch stores the same elements.
+__device__ __forceinline__ void store_vector(uint4* p, uint4 v) {
+#ifdef __CUDA_ARCH__
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w) : "memory");
+#else
+    *p = v;
+#endif
+}
+
 template <class T> __device__ __forceinline__ void store_octet(T* p, const Octet<T>& r, bool vectors) {
     constexpr int WORDS = sizeof(Octet<T>) / sizeof(uint4);
     if (vectors) {
 #pragma unroll
-        for (int i = 0; i < WORDS; ++i) reinterpret_cast<uint4*>(p)[i] = r.words[i];
+        for (int i = 0; i < WORDS; ++i) store_vector(reinterpret_cast<uint4*>(p) + i, r.words[i]);
     } else {
 #pragma unroll
         for (int j = 0; j < OCTET; ++j) p[j] = r.v[j];

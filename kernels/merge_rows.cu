@@ -4,6 +4,8 @@
 #include "coefficients.cuh"
 #include "span.cuh"
 
+constexpr int BLOCKS = 4; // of a multiprocessor, or more: registers are for these
+
 // Rows [first, first + rows) of `group` channels from c0 on, merged in shared memory; node g * rows is channel c0 + g's.
 __device__ long long merged(
     const Parameters& p, long long first, int rows, long long c0, Node<double>* nodes, long long* values
@@ -23,7 +25,7 @@ __device__ long long merged(
     return values[0];
 }
 
-extern "C" __global__ void __launch_bounds__(256) merge_rows(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) merge_rows(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
     Node<double>* nodes = reinterpret_cast<Node<double>*>(memory);
     const long long c0 = blockIdx.x % p.blocks_across * p.group, row = blockIdx.x / p.blocks_across;
@@ -53,7 +55,7 @@ __device__ __forceinline__ void finish_channel(const Parameters& p, long long c,
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) finish(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
     Node<double>* nodes = reinterpret_cast<Node<double>*>(memory);
     const long long c0 = blockIdx.x * p.group;

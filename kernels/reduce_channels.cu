@@ -8,6 +8,10 @@
 
 using Acc = Format<ELEMENT>::Acc;
 
+// Blocks of a multiprocessor, or more: registers are for these, and a thread holds a node in double of each channel for
+// each level above its tiles.
+constexpr int BLOCKS = VECTOR * (DEPTH - TILE_DEPTH) < 8 ? 2 : 1;
+
 constexpr int PASS_DEPTH = 8;
 constexpr int WORKERS = 1 << (PASS_DEPTH - DEPTH); // threads that share a channel
 constexpr int LANES = 256 / WORKERS;               // threads side by side over the channels
@@ -227,7 +231,7 @@ __device__ __forceinline__ Node<double> merge_shares(
     return wide;
 }
 
-extern "C" __global__ void __launch_bounds__(256) reduce_channels(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) reduce_channels(const __grid_constant__ Parameters p) {
     __shared__ Node<double> shares[WORKERS * WIDTH];
     extern __shared__ __align__(16) unsigned char memory[];
     Node<double>* passes = reinterpret_cast<Node<double>*>(memory); // of a pass, (channel, pass)

@@ -5,7 +5,9 @@
 #include "readers.cuh"
 #include "span.cuh"
 
-extern "C" __global__ void __launch_bounds__(256) reduce_rows(const __grid_constant__ Parameters p) {
+constexpr int BLOCKS = sizeof(ELEMENT) * TILE_ROWS == 64 ? 1 : 2; // of a multiprocessor, or more: registers are for these
+
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) reduce_rows(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
     Node<double>* nodes = reinterpret_cast<Node<double>*>(memory);
     const Span s = span_of(p, blockIdx.x);

@@ -5,7 +5,9 @@
 #include "span.cuh"
 #include "strided.cuh"
 
-extern "C" __global__ void __launch_bounds__(256) reduce_strided(const __grid_constant__ Parameters p) {
+constexpr int BLOCKS = 2; // of a multiprocessor, or more: registers are for these
+
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) reduce_strided(const __grid_constant__ Parameters p) {
     using Acc = Format<ELEMENT>::Acc;
     extern __shared__ __align__(16) unsigned char memory[];
     const Span s = span_of(p, blockIdx.x);

@@ -32,7 +32,7 @@ __device__ __forceinline__ Node<Acc> merge_columns(
         return Kind::merge(a, b, Rounded<Acc>::from(last.share[level]), Rounded<Acc>::from(last.weight[level]));
     }
     if (shape.rows == 0 && shape.full <= low) return a; // neither has
-    return Kind::merge(a, b, Acc(0.5), Acc(size * shape.values(low)) * Acc(0.5));
+    return Kind::merge(a, b, Acc(0.5), multiply(Acc(size * shape.values(low)), Acc(0.5)));
 }
 
 template <class Acc> __device__ __forceinline__ Node<Acc> shuffle_node(Node<Acc> n, int offset) {

@@ -41,14 +41,27 @@ class CudaBackend:
     def __init__(self, device: Device) -> None:
         self.device = device
 
+    # --- arrays -------------------------------------------------------------------------------------------------------
+
+    def to_host(self, array: BackendArray) -> Any:
+        return self.device.to_host(array)
+
+    def from_host(self, array: Any) -> BackendArray:
+        return self.device.from_host(array)
+
+    def keep(self, parameter: Vector, C: int) -> tuple[BackendArray, Vector]:
+        """Widened to float64, which holds every format exactly."""
+        values = self.device.empty((C,), "float64")
+        self._channelwise("widen", C, {**of_vector("gamma", parameter), "first": self._at(values)})
+        return values, Vector(self._at(values), "float64", 1)
+
     # --- statistics ---------------------------------------------------------------------------------------------------
 
     def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
         return self._nodes("Moments", extents, x, None, mask, Gate("none"), {}, start)
 
     def statistics(self, count: Any, mean: Any, m2: Any, eps: float) -> Statistics:
-        found = self._new_statistics(len(mean))._replace(count=self._given(count))
-        mean, m2 = self._given(mean), self._given(m2)
+        found = self._new_statistics(len(mean))._replace(count=count)
         self._channelwise(
             "statistics",
             len(mean),
@@ -101,16 +114,22 @@ class CudaBackend:
         keep_bits: bool,
     ) -> tuple[Statistics, Bits | None]:
         found = self._new_statistics(extents.C)
-        coefficients = self._new_coefficients(extents.C, x.dtype)
         fields = {
             **self._statistics_fields(found),
             **of_vector("gamma", gamma),
             **of_vector("beta", beta),
             "eps": eps,
-            "coefficients": self._at(coefficients),
         }
+        operands = _present(x=x, g=residual, y=y)
+        options = _normalize_options(residual, relu, keep_bits)
+        slab = mask is None and plan.slab(extents, operands, 1, options, keep_bits, self.device.limits)
+        if slab:
+            bits = self._new_bits(extents, "rows") if keep_bits else None
+            self._resident(slab, extents, operands, bits, fields)
+            return found, bits
+        coefficients = self._new_coefficients(extents.C, x.dtype)
         rows = self._reduce("Moments", extents, x, None, mask, Gate("none"), {})
-        self._finish("Moments", extents, rows, x.dtype, fields)
+        self._finish("Moments", extents, rows, x.dtype, {**fields, "coefficients": self._at(coefficients)})
         return found, self._normalize(extents, x, y, coefficients, mask, residual, relu, keep_bits)
 
     def normalize(
@@ -173,7 +192,7 @@ class CudaBackend:
         operands = _present(x=x, g=residual, y=y)
         kind = _elementwise_kind(extents, operands, mask)
         bits = self._new_bits(extents, kind) if keep_bits else None
-        options = plan.option(OPERATION="NORMALIZE", RESIDUAL=residual is not None, RELU=relu, KEEP_BITS=keep_bits)
+        options = _normalize_options(residual, relu, keep_bits)
         self._elementwise(extents, kind, operands, mask, options, bits, coefficients)
         return bits
 
@@ -194,14 +213,22 @@ class CudaBackend:
         mask: Operand | None,
         gate: Gate,
     ) -> Sums:
-        coefficients = self._coefficients(extents.C, x.dtype, statistics, gamma, beta)
         sums = (self.device.empty((extents.C,), "float64"), self.device.empty((extents.C,), "float64"))
         fields = {
             **self._statistics_fields(statistics),
-            "coefficients": self._at(coefficients),
             "first": self._at(sums[0]),
             "second": self._at(sums[1]),
         }
+        operands = _present(x=x, g=dy, y=dx, r=dresidual)
+        if mask is None and (gate.bits is None or gate.bits.kind == "rows"):
+            options = _gradient_options(dresidual, gate, frozen)
+            slab = plan.slab(extents, operands, 2, options, False, self.device.limits)
+            if slab:
+                parameters = {**of_vector("gamma", gamma), **of_vector("beta", beta)}
+                self._resident(slab, extents, operands, gate.bits, {**fields, **parameters})
+                return sums
+        coefficients = self._coefficients(extents.C, x.dtype, statistics, gamma, beta)
+        fields["coefficients"] = self._at(coefficients)
         rows = self._reduce("Sums", extents, x, dy, mask, gate, fields)
         self._finish("Sums", extents, rows, x.dtype, fields)
         self._input_gradient(extents, dy, x, dx, dresidual, coefficients, frozen, mask, gate)
@@ -240,7 +267,7 @@ class CudaBackend:
     ) -> None:
         coefficients = self._coefficients(extents.C, x.dtype, statistics, gamma, beta)
         if sums is not None:
-            first, second = (self._given(s) for s in sums)
+            first, second = sums
             fields = {
                 **self._statistics_fields(statistics),
                 "coefficients": self._at(coefficients),
@@ -268,13 +295,11 @@ class CudaBackend:
         kind = _elementwise_kind(extents, operands, mask)
         if gate.bits is not None and gate.bits.kind != kind:
             kind = "strided"
-        options = plan.option(
-            OPERATION="GRADIENT", RESIDUAL=dresidual is not None, GATE=f"GATE_{gate.kind.upper()}", FROZEN=frozen
-        )
+        options = _gradient_options(dresidual, gate, frozen)
         self._elementwise(extents, kind, operands, mask, options, gate.bits, coefficients)
 
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:
-        first, second = (self._given(s) for s in sums)
+        first, second = sums
         fields = {
             **self._statistics_fields(statistics),
             **of_vector("gamma", dgamma),
@@ -377,6 +402,12 @@ class CudaBackend:
         fields = {**_operand_fields(launch, operands, mask), **self._bits_fields(bits)}
         self._launch(launch, {**of_extents(extents), **fields, "coefficients": self._at(coefficients)})
 
+    def _resident(
+        self, slab: Launch, extents: Extents, operands: dict[str, Operand], bits: Bits | None, fields: Fields
+    ) -> None:
+        given = {**_operand_fields(slab, operands, None), **self._bits_fields(bits), **fields}
+        self._launch(slab, {**of_extents(extents), **given})
+
     def _coefficients(
         self, C: int, dtype: str, statistics: Statistics, gamma: Vector | None, beta: Vector | None
     ) -> BackendArray:
@@ -390,10 +421,6 @@ class CudaBackend:
 
     def _at(self, array: BackendArray) -> int:
         return self.device.address(array)
-
-    def _given(self, array: Any) -> BackendArray:
-        """An array of the device; what comes from the host is copied there."""
-        return self.device.from_host(array) if isinstance(array, np.ndarray | np.generic) else array
 
     def _new_statistics(self, C: int) -> Statistics:
         return Statistics(self.device.empty((), "int64"), *(self.device.empty((C,), "float64") for _ in range(4)))
@@ -434,6 +461,16 @@ def _from_sample(n: int, o: Operand) -> Operand:
 
 def _present(**operands: Operand | None) -> dict[str, Operand]:
     return {name: o for name, o in operands.items() if o is not None}
+
+
+def _normalize_options(residual: Operand | None, relu: bool, keep_bits: bool) -> tuple[str, ...]:
+    return plan.option(OPERATION="NORMALIZE", RESIDUAL=residual is not None, RELU=relu, KEEP_BITS=keep_bits)
+
+
+def _gradient_options(dresidual: Operand | None, gate: Gate, frozen: bool) -> tuple[str, ...]:
+    return plan.option(
+        OPERATION="GRADIENT", RESIDUAL=dresidual is not None, GATE=f"GATE_{gate.kind.upper()}", FROZEN=frozen
+    )
 
 
 def _elementwise_kind(extents: Extents, operands: dict[str, Operand], mask: Operand | None) -> str:

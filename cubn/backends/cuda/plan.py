@@ -26,6 +26,7 @@ POSITION_AXES = 8  # as in kernels/parameters.cuh
 LEVELS = 8
 
 NODE_BYTES = 16
+COEFFICIENTS_BYTES = {"float": 32, "double": 48}  # of a channel, in shared memory
 MOST_NODES = 1024  # of a block, in shared memory
 WAVES = 4  # blocks per multiprocessor and more: enough to hide latency and even out the end
 MERGED_ROWS = 256  # rows of nodes that one block merges
@@ -34,6 +35,12 @@ WIDE_CHANNELS = 8  # bytes of neighbouring channels that a thread of reduce_chan
 MOST_ROUNDS = 16  # of 256 columns in a block of reduce_channels
 STEPS = 4  # rounds of an elementwise thread
 NARROW_INDEX = 1 << 31  # elements from which 32 bits do not count them
+CLUSTER_CAPABILITY = (9, 0)
+CLUSTERS = (1, 2, 4, 8)  # blocks that share a slab; more than 8 are not portable
+SPLIT_BYTES = 8 << 10  # of a block; splitting a slab further only costs
+RESERVED_BYTES = 1 << 10  # of shared memory, in every block
+NEIGHBOUR_BYTES = 512  # of a sample, from which a block needs no more channels
+PEELED_BYTES = 1024  # from which elements before and after whole vectors no longer matter
 
 Fields = Mapping[str, int | float]
 
@@ -340,3 +347,81 @@ def vector_of(extents: Extents, operands: Sequence[Operand]) -> int:
     ):
         vector //= 2
     return vector
+
+
+def slab(
+    extents: Extents,
+    operands: Mapping[str, Operand],
+    staged: int,
+    options: tuple[str, ...],
+    keep_bits: bool,
+    limits: Limits,
+) -> Launch | None:
+    """One kernel for a whole training step or gradient, where a channel's x (and dy: `staged` is 2) fits on chip."""
+    N, C, S = extents
+    if 0 in extents or kind_of(extents, tuple(operands.values())) != "rows":
+        return None
+    dtype = operands["x"].dtype
+    neighbours = all(o.channel_stride == S for o in operands.values())
+    group = _slab_group(extents, ITEMSIZE[dtype], neighbours, keep_bits)
+    torn = (group * S % OCTET and group < C) or (C * S % OCTET and N > 1)
+    if keep_bits and torn:  # two blocks would write the same byte
+        return None
+    kept = [operands[name] for name in ("x", "g")[:staged]]
+    aligned = all(are_vectors(o, (o.sample_stride, group * o.channel_stride)) for o in kept)
+    return _slab(extents, dtype, group, aligned, staged, options, limits)
+
+
+def _slab_group(extents: Extents, item: int, neighbours: bool, keep_bits: bool) -> int:
+    """Channels of a block: several where a sample has few positions, or vectors (or bytes of bits) would be torn."""
+    _, C, S = extents
+    group = 1
+    while neighbours and group < C and S <= TILE:
+        run = group * S * item
+        torn = run % VECTOR_BYTES and run < PEELED_BYTES
+        if run >= NEIGHBOUR_BYTES and not torn and not (keep_bits and group * S % OCTET):
+            break
+        group = min(2 * group, C)
+    return group
+
+
+@functools.lru_cache(1024)
+def _slab(
+    extents: Extents, dtype: str, group: int, aligned: bool, staged: int, options: tuple[str, ...], limits: Limits
+) -> Launch | None:
+    N, C, S = extents
+    tree = tree_of(S, dtype)
+    item = ITEMSIZE[dtype]
+    padded = power_above(N) << tree.log2_tiles
+    across = -(-C // group)
+    cuts: list[tuple[int, int, int, int]] = []
+    for cluster in CLUSTERS if limits.capability >= CLUSTER_CAPABILITY else (1,):
+        span = padded // cluster
+        run = group * min(S, span * TILE) * item
+        slot = -(-(run + (0 if aligned else VECTOR_BYTES - item)) // VECTOR_BYTES) * VECTOR_BYTES
+        slots_bytes = staged * max(span >> tree.log2_tiles, 1) * slot
+        nodes = group * (span + (cluster if cluster > 1 else 0))
+        shared = slots_bytes + nodes * NODE_BYTES + group * COEFFICIENTS_BYTES[acc_of(dtype)]
+        if span and shared <= limits.shared_bytes and (not cuts or slots_bytes >= SPLIT_BYTES):
+            cuts.append((cluster, span, slot, shared))
+    if not cuts:
+        return None
+
+    def fits_twice(shared: int) -> bool:
+        return 2 * (shared + RESERVED_BYTES) <= limits.shared_bytes + RESERVED_BYTES
+
+    # Enough blocks for the device; then two on a multiprocessor, so that one loads while the other stores.
+    cluster, span, slot, shared = max(
+        cuts, key=lambda cut: (min(across * cut[0], limits.multiprocessors), fits_twice(cut[3]), -cut[0])
+    )
+    threads = THREADS if fits_twice(shared) or dtype == "float64" else 2 * THREADS
+    specialised = option(
+        ELEMENT=ELEMENTS[dtype],
+        THREADS=threads,
+        CLUSTER=cluster,
+        GROUPED=group > 1,
+        TILE_LANES=WARP if S > COLUMNS else power_above(-(-S // OCTET)),
+        TILE_ROWS=1 if S <= COLUMNS else 8,
+    )
+    fields = tuple({**tree.fields, "span": span, "group": group, "slot": slot}.items())
+    return Launch("slab", (*specialised, *options), across * cluster, shared, fields, "", "rows", threads, cluster)
