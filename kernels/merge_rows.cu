@@ -21,7 +21,6 @@ __device__ long long merged(
     }
     for (int r = threadIdx.x; r < rows; r += blockDim.x)
         values[r] = reinterpret_cast<const long long*>(p.from_count)[first + r];
-    __syncthreads();
     merge_counted_span<KIND>(nodes, values, rows, channels);
     return values[0];
 }

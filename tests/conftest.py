@@ -1,9 +1,17 @@
 """Options and fixtures of the whole suite."""
 
 import os
+import zlib
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from cubn import _arguments
+from cubn.backends.cuda.backend import CudaBackend
+from tests.cuda.named import PASSES, RESIDENT
+from tests.cuda_on_cpu.build import unavailable
+from tests.cuda_on_cpu.device import CpuDevice
+from tests.cuda_on_cpu.runner import shuffled
 
 settings.register_profile(
     "cubn", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -11,10 +19,22 @@ settings.register_profile(
 settings.register_profile("ci", parent=settings.get_profile("cubn"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "cubn")
 
-BACKENDS = ["cpu"]
+CUDA_ON_CPU = {"cuda-on-cpu": RESIDENT, "cuda-on-cpu-passes": PASSES}
+BACKENDS = ["cpu", *CUDA_ON_CPU]
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
-    """The backend under test: where the arrays of a test live."""
-    return request.param
+def backend(request, monkeypatch):
+    """What computes on the arrays of a test: the CPU backend, or the CUDA backend, its kernels compiled for the CPU.
+
+    CUDA threads run in an order that is every test's own.
+    """
+    if request.param in CUDA_ON_CPU:
+        if reason := unavailable():
+            pytest.skip(reason)
+        device = CpuDevice(CUDA_ON_CPU[request.param], shuffled(zlib.crc32(request.node.nodeid.encode())))
+        cuda = CudaBackend(device)
+        monkeypatch.setattr("cubn.backends.cpu.backend", lambda: cuda)
+    _arguments.backend.cache_clear()
+    yield request.param
+    _arguments.backend.cache_clear()

@@ -77,12 +77,12 @@ def test_one_of_a_kind(backend, dtype, shape, axis):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_threads_share_what_is_large(backend, shape, axis, dtype):
+def test_threads_share_what_is_large(shape, axis, dtype):
     """No number of threads changes a bit, here with arrays large enough to be cut between them as shipped."""
     check(shape, axis, dtype, threads=(1, 2, 3, 11))
 
 
-def test_an_output_larger_than_the_caches(backend):
+def test_an_output_larger_than_the_caches():
     check((22, 64, 112, 112))
 
 

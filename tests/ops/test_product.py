@@ -4,32 +4,57 @@ Any two values of any two options meet in a row below, several times. The whole 
 depend on, and of those that change it, runs with -m slow.
 """
 
+import itertools
+
 import pytest
 
+from tests.conftest import BACKENDS
 from tests.ops import cases
 from tests.ops.pairwise import every_pair, whole_product
 
 pytestmark = pytest.mark.usefixtures("eager_threads")
 
-ROWS = [row for seed in range(4) for row in every_pair(cases.AXES, cases.allowed, seed)]
+SEEDS = {"cpu": range(4), "cuda-on-cpu": [4], "cuda-on-cpu-passes": [5]}
+ROWS = [
+    (backend, row)
+    for backend in SEEDS
+    for seed in SEEDS[backend]
+    for row in every_pair(cases.AXES, cases.allowed, seed)
+]
 PRODUCT = ["threads", "mask", "residual", "relu", "affine", "cut"]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())))
-def test_pairs_of_options(row, backend):
+@pytest.mark.parametrize(
+    ("backend", "row"),
+    ROWS,
+    indirect=["backend"],
+    ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())),
+)
+def test_pairs_of_options(backend, row):
     cases.run(row)
+
+
+def carried(backend):
+    """Libraries and layouts: a backend sees addresses and strides alone, so that NumPy's are enough for the others."""
+    libraries = cases.AXES["library"] if backend == "cpu" else ["numpy"]
+    pairs = itertools.product(libraries, cases.AXES["layout"])
+    return [pair for pair in pairs if cases.allowed(dict(zip(("library", "layout"), pair, strict=True)))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", cases.AXES["operation"])
 @pytest.mark.parametrize("dtype", cases.AXES["dtype"])
 @pytest.mark.parametrize(
-    ("library", "layout"),
-    [(a, b) for a in cases.AXES["library"] for b in cases.AXES["layout"] if cases.allowed({"library": a, "layout": b})],
+    ("backend", "library", "layout"),
+    [(name, *pair) for name in BACKENDS for pair in carried(name)],
+    indirect=["backend"],
 )
-def test_the_whole_product(operation, dtype, library, layout, backend):
+def test_the_whole_product(backend, operation, dtype, library, layout):
     chosen = {"operation": [operation], "dtype": [dtype], "library": [library], "layout": [layout]}
-    for row in whole_product({**cases.AXES, **chosen}, [*chosen, *PRODUCT], cases.allowed):
+    axes = {**cases.AXES, **chosen}
+    if backend != "cpu":
+        axes["threads"] = [1]
+    for row in whole_product(axes, [*chosen, *PRODUCT], cases.allowed):
         try:
             cases.run(row)
         except AssertionError as error:

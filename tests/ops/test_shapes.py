@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import cubn
 from tests import oracle
+from tests.conftest import CUDA_ON_CPU
 from tests.ops import arrays
 from tests.ops.cases import assert_moments
 
@@ -100,7 +101,7 @@ def problems(draw):
     return Problem(found, **{name: choose(values) for name, values in CHOICES.items()})
 
 
-def problems_at_every_edge(draws=3, seed=0):
+def problems_at_every_edge(draws, seed):
     """Each edge of each extent with both layouts, all else at random."""
     rng, found = random.Random(seed), []
     for name, sizes in EDGES.items():
@@ -112,7 +113,10 @@ def problems_at_every_edge(draws=3, seed=0):
     return found
 
 
-def name_of(problem):
+def name_of(value):
+    if not isinstance(value, Problem):
+        return str(value)
+    problem = value
     return "-".join(map(str, (*problem.extents, problem.dtype, "nhwc" if problem.channels_last else "nchw")))
 
 
@@ -228,12 +232,33 @@ def check_moments_and_normalize(problem, start, cuts):
     drawn.same(cubn.normalize(x, whole, **given_parameters, **drawn.options()), drawn.expected(stats), "y")
 
 
+CACHED = [("cpu", "cached"), *((name, "cached") for name in CUDA_ON_CPU)]
+PLACES = [*CACHED, ("cpu", "streamed")]
+"""Where an operation runs, and how the CPU writes what it does."""
+
+
+def at_every_edge(seed, places):
+    """Three problems an edge on the CPU, one of their own on each of the others."""
+    problems = {name: problems_at_every_edge(1, f"{seed} {name}") for name in CUDA_ON_CPU}
+    problems["cpu"] = problems_at_every_edge(3, seed)
+    rows = [(name, streaming, problem) for name, streaming in places for problem in problems[name]]
+    names = ("backend", "streaming", "problem")
+    return pytest.mark.parametrize(names, rows, indirect=names[:2], ids=name_of)
+
+
+def anywhere(places):
+    """Where a test draws its own problems: that compiles many kernels."""
+    rows = [pytest.param(*place, marks=pytest.mark.slow if place[0] in CUDA_ON_CPU else ()) for place in places]
+    return pytest.mark.parametrize(("backend", "streaming"), rows, indirect=True)
+
+
 @pytest.mark.usefixtures("eager_threads", "streaming")
 class TestTraining:
-    @pytest.mark.parametrize("problem", problems_at_every_edge(seed=1), ids=name_of)
+    @at_every_edge(1, PLACES)
     def test_at_every_edge(self, backend, problem):
         check_training(problem)
 
+    @anywhere(PLACES)
     @given(problems())
     def test_anywhere(self, backend, problem):
         check_training(problem)
@@ -241,21 +266,23 @@ class TestTraining:
 
 @pytest.mark.usefixtures("eager_threads", "streaming")
 class TestFrozenStatisticsAndInference:
-    @pytest.mark.parametrize("problem", problems_at_every_edge(seed=2), ids=name_of)
+    @at_every_edge(2, PLACES)
     def test_at_every_edge(self, backend, problem):
         check_frozen_statistics_and_inference(problem)
 
+    @anywhere(PLACES)
     @given(problems())
     def test_anywhere(self, backend, problem):
         check_frozen_statistics_and_inference(problem)
 
 
-@pytest.mark.usefixtures("eager_threads")
+@pytest.mark.usefixtures("eager_threads", "streaming")
 class TestMomentsOfAnyCut:
-    @pytest.mark.parametrize("problem", problems_at_every_edge(seed=3), ids=name_of)
+    @at_every_edge(3, CACHED)
     def test_at_every_edge(self, backend, problem):
         check_moments_and_normalize(problem, 5, (0.3, 0.5))
 
+    @anywhere(CACHED)
     @given(problems(), st.integers(0, 1000), st.lists(st.floats(0, 1), max_size=4))
     def test_anywhere(self, backend, problem, start, cuts):
         check_moments_and_normalize(problem, start, cuts)

@@ -28,7 +28,7 @@ def translation_unit(name: str) -> str:
 
     def text_of(file: str) -> str:
         text = (folder() / file).read_text(encoding="utf-8").replace("#pragma once\n", "\n")
-        parts, line = [f'#line 1 "{file}"\n'], 1
+        parts = [f'#line 1 "{file}"\n']
         for number, content in enumerate(text.splitlines(), 1):
             match = _INCLUDE.match(content)
             if match and match[1] not in included:
@@ -36,8 +36,6 @@ def translation_unit(name: str) -> str:
                 parts += [text_of(match[1]), f'#line {number + 1} "{file}"\n']
             else:
                 parts.append("\n" if match else content + "\n")
-            line = number
-        assert line
         return "".join(parts)
 
     return text_of(f"{name}.cu")

@@ -1,0 +1,187 @@
+"""A layer's calls on a backend, over arrays of its own at chosen addresses: what comes out can be compared."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cubn import _nodes, reference
+from cubn.backends import Extents, Gate, Operand, Vector
+from cubn.backends.cuda.plan import VECTOR_BYTES
+from tests import oracle
+from tests.cuda_on_cpu import sanitized
+from tests.ops import arrays
+
+EPS = 1e-5
+GUARD = 64  # bytes behind an array; a sanitizer has its own there
+UNTOUCHED = 0xA5
+
+LAYOUTS = {
+    "nchw": lambda N, C, S: (C * S, S, (S, 1)),
+    "nchw, channels apart": lambda N, C, S: (C * (S + 8), S + 8, (S, 1)),
+    "nchw, samples apart": lambda N, C, S: ((C + 8) * S, S, (S, 1)),
+    "nhwc": lambda N, C, S: (C * S, 1, (S, C)),
+    "nhwc, positions apart": lambda N, C, S: (2 * C * S, 1, (S, 2 * C)),
+    "nhwc, samples apart": lambda N, C, S: (C * (S + 8), 1, (S, C)),
+    "nhwc, rows apart": lambda N, C, S: (C * (S + 8), 1, (2, C * (S // 2 + 4)), (S // 2, C)),
+    "backwards": lambda N, C, S: (-C * S, -S, (S, -1)),
+}
+"""Strides of samples and channels, then extent and stride of each axis of positions."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A batch normalisation and the arrays it works on."""
+
+    extents: tuple[int, int, int]
+    dtype: str = "float32"
+    layout: str = "nchw"
+    offsets: tuple[int, ...] = (0,) * 6  # elements that x, residual, y, dy, dx, dresidual begin after a vector
+    residual: bool = False
+    relu: bool = False
+    masked: bool = False
+    frozen: bool = False
+
+
+class Placed:
+    """An array at an address, and the memory around and between its elements, which nobody may write to."""
+
+    def __init__(self, values, layer, offset=0):
+        N, C, S = values.shape
+        item, self.dtype = values.itemsize, layer.dtype
+        self.sample, self.channel, *axes = LAYOUTS[layer.layout](N, C, S)
+        self.axes = [axis for axis in axes if axis[0] > 1]
+        steps = [(N, self.sample), (C, self.channel), *self.axes]
+        reach = [(extent - 1) * step * item for extent, step in steps]
+        before = offset * item - sum(r for r in reach if r < 0)
+        size = before + sum(r for r in reach if r > 0) + item
+        self.memory = np.full(size + (0 if sanitized.active() else GUARD), UNTOUCHED, np.uint8)
+        assert self.memory.ctypes.data % VECTOR_BYTES == 0
+        first = self.memory[before:][:item].view(values.dtype)
+        shape, strides = zip(*((extent, step * item) for extent, step in steps), strict=True)
+        self.array = np.lib.stride_tricks.as_strided(first, shape, strides)
+        self.array[...] = values.reshape(shape)
+        self.extents = values.shape
+
+    @property
+    def operand(self):
+        shape, strides = zip(*self.axes, strict=True) if self.axes else ((), ())
+        return Operand(self.array.ctypes.data, self.dtype, self.sample, self.channel, shape, strides)
+
+    def values(self):
+        """A copy of the elements, as (N, C, S); nothing else was written to."""
+        copy = self.array.reshape(self.extents).copy()
+        self.array[...] = np.frombuffer(bytes([UNTOUCHED]) * copy.itemsize, copy.dtype)
+        assert (self.memory == UNTOUCHED).all(), "memory around an array's elements was written to"
+        self.array[...] = copy.reshape(self.array.shape)
+        return copy
+
+
+class Values:
+    """The numbers of a layer: what its arrays hold, as (N, C, S)."""
+
+    def __init__(self, layer):
+        rng = np.random.default_rng(0)
+        N, C, S = layer.extents
+        self.x, self.residual, self.dy = (arrays.normal(rng, layer.extents, layer.dtype, centre=0.5) for _ in range(3))
+        self.gamma, self.beta, self.mean = (arrays.normal(rng, C, centre=1.0) for _ in range(3))
+        self.var = np.abs(self.mean) + np.float32(0.5)
+        self.mask = rng.random((N, S)) < 0.7
+
+
+def results(backend, layer):
+    """What every operation gives, by name: forwards, moments, an update, the backward in one call and in two."""
+    values = Values(layer)
+    extents = Extents(*layer.extents)
+    C, S = extents[1:]
+    nothing = np.zeros_like(values.x)
+    held = {
+        "x": values.x,
+        "residual": values.residual,
+        "y": nothing,
+        "dy": values.dy,
+        "dx": nothing,
+        "dresidual": nothing,
+    }
+    placed = {name: Placed(held[name], layer, offset) for name, offset in zip(held, layer.offsets, strict=True)}
+    x, residual, y, dy, dx, dresidual = (placed[name].operand for name in held)
+    gamma, beta, mean, var = (
+        Vector(v.ctypes.data, "float32", 1) for v in (values.gamma, values.beta, values.mean, values.var)
+    )
+    positions = ((S,), (1,)) if S > 1 else ((), ())
+    mask = Operand(values.mask.ctypes.data, "bool", S, 0, *positions) if layer.masked else None
+    if not layer.residual:
+        residual = dresidual = None
+    keep = layer.relu and layer.residual
+    options = {"mask": mask, "residual": residual, "relu": layer.relu}
+    found = {}
+
+    if layer.frozen:
+        backend.forward(extents, x, y, mean, var, EPS, gamma, beta, **options)
+        found["y of forward"] = placed["y"].values()
+        statistics = backend.frozen_statistics(mean, var, C, EPS)
+        bits = backend.normalize(extents, x, y, statistics, gamma, beta, **options, keep_bits=keep)
+    else:
+        statistics, bits = backend.train(extents, x, y, EPS, gamma, beta, **options, keep_bits=keep)
+        found |= {name: backend.to_host(getattr(statistics, name)) for name in ("count", "mean", "m2", "invstd")}
+        counters = [backend.from_host(np.zeros(C, np.int64)) for _ in range(2)]
+        backend.update(statistics, (mean, var), (mean, var), *counters, 0.1)
+        found |= {"tracked": backend.to_host(counters[0]), "skipped": backend.to_host(counters[1])}
+        found |= {"running_mean": values.mean, "running_var": values.var}
+        moments = _nodes.root(backend.moments(extents, x, mask, 5))
+        found |= dict(zip(("count from 5", "mean from 5", "m2 from 5"), moments, strict=True))
+    found["y"] = placed["y"].values()
+
+    outputs = ["dx", "dresidual"] if layer.residual else ["dx"]
+    gated = {"mask": mask, "gate": Gate("bits" if keep else "recompute" if layer.relu else "none", bits)}
+    given = (extents, dy, x, dx, dresidual, statistics, gamma, beta)
+    sums = backend.backward(*given, frozen=layer.frozen, **gated)
+    found |= {name: placed[name].values() for name in outputs}
+    found |= {"sum_dy": backend.to_host(sums[0]), "sum_dy_xmu": backend.to_host(sums[1])}
+    gradients = {name: np.zeros(C, np.float32) for name in ("dgamma", "dbeta")}
+    backend.parameter_gradients(statistics, sums, *(Vector(g.ctypes.data, "float32", 1) for g in gradients.values()))
+    found |= gradients
+    parts = _nodes.root_sums(backend.backward_sums(extents, dy, x, statistics, gamma, beta, **gated, start=3))
+    found |= dict(zip(("sum_dy from 3", "sum_dy_xmu from 3"), parts, strict=True))
+    for name in outputs:
+        placed[name].array[...] = 0
+    backend.backward_apply(*given, None if layer.frozen else sums, **gated)
+    found |= {f"{name} of sums": placed[name].values() for name in outputs}
+    return found
+
+
+def expected(layer):
+    """The same by the oracle."""
+    v = Values(layer)
+    mask, C = v.mask if layer.masked else None, layer.extents[1]
+    options = {"mask": mask, "residual": v.residual if layer.residual else None, "relu": layer.relu}
+    found = {}
+    if layer.frozen:
+        stats = oracle.frozen_statistics(v.mean, v.var, EPS)
+    else:
+        stats = oracle.batch_statistics(v.x, EPS, mask=mask)
+        after = oracle.update(oracle.State(v.mean, v.var, *np.zeros((2, C), np.int64)), stats, 0.1)
+        found |= {name: np.asarray(getattr(stats, name)) for name in ("count", "mean", "m2", "invstd")}
+        found |= {"tracked": after.tracked, "skipped": after.skipped}
+        found |= {"running_mean": after.mean, "running_var": after.var}
+        later = oracle.batch_statistics(v.x, EPS, mask=mask, start=5)
+        found |= {f"{name} from 5": np.asarray(getattr(later, name)) for name in ("count", "mean", "m2")}
+    found["y"] = oracle.normalize(v.x, stats, v.gamma, v.beta, **options)
+    if layer.frozen:
+        found["y of forward"] = found["y"]
+    gradients = oracle.backward(v.dy, v.x, stats, v.gamma, v.beta, frozen=layer.frozen, **options)
+    found |= {"dgamma": gradients.dgamma, "dbeta": gradients.dbeta}
+    for name in ["dx", "dresidual"] if layer.residual else ["dx"]:
+        found[name] = found[f"{name} of sums"] = getattr(gradients, name)
+    gated = oracle.widen(gradients.dresidual)
+    samples = oracle.sample_sums(gated, gated * reference.centre(oracle.widen(v.x), stats.mean), mask=mask)
+    for start, suffix in ((0, ""), (3, " from 3")):
+        _, found[f"sum_dy{suffix}"], found[f"sum_dy_xmu{suffix}"] = oracle.root(samples, reference.add, start)
+    return found
+
+
+def check(backend, layer):
+    """Raise where a result is not the oracle's to the bit."""
+    got, wanted = results(backend, layer), expected(layer)
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        arrays.assert_same(got[name], value, name)

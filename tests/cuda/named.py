@@ -1,0 +1,77 @@
+"""Layers that between them take the planner into every one of its branches, small enough to be run on the CPU.
+
+`python -m tests.cuda.named NAME ...` runs some, in a child of sanitized.run().
+"""
+
+import sys
+from dataclasses import replace
+from typing import NamedTuple
+
+from cubn.backends.cuda.backend import CudaBackend
+from cubn.backends.cuda.plan import Limits
+from tests.cuda import calls
+from tests.cuda.calls import Layer
+from tests.cuda_on_cpu.device import SMALL, CpuDevice
+from tests.cuda_on_cpu.runner import shuffled
+
+RESIDENT = SMALL
+PASSES = replace(RESIDENT, shared_bytes=0)  # no channel fits on chip: never the resident kernel
+OLD = replace(RESIDENT, capability=(7, 5))  # without clusters
+
+
+class Named(NamedTuple):
+    layer: Layer
+    limits: Limits = RESIDENT
+
+
+NAMED = {
+    # a channel fits on chip
+    "resident": Named(Layer((4, 32, 196))),
+    "resident, a cluster": Named(Layer((2, 1, 5000))),
+    "resident, without clusters": Named(Layer((2, 1, 5000), "bfloat16"), OLD),
+    "resident, most of a multiprocessor": Named(Layer((2, 1, 30000))),
+    "resident, most of a multiprocessor, float64": Named(Layer((2, 1, 15000), "float64")),
+    "resident, torn channels": Named(Layer((3, 6, 301), "float16")),
+    "resident, few positions": Named(Layer((8, 3, 7), "float16")),
+    "resident, bits": Named(Layer((3, 64, 49), "bfloat16", residual=True, relu=True)),
+    "resident, bits that tear": Named(Layer((3, 65, 49), residual=True, relu=True)),
+    "resident, bits of all channels": Named(Layer((1, 3, 49), residual=True, relu=True)),
+    "resident, off a vector": Named(Layer((3, 16, 64), offsets=(1,) * 6)),
+    "resident, channels apart": Named(Layer((3, 16, 64), layout="nchw, channels apart")),
+    # or not
+    "rows": Named(Layer((4, 64, 784)), PASSES),
+    "rows, few": Named(Layer((2, 4, 64)), PASSES),
+    "rows, odd, one channel": Named(Layer((2, 1, 49)), PASSES),
+    "rows, odd, one sample": Named(Layer((1, 3, 49)), PASSES),
+    "rows, odd, channels apart": Named(Layer((2, 3, 49), layout="nchw, channels apart"), PASSES),
+    "rows, odd, samples apart": Named(Layer((2, 3, 49), layout="nchw, samples apart"), PASSES),
+    "rows, odd, large": Named(Layer((2, 17, 2501), "float16", offsets=(1,) * 6)),
+    "rows, many samples": Named(Layer((5000, 3, 9), "float64")),
+    "channels": Named(Layer((8, 64, 49), layout="nhwc")),
+    "channels, many": Named(Layer((12, 256, 196), "bfloat16", layout="nhwc")),
+    "channels, two rows": Named(Layer((2, 8, 300), layout="nhwc")),
+    "channels, odd": Named(Layer((8, 65, 49), layout="nhwc")),
+    "channels, odd, positions apart": Named(Layer((8, 65, 9), layout="nhwc, positions apart")),
+    "channels, odd, one value": Named(Layer((1, 33, 1))),
+    "channels, one sample": Named(Layer((1, 64, 49), layout="nhwc")),
+    "channels, off a vector": Named(Layer((8, 64, 49), "float16", layout="nhwc", offsets=(2,) * 6)),
+    "channels, samples apart": Named(Layer((8, 64, 49), layout="nhwc, samples apart")),
+    "channels, float64": Named(Layer((8, 64, 49), "float64", layout="nhwc")),
+    "values": Named(Layer((5000, 32, 1), "float16")),
+    "strided": Named(Layer((8, 16, 49), layout="backwards")),
+    "strided, one channel": Named(Layer((8, 1, 49), layout="backwards")),
+    "strided, rows apart": Named(Layer((4, 24, 50), layout="nhwc, rows apart")),
+    "masked": Named(Layer((8, 16, 49), masked=True)),
+    "masked, many samples": Named(Layer((9000, 32, 2), masked=True)),
+}
+
+
+def run(name: str, order: int) -> None:
+    """Compare a layer with the oracle."""
+    layer, limits = NAMED[name]
+    calls.check(CudaBackend(CpuDevice(limits, order)), layer)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        run(argument, shuffled(0))

@@ -1,0 +1,172 @@
+"""What the backend launches over named shapes, layouts and every option of every operation, without a device.
+
+Kernels are specialised by the planner and the backend alone: asking them leaves no option out, however new.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from cubn.backends import Extents, Gate, Operand, Vector
+from cubn.backends.cuda.backend import CudaBackend
+from cubn.backends.cuda.plan import ITEMSIZE, Launch, Limits
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+LIMITS = (
+    Limits(40, 64 << 10, (7, 5)),  # a T4: no clusters
+    Limits(132, 227 << 10, (9, 0)),  # an H100: clusters, the most shared memory
+    Limits(170, 99 << 10, (12, 0)),  # an RTX 5090: clusters, less of it
+    Limits(132, 0, (9, 0)),  # no channel fits on chip: never the resident kernels
+)
+CLUSTERS_FROM = 90  # the first architecture with clusters
+
+SHAPES = {
+    "a value a sample": (64, 1024, 1),
+    "a value a sample, few channels": (33, 12, 1),
+    "a value a sample, odd channels": (33, 33, 1),
+    "two values a sample": (17, 48, 2),
+    "four values a sample": (16, 256, 4),
+    "one channel": (4, 1, 300),
+    "three channels": (2, 3, 7),
+    "six channels": (2, 6, 20),
+    "odd channels": (6, 65, 49),
+    "twelve channels": (3, 12, 16),
+    "two octets": (3, 24, 12),
+    "four octets": (2, 40, 30),
+    "sixteen octets": (2, 96, 100),
+    "7 x 7": (32, 2048, 49),
+    "14 x 14": (32, 1024, 196),
+    "56 x 56": (32, 256, 56 * 56),
+    "112 x 112": (256, 64, 112 * 112),
+    "volume": (2, 32, 128**3),
+    "odd rows": (3, 40, 2501),
+    "over 2^31 elements": (5, 64, 1 << 23),
+    "over 2^31 elements, odd": (5, 67, 6500001),
+}
+"""N, C, S."""
+
+ODD_SHAPES = {
+    "a value a sample, few channels",
+    "a value a sample, odd channels",
+    "one channel",
+    "six channels",
+    "four octets",
+    "7 x 7",
+    "14 x 14",
+    "odd rows",
+}
+"""Those that are taken in unusual memory too."""
+
+
+class Layout(NamedTuple):
+    """Where the elements of an array are."""
+
+    name: str
+    offset: int = 0  # of the first, in elements
+
+    def operand(self, extents: Extents, dtype: str) -> Operand:
+        _, C, S = extents
+        sample, channel, position = {
+            "nchw": (C * S, S, 1),
+            "nhwc": (C * S, 1, C),
+            "reversed": (-C * S, -S, -1),
+        }[self.name]
+        positions = ((S,), (position,)) if S > 1 else ((), ())
+        return Operand(ADDRESS + self.offset * ITEMSIZE[dtype], dtype, sample, channel, *positions)
+
+
+ADDRESS = 1 << 20
+DENSE = (Layout("nchw"), Layout("nhwc"))
+ODD = (Layout("nhwc", offset=1), Layout("nhwc", offset=2), Layout("reversed"))  # memory of smaller vectors, and of none
+
+
+class Recorder:
+    """A device that only writes down what it is asked to launch; see cubn.backends.cuda.device.Device."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.launched: list[Launch] = []
+
+    def empty(self, shape, dtype):
+        """Any shape in the memory of one element."""
+        return np.broadcast_to(np.zeros((), dtype), shape)
+
+    zeros = empty
+
+    def from_host(self, values):
+        return values
+
+    def to_host(self, array):
+        return array
+
+    def address(self, array):
+        return ADDRESS
+
+    def launch(self, launch, parameters):
+        self.launched.append(launch)
+
+
+def run_everything(backend: CudaBackend, extents: Extents, layout: Layout, dtype: str) -> None:
+    """Every operation with every option."""
+    x = layout.operand(extents, dtype)
+    mask = Layout("nchw").operand(extents, "bool")._replace(channel_stride=0)
+    vector = Vector(ADDRESS, "float32", 1)
+    parameters = (vector, vector)
+    backend.keep(vector, extents.C)
+    frozen = backend.frozen_statistics(vector, vector, extents.C, 1e-5)
+    zeros = backend.device.zeros((extents.C,), "float64")
+    backend.update(frozen, parameters, parameters, zeros, zeros, 0.1)
+    for present in (None, mask):
+        backend.moments(extents, x, present, 0)
+        backend.statistics(np.int64(2), zeros, zeros, 1e-5)
+        for residual, relu in itertools.product((None, x), (False, True)):
+            common = {"mask": present, "residual": residual, "relu": relu}
+            backend.forward(extents, x, x, vector, vector, 1e-5, *parameters, **common)
+            keep = relu and residual is not None
+            statistics, bits = backend.train(extents, x, x, 1e-5, *parameters, **common, keep_bits=keep)
+            backend.normalize(extents, x, x, statistics, *parameters, **common, keep_bits=keep)
+            gate = Gate("none" if not relu else "bits" if keep else "recompute", bits)
+            gated = {"mask": present, "gate": gate}
+            given = (extents, x, x, x, residual, statistics, *parameters)
+            for is_frozen in (False, True):
+                sums = backend.backward(*given, frozen=is_frozen, **gated)
+                backend.backward_apply(*given, None if is_frozen else sums, **gated)
+            backend.parameter_gradients(statistics, sums, *parameters)
+            backend.backward_sums(extents, x, x, statistics, *parameters, **gated, start=0)
+
+
+class Specialisation(NamedTuple):
+    """A kernel with its options."""
+
+    source: str
+    kernel: str
+    options: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "-".join((self.kernel, *(option[2:].replace("=", "_") for option in self.options)))
+
+    @property
+    def values(self) -> dict[str, str]:
+        """The options by name."""
+        return dict(option[2:].split("=") for option in self.options)
+
+    def fits(self, architecture: int) -> bool:
+        """Whether it is for such devices: clusters are of newer ones."""
+        return architecture >= CLUSTERS_FROM or self.values.get("CLUSTER", "1") == "1"
+
+
+@functools.cache
+def specialisations() -> tuple[Specialisation, ...]:
+    """All of them, those of a kernel next to one another."""
+    found = set()
+    for limits in LIMITS:
+        recorder = Recorder(limits)
+        backend = CudaBackend(recorder)
+        for (name, shape), dtype in itertools.product(SHAPES.items(), DTYPES):
+            for layout in DENSE + (ODD if name in ODD_SHAPES else ()):
+                run_everything(backend, Extents(*shape), layout, dtype)
+        found |= {Specialisation(launch.source, launch.kernel, launch.options) for launch in recorder.launched}
+    return tuple(sorted(found))

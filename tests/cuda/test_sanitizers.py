@@ -1,0 +1,44 @@
+"""The named layers under sanitizers: no access outside an array, none misaligned, nothing undefined, no race."""
+
+import pytest
+
+from tests.cuda.named import NAMED
+from tests.cuda_on_cpu import sanitized
+from tests.cuda_on_cpu.build import ADDRESS, THREAD
+
+SOME = {
+    ADDRESS: [
+        "resident, a cluster",
+        "resident, torn channels",
+        "resident, bits of all channels",
+        "resident, off a vector",
+        "rows, odd, one sample",
+        "rows, odd, large",
+        "channels, odd",
+        "channels, off a vector",
+        "values",
+        "strided, rows apart",
+        "masked",
+    ],
+    THREAD: ["resident, a cluster", "resident, torn channels", "rows, few", "channels, two rows", "values", "masked"],
+}
+"""A layer of each kernel; the others are slow."""
+
+
+def check(sanitizer, names):
+    if reason := sanitized.unavailable(sanitizer):
+        pytest.skip(reason)
+    process = sanitized.run(["-m", "tests.cuda.named", *names], sanitizer, timeout=1200)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("sanitizer", SOME)
+def test_some_layers_are_clean(sanitizer):
+    check(sanitizer, SOME[sanitizer])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("sanitizer", SOME)
+def test_every_layer_is_clean(sanitizer, name):
+    check(sanitizer, [name])

@@ -1,0 +1,24 @@
+"""Every operation on given arrays of any library, on any device, with what it gives by name."""
+
+import cubn
+
+
+def run_everything(x, dy, residual):
+    """Training, fine-tuning and inference, plain and with residual and ReLU, with their backwards; the state after."""
+    state = cubn.BatchNormState(x.shape[1], like=x)
+    found = {}
+    for name, options in {"plain": {}, "relu": {"relu": True}, "block": {"residual": residual, "relu": True}}.items():
+        for operation in (cubn.forward_train, cubn.forward_frozen):
+            y, saved = operation(x, state, **options)
+            grads = cubn.backward(dy, saved)
+            what = f"{operation.__name__}, {name}"
+            found |= {f"{what}: y": y, f"{what}: dx": grads.dx}
+            found |= {f"{what}: dgamma": grads.dgamma, f"{what}: dbeta": grads.dbeta}
+            if grads.dresidual is not None:
+                found[f"{what}: dresidual"] = grads.dresidual
+        found[f"forward, {name}"] = cubn.forward(x, state, **options)
+    moments = cubn.moments(x)
+    found["normalize"] = cubn.normalize(x, moments, gamma=state.gamma, beta=state.beta)
+    found |= {"mean": moments.mean, "m2": moments.m2}
+    found |= {name: getattr(state, name) for name in ("running_mean", "running_var", "tracked", "skipped")}
+    return found

@@ -1,0 +1,126 @@
+"""Work goes to the caller's current stream and the host waits for nothing."""
+
+import numpy as np
+import pytest
+
+import cubn
+from tests.gpu import device_arrays
+from tests.gpu.results import run_everything
+from tests.ops import arrays
+
+pytestmark = pytest.mark.gpu
+
+cupy = pytest.importorskip("cupy")
+torch = pytest.importorskip("torch")
+
+SHAPES = {"resident": (8, 16, 28, 28), "two passes": (300, 2, 112, 112), "channels": (64, 96)}
+CYCLES = 400_000_000  # of a multiprocessor: some tenths of a second
+
+SPIN = r"""
+extern "C" __global__ void spin(long long cycles) {
+    const long long begin = clock64();
+    while (clock64() - begin < cycles) {}
+}
+"""
+
+
+def spin():
+    """Keep CuPy's current stream busy for a while."""
+    cupy.RawKernel(SPIN, "spin")((1,), (1,), (np.int64(CYCLES),))
+
+
+class Torch:
+    """What these tests need of PyTorch."""
+
+    def __init__(self):
+        self.stream = torch.cuda.Stream()
+
+    def current(self):
+        return torch.cuda.stream(self.stream)
+
+    def busy(self):
+        torch.cuda._sleep(CYCLES)
+        return self.stream.record_event().query  # whether the stream has come this far
+
+    carry = staticmethod(device_arrays.to_torch)
+    copy = staticmethod(lambda to, source: to.copy_(source))
+    zeros_like = staticmethod(torch.zeros_like)
+
+
+class Cupy:
+    """The same of CuPy."""
+
+    def __init__(self):
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+
+    def current(self):
+        return self.stream
+
+    def busy(self):
+        spin()
+        event = self.stream.record()
+        return lambda: event.done
+
+    carry = staticmethod(device_arrays.to_cupy)
+    copy = staticmethod(lambda to, source: cupy.copyto(to, source))
+    zeros_like = staticmethod(cupy.zeros_like)
+
+
+@pytest.fixture(params=[Torch, Cupy], ids=["torch", "cupy"])
+def library(request):
+    found = request.param()
+    cupy.cuda.runtime.deviceSynchronize()
+    return found
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_work_follows_what_is_on_the_stream(library, name):
+    """x, dy and residual hold their values only once a busy side stream has come that far."""
+    stores = [arrays.normal(np.random.default_rng(seed), SHAPES[name], "float32") for seed in range(3)]
+    sources = [library.carry(store) for store in stores]
+    given = [library.zeros_like(source) for source in sources]
+    run_everything(*given)  # compiles
+    cupy.cuda.runtime.deviceSynchronize()
+    with library.current():
+        library.busy()
+        for to, source in zip(given, sources, strict=True):
+            library.copy(to, source)
+        got = run_everything(*given)
+    library.stream.synchronize()
+    expected = run_everything(*(arrays.carry(store, "numpy") for store in stores))
+    for what, array in expected.items():
+        arrays.assert_same(device_arrays.store_of(got[what]), arrays.store_of(array), what)
+
+
+def train(x, dy, state):
+    """A step without anything that must wait."""
+    y, saved = cubn.forward_train(x, state, residual=dy, relu=True)
+    grads = cubn.backward(dy, saved)
+    return y, grads, cubn.forward(x, state), cubn.forward_frozen(x, state)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_host_does_not_wait(library, name):
+    """All calls of a step have returned before the stream has finished what came before them."""
+    x, dy = (library.carry(arrays.normal(np.random.default_rng(s), SHAPES[name], "bfloat16")) for s in range(2))
+    state = cubn.BatchNormState(x.shape[1], like=x)
+    with library.current():
+        for _ in range(2):
+            train(x, dy, state)
+        library.stream.synchronize()
+        is_done = library.busy()
+        train(x, dy, state)
+        assert not is_done()
+    library.stream.synchronize()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_torch_sees_no_synchronisation(name):
+    x, dy = (device_arrays.to_torch(arrays.normal(np.random.default_rng(s), SHAPES[name])) for s in range(2))
+    state = cubn.BatchNormState(x.shape[1], like=x)
+    train(x, dy, state)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(x, dy, state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,258 @@
+"""Launch plans: every branch has a named shape that reaches it, and whatever the shape, all work is done, once."""
+
+import dis
+import inspect
+import math
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from types import CodeType
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cubn._tree import COLUMNS, TILE
+from cubn.backends import Extents, Gate, Operand
+from cubn.backends.cuda import parameters, plan
+from cubn.backends.cuda.backend import CudaBackend
+from cubn.backends.cuda.plan import ITEMSIZE, OCTET, THREADS
+from cubn.backends.cuda.source import folder
+from tests.cuda import calls
+from tests.cuda.named import NAMED, RESIDENT
+from tests.cuda.specialisations import ADDRESS, LIMITS, Recorder
+
+
+def launches(layer, limits):
+    """What a training step and its backward launch; nobody looks at the addresses."""
+    extents = Extents(*layer.extents)
+    sample, channel, *axes = calls.LAYOUTS[layer.layout](*extents)
+    axes = [axis for axis in axes if axis[0] > 1]
+    shape, strides = zip(*axes, strict=True) if axes else ((), ())
+    x = Operand(ADDRESS + layer.offsets[0] * ITEMSIZE[layer.dtype], layer.dtype, sample, channel, shape, strides)
+    mask = Operand(ADDRESS, "bool", extents.S, 0, (extents.S,), (1,)) if layer.masked else None
+    residual = x if layer.residual else None
+    device = Recorder(limits)
+    backend = CudaBackend(device)
+    options = {"residual": residual, "relu": layer.residual, "keep_bits": layer.residual}
+    statistics, bits = backend.train(extents, x, x, 1e-5, None, None, mask=mask, **options)
+    gate = Gate("bits" if layer.residual else "none", bits)
+    backend.backward(extents, x, x, x, residual, statistics, None, None, frozen=False, mask=mask, gate=gate)
+    return device.launched
+
+
+# --- every branch ---------------------------------------------------------------------------------------------------
+
+
+def functions(code):
+    """The code of every function in a module's code."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            if constant.co_flags & inspect.CO_OPTIMIZED:  # not a class's
+                yield constant
+            yield from functions(constant)
+
+
+def conditions(function):
+    """Of each conditional jump: offset, where it jumps to, whether it does so when met, place in the source."""
+    for instruction in dis.get_instructions(function):
+        name = instruction.opname
+        if "JUMP" in name and "_IF_" in name:
+            if_met = "IF_TRUE" in name or "IF_NOT_NONE" in name
+            yield instruction.offset, instruction.argval, if_met, instruction.positions
+
+
+def identity(code):
+    return code.co_name, code.co_firstlineno, tuple(code.co_positions())
+
+
+def steps_taken(runs):
+    """What runs of plan.py: {function: pairs of offsets, one run after the other}."""
+    taken = {}
+
+    def enter(frame, event, _):
+        if frame.f_code.co_filename != plan.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        steps = taken.setdefault(identity(frame.f_code), set())
+        before = None
+
+        def step(frame, event, _):
+            nonlocal before
+            if event == "opcode":
+                steps.add((before, frame.f_lasti))
+                before = frame.f_lasti
+            return step
+
+        return step
+
+    for function in vars(plan).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+    outside = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        for run in runs:
+            run()
+    finally:
+        sys.settrace(outside)
+    return taken
+
+
+def unreached(runs):
+    """What of plan.py these runs leave out: functions, and conditions that are always or never met."""
+    taken = steps_taken(runs)
+    source = inspect.getsource(plan)
+    lines = source.splitlines()
+    for function in functions(compile(source, plan.__file__, "exec")):
+        steps = taken.get(identity(function), ())
+        if not steps:
+            yield function.co_name
+        outcomes = {}
+        for offset, target, if_met, place in conditions(function):
+            met = {(after == target) == if_met for before, after in steps if before == offset}
+            outcomes.setdefault(place, set()).update(met)
+        for place, met in outcomes.items():
+            if steps and len(met) < 2:
+                yield f"{place.lineno}: {lines[place.lineno - 1].strip()}"
+
+
+def planned(name):
+    """A run of the planner for a named layer; the device asks for the name of the kernel's file."""
+    return lambda: [launch.source for launch in launches(*NAMED[name])]
+
+
+def more_than_32_bits_count():
+    plan.elementwise(Extents(5, 67, 6500001), "rows", "float16", (), RESIDENT)
+
+
+def nothing_to_plan():
+    plan.slab(Extents(0, 3, 4), {}, 1, (), False, RESIDENT)
+
+
+def test_the_named_layers_reach_every_branch():
+    """The same layers are run by tests/cuda/test_named.py."""
+    assert not list(unreached([*map(planned, NAMED), more_than_32_bits_count, nothing_to_plan]))
+
+
+def test_what_is_not_reached_is_seen():
+    assert "_channels" in unreached([planned("masked")])
+    assert any("C % OCTET == 0" in line for line in unreached([planned("channels")]))
+
+
+# --- any shape ------------------------------------------------------------------------------------------------------
+
+MOST_BLOCKS = 2**31 - 1
+SHARED_BYTES = 48 << 10  # of a block that asks for no more
+EXTENT = st.one_of(st.integers(1, 70), st.integers(1, 5000), st.integers(1, 2**33))
+ELEMENTS = 2**37  # at most
+
+
+EXTENTS = st.tuples(EXTENT, EXTENT, EXTENT).filter(lambda extents: math.prod(extents) <= ELEMENTS)
+LAYERS = st.builds(
+    calls.Layer,
+    extents=EXTENTS,
+    dtype=st.sampled_from(list(parameters.FORMATS)),
+    layout=st.sampled_from(sorted(calls.LAYOUTS)),
+    offsets=st.integers(0, 7).map(lambda offset: (offset,) * 6),
+    residual=st.booleans(),
+    masked=st.booleans(),
+)
+
+
+def covers(parts, size, whole):
+    """Whether so many parts of a size cover the whole, and none is to spare."""
+    return (parts - 1) * size < whole <= parts * size
+
+
+def check_launch(launch, extents, limits):
+    """The grid of one kernel covers all there is to do, once, within the limits of the device."""
+    N, C, S = extents
+    fields = dict(launch.fields)
+    options = dict(option[2:].split("=") for option in launch.options)
+    across = fields.get("blocks_across", 1)
+    group = fields.get("group")
+    assert 1 <= launch.grid <= MOST_BLOCKS and launch.grid % across == 0
+    down = launch.grid // across
+    padded = plan.power_above(-(-S // TILE)) * N
+    static = 0
+    match launch.kernel:
+        case "reduce_rows" | "reduce_strided":
+            assert covers(across, group, C) and covers(down, fields["span"], padded)
+            assert 8 * int(options["TILE_LANES"]) >= min(S, COLUMNS)
+        case "reduce_channels":
+            vector, lanes = int(options["VECTOR"]), 1 << int(options["DEPTH"])
+            assert group == lanes * vector and covers(across, group, C) and covers(down, fields["span"], padded)
+            assert 1 << int(options["TILE_DEPTH"]) >= min(S, COLUMNS)
+            static = THREADS * vector * 16
+        case "merge_rows":
+            assert covers(across, group, C) and covers(down, fields["merged"], fields["from_rows"])
+        case "finish":
+            assert covers(launch.grid, group, C)
+        case "apply_rows":
+            assert covers(launch.grid, fields["steps"] * THREADS * OCTET, N * C * S)
+            assert options["INDEX"] == "size_t" or N * C * S < 2**31
+        case "apply_channels":
+            at_once = THREADS // fields["lanes"]
+            assert covers(across, fields["lanes"] * OCTET, C) and covers(down, fields["steps"] * at_once, N * S)
+        case "apply_strided":
+            assert covers(launch.grid, THREADS * OCTET, N * C * S)
+        case "slab":
+            samples = plan.power_above(N) * plan.power_above(-(-S // TILE))
+            assert launch.cluster * fields["span"] == samples and launch.grid % launch.cluster == 0
+            assert covers(launch.grid // launch.cluster, group, C)
+            assert launch.cluster == 1 or limits.capability >= (9, 0)
+            assert launch.shared_bytes <= limits.shared_bytes
+        case _:
+            assert launch.source == "channelwise" and covers(launch.grid, THREADS, C)
+    assert launch.kernel == "slab" or launch.shared_bytes + static <= SHARED_BYTES
+
+
+@given(LAYERS, st.sampled_from([RESIDENT, *LIMITS]))
+@settings(max_examples=500)
+def test_all_work_is_done_once(layer, limits):
+    extents = Extents(*layer.extents)
+    rows = None  # of nodes, that the next launch is to merge
+    for launch in launches(layer, limits):
+        check_launch(launch, extents, limits)
+        fields = dict(launch.fields)
+        if rows is not None:
+            assert launch.kernel in ("merge_rows", "finish") and fields["from_rows"] == rows
+        rows = None
+        if launch.kernel.startswith("reduce_") or launch.kernel == "merge_rows":
+            rows = launch.grid // fields["blocks_across"]
+    assert rows is None
+
+
+# --- parameters -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_members_are_where_the_compiler_has_them(tmp_path):
+    names = [re.sub(r"\.(\d+)", r"[\1]", name) for name in parameters.members()]
+    offsets = ", ".join(f"__builtin_offsetof(Parameters, {name})" for name in names)
+    header = (folder() / "parameters.cuh").read_text().replace("#pragma once", "")
+    program = f"""
+    #include <cstdio>
+    #include <initializer_list>
+    {header}
+    int main() {{ for (unsigned long offset : {{{offsets}, sizeof(Parameters)}}) std::printf("%lu ", offset); }}"""
+    target = tmp_path / "offsets"
+    subprocess.run(["g++", "-x", "c++", "-", "-o", str(target)], input=program, text=True, check=True)
+    found = subprocess.run([str(target)], capture_output=True, text=True, check=True).stdout.split()
+    words = [8 * member.word for member in parameters.members().values()]
+    assert [*map(int, found)] == [*words, len(parameters.pack({}))]
+
+
+def test_packing():
+    fields = {"samples": 2**40, "x.pointer": 2**63 - 1, "last.share.7": 0.1, "eps": 1e-5, "momentum": -0.0}
+    block = parameters.pack(fields)
+    members = parameters.members()
+    assert len(block) == 8 * len(members)
+    for name, (word, is_double) in members.items():
+        value = struct.unpack_from("d" if is_double else "q", block, 8 * word)[0]
+        assert value == fields.get(name, 0)
+    with pytest.raises(KeyError):
+        parameters.pack({"sample": 1})
