@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cubn.errors import BackendUnavailable
 
 CPU, CUDA = 1, 2  # DLPack device types
@@ -110,6 +113,14 @@ class Backend(Protocol):
 
     def root_sums(self, nodes: Nodes) -> tuple[BackendArray, BackendArray]:
         """(sum_dy (C,), sum_dy_xmu (C,)) of the plain-sum tree over all rows of `backward_sums`."""
+
+    def pack(self, nodes: Nodes) -> NDArray[np.float64]:
+        """Nodes as they travel between ranks, in host memory: a row (count, first, second) of 2 C + 1 words of 8 bytes
+        for each; the count is an int64, seen as a float64.
+        """
+
+    def unpack(self, blocks: tuple[tuple[int, int], ...], table: NDArray[np.float64]) -> Nodes:
+        """The inverse of `pack`, for rows of any ranks; rows of a longer stride come as they are."""
 
     def statistics(self, count: BackendArray, mean: BackendArray, m2: BackendArray, eps: float) -> Statistics:
         """var = m2 / count and invstd = 1 / sqrt(var + eps), in float64."""

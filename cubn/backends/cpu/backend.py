@@ -356,6 +356,16 @@ class CpuBackend:
         tree = merged(_copy(nodes) if steps else nodes, steps, "sums")
         return tree.first[0], tree.second[0]
 
+    def pack(self, nodes: Nodes) -> Doubles:
+        return np.column_stack([nodes.count.view(np.float64), nodes.first, nodes.second])
+
+    def unpack(self, blocks: tuple[tuple[int, int], ...], table: Doubles) -> Nodes:
+        C = table.shape[1] // 2
+        count, first, second = (
+            np.ascontiguousarray(part) for part in (table[:, 0], table[:, 1 : C + 1], table[:, C + 1 :])
+        )
+        return Nodes(blocks, count.view(np.int64), first, second)
+
     def statistics(self, count: NDArray[np.int64], mean: Doubles, m2: Doubles, eps: float) -> Statistics:
         s = new_statistics(len(mean))
         s.count[...] = count
