@@ -152,13 +152,19 @@ class _Backward:
     @property
     def terms(self) -> Terms:
         saved, (array, _, (N, C, _), _, _) = self.saved, self.source
+        on = {
+            "relu": saved.gate.kind != "none",
+            "residual": saved.has_residual,
+            "frozen": saved.frozen,
+            "global parameter gradients": self.everywhere,
+        }
         return Terms(
             "backward",
             C,
             N,
             array.dtype,
             forward=saved.place.exchange if saved.place else 0,
-            options=(saved.frozen, saved.gate.kind, saved.has_residual, self.everywhere),
+            options=frozenset(name for name in on if on[name]),
             gathers=self.everywhere or not saved.frozen,
         )
 

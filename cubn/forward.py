@@ -335,9 +335,17 @@ class _Training:
     @property
     def terms(self) -> Terms:
         state, (array, _, (N, C, _), _, _) = self.state, self.given.source
-        momentum = state.momentum if self.updates else 0.0
-        options = (self.updates, self.fused["relu"], self.given.residual is not None)
-        return Terms("forward_train", C, N, array.dtype, state.eps, momentum, values=self.values, options=options)
+        on = {"update": self.updates, "relu": self.fused["relu"], "residual": self.given.residual is not None}
+        return Terms(
+            "forward_train",
+            C,
+            N,
+            array.dtype,
+            state.eps,
+            state.momentum,
+            values=self.values,
+            options=frozenset(name for name in on if on[name]),
+        )
 
     def part(self, start: int) -> Nodes:
         source = self.given.source

@@ -30,6 +30,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 OPERATIONS = ("nothing", "several operations", "moments", "forward_train", "backward")
+OPTIONS = ("with sizes", "update", "relu", "residual", "frozen", "global parameter gradients")
 DTYPES = ("none", "float16", "bfloat16", "float32", "float64")
 MOST = 32
 """Operations in one exchange: the header has two bits for each."""
@@ -50,7 +51,8 @@ class Terms(NamedTuple):
     """Number of the exchange whose gradient this is."""
     values: int | None = 2
     """This rank's values per channel where they matter; None if only the device knows."""
-    options: tuple[Any, ...] = ()
+    options: frozenset[str] = frozenset()
+    """Those of OPTIONS that are on."""
     gathers: bool = True
     """Whether the nodes of other ranks are needed."""
 
@@ -125,7 +127,7 @@ class Started(Generic[T]):
 # --- the header -----------------------------------------------------------------------------------------------------
 
 _LAYOUT = struct.Struct("<BBBBIqqddqQ8s")
-_FAILED, _DECLARED = 1, 2
+_FAILED, _DECLARED = 1, 2  # flags; the rest of them are OPTIONS, which begin with the latter
 
 
 class _Header(NamedTuple):
@@ -140,18 +142,24 @@ class _Header(NamedTuple):
     momentum: float
     about: int
     values: int
-    options: bytes
+    rest: bytes
+    """Hash of everything on which ranks must agree, of all operations."""
 
     @property
     def failed(self) -> bool:
         return bool(self.flags & _FAILED)
+
+    @property
+    def options(self) -> str:
+        on = [name for bit, name in enumerate(OPTIONS, 1) if self.flags >> bit & 1]
+        return ", ".join(on) or "no options"
 
     def values_of(self, index: int) -> int | None:
         values = self.values >> 2 * index & 3
         return None if values == 3 else values
 
 
-_SAID = {  # the fields in which ranks must agree, as an error says them
+_SAID: dict[str, Callable[[_Header], str]] = {  # the fields in which ranks must agree, as an error says them
     "exchange": lambda h: f"exchange {h.exchange}",
     "operation": lambda h: OPERATIONS[h.operation],
     "operations": lambda h: f"{h.operations} operations",
@@ -160,8 +168,8 @@ _SAID = {  # the fields in which ranks must agree, as an error says them
     "eps": lambda h: f"eps={h.eps}",
     "momentum": lambda h: f"momentum={None if h.momentum < 0 else h.momentum}",
     "about": lambda h: f"start={h.about}" if OPERATIONS[h.operation] == "moments" else f"of forward {h.about}",
-    "flags": lambda h: f"{'with' if h.flags & _DECLARED else 'without'} sizes",
-    "options": lambda h: f"other options (hash {h.options.hex()[:6]})",
+    "flags": lambda h: h.options,
+    "rest": lambda h: f"operations with hash {h.rest.hex()}",
 }
 
 
@@ -172,12 +180,14 @@ def _header(function: str, all_terms: Sequence[Terms], exchange: int, declared: 
     values = 0
     for index, terms in enumerate(all_terms):
         values |= (3 if terms.values is None else min(terms.values, 2)) << 2 * index
-    agreed = [terms._replace(N=0, values=0) for terms in all_terms]
+    on = first.options | ({OPTIONS[0]} if declared is not None else set())
+    flags = sum(1 << bit for bit, name in enumerate(OPTIONS, 1) if name in on)
+    agreed = [(*terms._replace(N=0, values=0, options=frozenset()), sorted(terms.options)) for terms in all_terms]
     header = _Header(
         OPERATIONS.index("several operations" if several else first.operation),
         DTYPES.index(first.dtype),
         len(all_terms),
-        _FAILED * failed | _DECLARED * (declared is not None),
+        _FAILED * failed | flags,
         exchange & 0xFFFFFFFF,
         sum(terms.C for terms in all_terms),
         first.N,
@@ -202,8 +212,10 @@ def _disagreement(function: str, headers: Sequence[_Header]) -> CollectiveMismat
     differing = [name for name in _SAID if len({getattr(header, name) for header in headers}) > 1]
     if not differing:
         return None
-    if len(differing) > 1:
-        differing = [name for name in differing if name != "options"]  # a hash of the others, too
+    if "operation" in differing:  # then the rest is bound to differ
+        differing = ["operation"]
+    elif len(differing) > 1:
+        differing = [name for name in differing if name != "rest"]  # a hash of the others, too
     said: dict[str, list[int]] = {}
     for rank, header in enumerate(headers):
         said.setdefault(", ".join(_SAID[name](header) for name in differing), []).append(rank)

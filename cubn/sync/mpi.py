@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import numpy as np
 from mpi4py import MPI
@@ -14,14 +14,23 @@ from cubn.errors import message
 from cubn.sync import Bytes, Communicator
 
 
-class _Pending(NamedTuple):
-    request: Any
-    received: Bytes
-    record: Bytes  # must outlive the request
+class _Pending:
+    """A request and its memory, which lives until it is done, also where nobody waits."""
+
+    def __init__(self, request: MPI.Request, record: Bytes, received: Bytes, comm: MPI.Intracomm) -> None:
+        self._request = request
+        self._record = record
+        self._received = received
+        self.comm = comm
+        _UNDER_WAY.add(self)
 
     def wait(self) -> Bytes:
-        self.request.Wait()
-        return self.received
+        self._request.Wait()
+        _UNDER_WAY.discard(self)
+        return self._received
+
+
+_UNDER_WAY: set[_Pending] = set()
 
 
 class MPICommunicator(Communicator):
@@ -43,12 +52,16 @@ class MPICommunicator(Communicator):
         else:
             offsets = np.cumsum([0, *sizes[:-1]]).tolist()
             request = self._comm.Iallgatherv(sending, [received, list(sizes), offsets, MPI.BYTE])
-        return _Pending(request, received, record)
+        return _Pending(request, record, received, self._comm)
 
     def free(self) -> None:
-        """Give the duplicate back; once is enough."""
+        """Give the duplicate back; once is enough.
+
+        Not where ranks are out of step: messages nobody waits for would be taken for those of the next communicator.
+        """
         _ALIVE.discard(self)
-        if self._comm != MPI.COMM_NULL and not MPI.Is_finalized():
+        in_use = self.broken is not None or any(pending.comm is self._comm for pending in _UNDER_WAY)
+        if not in_use and self._comm != MPI.COMM_NULL and not MPI.Is_finalized():
             self._comm.Free()
 
 
