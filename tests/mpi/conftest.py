@@ -5,9 +5,7 @@ import os
 import pytest
 
 from cubn.sync import threads
-
-UNDER_MPI = "CUBN_TESTS_UNDER_MPI"
-"""Set by tests/mpi/test_under_mpi.py for the processes it starts."""
+from tests.mpi.launch import UNDER_MPI, libraries
 
 
 def _outcome(body, comm):
@@ -54,3 +52,11 @@ def ranks(outcomes):
         return [result for result, _ in pairs]
 
     return run
+
+
+@pytest.fixture(params=["openmpi", "mpich"])
+def mpi(request):
+    """An MPI to start processes with."""
+    if request.param not in libraries():
+        pytest.skip(f"no {request.param} here, or no mpi4py")
+    return libraries()[request.param]

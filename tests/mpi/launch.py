@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.mpi.conftest import UNDER_MPI
+UNDER_MPI = "CUBN_TESTS_UNDER_MPI"
+"""Set in the processes started here."""
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ import pytest
 
 import cubn
 from cubn.sync import communicator
-from tests.mpi.conftest import UNDER_MPI
+from tests.mpi.launch import UNDER_MPI
 from tests.mpi.parts import Batch, assert_one_answer, step
 
 pytestmark = pytest.mark.skipif(not os.environ.get(UNDER_MPI), reason="test_under_mpi.py runs this under mpiexec")

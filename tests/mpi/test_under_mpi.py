@@ -10,13 +10,6 @@ from tests.mpi.launch import libraries
 FILES = [f"tests/mpi/test_{name}.py" for name in ("synchronised", "failures", "mpi_communicators")]
 
 
-@pytest.fixture(params=["openmpi", "mpich"])
-def mpi(request):
-    if request.param not in libraries():
-        pytest.skip(f"no {request.param} here, or no mpi4py")
-    return libraries()[request.param]
-
-
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 8])
 def test_the_same_tests_in_processes(mpi, processes):
     run = mpi.run(
