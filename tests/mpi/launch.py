@@ -1,7 +1,7 @@
 """The MPI libraries at hand, and programs started under them.
 
-An MPI is looked for beside this Python, on the PATH, and in the folders that the environment variable CUBN_TESTS_MPI
-lists (`pip install --target=<folder> mpich` makes one: the wheels of two MPIs do not fit in one environment).
+An MPI is looked for beside this Python, on the PATH, and in the environments that CUBN_TESTS_MPI lists: the wheels of
+two MPIs do not fit in one, so `python -m venv mpich && mpich/bin/pip install mpich` makes another.
 """
 
 import os
