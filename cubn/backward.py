@@ -172,7 +172,7 @@ class _Backward:
         dy, x, _, _ = self.arrays
         return self.backend.backward_sums(self.source.extents, dy, x, *self.normalised, start=start, **self.gated)
 
-    def accept(self, values: int | None) -> None:
+    def accept(self, values: int) -> None:
         """The forward has been."""
 
     def finish(self, shared: Shared) -> Gradients:

@@ -308,6 +308,7 @@ class _Training:
     ) -> None:
         self.given = given = _given("forward_train", x, state, mask, residual)
         self.state = state
+        self.eps = state.eps  # which may have changed before `finish`
         self.updates = update and state.tracked is not None
         if self.updates:
             state.check_updatable("forward_train")
@@ -341,7 +342,7 @@ class _Training:
             C,
             N,
             array.dtype,
-            state.eps,
+            self.eps,
             state.momentum,
             values=self.values,
             options=frozenset(name for name in on if on[name]),
@@ -351,13 +352,12 @@ class _Training:
         source = self.given.source
         return self.backend.moments(source.extents, source.operand, self.fused["mask"], start)
 
-    def accept(self, values: int | None) -> None:
-        if values is not None:
-            _check_count(values, values, " over all ranks")
+    def accept(self, values: int) -> None:
+        _check_count(values, values, " over all ranks")
 
     def finish(self, shared: Shared) -> tuple[Any, Saved]:
         source = self.given.source
-        statistics = self.backend.statistics(*self.backend.root(shared.nodes), self.state.eps)
+        statistics = self.backend.statistics(*self.backend.root(shared.nodes), self.eps)
         bits = self.backend.normalize(
             source.extents, source.operand, self.y, statistics, *self.parameters, **self.fused
         )

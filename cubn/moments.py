@@ -202,7 +202,7 @@ class _Taking:
         source = self.source
         return self.backend.moments(source.extents, source.operand, self.mask and self.mask.operand, start)
 
-    def accept(self, values: int | None) -> None:
+    def accept(self, values: int) -> None:
         """Any number of values has moments."""
 
     def finish(self, shared: Shared) -> Moments:

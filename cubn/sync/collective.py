@@ -9,8 +9,7 @@ one rank is an error on all of them, before anything was changed.
 from __future__ import annotations
 
 import hashlib
-import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -21,10 +20,14 @@ from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from cubn._arguments import whole
 from cubn._tree import Block, aligned_blocks
 from cubn.backends import Backend, Nodes
 from cubn.errors import CollectiveMismatch, message
 from cubn.sync import Bytes, Communicator, Pending, communicator
+
+Headers = NDArray[np.void]
+"""What the ranks said, as `_HEADER`s."""
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -49,8 +52,8 @@ class Terms(NamedTuple):
     """Global index of the batch's first sample."""
     forward: int = 0
     """Number of the exchange whose gradient this is."""
-    values: int | None = 2
-    """This rank's values per channel where they matter; None if only the device knows."""
+    values: int = 2
+    """This rank's values per channel, where they matter and are known; 2 is always enough."""
     options: frozenset[str] = frozenset()
     """Those of OPTIONS that are on."""
     gathers: bool = True
@@ -88,7 +91,7 @@ class Half(Protocol[T_co]):
     def part(self, start: int) -> Nodes:
         """The nodes of this rank's samples, of which the first has the global index `start`."""
 
-    def accept(self, values: int | None) -> None:
+    def accept(self, values: int) -> None:
         """Raise unless the operation is defined for so many values per channel over all ranks (2 stands for more)."""
 
     def finish(self, shared: Shared) -> T_co:
@@ -126,50 +129,36 @@ class Started(Generic[T]):
 
 # --- the header -----------------------------------------------------------------------------------------------------
 
-_LAYOUT = struct.Struct("<BBBBIqqddqQ8s")
+_HEADER = np.dtype(
+    [
+        ("operation", "<u1"),
+        ("dtype", "<u1"),
+        ("operations", "<u1"),
+        ("flags", "<u1"),
+        ("exchange", "<u4"),
+        ("C", "<i8"),
+        ("N", "<i8"),
+        ("eps", "<f8"),
+        ("momentum", "<f8"),  # -1 for None
+        ("about", "<i8"),
+        ("values", "<u8"),  # 2 bits for each operation
+        ("rest", "<u8"),  # hash of everything on which ranks must agree, of all operations
+    ]
+)
+_EACH_ITS_OWN = ("N", "values")
 _FAILED, _DECLARED = 1, 2  # flags; the rest of them are OPTIONS, which begin with the latter
 
-
-class _Header(NamedTuple):
-    operation: int
-    dtype: int
-    operations: int
-    flags: int
-    exchange: int
-    C: int
-    N: int
-    eps: float
-    momentum: float
-    about: int
-    values: int
-    rest: bytes
-    """Hash of everything on which ranks must agree, of all operations."""
-
-    @property
-    def failed(self) -> bool:
-        return bool(self.flags & _FAILED)
-
-    @property
-    def options(self) -> str:
-        on = [name for bit, name in enumerate(OPTIONS, 1) if self.flags >> bit & 1]
-        return ", ".join(on) or "no options"
-
-    def values_of(self, index: int) -> int | None:
-        values = self.values >> 2 * index & 3
-        return None if values == 3 else values
-
-
-_SAID: dict[str, Callable[[_Header], str]] = {  # the fields in which ranks must agree, as an error says them
-    "exchange": lambda h: f"exchange {h.exchange}",
-    "operation": lambda h: OPERATIONS[h.operation],
-    "operations": lambda h: f"{h.operations} operations",
-    "C": lambda h: f"C={h.C}",
-    "dtype": lambda h: f"dtype={DTYPES[h.dtype]}",
-    "eps": lambda h: f"eps={h.eps}",
-    "momentum": lambda h: f"momentum={None if h.momentum < 0 else h.momentum}",
-    "about": lambda h: f"start={h.about}" if OPERATIONS[h.operation] == "moments" else f"of forward {h.about}",
-    "flags": lambda h: h.options,
-    "rest": lambda h: f"operations with hash {h.rest.hex()}",
+_SAID: dict[str, Callable[[Any], str]] = {  # the fields in which ranks must agree, as an error says them
+    "exchange": lambda h: f"exchange {h['exchange']}",
+    "operation": lambda h: OPERATIONS[h["operation"]],
+    "operations": lambda h: f"{h['operations']} operations",
+    "C": lambda h: f"C={h['C']}",
+    "dtype": lambda h: f"dtype={DTYPES[h['dtype']]}",
+    "eps": lambda h: f"eps={h['eps']}",
+    "momentum": lambda h: f"momentum={None if h['momentum'] < 0 else h['momentum']}",
+    "about": lambda h: f"start={h['about']}" if OPERATIONS[h["operation"]] == "moments" else f"of forward {h['about']}",
+    "flags": lambda h: ", ".join(name for bit, name in enumerate(OPTIONS, 1) if h["flags"] >> bit & 1) or "no options",
+    "rest": lambda h: f"operations with hash {h['rest']:016x}",
 }
 
 
@@ -177,41 +166,37 @@ def _header(function: str, all_terms: Sequence[Terms], exchange: int, declared: 
     """What this rank says of its operations; of several, the hash says the rest."""
     first = all_terms[0] if all_terms else Terms(function, 0, 0, "none")
     several = len({terms.operation for terms in all_terms}) > 1
-    values = 0
-    for index, terms in enumerate(all_terms):
-        values |= (3 if terms.values is None else min(terms.values, 2)) << 2 * index
     on = first.options | ({OPTIONS[0]} if declared is not None else set())
-    flags = sum(1 << bit for bit, name in enumerate(OPTIONS, 1) if name in on)
     agreed = [(*terms._replace(N=0, values=0, options=frozenset()), sorted(terms.options)) for terms in all_terms]
-    header = _Header(
+    digest = hashlib.blake2b(repr((agreed, declared)).encode(), digest_size=8).digest()
+    header = (
         OPERATIONS.index("several operations" if several else first.operation),
         DTYPES.index(first.dtype),
         len(all_terms),
-        _FAILED * failed | flags,
+        _FAILED * failed | sum(1 << bit for bit, name in enumerate(OPTIONS, 1) if name in on),
         exchange & 0xFFFFFFFF,
         sum(terms.C for terms in all_terms),
         first.N,
         first.eps,
         -1.0 if first.momentum is None else first.momentum,
         first.start or first.forward,
-        values,
-        hashlib.blake2b(repr((agreed, declared)).encode(), digest_size=8).digest(),
+        sum(min(terms.values, 2) << 2 * index for index, terms in enumerate(all_terms)),
+        int.from_bytes(digest),
     )
-    return np.frombuffer(_LAYOUT.pack(*header), np.uint8)
+    return np.array([header], _HEADER).view(np.uint8)
 
 
-def _read(headers: Bytes) -> list[_Header]:
-    return [_Header(*fields) for fields in _LAYOUT.iter_unpack(headers.tobytes())]
-
-
-def _disagreement(function: str, headers: Sequence[_Header]) -> CollectiveMismatch | None:
+def _disagreement(function: str, headers: Headers) -> CollectiveMismatch | None:
     """The error every rank raises if the headers do not say the same."""
-    failed = [rank for rank, header in enumerate(headers) if header.failed]
+    failed = np.flatnonzero(headers["flags"] & _FAILED).tolist()
     if failed:
         return _failure(function, failed)
-    differing = [name for name in _SAID if len({getattr(header, name) for header in headers}) > 1]
-    if not differing:
+    common = headers.copy()
+    for name in _EACH_ITS_OWN:
+        common[name] = 0
+    if (common == common[0]).all():
         return None
+    differing = [name for name in _SAID if (common[name] != common[name][0]).any()]
     if "operation" in differing:  # then the rest is bound to differ
         differing = ["operation"]
     elif len(differing) > 1:
@@ -302,7 +287,7 @@ class Exchange:
         self._number = group.exchanges
         terms = [half.terms for half in self._halves]
         header = _header(self._function, terms, self._number, self._declared, error is not None)
-        headers = group.gather(header, [_LAYOUT.size] * group.size)
+        headers = group.gather(header, [_HEADER.itemsize] * group.size)
         if error is not None:
             self._judge(headers.wait())
             return
@@ -313,7 +298,7 @@ class Exchange:
         else:
             said = self._judged(headers.wait())
             self._accept(said)
-            agreed = tuple(one.N for one in said)
+            agreed = tuple(said["N"].tolist())
             if self._shape(agreed) != self._shape(samples):
                 failure = self._compute(agreed)
             samples = group.samples = agreed
@@ -413,29 +398,27 @@ class Exchange:
             yield table[:, at : at + _width(half)]
             at += _width(half)
 
-    def _judge(self, headers: Bytes) -> tuple[list[_Header], CollectiveMismatch | None]:
+    def _judge(self, headers: Bytes) -> tuple[Headers, CollectiveMismatch | None]:
         """What the ranks said, and the error if they do not agree.
 
         Where one declared its sizes, it did not wait for this: records of other lengths may be under way for ever.
         """
-        said = _read(headers)
+        said = headers.view(_HEADER)
         mismatch = _disagreement(self._function, said)
-        if mismatch is not None and any(header.flags & _DECLARED for header in said):
+        if mismatch is not None and (said["flags"] & _DECLARED).any():
             self.communicator.broken = str(mismatch)
         return said, mismatch
 
-    def _judged(self, headers: Bytes) -> list[_Header]:
+    def _judged(self, headers: Bytes) -> Headers:
         said, mismatch = self._judge(headers)
         if mismatch is not None:
             raise mismatch
         return said
 
-    def _accept(self, said: list[_Header]) -> None:
+    def _accept(self, said: Headers) -> None:
         """Raise unless there are values enough; all ranks come to the same."""
         for index, half in enumerate(self._halves):
-            counts = [header.values_of(index) for header in said]
-            known = [count for count in counts if count is not None]
-            half.accept(None if len(known) < len(counts) else sum(known))
+            half.accept(int((said["values"] >> np.uint64(2 * index) & np.uint64(3)).sum()))
 
 
 @lru_cache(1024)
@@ -451,9 +434,11 @@ def _width(half: Half[Any]) -> int:
 
 def _declared(function: str, sizes: Any, group: Communicator) -> tuple[int, ...]:
     """The samples of each rank, as the caller knows them."""
-    declared = tuple(int(size) for size in sizes)
+    rule = f"be the number of samples of each of the {group.size} ranks"
+    if not isinstance(sizes, Iterable):
+        raise TypeError(message(function, "sizes", rule, repr(sizes)))
+    declared = tuple(whole(size, function, "sizes") for size in sizes)
     if len(declared) != group.size or min(declared) < 0:
-        rule = f"be the number of samples of each of the {group.size} ranks"
         raise ValueError(message(function, "sizes", rule, sizes))
     return declared
 

@@ -39,14 +39,24 @@ def refused(outcomes, size, body):
         error = raised(body, comm, batch.x[4 * comm.rank : 4 * comm.rank + 4], state)
         np.testing.assert_equal(contents(state), before)
         after = step(batch, *batch.range(CUTS["31-1"] + [0] * (size - 2), comm.rank), comm=comm)
-        return error, after
+        return error, after, left_behind(comm)
 
     pairs = outcomes(size, call)
     for _, error in pairs:
         if error is not None:
             raise error
-    assert_one_answer([after for (_, after), _ in pairs], step(batch, 0, 32))
-    return [error for (error, _), _ in pairs]
+    assert_one_answer([after for (_, after, _), _ in pairs], step(batch, 0, 32))
+    assert not any(left for (_, _, left), _ in pairs)
+    return [error for (error, _, _), _ in pairs]
+
+
+def left_behind(comm):
+    """Gathers of this rank that nobody waited for; those of MPI know."""
+    if isinstance(comm, threads.ThreadCommunicator):
+        return []
+    from cubn.sync import mpi
+
+    return [pending for pending in mpi._UNDER_WAY if pending.comm is comm._comm]
 
 
 def differing(name):
@@ -249,6 +259,43 @@ def test_masks_that_leave_one_value_in_all(outcomes):
 
     texts = {str(error) for error in refused(outcomes, 3, body)}
     assert len(texts) == 1 and "more than one value per channel over all ranks; got 1." in texts.pop()
+
+
+def test_what_was_started_in_a_failed_block_fails_too(outcomes):
+    def body(comm, x, state):
+        started = []
+
+        def block():
+            with cubn.together(comm):
+                started.append(cubn.forward_train_start(x, state, comm=comm))
+                if comm.rank == 1:
+                    raise KeyError("mine")
+
+        error = raised(block)
+        assert raised(started[0].finish) is error
+        assert raised(started[0].finish) is error
+        raise error
+
+    assert [type(error) for error in refused(outcomes, 2, body)] == [CollectiveMismatch, KeyError]
+
+
+@pytest.mark.parametrize(("sizes", "text"), [(8, "the 2 ranks; got 8."), ([4.0, 4], "be an integer; got 4.0.")])
+def test_sizes_must_be_integers(outcomes, sizes, text):
+    def body(comm, x, state):
+        cubn.moments(x, comm=comm, sizes=sizes)
+
+    for error in refused(outcomes, 2, body):
+        assert type(error) is TypeError and str(error).endswith(text)
+
+
+@pytest.mark.parametrize("sizes", [[4], [4, 4, 4], [5, -1], []])
+def test_sizes_must_be_one_number_for_each_rank(outcomes, sizes):
+    def body(comm, x, state):
+        cubn.moments(x, comm=comm, sizes=sizes)
+
+    text = f"moments: sizes must be the number of samples of each of the 2 ranks; got {sizes}."
+    for error in refused(outcomes, 2, body):
+        assert type(error) is ValueError and str(error) == text
 
 
 @pytest.mark.parametrize("error", ["own", "mismatch", "undeclared"])

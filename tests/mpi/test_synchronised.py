@@ -5,6 +5,7 @@ import pytest
 
 import cubn
 from cubn import reference
+from cubn.backends.cpu.backend import CpuBackend
 from cubn.sync import Communicator, communicator
 from tests import oracle
 from tests.mpi.parts import CUTS, LAYOUTS, Batch, C, assert_one_answer, step
@@ -54,6 +55,28 @@ def test_cuts_may_change_from_call_to_call(ranks):
         assert_one_answer(parts, whole)
 
 
+def test_statistics_are_taken_once_where_the_cut_is_as_before(ranks, monkeypatch):
+    taken = []
+    honest = CpuBackend.moments
+
+    def moments(backend, extents, x, mask, start):
+        taken.append((extents.N, start))
+        return honest(backend, extents, x, mask, start)
+
+    monkeypatch.setattr(CpuBackend, "moments", moments)
+
+    def body(comm):
+        for _ in range(3):
+            cubn.moments(Batch().x[: (5, 11)[comm.rank]], comm=comm)
+        return list(taken)
+
+    both = ranks(2, body)
+    seen = sorted(set(both[0] + both[1]))
+    assert seen == [(5, 0), (11, 5), (11, 11)]
+    for times, where in ((3, (5, 0)), (1, (11, 11)), (3, (11, 5))):
+        assert times == max(part.count(where) for part in both)
+
+
 @pytest.mark.parametrize("gradients", ["local", "global"])
 def test_frozen_statistics(ranks, cut, gradients):
     batch = Batch()
@@ -88,6 +111,27 @@ def test_local_parameter_gradients_are_the_rank_s_own_sums(ranks, frozen):
         expected = oracle.backward(*arguments, frozen=frozen, start=lo)
         arrays.assert_same(grads.dgamma, expected.dgamma, "dgamma")
         arrays.assert_same(grads.dbeta, expected.dbeta, "dbeta")
+
+
+def test_local_sums_where_the_samples_were_thought_to_begin_elsewhere(ranks):
+    """[7, 13) and [3, 9) are both cut in 1, 4 and 1; which two merge first is not the same."""
+    batch = Batch(N=9)
+    batch.dy[...] = 0
+    batch.dy[3:9, :, 0, 0] = np.array([1e20, -1e20, 0, 0, 0, 1], np.float32)[:, None]
+
+    def body(comm):
+        lo, hi = ((0, 3), (3, 9))[comm.rank]
+        _, saved = cubn.forward_train(batch.x[lo:hi], batch.state(), comm=comm)
+        cubn.moments(batch.x[: (7, 6)[comm.rank]], comm=comm)
+        return cubn.backward(batch.dy[lo:hi], saved)
+
+    ncs = oracle.as_ncs(batch.x)
+    arguments = (oracle.as_ncs(batch.dy)[3:], ncs[3:], oracle.batch_statistics(ncs, 1e-5), batch.gamma, batch.beta)
+    expected, other = (oracle.backward(*arguments, start=start) for start in (3, 7))
+    assert (expected.dbeta == 1).all() and (other.dbeta == 0).all()
+    grads = ranks(2, body)[1]
+    arrays.assert_same(grads.dgamma, expected.dgamma, "dgamma")
+    arrays.assert_same(grads.dbeta, expected.dbeta, "dbeta")
 
 
 def test_without_comm_the_parts_differ(ranks):
