@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from cubn import _arguments, _arrays, _nodes
@@ -149,7 +149,7 @@ class _Backward:
         residual = self.dresidual and operand(self.dresidual.array, axis)
         return self.dy, self.source.operand, operand(self.dx.array, axis), residual
 
-    @property
+    @cached_property
     def terms(self) -> Terms:
         saved, (array, _, (N, C, _), _, _) = self.saved, self.source
         on = {

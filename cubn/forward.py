@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from cubn import _arguments, _arrays, _nodes
@@ -327,11 +328,13 @@ class _Training:
 
     def check_count(self) -> None:
         """Raise unless this batch is enough by itself."""
+        if self.values > 1:
+            return
         array, mask = self.given.source.array, self.given.mask
         got = f"{self.values} where the mask is True" if mask else self.values
         _check_count(self.values, got, "", shape=array.shape, dtype=array.dtype, device=array.device)
 
-    @property
+    @cached_property
     def terms(self) -> Terms:
         state, (array, _, (N, C, _), _, _) = self.state, self.given.source
         on = {"update": self.updates, "relu": self.fused["relu"], "residual": self.given.residual is not None}

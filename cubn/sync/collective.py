@@ -165,8 +165,6 @@ def _header(function: str, all_terms: Sequence[Terms], exchange: int, declared: 
     first = all_terms[0] if all_terms else Terms(function, 0, 0, "none")
     several = len({terms.operation for terms in all_terms}) > 1
     on = first.options | ({OPTIONS[0]} if declared is not None else set())
-    agreed = [(*terms._replace(N=0, values=0, options=frozenset()), sorted(terms.options)) for terms in all_terms]
-    digest = hashlib.blake2b(repr((agreed, declared)).encode(), digest_size=8).digest()
     header = (
         OPERATIONS.index("several operations" if several else first.operation),
         DTYPES.index(first.dtype),
@@ -179,9 +177,16 @@ def _header(function: str, all_terms: Sequence[Terms], exchange: int, declared: 
         -1.0 if first.momentum is None else first.momentum,
         first.start or first.forward,
         sum(min(terms.values, 2) << 2 * index for index, terms in enumerate(all_terms)),
-        int.from_bytes(digest),
+        _hash(tuple(terms._replace(N=0, values=0) for terms in all_terms), declared),
     )
     return np.array([header], _HEADER).view(np.uint8)
+
+
+@lru_cache(1024)
+def _hash(all_terms: tuple[Terms, ...], declared: tuple[int, ...] | None) -> int:
+    """The same number in every process for the same terms."""
+    agreed = [(*terms._replace(options=frozenset()), sorted(terms.options)) for terms in all_terms]
+    return int.from_bytes(hashlib.blake2b(repr((agreed, declared)).encode(), digest_size=8).digest())
 
 
 def _disagreement(function: str, headers: Headers) -> CollectiveMismatch | None:
@@ -192,7 +197,8 @@ def _disagreement(function: str, headers: Headers) -> CollectiveMismatch | None:
     common = headers.copy()
     for name in _EACH_ITS_OWN:
         common[name] = 0
-    if (common == common[0]).all():
+    rows = common.view(np.uint8).reshape(len(common), -1)
+    if (rows == rows[0]).all():
         return None
     differing = [name for name in _SAID if (common[name] != common[name][0]).any()]
     if "operation" in differing:  # then the rest is bound to differ
@@ -378,11 +384,10 @@ class Exchange:
         if said is not None:
             group.samples = self._samples
             self._accept(said)
-        if width:
+        marked = table.view(np.int64)[:, :1] < 0
+        if marked.any():
             owners = np.repeat(np.arange(group.size), [len(blocks) for blocks in self._ranks_blocks])
-            failed = np.unique(owners[table.view(np.int64)[:, 0] < 0]).tolist()
-            if failed:
-                raise _failure(self._function, failed)
+            raise _failure(self._function, np.unique(owners[marked[:, 0]]).tolist())
         blocks = tuple(chain.from_iterable(self._ranks_blocks))
         place = Place(group, self._declared, self._number)
         for half, columns, own in zip(self._halves, self._columns(table), self._own, strict=True):

@@ -25,7 +25,7 @@ class Library(NamedTuple):
     mpiexec: str
     libmpi: str
 
-    def run(self, processes, *command, timeout=100):
+    def run(self, processes, *command, timeout=200):
         """Run python with this command line in so many processes; what came of it. A hang is an error."""
         options = ["--oversubscribe", "--allow-run-as-root"] if self.name == "openmpi" else []
         environment = {

@@ -62,7 +62,7 @@ def test_a_failure_of_one_rank_ends_the_job(mpi, name, tmp_path):
     # where all ranks hear of it, each is to have said so before the first aborts the job
     after = "comm.Barrier(); raise" if heard == 3 else "raise"
     script.write_text(PROGRAM.format(failure=failure, after=after))
-    run = mpi.run(3, "-m", "mpi4py", str(script), timeout=60)
+    run = mpi.run(3, "-m", "mpi4py", str(script), timeout=200)
     assert run.returncode != 0
     said = dict(re.findall(r"rank (\d): (.*)", run.stderr))
     assert len(said) == heard, run.stderr
@@ -82,7 +82,7 @@ def test_a_program_that_ends_well_leaves_no_complaint(mpi, tmp_path):
     """Duplicates are freed, MPI is finalised, in the right order."""
     script = tmp_path / "program.py"
     script.write_text(PROGRAM.format(failure="pass", after="raise"))
-    run = mpi.run(2, "-m", "mpi4py", str(script), timeout=60)
+    run = mpi.run(2, "-m", "mpi4py", str(script), timeout=200)
     assert (run.returncode, run.stderr) == (0, "")
 
 
