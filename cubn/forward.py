@@ -328,7 +328,7 @@ class _Training:
 
     def check_count(self) -> None:
         """Raise unless this batch is enough by itself."""
-        if self.values > 1:
+        if self.values is None or self.values > 1:
             return
         array, mask = self.given.source.array, self.given.mask
         got = f"{self.values} where the mask is True" if mask else self.values
@@ -550,9 +550,9 @@ def _running(held: Held, function: str) -> tuple[Vector, Vector]:
     return held.running_mean, held.running_var
 
 
-def _check_count(count: int | None, got: object, where: str, **facts: Any) -> None:
+def _check_count(count: int, got: object, where: str, **facts: Any) -> None:
     """Training needs two values per channel."""
-    if count is None or count > 1:
+    if count > 1:
         return
     if count:
         rule = f"have more than one value per channel{where}"
