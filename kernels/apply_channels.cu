@@ -4,7 +4,8 @@
 
 using Acc = Format<ELEMENT>::Acc;
 
-constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 1 : OPERATION == NORMALIZE ? 4 : 2; // of a multiprocessor, or more: registers are for these
+// Blocks of a multiprocessor, or more, that registers are left for.
+constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 1 : OPERATION == NORMALIZE ? 4 : 2;
 
 extern "C" __global__ void __launch_bounds__(256, BLOCKS) apply_channels(const __grid_constant__ Parameters p) {
     const long long block = gridDim.x - 1 - blockIdx.x, across = block % p.blocks_across, down = block / p.blocks_across;

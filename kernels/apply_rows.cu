@@ -7,7 +7,8 @@
 
 using Acc = Format<ELEMENT>::Acc;
 
-constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 2 : 4; // of a multiprocessor, or more: registers are for these
+// Blocks of a multiprocessor, or more, that registers are left for.
+constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 2 : 4;
 
 // Octets within a row.
 __device__ __forceinline__ void apply_inside(const Parameters& p, INDEX octet) {

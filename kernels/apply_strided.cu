@@ -5,7 +5,8 @@
 
 using Acc = Format<ELEMENT>::Acc;
 
-constexpr int BLOCKS = 4; // of a multiprocessor, or more: registers are for these
+// Blocks of a multiprocessor, or more, that registers are left for.
+constexpr int BLOCKS = 4;
 
 extern "C" __global__ void __launch_bounds__(256, BLOCKS) apply_strided(const __grid_constant__ Parameters p) {
     const long long elements = p.samples * p.channels * p.positions;

@@ -4,7 +4,8 @@
 #include "coefficients.cuh"
 #include "span.cuh"
 
-constexpr int BLOCKS = 4; // of a multiprocessor, or more: registers are for these
+// Blocks of a multiprocessor, or more, that registers are left for.
+constexpr int BLOCKS = 4;
 
 // Rows [first, first + rows) of `group` channels from c0 on, merged in shared memory; node g * rows is channel c0 + g's.
 __device__ long long merged(

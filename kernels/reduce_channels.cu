@@ -8,7 +8,7 @@
 
 using Acc = Format<ELEMENT>::Acc;
 
-// Blocks of a multiprocessor, or more: registers are for these, and a thread holds a node in double of each channel for
+// Blocks of a multiprocessor, or more, that registers are left for: a thread holds a node in double of each channel for
 // each level above its tiles.
 constexpr int BLOCKS = VECTOR * (DEPTH - TILE_DEPTH) < 8 ? 2 : 1;
 

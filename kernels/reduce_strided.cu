@@ -5,7 +5,8 @@
 #include "span.cuh"
 #include "strided.cuh"
 
-constexpr int BLOCKS = 2; // of a multiprocessor, or more: registers are for these
+// Blocks of a multiprocessor, or more, that registers are left for.
+constexpr int BLOCKS = 2;
 
 extern "C" __global__ void __launch_bounds__(256, BLOCKS) reduce_strided(const __grid_constant__ Parameters p) {
     using Acc = Format<ELEMENT>::Acc;

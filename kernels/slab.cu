@@ -25,30 +25,48 @@ constexpr int STAGED = 2;
 
 constexpr int WARPS = THREADS / 32;
 constexpr int AHEAD = 4; // pieces of a warp whose copies are under way
+constexpr int BATCH = OPERATION == NORMALIZE && RESIDUAL ? 8 / sizeof(ELEMENT) : 1; // octets of residual under way
 constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 1 : 512 / THREADS; // of a multiprocessor, that registers must be left for
 
-// What a block works on: of neighbouring samples the same `run` of elements, in pieces that a warp stages and reduces.
+// What a block works on: of neighbouring samples the same `run` of elements, in pieces that warps stage and reduce.
 struct Slab {
     Span span;
     long long sample, position; // the first
     int samples, channels, run;
-    int piece, pieces; // elements of one, and how many a sample has
+    int pieces; // of a sample: its tiles, or one of all the group's
+    unsigned char *x, *dy; // slots of the samples, in shared memory
 };
 
-__device__ __forceinline__ Slab slab_of(const Parameters& p, int rank) {
+// Goes through (i, j), j < extent, in steps of `stride`; without a division on the way.
+struct Walk {
+    int extent, over, on, i, j;
+    __device__ __forceinline__ Walk(int first, int stride, int extent)
+        : extent(extent), over(stride / extent), on(stride % extent), i(first / extent), j(first % extent) {}
+    __device__ __forceinline__ void step() {
+        i += over;
+        j += on;
+        if (j >= extent) {
+            j -= extent;
+            ++i;
+        }
+    }
+};
+
+__device__ __forceinline__ Slab slab_of(const Parameters& p, int rank, unsigned char* shared) {
     Slab b;
     b.span = {static_cast<int>(p.span), static_cast<int>(p.group), blockIdx.x / CLUSTER * p.group, rank, rank * p.span};
-    const long long channels = p.channels - b.span.first_channel, first_tile = b.span.base & ((1LL << p.log2_tiles) - 1);
+    const long long channels = p.channels - b.span.first_channel;
     b.channels = static_cast<int>(channels < p.group ? channels : p.group);
     b.sample = b.span.base >> p.log2_tiles;
-    b.position = first_tile * TILE;
-    const long long samples = p.samples - b.sample, most = p.span >> p.log2_tiles ? p.span >> p.log2_tiles : 1;
-    const long long positions = p.positions - b.position, positions_most = p.span * TILE;
+    b.position = (b.span.base & ((1LL << p.log2_tiles) - 1)) * TILE;
+    const long long slots = p.span >> p.log2_tiles ? p.span >> p.log2_tiles : 1, room = p.span * TILE;
+    const long long samples = p.samples - b.sample, positions = p.positions - b.position;
     const bool any = samples > 0 && positions > 0;
-    b.samples = !any ? 0 : static_cast<int>(samples < most ? samples : most);
-    b.run = !any ? 0 : b.channels * static_cast<int>(positions < positions_most ? positions : positions_most);
-    b.piece = GROUPED ? b.run : TILE;
-    b.pieces = GROUPED ? 1 : (b.run + TILE - 1) / TILE;
+    b.samples = !any ? 0 : static_cast<int>(samples < slots ? samples : slots);
+    b.run = !any ? 0 : b.channels * static_cast<int>(positions < room ? positions : room);
+    b.pieces = GROUPED || b.run <= TILE ? 1 : (b.run + TILE - 1) / TILE;
+    b.x = shared;
+    b.dy = shared + slots * p.slot;
     return b;
 }
 
@@ -70,11 +88,10 @@ __device__ __forceinline__ ELEMENT* staged(unsigned char* slot, const ELEMENT* f
     return reinterpret_cast<ELEMENT*>(slot + bytes_past_vector(from));
 }
 
-__device__ __forceinline__ Run run_of(const Parameters& p, const Slab& b, unsigned char* slots, long long slots_bytes, int i) {
+__device__ __forceinline__ Run run_of(const Parameters& p, const Slab& b, int i) {
     const auto at = [&](const Operand& o) { return place<ELEMENT>(o, offset_of(o, b, i)); };
-    unsigned char* slot = slots + i * p.slot;
-    Run run{staged(slot, at(p.x)), nullptr, at(p.y), nullptr, 0};
-    if (STAGED == 2) run.g = staged(slot + slots_bytes, at(p.g));
+    Run run{staged(b.x + i * p.slot, at(p.x)), nullptr, at(p.y), nullptr, 0};
+    if (STAGED == 2) run.g = staged(b.dy + i * p.slot, at(p.g));
     else if (READS_G) run.g = at(p.g);
     if (WRITES_R) run.r = at(p.r);
     if (READS_BITS || WRITES_BITS)
@@ -82,19 +99,21 @@ __device__ __forceinline__ Run run_of(const Parameters& p, const Slab& b, unsign
     return run;
 }
 
-// Begin to copy piece k, if there is such a piece.
-__device__ __forceinline__ void begin_piece(
-    const Parameters& p, const Slab& b, unsigned char* slots, long long slots_bytes, int k
-) {
-    if (k < b.samples * b.pieces) {
-        const int i = k / b.pieces, first = k % b.pieces * b.piece, rest = b.run - first;
-        const int length = rest < b.piece ? rest : b.piece;
+// Elements of a piece.
+__device__ __forceinline__ int length_of(const Slab& b, int piece) {
+    const int rest = b.run - piece * TILE;
+    return GROUPED ? b.run : rest < TILE ? rest : TILE;
+}
+
+// Begin to copy a piece of sample i, if there is such a sample.
+__device__ __forceinline__ void begin_piece(const Parameters& p, const Slab& b, int i, int piece) {
+    if (i < b.samples) {
         const auto copy = [&](const Operand& o, unsigned char* slot) {
             const ELEMENT* from = place<const ELEMENT>(o, offset_of(o, b, i));
-            begin_copies(staged(slot, from) + first, from + first, length);
+            begin_copies(staged(slot, from) + piece * TILE, from + piece * TILE, length_of(b, piece));
         };
-        copy(p.x, slots + i * p.slot);
-        if (STAGED == 2) copy(p.g, slots + slots_bytes + i * p.slot);
+        copy(p.x, b.x + i * p.slot);
+        if (STAGED == 2) copy(p.g, b.dy + i * p.slot);
     }
     end_group();
 }
@@ -113,27 +132,29 @@ __device__ __forceinline__ ContiguousPair<ELEMENT, GATE> reader_of(
     return {x, dy, is_vector(x), is_vector(dy), bits, run.bit + first, c};
 }
 
-// The nodes of piece k's tiles: one, or one for each channel of a group.
+// The nodes of a piece of sample i: of one tile, or of one for each channel of a group.
 __device__ __forceinline__ void reduce_piece(
-    const Parameters& p, const Slab& b, const Run& run, int k, const Coefficients<Acc>* coefficients, Node<double>* nodes
+    const Parameters& p, const Slab& b, const Run& run, int i, int piece, const Coefficients<Acc>* coefficients,
+    Node<double>* nodes
 ) {
-    const int i = k / b.pieces, tile = k % b.pieces;
-    const int positions = static_cast<int>(p.positions);
-    const int rest = b.run - tile * TILE, alone = rest < TILE ? rest : TILE; // values of the tile of a single channel
+    const int positions = GROUPED ? static_cast<int>(p.positions) : length_of(b, piece);
+    Node<double>* of_piece = nodes + (i << p.log2_tiles) + piece;
 #pragma unroll 1
     for (int g0 = 0; g0 < b.channels; g0 += 32 / TILE_LANES) {
         const int g = g0 + threadIdx.x % 32 / TILE_LANES;
         const bool there = g < b.channels;
-        const int first = GROUPED ? g * positions : tile * TILE, length = GROUPED ? positions : alone;
-        const auto reader = reader_of(Kind{}, p, run, there ? first : 0, coefficients[there ? g : 0]);
+        const int first = !there ? 0 : GROUPED ? g * positions : piece * TILE;
+        const auto reader = reader_of(Kind{}, p, run, first, coefficients[there ? g : 0]);
         const Node<double> node =
-            Tile<Kind, TILE_LANES, TILE_ROWS>::template reduce<Acc>(reader, there ? length : 0, p.last);
-        if (there && threadIdx.x % TILE_LANES == 0) nodes[g * b.span.tiles + (i << p.log2_tiles) + tile] = node;
+            Tile<Kind, TILE_LANES, TILE_ROWS>::template reduce<Acc>(reader, there ? positions : 0, p.last);
+        if (there && threadIdx.x % TILE_LANES == 0) of_piece[g * b.span.tiles] = node;
     }
 }
 
 // The roots of the cluster's channels, CLUSTER nodes from one another, from those that its blocks have in `nodes`.
-__device__ __forceinline__ void merge_cluster(const Parameters& p, const Slab& b, const Node<double>* nodes, Node<double>* roots) {
+__device__ __forceinline__ void merge_cluster(
+    const Parameters& p, const Slab& b, const Node<double>* nodes, Node<double>* roots
+) {
 #if CLUSTER > 1
     cluster_sync();
     for (int k = threadIdx.x; k < CLUSTER * b.span.group; k += THREADS)
@@ -162,18 +183,21 @@ __device__ __forceinline__ void finish_channel(
 #endif
 }
 
-// Elements [first, first + 8) of a run, as far as they are there.
+__device__ __forceinline__ bool is_whole(const Slab& b, int first) { return first >= 0 && first + OCTET <= b.run; }
+
+// Elements [first, first + 8) of a run, as far as they are there; `g` is their residual or dy where all are. Without
+// groups their coefficients are `c`.
 __device__ __forceinline__ void apply_octet(
-    const Parameters& p, const Slab& b, const Run& run, int first, const Coefficients<Acc>* coefficients,
-    Coefficients<Acc> c, unsigned inverse
+    const Parameters& p, const Slab& b, const Run& run, int first, const Octet<ELEMENT>& g,
+    const Coefficients<Acc>* coefficients, Coefficients<Acc> c, unsigned inverse
 ) {
-    const bool whole = first >= 0 && first + OCTET <= b.run;
+    const bool whole = is_whole(b, first);
     const unsigned char* bits = reinterpret_cast<const unsigned char*>(p.bits);
     Octets<ELEMENT> v;
+    v.g = g;
     v.passed = 0;
     if (whole) {
         if (READS_X) v.x = load_octet(run.x + first, is_vector(run.x + first));
-        if (READS_G) v.g = load_octet(run.g + first, is_vector(run.g + first));
         if (READS_BITS) v.passed = load_bits(bits, run.bit + first);
     }
     int channel = 0, position = 0;
@@ -208,7 +232,8 @@ __device__ __forceinline__ void apply_octet(
         store_octet(run.y + first, v.y, is_vector(run.y + first));
         if (WRITES_R) store_octet(run.r + first, v.r, is_vector(run.r + first));
     }
-    if (WRITES_BITS) reinterpret_cast<unsigned char*>(p.bits)[(run.bit + first) / 8] = static_cast<unsigned char>(v.passed);
+    if (WRITES_BITS)
+        reinterpret_cast<unsigned char*>(p.bits)[(run.bit + first) / 8] = static_cast<unsigned char>(v.passed);
 }
 
 // Elements before the run that bring the first octet to a multiple of 16 bytes of y; bits want whole bytes instead.
@@ -219,15 +244,14 @@ __device__ __forceinline__ int skew_of(const ELEMENT* y) {
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
     const int rank = CLUSTER > 1 ? static_cast<int>(blockIdx.x % CLUSTER) : 0, warp = threadIdx.x / 32;
-    const Slab b = slab_of(p, rank);
-    unsigned char* slots = memory;
-    const long long slots_bytes = (p.span >> p.log2_tiles ? p.span >> p.log2_tiles : 1) * p.slot;
-    Node<double>* nodes = reinterpret_cast<Node<double>*>(slots + STAGED * slots_bytes);
+    const Slab b = slab_of(p, rank, memory);
+    Node<double>* nodes = reinterpret_cast<Node<double>*>(b.x + STAGED * (b.dy - b.x));
     Node<double>* roots = CLUSTER > 1 ? nodes + p.span * p.group : nodes;
     const int apart = CLUSTER > 1 ? CLUSTER : b.span.tiles;
     Coefficients<Acc>* coefficients = reinterpret_cast<Coefficients<Acc>*>(roots + apart * p.group);
 
-    for (int k = 0; k < AHEAD; ++k) begin_piece(p, b, slots, slots_bytes, warp + k * WARPS);
+    Walk ahead(warp, WARPS, b.pieces), here = ahead;
+    for (int k = 0; k < AHEAD; ++k, ahead.step()) begin_piece(p, b, ahead.i, ahead.j);
     if (Kind::NEEDS_COEFFICIENTS) {
         for (int g = threadIdx.x; g < b.channels; g += THREADS) {
             const long long c = b.span.first_channel + g;
@@ -236,11 +260,11 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(con
         __syncthreads();
     }
 #pragma unroll 1
-    for (int k = warp; k < b.samples * b.pieces; k += WARPS) {
-        begin_piece(p, b, slots, slots_bytes, k + AHEAD * WARPS);
+    for (; here.i < b.samples; here.step(), ahead.step()) {
+        begin_piece(p, b, ahead.i, ahead.j);
         wait_for_groups<AHEAD>();
         __syncwarp();
-        reduce_piece(p, b, run_of(p, b, slots, slots_bytes, k / b.pieces), k, coefficients, nodes);
+        reduce_piece(p, b, run_of(p, b, here.i), here.i, here.j, coefficients, nodes);
     }
     merge_span<Kind>(p, b.span, nodes);
     merge_cluster(p, b, nodes, roots);
@@ -253,16 +277,23 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(con
     const bool alike = p.y.sample * static_cast<long long>(sizeof(ELEMENT)) % VECTOR_BYTES == 0;
     const int skew = alike ? skew_of(place<ELEMENT>(p.y, offset_of(p.y, b, 0))) : VECTOR_BYTES / sizeof(ELEMENT) - 1;
     const int octets = b.run ? (b.run + skew + OCTET - 1) / OCTET : 1; // of a sample, as many as any needs
-    int i = threadIdx.x / octets, octet = threadIdx.x % octets;
-    while (i < b.samples) {
-        const Run run = run_of(p, b, slots, slots_bytes, i);
-        const int first = octet * OCTET - skew_of(run.y);
-        if (first < b.run) apply_octet(p, b, run, first, coefficients, c, inverse);
-        i += THREADS / octets;
-        octet += THREADS % octets;
-        if (octet >= octets) {
-            octet -= octets;
-            ++i;
+#pragma unroll 1
+    for (Walk at(threadIdx.x, THREADS, octets), next = at; at.i < b.samples;) {
+        const auto first_of = [&](const Run& run, const Walk& w) { return w.j * OCTET - skew_of(run.y); };
+        Octet<ELEMENT> g[BATCH];
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k, next.step()) {
+            if (!READS_G || next.i >= b.samples) continue;
+            const Run run = run_of(p, b, next.i);
+            const int first = first_of(run, next);
+            if (is_whole(b, first)) g[k] = load_octet(run.g + first, is_vector(run.g + first));
+        }
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k, at.step()) {
+            if (at.i >= b.samples) continue;
+            const Run run = run_of(p, b, at.i);
+            const int first = first_of(run, at);
+            if (first < b.run) apply_octet(p, b, run, first, g[k], coefficients, c, inverse);
         }
     }
 #if CLUSTER > 1

@@ -41,8 +41,8 @@ __device__ __forceinline__ Item item_of(const Parameters& p, const Span& s, int 
     return item;
 }
 
-// nodes[g * tiles + i] is tile i of channel g, or `apart` tiles from i * apart on; each channel's root ends in its first.
-// All values are present.
+// nodes[g * tiles + i] is tile i of channel g, or `apart` tiles from i * apart on; each channel's root ends in its
+// first. All values are present.
 template <class Kind>
 __device__ void merge_span(const Parameters& p, const Span& s, Node<double>* nodes, long long apart = 1) {
     for (int size = 1; size < s.tiles; size *= 2) {
@@ -52,8 +52,8 @@ __device__ void merge_span(const Parameters& p, const Span& s, Node<double>* nod
             const int left = 2 * size * (j % pairs), right = left + size;
             const auto values = [&](int i) { return values_before(p, s.base + i * apart); };
             const long long before = values(left), middle = values(right), after = values(right + size);
-            Node<double>* of_channel = nodes + j / pairs * s.tiles;
-            of_channel[left] = merge_counted<Kind>(of_channel[left], middle - before, of_channel[right], after - middle);
+            Node<double>* n = nodes + j / pairs * s.tiles;
+            n[left] = merge_counted<Kind>(n[left], middle - before, n[right], after - middle);
         }
     }
     __syncthreads();

@@ -14,7 +14,8 @@ __device__ __forceinline__ bool is_vector(const void* p) { return bytes_past_vec
 // Copies that go past the registers: begun, put into groups, and waited for by the thread that began them.
 __device__ __forceinline__ void begin_copy(uint4* to, const uint4* from) {
     const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(__cvta_generic_to_global(from)) : "memory");
+    const size_t global = __cvta_generic_to_global(from);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 __device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until all but the last GROUPS groups are there.
@@ -27,8 +28,8 @@ __device__ __forceinline__ void end_group() {}
 template <int GROUPS> __device__ __forceinline__ void wait_for_groups() {}
 #endif
 
-// `length` elements by the lanes of a warp. Both begin equally far past a multiple of 16 bytes; what lies before the first
-// whole vector and after the last goes element by element, so that nothing else is touched.
+// `length` elements by the lanes of a warp. Both begin equally far past a multiple of 16 bytes; what lies before the
+// first whole vector and after the last goes element by element, so that nothing else is touched.
 template <class T> __device__ __forceinline__ void begin_copies(T* to, const T* from, int length) {
     constexpr int ITEMS = VECTOR_BYTES / sizeof(T);
     const int lane = threadIdx.x % 32, past = bytes_past_vector(from) / sizeof(T);

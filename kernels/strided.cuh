@@ -5,6 +5,7 @@
 __device__ __forceinline__ long long position_offset(const Operand& o, long long position) {
     if (o.axes == 1) return position * o.stride[0];
     long long offset = 0;
+#pragma unroll 1 // a division each: unrolled, they would be most of the code
     for (int axis = static_cast<int>(o.axes) - 1; axis > 0; --axis) {
         offset += position % o.extent[axis] * o.stride[axis];
         position /= o.extent[axis];
