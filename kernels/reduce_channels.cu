@@ -10,7 +10,7 @@ using Acc = Format<ELEMENT>::Acc;
 
 // Blocks of a multiprocessor, or more, that registers are left for: a thread holds a node in double of each channel for
 // each level above its tiles.
-constexpr int BLOCKS = VECTOR * (DEPTH - TILE_DEPTH) < 8 ? 2 : 1;
+constexpr int BLOCKS = VECTOR * (DEPTH - TILE_DEPTH) < 4 ? 2 : 1;
 
 constexpr int PASS_DEPTH = 8;
 constexpr int WORKERS = 1 << (PASS_DEPTH - DEPTH); // threads that share a channel

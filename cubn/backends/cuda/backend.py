@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from cubn._tree import aligned_blocks
 from cubn.backends import BackendArray, Extents, Gate, Nodes, Operand, Statistics, Vector
 from cubn.backends.cuda import plan
 from cubn.backends.cuda.device import Device
-from cubn.backends.cuda.parameters import Fields, of_extents, of_operand, of_scattered, of_vector, pack
+from cubn.backends.cuda.parameters import Fields, of_operand, of_scattered, of_vector, pack
 from cubn.backends.cuda.plan import ITEMSIZE, Launch
 
 Sums = tuple[BackendArray, BackendArray]
@@ -213,11 +214,11 @@ class CudaBackend:
         mask: Operand | None,
         gate: Gate,
     ) -> Sums:
-        sums = (self.device.empty((extents.C,), "float64"), self.device.empty((extents.C,), "float64"))
+        sums = first, second = tuple(self._parts(extents.C, extents.C))
         fields = {
             **self._statistics_fields(statistics),
-            "first": self._at(sums[0]),
-            "second": self._at(sums[1]),
+            "first": self._at(first),
+            "second": self._at(second),
         }
         operands = _present(x=x, g=dy, y=dx, r=dresidual)
         if mask is None and (gate.bits is None or gate.bits.kind == "rows"):
@@ -324,7 +325,7 @@ class CudaBackend:
         """Rows of nodes of a batch, whose tree begins at its first sample; few enough for `finish`."""
         N, C, S = extents
         if not N * S:
-            return Rows(*(self.device.zeros(shape, dtype) for shape, dtype in _rows_layout(1, C)))
+            return Rows(self.device.zeros((1,), "int64"), *(self.device.zeros((1, C), "float64") for _ in range(2)))
         operands = _present(x=x, g=dy)
         kind = "strided" if mask is not None else plan.kind_of(extents, tuple(operands.values()))
         if gate.bits is not None and gate.bits.kind != kind:
@@ -333,7 +334,7 @@ class CudaBackend:
         cut = plan.reduction(extents, kind, what, gate.kind, x.dtype, vector, self.device.limits)
         rows = self._new_rows(cut.rows, C)
         given = {**_operand_fields(cut.reduce, operands, mask), **self._bits_fields(gate.bits), **fields}
-        self._launch(cut.reduce, {**of_extents(extents), **given, **self._rows_fields("node", rows)})
+        self._launch(cut.reduce, {**given, **self._rows_fields("node", rows)})
         for merge, left in cut.merges:
             rows = self._merge(merge, rows, left)
         return rows
@@ -341,12 +342,12 @@ class CudaBackend:
     def _merge(self, merge: Launch, rows: Rows, left: int) -> Rows:
         C = rows.first.shape[1]
         merged = self._new_rows(left, C)
-        self._launch(merge, {"channels": C, **self._rows_fields("from", rows), **self._rows_fields("node", merged)})
+        self._launch(merge, {**self._rows_fields("from", rows), **self._rows_fields("node", merged)})
         return merged
 
     def _finish(self, what: str, extents: Extents, rows: Rows, dtype: str, fields: Fields) -> None:
         last = plan.finish(extents.C, what, len(rows.count), dtype)
-        self._launch(last, {**of_extents(extents), **self._rows_fields("from", rows), **fields})
+        self._launch(last, {**self._rows_fields("from", rows), **fields})
 
     def _nodes(
         self,
@@ -383,10 +384,10 @@ class CudaBackend:
     # --- launches -----------------------------------------------------------------------------------------------------
 
     def _launch(self, launch: Launch, fields: Fields) -> None:
-        self.device.launch(launch, pack({**fields, **dict(launch.fields)}))
+        self.device.launch(launch, pack(fields, launch.fields))
 
     def _channelwise(self, kernel: str, C: int, fields: Fields, dtype: str = "float32") -> None:
-        self._launch(plan.channelwise(kernel, C, dtype), {"channels": C, **fields})
+        self._launch(plan.channelwise(kernel, C, dtype), fields)
 
     def _elementwise(
         self,
@@ -400,13 +401,12 @@ class CudaBackend:
     ) -> None:
         launch = plan.elementwise(extents, kind, operands["x"].dtype, options, self.device.limits)
         fields = {**_operand_fields(launch, operands, mask), **self._bits_fields(bits)}
-        self._launch(launch, {**of_extents(extents), **fields, "coefficients": self._at(coefficients)})
+        self._launch(launch, {**fields, "coefficients": self._at(coefficients)})
 
     def _resident(
         self, slab: Launch, extents: Extents, operands: dict[str, Operand], bits: Bits | None, fields: Fields
     ) -> None:
-        given = {**_operand_fields(slab, operands, None), **self._bits_fields(bits), **fields}
-        self._launch(slab, {**of_extents(extents), **given})
+        self._launch(slab, {**_operand_fields(slab, operands, None), **self._bits_fields(bits), **fields})
 
     def _coefficients(
         self, C: int, dtype: str, statistics: Statistics, gamma: Vector | None, beta: Vector | None
@@ -423,13 +423,20 @@ class CudaBackend:
         return self.device.address(array)
 
     def _new_statistics(self, C: int) -> Statistics:
-        return Statistics(self.device.empty((), "int64"), *(self.device.empty((C,), "float64") for _ in range(4)))
+        count, *others = self._parts(1, *(C,) * 4)
+        return Statistics(count.view("int64").reshape(()), *others)
 
     def _new_coefficients(self, C: int, dtype: str) -> BackendArray:
         return self.device.empty((6, C), "float64" if dtype == "float64" else "float32")
 
     def _new_rows(self, count: int, C: int) -> Rows:
-        return Rows(*(self.device.empty(shape, dtype) for shape, dtype in _rows_layout(count, C)))
+        counts, first, second = self._parts(count, count * C, count * C)
+        return Rows(counts.view("int64"), first.reshape(count, C), second.reshape(count, C))
+
+    def _parts(self, *lengths: int) -> list[BackendArray]:
+        """Float64 vectors in one allocation."""
+        memory = self.device.empty((sum(lengths),), "float64")
+        return [memory[end - length : end] for length, end in zip(lengths, accumulate(lengths), strict=True)]
 
     def _new_bits(self, extents: Extents, kind: str) -> Bits:
         N, C, S = extents
@@ -449,10 +456,6 @@ class CudaBackend:
             return {}
         steps = dict(zip(("bits_sample", "bits_channel", "bits_position"), bits.steps, strict=True))
         return {"bits": self._at(bits.memory), "bits_first": bits.first, **steps}
-
-
-def _rows_layout(count: int, C: int) -> tuple[tuple[tuple[int, ...], str], ...]:
-    return ((count,), "int64"), ((count, C), "float64"), ((count, C), "float64")
 
 
 def _from_sample(n: int, o: Operand) -> Operand:

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cubn.backends import Extents, Operand, Vector
+from cubn.backends import Operand, Vector
 from cubn.backends.cuda import plan
 from cubn.backends.cuda.source import folder
 
@@ -51,18 +51,19 @@ def members() -> dict[str, Member]:
     return found
 
 
-def pack(fields: Fields) -> bytes:
-    """The bytes of a Parameters with these members, the others 0."""
+@functools.lru_cache(4096)
+def _packed(fields: tuple[tuple[str, int | float], ...]) -> bytes:
+    return pack(dict(fields))
+
+
+def pack(fields: Fields, fixed: tuple[tuple[str, int | float], ...] = ()) -> bytes:
+    """The bytes of a Parameters with these members, the others 0; those that are `fixed` are packed once."""
     known = members()
-    block = bytearray(8 * len(known))
+    block = bytearray(_packed(fixed)) if fixed else bytearray(8 * len(known))
     for name, value in fields.items():
         word, is_double = known[name]
         struct.pack_into("d" if is_double else "q", block, 8 * word, value)
     return bytes(block)
-
-
-def of_extents(extents: Extents) -> Fields:
-    return {"samples": extents.N, "channels": extents.C, "positions": extents.S}
 
 
 def of_vector(name: str, v: Vector | None) -> Fields:

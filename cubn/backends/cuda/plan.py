@@ -7,6 +7,7 @@ grid, and the parameters that follow from shapes alone; `backend.py` adds the ad
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -183,6 +184,10 @@ def tree_of(S: int, dtype: str) -> Tree:
     return Tree(tiles, power_above(tiles).bit_length() - 1, rows, full, tuple(share), tuple(weight))
 
 
+def _sizes(extents: Extents) -> Fields:
+    return {"samples": extents.N, "channels": extents.C, "positions": extents.S}
+
+
 def option(**names: object) -> tuple[str, ...]:
     return tuple(f"-D{name}={int(value) if isinstance(value, bool) else value}" for name, value in names.items())
 
@@ -196,6 +201,7 @@ class Reduction:
     merges: tuple[tuple[Launch, int], ...]  # with the rows each leaves
 
 
+@functools.lru_cache(1024)
 def reduction(extents: Extents, kind: str, what: str, gate: str, dtype: str, vector: int, limits: Limits) -> Reduction:
     """The reduction of a non-empty array. `vector`: channels that a thread of reduce_channels can read at a time."""
     tree = tree_of(extents.S, dtype)
@@ -238,7 +244,7 @@ def _cut_tiles(
         options += option(TILE_ROWS=1 if S <= COLUMNS else 8)
     else:
         shared += span * 8
-    fields = {**tree.fields, "span": span, "group": group, "blocks_across": across}
+    fields = {**_sizes(extents), **tree.fields, "span": span, "group": group, "blocks_across": across}
     octets = "rows" if kind == "rows" else ""
     return Launch(f"reduce_{kind}", options, rows * across, shared, tuple(fields.items()), octets=octets), rows
 
@@ -261,7 +267,7 @@ def _cut_channels(
         *common,
         *option(TILE_ROWS=1 if S <= COLUMNS else 8, VECTOR=vector, DEPTH=depth, TILE_DEPTH=tile_depth),
     )
-    fields = {**tree.fields, "span": span, "group": group, "blocks_across": across}
+    fields = {**_sizes(extents), **tree.fields, "span": span, "group": group, "blocks_across": across}
     shared = group * (span // tiles_a_round) * NODE_BYTES
     return Launch("reduce_channels", options, rows * across, shared, tuple(fields.items()), octets="channels"), rows
 
@@ -270,43 +276,48 @@ def _merge_group(rows: int, C: int) -> int:
     return min(power_above(C), WARP, power_below(MERGED_BYTES // (rows * (NODE_BYTES + 8))))
 
 
+@functools.lru_cache(1024)
 def merge_rows(C: int, what: str, rows: int, merged: int) -> Launch:
     """Every `merged` rows into one."""
     group = _merge_group(merged, C)
     across = -(-C // group)
     shared = merged * (group * NODE_BYTES + 8)
-    fields = {"from_rows": rows, "merged": merged, "group": group, "blocks_across": across}
+    fields = {"channels": C, "from_rows": rows, "merged": merged, "group": group, "blocks_across": across}
     options = option(KIND=what, ACC="double", FINISH_MOMENTS=what == "Moments")
     return Launch("merge_rows", options, -(-rows // merged) * across, shared, tuple(fields.items()))
 
 
+@functools.lru_cache(1024)
 def finish(C: int, what: str, rows: int, dtype: str) -> Launch:
     """The last merge, and what follows from the root."""
     group = _merge_group(rows, C)
     options = option(KIND=what, ACC=acc_of(dtype), FINISH_MOMENTS=what == "Moments")
-    fields = {"from_rows": rows, "group": group}
+    fields = {"channels": C, "from_rows": rows, "group": group}
     shared = rows * (group * NODE_BYTES + 8)
     return Launch("finish", options, -(-C // group), shared, tuple(fields.items()), file="merge_rows")
 
 
+@functools.lru_cache(1024)
 def channelwise(kernel: str, C: int, dtype: str = "float32") -> Launch:
     """A kernel with a thread for every channel."""
-    return Launch(kernel, option(ACC=acc_of(dtype)), -(-C // THREADS), 0, (), file="channelwise")
+    return Launch(kernel, option(ACC=acc_of(dtype)), -(-C // THREADS), 0, (("channels", C),), file="channelwise")
 
 
+@functools.lru_cache(1024)
 def elementwise(extents: Extents, kind: str, dtype: str, options: tuple[str, ...], limits: Limits) -> Launch:
     """Normalise or the input gradient, over an array that is not empty; `kind` as from `elementwise_kind`."""
     N, C, S = extents
-    elements = N * C * S
     common = (*option(ELEMENT=ELEMENTS[dtype]), *options)
     if kind == "channels" and C % OCTET == 0:
         return _channels(extents, common, limits)
     if kind == "rows" and S % OCTET == 0:
-        return _rows(elements, common, False, {}, limits)
+        return _rows(extents, common, False, limits)
     if kind != "strided":  # octets run over the ends of rows
-        rows = {} if kind == "rows" else {"samples": N * S, "positions": 1}
-        return _rows(elements, common, True, rows, limits)
-    return Launch("apply_strided", common, -(-elements // (OCTET * THREADS)), 0, ())
+        rows = extents if kind == "rows" else Extents(N * S, C, 1)
+        return _rows(rows, common, True, limits)
+    return Launch(
+        "apply_strided", common, -(-math.prod(extents) // (OCTET * THREADS)), 0, tuple(_sizes(extents).items())
+    )
 
 
 def _steps(octets: int, limits: Limits) -> int:
@@ -314,15 +325,15 @@ def _steps(octets: int, limits: Limits) -> int:
     return STEPS if octets > 2 * STEPS * WAVES * THREADS * limits.multiprocessors else 1
 
 
-def _rows(elements: int, common: tuple[str, ...], crossing: bool, fields: Fields, limits: Limits) -> Launch:
+def _rows(extents: Extents, common: tuple[str, ...], crossing: bool, limits: Limits) -> Launch:
+    elements = math.prod(extents)
     octets = -(-elements // OCTET)
     steps = _steps(octets, limits)
     index = "unsigned" if elements < NARROW_INDEX else "size_t"
     options = (*common, *option(CROSSING=crossing, INDEX=index))
     grid = -(-octets // (steps * THREADS))
-    return Launch(
-        "apply_rows", options, grid, 0, (("steps", steps), *fields.items()), octets="linear" if crossing else "rows"
-    )
+    fields = {**_sizes(extents), "steps": steps}
+    return Launch("apply_rows", options, grid, 0, tuple(fields.items()), octets="linear" if crossing else "rows")
 
 
 def _channels(extents: Extents, common: tuple[str, ...], limits: Limits) -> Launch:
@@ -334,7 +345,7 @@ def _channels(extents: Extents, common: tuple[str, ...], limits: Limits) -> Laun
     steps = 1
     while steps < 16 and -(-rounds // (2 * steps)) * across >= 2 * WAVES * limits.multiprocessors:
         steps *= 2
-    fields = {"lanes": lanes, "steps": steps, "blocks_across": across}
+    fields = {**_sizes(extents), "lanes": lanes, "steps": steps, "blocks_across": across}
     return Launch("apply_channels", common, -(-rounds // steps) * across, 0, tuple(fields.items()), octets="channels")
 
 
@@ -423,5 +434,5 @@ def _slab(
         TILE_LANES=WARP if S > COLUMNS else power_above(-(-S // OCTET)),
         TILE_ROWS=1 if S <= COLUMNS else 8,
     )
-    fields = tuple({**tree.fields, "span": span, "group": group, "slot": slot}.items())
+    fields = tuple({**_sizes(extents), **tree.fields, "span": span, "group": group, "slot": slot}.items())
     return Launch("slab", (*specialised, *options), across * cluster, shared, fields, "", "rows", threads, cluster)
