@@ -1,4 +1,4 @@
-"""Nodes of the canonical tree on the host: merged to maximal aligned blocks, and to the root. In NumPy.
+"""Nodes of the canonical tree on the host, in NumPy: merged to maximal aligned blocks and to the root; packed.
 
 Few nodes leave a device, or arrive from another rank, so plain float64 arithmetic on all channels at once is enough.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import reference
-from cubn._tree import pair_order
+from cubn._tree import Block, pair_order
 from cubn.backends import Nodes
 
 Float64 = NDArray[np.float64]
@@ -38,6 +38,23 @@ def root_sums(nodes: Nodes) -> tuple[Float64, Float64]:
     """(sum_dy (C,), sum_dy_xmu (C,)) of all rows of `Backend.backward_sums`."""
     _, sum_dy, sum_dy_xmu = _root(nodes, reference.add)
     return sum_dy, sum_dy_xmu
+
+
+def pack(nodes: Nodes) -> Float64:
+    """Nodes as they travel between ranks: a row (count, first, second) of 2 C + 1 words of 8 bytes for each.
+
+    The count is an int64, seen as a float64.
+    """
+    return np.column_stack([nodes.count.view(np.float64), nodes.first, nodes.second])
+
+
+def unpack(blocks: tuple[Block, ...], table: Float64) -> Nodes:
+    """The inverse of `pack`, for rows of any ranks; rows of a longer stride come as they are."""
+    C = table.shape[1] // 2
+    count, first, second = (
+        np.ascontiguousarray(part) for part in (table[:, 0], table[:, 1 : C + 1], table[:, C + 1 :])
+    )
+    return Nodes(blocks, count.view(np.int64), first, second)
 
 
 def _root(nodes: Nodes, combine: reference.Combine) -> reference.Node:

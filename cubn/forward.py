@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from cubn import _arguments, _arrays
+from cubn import _arguments, _arrays, _nodes
 from cubn._arguments import Companion, Source
 from cubn._arrays import Array, Output
 from cubn._layout import operand, vector
-from cubn.backends import BackendArray, Gate, Statistics, Vector
+from cubn.backends import BackendArray, Gate, Nodes, Statistics, Vector
 from cubn.errors import message
 from cubn.moments import Moments, statistics_of
 from cubn.state import BatchNormState, Held, checked_eps, hold
+from cubn.sync import collective, communicator
+from cubn.sync.collective import Place, Shared, Started, Terms
 
 
 class Given(NamedTuple):
@@ -59,6 +62,7 @@ class Saved:
         "has_residual",
         "mask",
         "overwritten",
+        "place",
         "source",
         "statistics",
         "version",
@@ -73,6 +77,7 @@ class Saved:
         *,
         frozen: bool,
         overwritten: bool,
+        place: Place | None = None,
     ) -> None:
         self.source = given.source
         self.mask = given.mask
@@ -82,6 +87,7 @@ class Saved:
         self.gate = gate
         self.frozen = frozen
         self.overwritten = overwritten
+        self.place = place
         self.version = self.source.array.library.version(self.source.array)
 
     @property
@@ -185,6 +191,8 @@ def forward_train(
     mask: Any = None,
     residual: Any = None,
     relu: bool = False,
+    comm: Any = None,
+    sizes: Any = None,
     update: bool = True,
     out: Any = None,
 ) -> tuple[Any, Saved]:
@@ -199,6 +207,12 @@ def forward_train(
         As in `forward`. What the mask leaves out takes no part in the statistics.
     state : BatchNormState
         Its running statistics, if it has any, are updated: in place, or replaced where their library is immutable.
+    comm : mpi4py.MPI.Comm, torch.distributed.ProcessGroup or cubn.sync.Communicator, optional
+        The ranks that hold the batch in parts, in rank order; all of them call this, those without samples too.
+    sizes : sequence of int, optional
+        With `comm`, the number of samples of each rank, where the caller knows them: the statistics are then sent
+        without waiting until all ranks have agreed. Ranks that turn out not to agree still raise, but cannot use this
+        `comm` any more.
     update : bool
         Whether they are.
     out : array like x, optional
@@ -217,7 +231,9 @@ def forward_train(
         As in `forward`.
     ValueError
         As in `forward`, and if there are not at least two values per channel: the variance of one value is 0. Nothing
-        is changed then.
+        is changed then. With `comm` it is the values of all ranks that count, and all of them raise.
+    CollectiveMismatch
+        With `comm`, on all ranks: if they do not do the same thing, or another one failed. Nothing is changed then.
 
     Notes
     -----
@@ -225,47 +241,149 @@ def forward_train(
     leaves its running statistics as they were, and is counted in `state.skipped`; its y is what IEEE arithmetic gives.
     Reads x (and residual) twice from memory at most, and writes y once.
 
+    With `comm`, statistics, running statistics and y are to the bit what one process computes from the ranks' samples
+    put together. Two collectives: a header of 64 bytes from each rank, under way while it takes its statistics; then
+    16 C + 8 bytes for each aligned power-of-two block of its samples, one block where N is the same power of two
+    everywhere. Waits for the other ranks.
+
     References
     ----------
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances"
     """
-    given = _given("forward_train", x, state, mask, residual)
-    source = given.source
-    _check_count(source, given.mask)
-    updates = update and state.tracked is not None
-    if updates:
-        state.check_updatable("forward_train")
-    output = _destination("forward_train", out, given)
-    gamma, beta = _kept_parameters(given)
-    kind = _gate_kind(relu, given)
+    if comm is not None:
+        options = {"mask": mask, "residual": residual, "relu": relu, "update": update, "out": out}
+        return forward_train_start(x, state, comm=comm, sizes=sizes, **options).finish()
+    training = _Training(x, state, mask, residual, relu, update, out)
+    training.check_count()
+    source = training.given.source
     statistics, bits = source.backend.train(
-        source.extents,
-        source.operand,
-        operand(output.array, source.axis),
-        state.eps,
-        gamma and gamma.vector,
-        beta and beta.vector,
-        mask=given.mask and given.mask.operand,
-        residual=given.residual and given.residual.operand,
-        relu=bool(relu),
-        keep_bits=kind == "bits",
+        source.extents, source.operand, training.y, state.eps, *training.parameters, **training.fused
     )
-    if updates:
-        state.update("forward_train", statistics, source.backend)
-    y = output.finish()
-    return y, Saved(
-        given,
-        statistics,
-        (gamma, beta),
-        Gate(kind, bits),
-        frozen=False,
-        overwritten=_overwrites(out, output, source),
+    return training.trained(statistics, bits)
+
+
+def forward_train_start(
+    x: Any,
+    state: BatchNormState,
+    *,
+    comm: Any,
+    sizes: Any = None,
+    mask: Any = None,
+    residual: Any = None,
+    relu: bool = False,
+    update: bool = True,
+    out: Any = None,
+) -> Started[tuple[Any, Saved]]:
+    """Begin a `forward_train` over the ranks of a communicator, and leave time for other work until its `finish`.
+
+    Takes this rank's statistics and begins to send them; nothing is changed before `finish`.
+
+    Parameters
+    ----------
+    x, state, comm, sizes, mask, residual, relu, update, out
+        As in `forward_train`.
+
+    Returns
+    -------
+    Started
+        Its `finish()` returns what `forward_train` returns.
+
+    Raises
+    ------
+    TypeError, ValueError, CollectiveMismatch, numpy.exceptions.AxisError, BackendUnavailable, ImportError
+        As in `forward_train`; here or in `finish`, but on all ranks in the same place.
+    """
+    return collective.start(
+        "forward_train", comm, sizes, lambda: _Training(x, state, mask, residual, relu, update, out)
     )
+
+
+class _Training:
+    """A forward_train whose arguments were checked and whose output is ready; nothing is changed yet."""
+
+    def __init__(
+        self, x: Any, state: BatchNormState, mask: Any, residual: Any, relu: bool, update: bool, out: Any
+    ) -> None:
+        self.given = given = _given("forward_train", x, state, mask, residual)
+        self.state = state
+        self.eps = state.eps  # which may have changed before `finish`
+        self.updates = update and state.tracked is not None
+        if self.updates:
+            state.check_updatable("forward_train")
+        self.output = _destination("forward_train", out, given)
+        self.overwrites = _overwrites(out, self.output, given.source)
+        self.kept = _kept_parameters(given)
+        self.kind = _gate_kind(relu, given)
+        self.backend = given.source.backend
+        self.y = operand(self.output.array, given.source.axis)
+        self.parameters = [kept and kept.vector for kept in self.kept]
+        self.fused: dict[str, Any] = {
+            "mask": given.mask and given.mask.operand,
+            "residual": given.residual and given.residual.operand,
+            "relu": bool(relu),
+            "keep_bits": self.kind == "bits",
+        }
+        self.values = _arguments.values_per_channel(given.source, given.mask)
+
+    def check_count(self) -> None:
+        """Raise unless this batch is enough by itself."""
+        if self.values is None or self.values > 1:
+            return
+        array, mask = self.given.source.array, self.given.mask
+        got = f"{self.values} where the mask is True" if mask else self.values
+        _check_count(self.values, got, "", shape=array.shape, dtype=array.dtype, device=array.device)
+
+    @cached_property
+    def terms(self) -> Terms:
+        state, (array, _, (N, C, _), _, _) = self.state, self.given.source
+        on = {"update": self.updates, "relu": self.fused["relu"], "residual": self.given.residual is not None}
+        return Terms(
+            "forward_train",
+            C,
+            N,
+            array.dtype,
+            self.eps,
+            state.momentum,
+            values=2 if self.values is None else self.values,
+            options=frozenset(name for name in on if on[name]),
+        )
+
+    def part(self, start: int) -> Nodes:
+        source = self.given.source
+        return self.backend.moments(source.extents, source.operand, self.fused["mask"], start)
+
+    def accept(self, values: int) -> None:
+        _check_count(values, values, " over all ranks")
+
+    def finish(self, shared: Shared) -> tuple[Any, Saved]:
+        source = self.given.source
+        count, mean, m2 = (self.backend.from_host(part) for part in _nodes.root(shared.nodes))
+        statistics = self.backend.statistics(count, mean, m2, self.eps)
+        bits = self.backend.normalize(
+            source.extents, source.operand, self.y, statistics, *self.parameters, **self.fused
+        )
+        return self.trained(statistics, bits, shared.place)
+
+    def trained(self, statistics: Statistics, bits: Any, place: Place | None = None) -> tuple[Any, Saved]:
+        """Update the state; y and Saved."""
+        if self.updates:
+            self.state.update("forward_train", statistics, self.backend)
+        y = self.output.finish()
+        gate = Gate(self.kind, bits)
+        return y, Saved(self.given, statistics, self.kept, gate, frozen=False, overwritten=self.overwrites, place=place)
 
 
 def forward_frozen(
-    x: Any, state: BatchNormState, *, mask: Any = None, residual: Any = None, relu: bool = False, out: Any = None
+    x: Any,
+    state: BatchNormState,
+    *,
+    mask: Any = None,
+    residual: Any = None,
+    relu: bool = False,
+    comm: Any = None,
+    sizes: Any = None,
+    out: Any = None,
 ) -> tuple[Any, Saved]:
     """Normalise by running statistics, with a backward: fine-tuning on statistics that stay as they are.
 
@@ -276,6 +394,8 @@ def forward_frozen(
     ----------
     x, state, mask, residual, relu
         As in `forward`. The state is not changed.
+    comm, sizes
+        As in `forward_train`; nothing is exchanged here, but in the backward.
     out : array like x, optional
         Where y goes: exactly x (then there can be no backward), exactly residual, or memory of its own.
 
@@ -299,6 +419,7 @@ def forward_frozen(
     ----------
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     """
+    place = None if comm is None else Place(communicator(comm), sizes, 0)
     given = _given("forward_frozen", x, state, mask, residual)
     source = given.source
     mean, var = _running(given.held, "forward_frozen")
@@ -326,6 +447,7 @@ def forward_frozen(
         Gate(kind, bits),
         frozen=True,
         overwritten=_overwrites(out, output, source),
+        place=place,
     )
 
 
@@ -428,25 +550,20 @@ def _running(held: Held, function: str) -> tuple[Vector, Vector]:
     return held.running_mean, held.running_var
 
 
-def _check_count(x: Source, mask: Companion | None) -> None:
+def _check_count(count: int, got: object, where: str, **facts: Any) -> None:
     """Training needs two values per channel."""
-    count = _arguments.values_per_channel(x, mask)
-    if count is None or count > 1:
+    if count > 1:
         return
     if count:
-        rule = "have more than one value per channel"
+        rule = f"have more than one value per channel{where}"
         remedy = (
             "The variance of one value is 0, so its y would be beta whatever it is: use a larger batch, or forward or "
             "forward_frozen, which use the running statistics."
         )
     else:
-        rule = "have values to take statistics of"
+        rule = f"have values to take statistics of{where}"
         remedy = "Skip the empty batch."
-    got = f"{count} where the mask is True" if mask else count
-    array = x.array
-    raise ValueError(
-        message("forward_train", "x", rule, got, remedy, shape=array.shape, dtype=array.dtype, device=array.device)
-    )
+    raise ValueError(message("forward_train", "x", rule, got, remedy, **facts))
 
 
 def _destination(function: str, out: Any, given: Given) -> Output:

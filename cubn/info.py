@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
 from importlib import metadata
 
 from cubn.backends import CPU, CUDA, backend_for
@@ -62,6 +64,20 @@ def _cuda_settings() -> dict[str, str]:
     return settings()
 
 
+def _mpi() -> dict[str, str]:
+    """What mpi4py runs on, asked in a process of its own: starting MPI takes a second, and may end a process."""
+    command = [sys.executable, "-m", "cubn.sync.cuda_aware"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired as error:
+        return {"library": f"cannot be started: {error}"}
+    if run.returncode:
+        said = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
+        return {"library": f"cannot be started: {said[-1]}"}
+    library, aware = run.stdout.splitlines()[-2:]
+    return {"library": library, "CUDA-aware": aware}
+
+
 def _section(title: str, rows: dict[str, str]) -> list[str]:
     width = max(map(len, rows))
     return ["", title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())]
@@ -83,4 +99,6 @@ def info() -> str:
         lines += _section("cpu backend", _cpu_settings())
     if cuda_works:
         lines += _section("cuda backend", _cuda_settings())
+    if version_of("mpi4py") != "not installed":
+        lines += _section("mpi", _mpi())
     return "\n".join(lines)

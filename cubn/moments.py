@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from cubn import _arguments, _nodes
 from cubn.backends import Backend, Nodes, Statistics
 from cubn.errors import message
+from cubn.sync import collective
+from cubn.sync.collective import Shared, Terms
 
 if TYPE_CHECKING:
     from cubn.state import BatchNormState
@@ -134,7 +137,9 @@ class Moments:
             return self.m2 / np.float64(count or np.nan)
 
 
-def moments(x: Any, *, channel_axis: int = 1, mask: Any = None, start: int = 0) -> Moments:
+def moments(
+    x: Any, *, channel_axis: int = 1, mask: Any = None, comm: Any = None, sizes: Any = None, start: int = 0
+) -> Moments:
     """Count, mean and sum of squared deviations of each channel of x.
 
     mean = sum(x) / count and m2 = sum((x - mean)**2) over every axis but the channel's, present positions only.
@@ -147,13 +152,18 @@ def moments(x: Any, *, channel_axis: int = 1, mask: Any = None, start: int = 0) 
         The channels' axis; may be negative.
     mask : bool array on x's device, optional
         True where a position is present. x's shape without the channel axis (or with 1 there), each extent full or 1.
+    comm : mpi4py.MPI.Comm, torch.distributed.ProcessGroup or cubn.sync.Communicator, optional
+        The ranks that hold the batch in parts, in rank order; all of them call this.
+    sizes : sequence of int, optional
+        With `comm`, the samples of each rank, if known; see `forward_train`.
     start : int
-        Global index of the first sample, where x is a part of a larger batch or data set.
+        Global index of the first sample, where x is a part of a larger batch or data set; with `comm`, that of the
+        first rank's first sample.
 
     Returns
     -------
     Moments
-        Of samples [start, start + N).
+        Of samples [start, start + N); with `comm`, of the samples of all ranks, on each of them.
 
     Raises
     ------
@@ -161,18 +171,44 @@ def moments(x: Any, *, channel_axis: int = 1, mask: Any = None, start: int = 0) 
         If an argument does not fit; the message says what is asked for.
     numpy.exceptions.AxisError
         If x has no such channel_axis.
+    CollectiveMismatch
+        With `comm`, on all ranks: if they do not do the same thing, or another one failed.
 
     Notes
     -----
     The same bits for every layout, number of threads and array library; cut into ranges and merged, too. Reads x once.
     """
-    source = _arguments.source("moments", x, channel_axis)
-    present = None if mask is None else _arguments.mask("moments", mask, source)
-    first = _arguments.whole(start, "moments", "start")
-    if first < 0:
-        raise ValueError(message("moments", "start", "be 0 or more, a global sample index", first))
-    nodes = source.backend.moments(source.extents, source.operand, present and present.operand, first)
-    return Moments(first, first + source.extents.N, nodes)
+    if comm is not None:
+        make = partial(_Taking, x, channel_axis, mask, start)
+        return collective.start("moments", comm, sizes, make).finish()
+    taking = _Taking(x, channel_axis, mask, start)
+    first = taking.terms.start
+    return Moments(first, first + taking.terms.N, taking.part(first))
+
+
+class _Taking:
+    """A `moments` whose arguments were checked."""
+
+    def __init__(self, x: Any, channel_axis: int, mask: Any, start: int) -> None:
+        self.source = source = _arguments.source("moments", x, channel_axis)
+        self.mask = None if mask is None else _arguments.mask("moments", mask, source)
+        first = _arguments.whole(start, "moments", "start")
+        if first < 0:
+            raise ValueError(message("moments", "start", "be 0 or more, a global sample index", first))
+        self.backend = source.backend
+        self.terms = Terms("moments", source.extents.C, source.extents.N, source.array.dtype, start=first)
+
+    def part(self, start: int) -> Nodes:
+        source = self.source
+        return self.backend.moments(source.extents, source.operand, self.mask and self.mask.operand, start)
+
+    def accept(self, values: int) -> None:
+        """Any number of values has moments."""
+
+    def finish(self, shared: Shared) -> Moments:
+        blocks = shared.nodes.blocks
+        start, stop = (blocks[0][0], blocks[-1][1]) if blocks else (self.terms.start,) * 2
+        return Moments(start, stop, _nodes.merge(shared.nodes))
 
 
 def update(state: BatchNormState, moments: Moments) -> None:

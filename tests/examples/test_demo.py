@@ -34,6 +34,46 @@ def test_one_bit_more_in_one_input_is_noticed(network, run, monkeypatch):
     assert not demo.compare_bits(network)
 
 
+needs_mpi = pytest.mark.skipif(demo.launcher() is None, reason="no mpi4py, or no mpiexec")
+
+
+@needs_mpi
+def test_ranks_agree(network, capsys):
+    assert demo.compare_ranks(network)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 1 + len(demo.RANKS)
+
+
+@needs_mpi
+def test_one_bit_more_on_the_ranks_is_noticed(network, monkeypatch):
+    honest = np.savez
+
+    def perturbed(path, *layers):
+        layers = [x.copy() for x in layers]
+        layers[2][19, 3, 3, 5] = np.nextafter(layers[2][19, 3, 3, 5], np.float32(9))
+        honest(path, *layers)
+
+    monkeypatch.setattr(np, "savez", perturbed)
+    assert not demo.compare_ranks(network)
+
+
+def test_ranks_with_other_running_statistics_are_noticed(network):
+    layers = [normalization.input for normalization in network.normalizations]
+    one, other = ([demo.step(x, slice(None)) for x in layers] for _ in range(2))
+    same = demo.digests_of_steps([one, other])
+    other[3][0][1][0] += 1
+    assert demo.digests_of_steps([one, other])[0] not in (same[0], demo.digests_of_steps([other, other])[0])
+
+
+@pytest.mark.parametrize(
+    ("mpiexec", "reason"), [(None, "It needs mpi4py"), ("false", "could not be started: status 1")]
+)
+def test_without_an_mpi_the_demo_says_so(network, mpiexec, reason, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "launcher", lambda: mpiexec)
+    assert demo.compare_ranks(network)
+    out = capsys.readouterr().out
+    assert out.startswith("Not shown: the same over MPI ranks. ") and reason in out
+
+
 def test_gradient_of_the_network_is_that_of_finite_differences(network):
     rng = np.random.default_rng(1)
     images, weights = rng.random((6, 8, 8, 1), dtype=np.float32), rng.standard_normal((6, 10), dtype=np.float32)

@@ -238,6 +238,9 @@ def program(steps: tuple[Step, ...], counts: tuple[int, ...]) -> tuple[NDArray[n
     return table, tuple(rows)
 
 
+steps_to_root = functools.lru_cache(1024)(root_order)
+
+
 def merged(nodes: Nodes, steps: tuple[Step, ...], what: str) -> Nodes:
     """The same arrays with the steps' merges done; rows merged into a left neighbour are spent."""
     if not steps:
@@ -359,7 +362,7 @@ class CpuBackend:
         if not nodes.blocks:
             C = nodes.first.shape[1]
             return np.zeros((), np.int64), np.zeros(C), np.zeros(C)
-        steps = root_order(nodes.blocks)
+        steps = steps_to_root(nodes.blocks)
         tree = merged(_copy(nodes) if steps else nodes, steps, "moments")
         return np.array(tree.count[0]), tree.first[0], tree.second[0]
 
@@ -367,7 +370,7 @@ class CpuBackend:
         if not nodes.blocks:
             C = nodes.first.shape[1]
             return np.zeros(C), np.zeros(C)
-        steps = root_order(nodes.blocks)
+        steps = steps_to_root(nodes.blocks)
         tree = merged(_copy(nodes) if steps else nodes, steps, "sums")
         return tree.first[0], tree.second[0]
 

@@ -1,0 +1,102 @@
+"""Communicators: what carries records between the ranks of one batch.
+
+Everything `comm=` does is built on one operation, `Communicator.gather`: each rank gives a record of bytes and gets
+those of all ranks, in rank order. `cubn.sync.collective` makes batch normalisation of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cubn.errors import message
+
+Bytes = NDArray[np.uint8]
+
+
+class Pending(Protocol):
+    """A gather that is under way."""
+
+    def wait(self) -> Bytes:
+        """The records of all ranks, one behind the other in rank order; called once."""
+
+
+class Communicator(ABC):
+    """A fixed group of ranks, each with a part of the batch; the order of the ranks is the order of the samples.
+
+    To make cubn work over something new, derive from this class and pass an instance as `comm=`. It must be for cubn
+    alone: nothing else may pass through the same channel.
+
+    Parameters
+    ----------
+    rank, size : int
+        Which rank this is, and of how many.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.exchanges = 0
+        """How many exchanges have begun; the same number on every rank."""
+        self.samples: tuple[int, ...] | None = None
+        """Samples on each rank, as last agreed on: a guess of the next."""
+        self.broken: str | None = None
+        """Why nothing more can be exchanged, if so."""
+
+    @abstractmethod
+    def gather(self, record: Bytes, sizes: Sequence[int]) -> Pending:
+        """Begin to give this rank's record to every rank, and to get theirs.
+
+        Parameters
+        ----------
+        record : contiguous numpy.ndarray of uint8
+            Of sizes[rank] bytes; it is not changed, and the caller keeps it until the gather is done.
+        sizes : sequence of int
+            Bytes from each rank, the same on every rank.
+
+        Returns
+        -------
+        Pending
+            Gathers of one communicator begin in the same order on all ranks, and may be waited for in any.
+        """
+
+
+def communicator(comm: Any) -> Communicator:
+    """The communicator behind what a user passed as `comm=`.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm, torch.distributed.ProcessGroup or Communicator
+
+    Returns
+    -------
+    Communicator
+        The same one for the same comm. The first call of an mpi4py or torch comm makes a private duplicate, together
+        with all its ranks.
+
+    Raises
+    ------
+    TypeError
+        If it is none of these.
+    ValueError
+        If it is an MPI communicator that does not connect a group with itself, or a group this process is not in.
+    """
+    if isinstance(comm, Communicator):
+        return comm
+    mpi4py = sys.modules.get("mpi4py.MPI")
+    if mpi4py is not None and isinstance(comm, mpi4py.Comm):
+        from cubn.sync import mpi
+
+        return mpi.communicator(comm)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and isinstance(comm, distributed.ProcessGroup):
+        from cubn.sync import torch_distributed
+
+        return torch_distributed.communicator(comm)
+    rule = "be an mpi4py communicator, a torch.distributed process group or a cubn.sync.Communicator"
+    raise TypeError(message("cubn", "comm", rule, type(comm).__name__))

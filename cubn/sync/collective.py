@@ -1,0 +1,488 @@
+"""How ranks compute over one batch: they agree, gather the nodes of their samples, and all finish the same tree.
+
+An *exchange* serves one operation, or several at once. Each rank first gives a header of 64 bytes, which is on its way
+while the rank works on its own samples. From the headers every rank knows that all do the same thing and where its
+samples stand in the batch. Then one gather carries a node per aligned block of each rank's samples. What is wrong on
+one rank is an error on all of them, before anything was changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from itertools import accumulate, chain, groupby, pairwise
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cubn import _nodes
+from cubn._arguments import whole
+from cubn._tree import Block, aligned_blocks
+from cubn.backends import Nodes
+from cubn.errors import CollectiveMismatch, message
+from cubn.sync import Bytes, Communicator, Pending, communicator
+
+Headers = NDArray[np.void]
+"""What the ranks said, as `_HEADER`s."""
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+OPERATIONS = ("nothing", "several operations", "moments", "forward_train", "backward")
+OPTIONS = ("with sizes", "update", "relu", "residual", "frozen", "global parameter gradients")
+DTYPES = ("none", "float16", "bfloat16", "float32", "float64")
+MOST = 32
+"""Operations in one exchange: the header has two bits for each."""
+
+
+class Terms(NamedTuple):
+    """What a rank says of an operation. All but N and values must be the same on every rank."""
+
+    operation: str
+    C: int
+    N: int
+    dtype: str
+    eps: float = 0.0
+    momentum: float | None = 0.0
+    start: int = 0
+    """Global index of the batch's first sample."""
+    forward: int = 0
+    """Number of the exchange whose gradient this is."""
+    values: int = 2
+    """This rank's values per channel, where they matter and are known; 2 is always enough."""
+    options: frozenset[str] = frozenset()
+    """Those of OPTIONS that are on."""
+    gathers: bool = True
+    """Whether the nodes of other ranks are needed."""
+
+
+class Shared(NamedTuple):
+    """What an operation gets from an exchange."""
+
+    nodes: Nodes
+    """Of all ranks; of this one where the operation gathers none."""
+    own: Nodes
+    place: Place
+
+
+class Place(NamedTuple):
+    """What the backward of an operation needs to meet the other ranks again."""
+
+    communicator: Communicator
+    sizes: Any
+    """As the caller declared them; None if not."""
+    exchange: int
+    """Number of the forward's exchange; 0 if there was none."""
+
+
+class Half(Protocol[T_co]):
+    """An operation up to its exchange: its arguments checked, its outputs allocated, nothing changed yet."""
+
+    @property
+    def terms(self) -> Terms: ...
+
+    def part(self, start: int) -> Nodes:
+        """The nodes of this rank's samples, of which the first has the global index `start`."""
+
+    def accept(self, values: int) -> None:
+        """Raise unless the operation is defined for so many values per channel over all ranks (2 stands for more)."""
+
+    def finish(self, shared: Shared) -> T_co:
+        """The other half."""
+
+
+class Started(Generic[T]):
+    """An operation whose exchange is under way; `finish` waits for it and gives the operation's result.
+
+    Every started operation must be finished, on every rank; several may be in any order. Until then its arrays must
+    stay as they are.
+    """
+
+    def __init__(self, exchange: Exchange, index: int) -> None:
+        self._exchange = exchange
+        self._index = index
+
+    def finish(self) -> T:
+        """Wait for the other ranks and compute the rest.
+
+        Returns
+        -------
+        object
+            What the operation of this name without `_start` returns. A second call returns the same.
+
+        Raises
+        ------
+        CollectiveMismatch
+            If the ranks do not do the same thing, or another one failed; on every rank.
+        ValueError
+            If there are not enough values per channel over all ranks; or inside the `together` this was started in.
+        """
+        return cast(T, self._exchange.result(self._index))
+
+
+# --- the header -----------------------------------------------------------------------------------------------------
+
+_HEADER = np.dtype(
+    [
+        ("operation", "<u1"),
+        ("dtype", "<u1"),
+        ("operations", "<u1"),
+        ("flags", "<u1"),
+        ("exchange", "<u4"),
+        ("C", "<i8"),
+        ("N", "<i8"),
+        ("eps", "<f8"),
+        ("momentum", "<f8"),  # -1 for None
+        ("about", "<i8"),
+        ("values", "<u8"),  # 2 bits for each operation
+        ("rest", "<u8"),  # hash of everything on which ranks must agree, of all operations
+    ]
+)
+_EACH_ITS_OWN = ("N", "values")
+_FAILED, _DECLARED = 1, 2  # flags; the rest of them are OPTIONS, which begin with the latter
+
+_SAID: dict[str, Callable[[Any], str]] = {  # the fields in which ranks must agree, as an error says them
+    "exchange": lambda h: f"exchange {h['exchange']}",
+    "operation": lambda h: OPERATIONS[h["operation"]],
+    "operations": lambda h: f"{h['operations']} operations",
+    "C": lambda h: f"C={h['C']}",
+    "dtype": lambda h: f"dtype={DTYPES[h['dtype']]}",
+    "eps": lambda h: f"eps={h['eps']}",
+    "momentum": lambda h: f"momentum={None if h['momentum'] < 0 else h['momentum']}",
+    "about": lambda h: f"start={h['about']}" if OPERATIONS[h["operation"]] == "moments" else f"of forward {h['about']}",
+    "flags": lambda h: ", ".join(name for bit, name in enumerate(OPTIONS, 1) if h["flags"] >> bit & 1) or "no options",
+    "rest": lambda h: f"operations with hash {h['rest']:016x}",
+}
+
+
+def _header(function: str, all_terms: Sequence[Terms], exchange: int, declared: Any, failed: bool) -> Bytes:
+    """What this rank says of its operations; of several, the hash says the rest."""
+    first = all_terms[0] if all_terms else Terms(function, 0, 0, "none")
+    several = len({terms.operation for terms in all_terms}) > 1
+    on = first.options | ({OPTIONS[0]} if declared is not None else set())
+    header = (
+        OPERATIONS.index("several operations" if several else first.operation),
+        DTYPES.index(first.dtype),
+        len(all_terms),
+        _FAILED * failed | sum(1 << bit for bit, name in enumerate(OPTIONS, 1) if name in on),
+        exchange & 0xFFFFFFFF,
+        sum(terms.C for terms in all_terms),
+        first.N,
+        first.eps,
+        -1.0 if first.momentum is None else first.momentum,
+        first.start or first.forward,
+        sum(min(terms.values, 2) << 2 * index for index, terms in enumerate(all_terms)),
+        _hash(tuple(terms._replace(N=0, values=0) for terms in all_terms), declared),
+    )
+    return np.array([header], _HEADER).view(np.uint8)
+
+
+@lru_cache(1024)
+def _hash(all_terms: tuple[Terms, ...], declared: tuple[int, ...] | None) -> int:
+    """The same number in every process for the same terms."""
+    agreed = [(*terms._replace(options=frozenset()), sorted(terms.options)) for terms in all_terms]
+    return int.from_bytes(hashlib.blake2b(repr((agreed, declared)).encode(), digest_size=8).digest())
+
+
+def _disagreement(function: str, headers: Headers) -> CollectiveMismatch | None:
+    """The error every rank raises if the headers do not say the same."""
+    failed = np.flatnonzero(headers["flags"] & _FAILED).tolist()
+    if failed:
+        return _failure(function, failed)
+    common = headers.copy()
+    for name in _EACH_ITS_OWN:
+        common[name] = 0
+    rows = common.view(np.uint8).reshape(len(common), -1)
+    if (rows == rows[0]).all():
+        return None
+    differing = [name for name in _SAID if (common[name] != common[name][0]).any()]
+    if "operation" in differing:  # then the rest is bound to differ
+        differing = ["operation"]
+    elif len(differing) > 1:
+        differing = [name for name in differing if name != "rest"]  # a hash of the others, too
+    said: dict[str, list[int]] = {}
+    for rank, header in enumerate(headers):
+        said.setdefault(", ".join(_SAID[name](header) for name in differing), []).append(rank)
+    got = "; ".join(f"{what} on {_ranks(ranks)}" for what, ranks in said.items())
+    remedy = "Call the same operations with the same options in the same order on all of them."
+    return CollectiveMismatch(message(function, "ranks", "do the same thing", got, remedy))
+
+
+def _failure(function: str, failed: Sequence[int]) -> CollectiveMismatch:
+    remedy = "Its own error says more." if len(failed) == 1 else "Their own errors say more."
+    return CollectiveMismatch(message(function, "ranks", "do the same thing", f"an error on {_ranks(failed)}", remedy))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """`rank 3`, `ranks 0, 2-5`."""
+    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+
+
+# --- the exchange ---------------------------------------------------------------------------------------------------
+
+_OPEN: ContextVar[Exchange | None] = ContextVar("open", default=None)
+
+
+class Exchange:
+    """One agreement and one gather, for the operations added in a `with` block; it begins where the block ends."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        if communicator.broken is not None:
+            remedy = "Make a new communicator."
+            raise CollectiveMismatch(
+                message("cubn", "comm", "be in step", f"one that is not: {communicator.broken}", remedy)
+            )
+        self.communicator = communicator
+        self._function = OPERATIONS[0]
+        self._halves: list[Half[Any]] = []
+        self._declared: tuple[int, ...] | None = None
+        self._headers: Pending | None = None  # not yet read
+        self._payload: Pending | None = None
+        self._begun = False
+        self._error: Exception | None = None
+        self._shared: list[Shared] = []
+        self._results: dict[int, Any] = {}
+
+    def add(self, function: str, sizes: Any, make: Callable[[], Half[T]]) -> Started[T]:
+        """One more operation, made here so that its errors reach the other ranks."""
+        self._function = function
+        declared = None if sizes is None else _declared(function, sizes, self.communicator)
+        if self._halves and declared != self._declared:
+            raise ValueError(message(function, "sizes", "be those of the first operation together", sizes))
+        self._declared = declared
+        half = make()
+        N = half.terms.N
+        if declared is not None and declared[self.communicator.rank] != N:
+            rule = f"be {N} for rank {self.communicator.rank}, the samples of its x"
+            raise ValueError(message(function, "sizes", rule, declared))
+        if self._halves and N != self._halves[0].terms.N:
+            rule = f"have {self._halves[0].terms.N} samples, as in the first operation together"
+            raise ValueError(message(function, "x", rule, N))
+        if len(self._halves) == MOST:
+            raise ValueError(message(function, "operations", f"be {MOST} together at most", MOST + 1))
+        self._halves.append(half)
+        return Started(self, len(self._halves) - 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return
+        self._error = error
+        try:
+            self._begin(error)
+        except Exception as found:
+            self._error = found
+            raise
+
+    def _begin(self, error: Exception | None) -> None:
+        """Say what this rank does, compute its part, send it. A rank with an error says so; the error goes on."""
+        group = self.communicator
+        self._begun = True
+        group.exchanges += 1
+        self._number = group.exchanges
+        terms = [half.terms for half in self._halves]
+        header = _header(self._function, terms, self._number, self._declared, error is not None)
+        headers = group.gather(header, [_HEADER.itemsize] * group.size)
+        if error is not None:
+            self._judge(headers.wait())
+            return
+        samples = self._declared or self._likely()
+        failure = self._compute(samples)
+        if self._declared is not None:
+            self._headers = headers
+        else:
+            said = self._judged(headers.wait())
+            self._accept(said)
+            agreed = tuple(said["N"].tolist())
+            if self._shape(agreed) != self._shape(samples):
+                failure = self._compute(agreed)
+            samples = group.samples = agreed
+        self._send(samples, failure)
+        if failure is not None:
+            if self._headers is not None:
+                self._judge(self._headers.wait())
+            if self._payload is not None and group.broken is None:
+                self._payload.wait()
+            raise failure
+
+    def result(self, index: int) -> Any:
+        """What an operation returns, once the exchange is complete."""
+        if not self._begun:
+            raise ValueError(message("finish", "operation", "be finished after its `with together` block", "inside it"))
+        if not self._shared and self._error is None:
+            try:
+                self._receive()
+            except Exception as error:
+                self._error = error
+        if self._error is not None:
+            raise self._error
+        if index not in self._results:
+            self._results[index] = self._halves[index].finish(self._shared[index])
+        return self._results[index]
+
+    def _likely(self) -> tuple[int, ...]:
+        """The samples of each rank, were they as the last time, or else the same everywhere."""
+        group = self.communicator
+        N = self._halves[0].terms.N if self._halves else 0
+        if group.samples is not None and group.samples[group.rank] == N:
+            return group.samples
+        return (N,) * group.size
+
+    def _blocks(self, samples: tuple[int, ...]) -> tuple[tuple[Block, ...], ...]:
+        """The aligned blocks of each rank."""
+        return _blocks(self._halves[0].terms.start if self._halves else 0, samples)
+
+    def _shape(self, samples: tuple[int, ...]) -> list[int]:
+        """What of the blocks of this rank decides which nodes it computes."""
+        return [hi - lo for lo, hi in self._blocks(samples)[self.communicator.rank]]
+
+    def _compute(self, samples: tuple[int, ...]) -> Exception | None:
+        """The nodes of this rank's samples, or why there are none."""
+        try:
+            first = self._halves[0].terms.start if self._halves else 0
+            start = first + sum(samples[: self.communicator.rank])
+            self._own = [half.part(start) for half in self._halves]
+        except Exception as error:
+            return error
+        return None
+
+    def _send(self, samples: tuple[int, ...], failure: Exception | None) -> None:
+        """Begin the gather of nodes: a table with a row for each block and, side by side, the operations' columns."""
+        group = self.communicator
+        self._samples = samples
+        self._ranks_blocks = self._blocks(samples)
+        own = self._ranks_blocks[group.rank]
+        width = sum(_width(half) for half in self._halves)
+        table = np.zeros((len(own), width))
+        if failure is not None:
+            table.view(np.int64)[:, :1] = -1
+        else:
+            self._own = [nodes._replace(blocks=own) if nodes.blocks else nodes for nodes in self._own]
+            for half, columns, nodes in zip(self._halves, self._columns(table), self._own, strict=True):
+                if half.terms.gathers and nodes.blocks:
+                    columns[...] = _nodes.pack(nodes)
+        sizes = [len(blocks) * width * 8 for blocks in self._ranks_blocks]
+        if any(sizes):
+            self._payload = group.gather(table.reshape(-1).view(np.uint8), sizes)
+
+    def _receive(self) -> None:
+        """Wait for the nodes of all ranks, and for what they said if that was not read before."""
+        said = None if self._headers is None else self._judged(self._headers.wait())
+        group = self.communicator
+        width = sum(_width(half) for half in self._halves)
+        words = np.zeros(0, np.uint8) if self._payload is None else self._payload.wait()
+        table = words.view(np.float64).reshape(sum(map(len, self._ranks_blocks)), width)
+        if said is not None:
+            group.samples = self._samples
+            self._accept(said)
+        marked = table.view(np.int64)[:, :1] < 0
+        if marked.any():
+            owners = np.repeat(np.arange(group.size), [len(blocks) for blocks in self._ranks_blocks])
+            raise _failure(self._function, np.unique(owners[marked[:, 0]]).tolist())
+        blocks = tuple(chain.from_iterable(self._ranks_blocks))
+        place = Place(group, self._declared, self._number)
+        for half, columns, own in zip(self._halves, self._columns(table), self._own, strict=True):
+            nodes = _nodes.unpack(blocks, columns) if half.terms.gathers else own
+            self._shared.append(Shared(nodes, own, place))
+
+    def _columns(self, table: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+        """The part of a table that belongs to each operation."""
+        at = 0
+        for half in self._halves:
+            yield table[:, at : at + _width(half)]
+            at += _width(half)
+
+    def _judge(self, headers: Bytes) -> tuple[Headers, CollectiveMismatch | None]:
+        """What the ranks said, and the error if they do not agree.
+
+        Where one declared its sizes, it did not wait for this: records of other lengths may be under way for ever.
+        """
+        said = headers.view(_HEADER)
+        mismatch = _disagreement(self._function, said)
+        if mismatch is not None and (said["flags"] & _DECLARED).any():
+            self.communicator.broken = str(mismatch)
+        return said, mismatch
+
+    def _judged(self, headers: Bytes) -> Headers:
+        said, mismatch = self._judge(headers)
+        if mismatch is not None:
+            raise mismatch
+        return said
+
+    def _accept(self, said: Headers) -> None:
+        """Raise unless there are values enough; all ranks come to the same."""
+        for index, half in enumerate(self._halves):
+            half.accept(int((said["values"] >> np.uint64(2 * index) & np.uint64(3)).sum()))
+
+
+@lru_cache(1024)
+def _blocks(start: int, samples: tuple[int, ...]) -> tuple[tuple[Block, ...], ...]:
+    """The aligned blocks of each rank's samples; the first rank's begin at `start`."""
+    return tuple(aligned_blocks(lo, hi) for lo, hi in pairwise(accumulate(samples, initial=start)))
+
+
+def _width(half: Half[Any]) -> int:
+    """Words of a node: its count, and two for each channel."""
+    return 2 * half.terms.C + 1 if half.terms.gathers else 0
+
+
+def _declared(function: str, sizes: Any, group: Communicator) -> tuple[int, ...]:
+    """The samples of each rank, as the caller knows them."""
+    rule = f"be the number of samples of each of the {group.size} ranks"
+    if not isinstance(sizes, Iterable):
+        raise TypeError(message(function, "sizes", rule, repr(sizes)))
+    declared = tuple(whole(size, function, "sizes") for size in sizes)
+    if len(declared) != group.size or min(declared) < 0:
+        raise ValueError(message(function, "sizes", rule, sizes))
+    return declared
+
+
+# --- how operations begin one ---------------------------------------------------------------------------------------
+
+
+def start(function: str, comm: Any, sizes: Any, make: Callable[[], Half[T]]) -> Started[T]:
+    """Begin an operation in an exchange of its own, or add it to the one that is open on its communicator."""
+    group = communicator(comm)
+    shared = _OPEN.get()
+    if shared is not None and shared.communicator is group:
+        return shared.add(function, sizes, make)
+    with Exchange(group) as exchange:
+        started = exchange.add(function, sizes, make)
+    return started
+
+
+@contextmanager
+def together(comm: Any) -> Iterator[None]:
+    """Let the operations started inside share one message: one latency instead of one each.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm, torch.distributed.ProcessGroup or Communicator
+        Operations started on another one inside the block are not concerned.
+
+    Raises
+    ------
+    CollectiveMismatch
+        Where the block ends, if the ranks did not start the same operations in it, or another rank raised an error
+        inside; on every rank.
+
+    Notes
+    -----
+    The exchange begins where the block ends; call `finish` of each operation after it. At most 32 operations, all with
+    the same number of samples on this rank. The same bits as one by one.
+    """
+    with Exchange(communicator(comm)) as exchange:
+        token = _OPEN.set(exchange)
+        try:
+            yield
+        finally:
+            _OPEN.reset(token)

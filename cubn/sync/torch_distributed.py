@@ -1,0 +1,58 @@
+"""Process groups of torch.distributed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from cubn.errors import message
+from cubn.sync import Bytes, Communicator
+
+
+class _Pending(NamedTuple):
+    work: Any
+    received: torch.Tensor
+    record: torch.Tensor  # must outlive the work
+    sizes: Sequence[int]
+
+    def wait(self) -> Bytes:
+        self.work.wait()
+        rows: Bytes = self.received.numpy()
+        if all(size == rows.shape[1] for size in self.sizes):
+            return rows.reshape(-1)
+        return np.concatenate([row[:size] for row, size in zip(rows, self.sizes, strict=True)])
+
+
+class TorchCommunicator(Communicator):
+    """A private gloo group of the ranks of a process group; records shorter than the longest are padded to it."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(dist.get_rank(group), dist.get_world_size(group))
+        ranks = dist.get_process_group_ranks(group)
+        self._group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+
+    def gather(self, record: Bytes, sizes: Sequence[int]) -> _Pending:
+        longest = max(sizes)
+        padded = np.zeros(longest, np.uint8)
+        padded[: len(record)] = record
+        sent = torch.from_numpy(padded)
+        received = torch.empty((self.size, longest), dtype=torch.uint8)
+        work = dist.all_gather(list(received), sent, self._group, async_op=True)
+        return _Pending(work, received, sent, sizes)
+
+
+_KNOWN: weakref.WeakKeyDictionary[dist.ProcessGroup, TorchCommunicator] = weakref.WeakKeyDictionary()
+
+
+def communicator(group: dist.ProcessGroup) -> TorchCommunicator:
+    """The communicator made for a process group, or a new one."""
+    if group not in _KNOWN:
+        if dist.get_rank(group) < 0:
+            raise ValueError(message("cubn", "comm", "be a process group this process is in", "another one"))
+        _KNOWN[group] = TorchCommunicator(group)
+    return _KNOWN[group]

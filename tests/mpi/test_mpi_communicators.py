@@ -1,0 +1,94 @@
+"""What is particular to mpi4py communicators; runs in processes under mpiexec only."""
+
+import gc
+import os
+
+import numpy as np
+import pytest
+
+import cubn
+from cubn.sync import communicator
+from tests.mpi.launch import UNDER_MPI
+from tests.mpi.parts import Batch, assert_one_answer, step
+
+pytestmark = pytest.mark.skipif(not os.environ.get(UNDER_MPI), reason="test_under_mpi.py runs this under mpiexec")
+
+
+@pytest.fixture
+def world():
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD
+
+
+def test_the_duplicate_is_made_once_and_is_private(world):
+    ours = communicator(world)
+    assert communicator(world) is ours
+    assert ours._comm != world
+    assert (ours.rank, ours.size) == (world.rank, world.size)
+
+
+def test_the_duplicate_goes_with_its_communicator(world):
+    from mpi4py import MPI
+
+    mine = world.Dup()
+    ours = communicator(mine)
+    mine.Free()
+    assert ours._comm == MPI.COMM_NULL
+    again = world.Dup()  # may get the handle of the one before
+    assert communicator(again) is not ours
+    again.Free()
+
+
+def test_a_copy_of_a_communicator_has_a_duplicate_of_its_own(world):
+    first = communicator(world)
+    copy = world.Dup()
+    assert communicator(copy) is not first
+    copy.Free()
+
+
+def test_ranks_in_another_order_hold_the_batch_in_that_order(world):
+    """One state per domain: even and odd processes, each group backwards."""
+    group = world.Split(world.rank % 2, -world.rank)
+    batch = Batch(seed=world.rank % 2)
+    cut = [3] * (group.size - 1) + [32 - 3 * (group.size - 1)]
+    parts = group.allgather(step(batch, *batch.range(cut, group.rank), comm=group))
+    assert_one_answer(parts, step(batch, 0, 32))
+    assert group.allgather(world.rank) == sorted(group.allgather(world.rank), reverse=True)
+    group.Free()
+
+
+def test_messages_of_the_user_s_are_not_ours(world):
+    """A gather of the user's own may be under way on the same communicator."""
+    sent, received = np.full(8, world.rank, np.int64), np.empty((world.size, 8), np.int64)
+    request = world.Iallgather(sent, received)
+    batch = Batch()
+    rows = slice(world.rank, world.rank + 2)
+    cubn.forward_train(batch.x[rows], batch.state(), comm=world)
+    request.Wait()
+    assert (received == np.arange(world.size)[:, None]).all()
+
+
+def test_unfinished_garbage_does_not_reach_another_exchange(world):
+    """A record is kept as long as its message is under way."""
+    batch = Batch()
+    rows = [slice(2 * world.rank, 2 * world.rank + 2), slice(2 * world.rank + 1, 2 * world.rank + 3)]
+    started = [cubn.forward_train_start(batch.x[part], batch.state(), comm=world) for part in rows]
+    gc.collect()
+    again = [cubn.forward_train(batch.x[part], batch.state(), comm=world)[0] for part in rows]
+    for one, y in zip(reversed(started), reversed(again), strict=True):
+        np.testing.assert_array_equal(one.finish()[0], y)
+
+
+def test_what_is_no_group_is_refused(world):
+    from mpi4py import MPI
+
+    with pytest.raises(ValueError, match="comm must be an intracommunicator this process is in; got COMM_NULL"):
+        communicator(MPI.COMM_NULL)
+    if world.size > 1:
+        half = world.Split(world.rank % 2)
+        between = half.Create_intercomm(0, world, 1 - world.rank % 2)
+        with pytest.raises(ValueError, match="comm must be an intracommunicator this process is in; got Intercomm"):
+            communicator(between)
+        between.Free()
+        half.Free()
