@@ -14,8 +14,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) apply_channels(const _
     const long long rows = p.samples * p.positions; // as many as there are (sample, position)
     if (c >= p.channels) return;
     Coefficients<Acc> k[OCTET];
-#pragma unroll
-    for (int j = 0; j < OCTET; ++j) k[j] = load_coefficients<Acc>(p, c + j);
+    load_coefficients(p, c, k);
     const long long first = down * p.steps * at_once + threadIdx.x / lanes;
     for (int step = 0; step < p.steps; ++step) {
         const long long row = first + static_cast<long long>(step) * at_once;

@@ -94,3 +94,14 @@ __device__ __forceinline__ Coefficients<Acc> load_coefficients(const Parameters&
     return {from[0], from[p.channels], from[2 * p.channels], from[3 * p.channels], from[4 * p.channels],
             from[5 * p.channels]};
 }
+
+// Those of 8 neighbouring channels, where the number of channels is a multiple of 8.
+template <class Acc>
+__device__ __forceinline__ void load_coefficients(const Parameters& p, long long channel, Coefficients<Acc> (&c)[OCTET]) {
+    const auto row = [&](int i) {
+        return load_octet(reinterpret_cast<const Acc*>(p.coefficients) + i * p.channels + channel, true);
+    };
+    const Octet<Acc> high = row(0), low = row(1), scale = row(2), beta = row(3), k1 = row(4), k2 = row(5);
+#pragma unroll
+    for (int j = 0; j < OCTET; ++j) c[j] = {high.v[j], low.v[j], scale.v[j], beta.v[j], k1.v[j], k2.v[j]};
+}

@@ -17,6 +17,9 @@ constexpr int WORKERS = 1 << (PASS_DEPTH - DEPTH); // threads that share a chann
 constexpr int LANES = 256 / WORKERS;               // threads side by side over the channels
 constexpr int WIDTH = LANES * VECTOR;              // channels of a block
 
+constexpr int RUN_DEPTH = DEPTH < 3 ? DEPTH : 3;
+constexpr int RUN = 1 << RUN_DEPTH; // columns of one value whose loads are under way together
+
 struct alignas(sizeof(ELEMENT) * VECTOR) Vectors {
     ELEMENT v[VECTOR];
 };
@@ -71,6 +74,15 @@ struct Worker {
         return at;
     }
 
+    // Samples of one position, from one to the next.
+    __device__ __forceinline__ Place samples_from(long long sample) const {
+        Place at = place_of(sample);
+        at.x_step = p.x.sample;
+        at.dy_step = p.g.sample;
+        at.bit_step = p.bits_sample;
+        return at;
+    }
+
     // A column of up to TILE_ROWS values.
     __device__ __forceinline__ Nodes<Acc> leaf(const Place& at, int column) const { return leaf(KIND{}, at, column); }
 
@@ -115,6 +127,54 @@ struct Worker {
         return n;
     }
 
+    // The node of one value: a column, about the tile's pivot; or, in double, a sample of one position.
+    __device__ __forceinline__ Node<Acc> column_of(Moments, Acc x, Acc, bool, Acc pivot, int) const {
+        return {subtract(x, pivot), Acc(0)};
+    }
+    __device__ __forceinline__ Node<Acc> column_of(Sums, Acc x, Acc dy, bool passed, Acc, int i) const {
+        return terms_of<ELEMENT, GATE>(x, dy, passed, c[i]);
+    }
+    __device__ __forceinline__ Node<double> sample_of(Acc x, Acc dy, bool passed, int i) const {
+        const Node<Acc> n = column_of(KIND{}, x, dy, passed, x, i);
+        const double first = to_double(n.first);
+        return {KIND::NEEDS_COEFFICIENTS ? first : add(to_double(x), first), to_double(n.second)};
+    }
+
+    // The node of RUN neighbours of one value each, all of them there: columns of a tile from `first` on, or samples.
+    template <bool SAMPLES> __device__ __forceinline__ auto run(const Place& at, int first) const {
+        Vectors x[RUN], dy[RUN];
+        unsigned passed[RUN];
+#pragma unroll
+        for (int k = 0; k < RUN; ++k) {
+            const unsigned char* bits = reinterpret_cast<const unsigned char*>(p.bits);
+            x[k] = *reinterpret_cast<const Vectors*>(at.x + (first + k) * at.x_step);
+            if (KIND::NEEDS_COEFFICIENTS) dy[k] = *reinterpret_cast<const Vectors*>(at.dy + (first + k) * at.dy_step);
+            passed[k] = GATE == GATE_BITS ? load_bits(bits, at.first_bit + (first + k) * at.bit_step) : 0;
+        }
+        const auto node = [&](int k, int i) {
+            const Acc v = Format<ELEMENT>::widen(x[k].v[i]);
+            const Acc g = KIND::NEEDS_COEFFICIENTS ? Format<ELEMENT>::widen(dy[k].v[i]) : Acc(0);
+            if constexpr (SAMPLES) return sample_of(v, g, passed[k] >> i & 1, i);
+            else return column_of(KIND{}, v, g, passed[k] >> i & 1, at.pivot[i], i);
+        };
+        using N = decltype(node(0, 0));
+        using A = decltype(N::first);
+        Nodes<A> result;
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+            N n[RUN];
+#pragma unroll
+            for (int k = 0; k < RUN; ++k) n[k] = node(k, i);
+#pragma unroll
+            for (int size = 1; size < RUN; size *= 2)
+#pragma unroll
+                for (int k = 0; k < RUN; k += 2 * size)
+                    n[k] = KIND::merge(n[k], n[k + size], A(0.5), static_cast<A>(0.5 * size));
+            result.v[i] = n[0];
+        }
+        return result;
+    }
+
     // A tile's node in double, about 0 and not the pivot.
     __device__ __forceinline__ Nodes<double> widened(const Place& at, const Nodes<Acc>& n) const {
         Nodes<double> wide;
@@ -143,6 +203,8 @@ template <int LEVEL> struct ColumnsOf {
         constexpr int SIZE = 1 << (LEVEL - 1);
         Nodes<Acc> left{};
         if (at.shape.rows == 0 && at.shape.full <= column) return left;
+        if constexpr (LEVEL == RUN_DEPTH && TILE_ROWS == 1)
+            if (at.shape.rows == 1 || at.shape.full >= column + RUN) return w.template run<false>(at, column);
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
             const Nodes<Acc> n = ColumnsOf<LEVEL - 1>::reduce(w, at, column + half * SIZE);
@@ -169,6 +231,8 @@ template <int LEVEL, bool IS_TILE = LEVEL == TILE_DEPTH> struct TilesOf {
     static __device__ __forceinline__ Nodes<double> reduce(const Worker& w, long long tile) {
         constexpr int TILES = 1 << (LEVEL - 1 - TILE_DEPTH);
         Nodes<double> left{};
+        if constexpr (LEVEL == RUN_DEPTH && TILE_DEPTH == 0)
+            if (w.even) return w.template run<true>(w.samples_from(tile), 0);
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
             const Nodes<double> n = TilesOf<LEVEL - 1>::reduce(w, tile + half * TILES);
