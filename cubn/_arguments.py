@@ -12,7 +12,7 @@ import numpy as np
 
 from cubn import _arrays, _layout
 from cubn._arrays import BOOL, Array, Output
-from cubn.backends import Backend, Extents, Operand, backend_for
+from cubn.backends import CPU, Backend, Extents, Operand, backend_for
 from cubn.errors import device_name, message
 
 backend = lru_cache(maxsize=None)(backend_for)
@@ -47,7 +47,7 @@ def source(function: str, x: Any, channel_axis: int, num_features: int | None = 
     if not extents.C or num_features not in (None, extents.C):
         rule = f"have {num_features or '1 or more'} channels on axis {axis}"
         raise ValueError(refusal(function, "x", rule, array))
-    return Source(array, axis, extents, _layout.operand(array, axis), backend(array.device))
+    return Source(array, axis, extents, _layout.operand(array, axis), backend(array.device, array.library.name))
 
 
 def mask(function: str, given: Any, x: Source) -> Companion:
@@ -93,11 +93,13 @@ def destination(
     return output
 
 
-def values_per_channel(x: Source, mask: Companion | None) -> int:
-    """How many values of a channel are present."""
+def values_per_channel(x: Source, mask: Companion | None) -> int | None:
+    """How many values of a channel are present; None where only the device knows."""
     N, _, S = x.extents
     if mask is None:
         return N * S
+    if mask.array.device[0] != CPU:
+        return None
     repeats = N * S // max(1, math.prod(mask.array.shape))
     return int(np.count_nonzero(mask.array.library.to_numpy(mask.array))) * repeats
 

@@ -1,7 +1,7 @@
 """Any array in, the same library's array out.
 
-NumPy and PyTorch arrays are read through their own attributes, which is fastest; every other array through its DLPack
-capsule. No library is imported here: a library whose array came in is in `sys.modules` already.
+NumPy, PyTorch and CuPy arrays are read through their own attributes, which is fastest; every other array through its
+DLPack capsule. No library is imported here: a library whose array came in is in `sys.modules` already.
 """
 
 from __future__ import annotations
@@ -407,6 +407,51 @@ class _Torch:
         self._torch.autograd.graph.increment_version(array.owner)
 
 
+class _Cupy:
+    """CuPy, through its arrays' own attributes."""
+
+    name = "cupy"
+    immutable = False
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+        self._is_rocm = bool(cupy.cuda.runtime.is_hip)
+
+    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+        if self._is_rocm:
+            _refuse_device(x, "rocm", function, argument)
+        strides, name = _numpy_layout(x.shape, x.strides, x.dtype)
+        if name not in dtypes:
+            _refuse_dtype(x, name, dtypes, function, argument)
+        if strides is None:
+            _refuse_misaligned(x, function, argument, f"strides of {x.strides} bytes")
+        pointer = x.data.ptr
+        if pointer % x.itemsize:
+            _refuse_misaligned(x, function, argument, f"address {pointer:#x}")
+        return Array(pointer, x.shape, strides, name, (CUDA, x.device.id), True, x, self)
+
+    def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
+        storage = like.owner.dtype if dtype == like.dtype else np.dtype(dtype)  # NumPy has no bfloat16 of its own
+        with like.owner.device:
+            memory = self._cupy.cuda.alloc(max(math.prod(shape), 1) * storage.itemsize)
+            y = self._cupy.ndarray(shape, storage, memory, _in_bytes(strides, storage.itemsize))
+        return Output(Array(y.data.ptr, shape, strides, dtype, like.device, True, y, self), lambda: y)
+
+    def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
+        with like.owner.device:
+            return self._cupy.array(values, dtype)
+
+    def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
+        values: np.ndarray[Any, Any] = array.owner.get()
+        return values.astype("float32") if array.dtype == "bfloat16" else values
+
+    def version(self, array: Array) -> int | None:
+        return None
+
+    def mark_written(self, array: Array) -> None:
+        pass
+
+
 class _Jax:
     """JAX, through its arrays' capsules. An array is never written: others may hold its memory."""
 
@@ -429,14 +474,14 @@ class _Jax:
         return _read(x, function, argument, dtypes, self)
 
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
-        buffer = _buffer(shape, strides, dtype)
+        output, exporter = _new_output(shape, strides, dtype, like.device, self)
         device = like.owner.device
 
         def finish() -> Any:
-            y = self._adopt(_dlpack.Exporter(buffer, dtype))
+            y = self._adopt(exporter)
             return y if y.device == device else self._jax.device_put(y, device)
 
-        return Output(_own(buffer, strides, dtype, self), finish)
+        return Output(output, finish)
 
     def _adopt(self, exporter: _dlpack.Exporter) -> Any:
         """A JAX array in the exporter's memory."""
@@ -446,9 +491,8 @@ class _Jax:
             return self._jax.dlpack.from_dlpack(exporter)
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
-        output = self.empty(values.shape, _layout.c_strides(values.shape), dtype, like)
-        output.array.owner[...] = values.astype(dtype).view(_storage(dtype))
-        return output.finish()
+        with self._jax.enable_x64(dtype == "float64"):
+            return self._jax.device_put(values.astype(dtype), like.owner.device)
 
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         return np.array(array.owner, "float32" if array.dtype == "bfloat16" else None)
@@ -478,17 +522,17 @@ class _Foreign:
             raise TypeError(
                 message("cubn", "x's library", "have from_dlpack, to make outputs", self.name, "Pass out=.")
             )
-        buffer = _buffer(shape, strides, dtype)
-        return Output(_own(buffer, strides, dtype, self), lambda: adopt(_dlpack.Exporter(buffer, dtype)))
+        output, exporter = _new_output(shape, strides, dtype, like.device, self)
+        return Output(output, lambda: adopt(exporter))
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
         return NUMPY.from_numpy(values, dtype, like)
 
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
-        values = _view(array)
+        values = _host_copy(array)
         if array.dtype == "bfloat16":
             return (values.astype(np.uint32) << 16).view(np.float32)
-        return np.array(values)
+        return values
 
     def version(self, array: Array) -> int | None:
         return None
@@ -503,7 +547,7 @@ def _read(x: Any, function: str, argument: str, dtypes: tuple[str, ...], library
     if kind not in (CPU, CUDA):
         _refuse_device(x, _OTHER_DEVICES.get(kind, f"DLPack device type {kind}"), function, argument)
     try:
-        tensor = _dlpack.read(x)
+        tensor = _dlpack.read(x, None if kind == CPU else _LEGACY_STREAM)
     except BufferError as error:
         rule = "be an array its library can export"
         raise BufferError(message(function, argument, rule, f"'{error}'", **_facts(x))) from error
@@ -526,12 +570,36 @@ def _buffer(shape: Shape, strides: Strides, dtype: str) -> np.ndarray[Any, Any]:
     return np.ndarray(shape, storage, memory, offset, _in_bytes(strides, storage.itemsize))
 
 
-def _own(buffer: np.ndarray[Any, Any], strides: Strides, dtype: str, library: Library) -> Array:
-    """A buffer of ours, for an output of a library."""
-    return Array(buffer.ctypes.data, buffer.shape, strides, dtype, _HOST, True, buffer, library)
+def _new_output(
+    shape: Shape, strides: Strides, dtype: str, device: tuple[int, int], library: Library
+) -> tuple[Array, _dlpack.Exporter]:
+    """Memory of ours for an output of a library, and what it will take it over from."""
+    if device[0] == CPU:
+        buffer = _buffer(shape, strides, dtype)
+        pointer = buffer.ctypes.data
+    else:
+        from cubn.backends import cuda
+
+        buffer = cuda.new_buffer(shape, _in_bytes(strides, ITEMSIZE[dtype]), _storage(dtype), device[1])
+        pointer = buffer.data.ptr
+    return Array(pointer, shape, strides, dtype, device, True, buffer, library), _dlpack.Exporter(buffer, dtype)
+
+
+def _host_copy(array: Array) -> np.ndarray[Any, Any]:
+    """The memory's bits, as `_storage` has them, in NumPy."""
+    if array.device[0] == CPU:
+        return np.array(_view(array))
+    from cubn.backends import cuda
+
+    strides = _in_bytes(array.strides, ITEMSIZE[array.dtype])
+    bits: np.ndarray[Any, Any] = cuda.host_copy(
+        array.pointer, array.shape, strides, _storage(array.dtype), array.owner, array.device[1]
+    )
+    return bits
 
 
 _ALIGNMENT = 64
+_LEGACY_STREAM = 1  # DLPack's number for CUDA's legacy default stream, where the CUDA backend works on such arrays
 _OTHER_DEVICES = {
     3: "pinned host memory",
     4: "opencl",
@@ -550,7 +618,7 @@ _DESCRIBERS: dict[type, _Describer] = {np.ndarray: NUMPY.describe, np.memmap: NU
 def _describer(x: Any, function: str, argument: str) -> _Describer:
     """Who describes arrays of x's type, on meeting the first one; an error if nobody does."""
     kind = type(x)
-    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    torch, jax, cupy = (sys.modules.get(name) for name in ("torch", "jax", "cupy"))
     if isinstance(x, np.ndarray):
         _refuse_subclass(x, function, argument)
     if torch and isinstance(x, torch.Tensor):
@@ -561,6 +629,8 @@ def _describer(x: Any, function: str, argument: str) -> _Describer:
         if isinstance(x, jax.core.Tracer):
             _refuse_stand_in(x, function, argument)
         found = _jax(jax).describe
+    elif cupy and isinstance(x, cupy.ndarray):
+        found = _cupy(cupy).describe
     elif hasattr(kind, "__dlpack__"):
         found = _foreign(*_home(x)).describe
     else:
@@ -584,4 +654,5 @@ def _home(x: Any) -> tuple[str, Callable[[Any], Any] | None]:
     return name, getattr(namespace, "from_dlpack", None)
 
 
-_torch, _jax, _foreign = lru_cache(_Torch), lru_cache(_Jax), lru_cache(_Foreign)  # one of each library
+# one of each library
+_torch, _jax, _cupy, _foreign = lru_cache(_Torch), lru_cache(_Jax), lru_cache(_Cupy), lru_cache(_Foreign)

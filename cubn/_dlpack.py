@@ -1,4 +1,4 @@
-"""Reading any DLPack capsule, and exporting a NumPy buffer under any dtype.
+"""Reading any DLPack capsule, and exporting a buffer under any dtype.
 
 NumPy's own reader knows no bfloat16, and other libraries' readers make arrays of their own; cubn needs only an address,
 strides, a dtype and a flag. Layouts are those of dlpack.h, version 1.
@@ -7,10 +7,7 @@ strides, a dtype and a flag. Layouts are those of dlpack.h, version 1.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    import numpy as np
+from typing import Any, NamedTuple
 
 CODES = {
     "float16": (2, 16),
@@ -76,12 +73,16 @@ _pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.argtypes, _pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
 
 
-def read(x: Any) -> Tensor:
-    """What x's capsule says, without consuming it. A capsule without flags, or of a copy, is not writable."""
+def read(x: Any, stream: int | None = None) -> Tensor:
+    """What x's capsule says, without consuming it. A capsule without flags, or of a copy, is not writable.
+
+    `stream` is where x will be read, on a CUDA device: the exporter makes that stream wait for its own work on x.
+    """
+    ordered = {} if stream is None else {"stream": stream}
     try:
-        capsule = x.__dlpack__(max_version=(1, 0))
+        capsule = x.__dlpack__(max_version=(1, 0), **ordered)
     except TypeError:  # an exporter older than DLPack 1
-        capsule = x.__dlpack__()
+        capsule = x.__dlpack__(**ordered)
     tensor, writable = _open(capsule)
     shape = tuple(tensor.shape[: tensor.ndim])
     return Tensor(
@@ -113,18 +114,19 @@ def _dtype_name(dtype: _DataType) -> str:
 
 
 class Exporter:
-    """A NumPy buffer for another library to take over, as an array of `dtype`, which has the buffer's item size.
+    """A NumPy or CuPy buffer for another library to take over, as an array of `dtype`, which has its item size.
 
-    NumPy makes the capsule, and frees the buffer when it is told; only the dtype written in it is changed. (A deleter
-    of our own would be Python code, which a library may call after the interpreter has shut down.)
+    The buffer's library makes the capsule, and frees the buffer when it is told; only the dtype written in it is
+    changed. (A deleter of our own would be Python code, which a library may call after the interpreter has shut down.)
     """
 
-    def __init__(self, buffer: np.ndarray[Any, Any], dtype: str) -> None:
+    def __init__(self, buffer: Any, dtype: str) -> None:
         self.buffer = buffer
         self.dtype = dtype
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return 1, 0
+        kind, index = self.buffer.__dlpack_device__()
+        return int(kind), int(index)
 
     def __dlpack__(self, **options: Any) -> Any:
         capsule = self.buffer.__dlpack__(**options)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from cubn import _arguments, _arrays
 from cubn._arguments import Companion, Source
 from cubn._arrays import Array, Output
 from cubn._layout import operand, vector
-from cubn.backends import Gate, Statistics, Vector
+from cubn.backends import BackendArray, Gate, Statistics, Vector
 from cubn.errors import message
 from cubn.moments import Moments, statistics_of
 from cubn.state import BatchNormState, Held, checked_eps, hold
@@ -29,7 +27,7 @@ class Kept(NamedTuple):
     """A parameter as it was in the forward, and where it came from."""
 
     vector: Vector
-    values: np.ndarray[Any, Any]
+    values: BackendArray
     home: Array
 
 
@@ -239,7 +237,7 @@ def forward_train(
     if updates:
         state.check_updatable("forward_train")
     output = _destination("forward_train", out, given)
-    gamma, beta = _kept_parameters(given.held)
+    gamma, beta = _kept_parameters(given)
     kind = _gate_kind(relu, given)
     statistics, bits = source.backend.train(
         source.extents,
@@ -254,7 +252,7 @@ def forward_train(
         keep_bits=kind == "bits",
     )
     if updates:
-        state.update("forward_train", statistics)
+        state.update("forward_train", statistics, source.backend)
     y = output.finish()
     return y, Saved(
         given,
@@ -305,7 +303,7 @@ def forward_frozen(
     source = given.source
     mean, var = _running(given.held, "forward_frozen")
     output = _destination("forward_frozen", out, given)
-    gamma, beta = _kept_parameters(given.held)
+    gamma, beta = _kept_parameters(given)
     kind = _gate_kind(relu, given)
     statistics = source.backend.frozen_statistics(mean, var, source.extents.C, state.eps)
     bits = source.backend.normalize(
@@ -395,7 +393,7 @@ def normalize(
         source.extents,
         source.operand,
         operand(output.array, source.axis),
-        statistics_of(moments, eps),
+        statistics_of(moments, eps, source.backend),
         held.gamma,
         held.beta,
         mask=given.mask and given.mask.operand,
@@ -433,7 +431,7 @@ def _running(held: Held, function: str) -> tuple[Vector, Vector]:
 def _check_count(x: Source, mask: Companion | None) -> None:
     """Training needs two values per channel."""
     count = _arguments.values_per_channel(x, mask)
-    if count > 1:
+    if count is None or count > 1:
         return
     if count:
         rule = "have more than one value per channel"
@@ -472,12 +470,14 @@ def _gate_kind(relu: bool, given: Given) -> str:
     return "recompute" if given.residual is None else "bits"
 
 
-def _kept_parameters(held: Held) -> tuple[Kept | None, Kept | None]:
+def _kept_parameters(given: Given) -> tuple[Kept | None, Kept | None]:
     """Copies of gamma and beta."""
-    gamma, beta = (held.arrays.get(name) for name in ("gamma", "beta"))
-    return gamma and _kept(gamma), beta and _kept(beta)
+    gamma, beta = (_kept(given.source, given.held.arrays.get(name)) for name in ("gamma", "beta"))
+    return gamma, beta
 
 
-def _kept(parameter: Array) -> Kept:
-    values = parameter.library.to_numpy(parameter)
-    return Kept(vector(_arrays.describe(values, "forward", "parameter")), values, parameter)
+def _kept(source: Source, parameter: Array | None) -> Kept | None:
+    if parameter is None:
+        return None
+    values, same = source.backend.keep(vector(parameter), source.extents.C)
+    return Kept(same, values, parameter)

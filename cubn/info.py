@@ -56,6 +56,12 @@ def _cpu_settings() -> dict[str, str]:
     }
 
 
+def _cuda_settings() -> dict[str, str]:
+    from cubn.backends.cuda.cupy_device import settings
+
+    return settings()
+
+
 def _section(title: str, rows: dict[str, str]) -> list[str]:
     width = max(map(len, rows))
     return ["", title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())]
@@ -71,7 +77,10 @@ def info() -> str:
         *_section("libraries", {name: version_of(*distributions) for name, distributions in LIBRARIES.items()}),
     ]
     cpu_works, cpu = availability(CPU)
-    lines += _section("backends", {"cpu": cpu, "cuda": availability(CUDA)[1]})
+    cuda_works, cuda = availability(CUDA)
+    lines += _section("backends", {"cpu": cpu, "cuda": cuda})
     if cpu_works:
         lines += _section("cpu backend", _cpu_settings())
+    if cuda_works:
+        lines += _section("cuda backend", _cuda_settings())
     return "\n".join(lines)

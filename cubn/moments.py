@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cubn import _arguments
-from cubn.backends import CPU, Nodes, Statistics, backend_for
+from cubn import _arguments, _nodes
+from cubn.backends import Backend, Nodes, Statistics
 from cubn.errors import message
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Moments:
         self.start = start
         self.stop = stop
         self._nodes = nodes
-        self._root: tuple[Any, Float64, Float64] = backend_for((CPU, 0)).root(nodes)
+        self._root: tuple[Any, Float64, Float64] = _nodes.root(nodes)
 
     @property
     def num_features(self) -> int:
@@ -124,7 +124,7 @@ class Moments:
             left._nodes.blocks + right._nodes.blocks,
             *(np.concatenate(pair) for pair in zip(left._nodes[1:], right._nodes[1:], strict=True)),
         )
-        return Moments(left.start, right.stop, backend_for((CPU, 0)).merge(nodes))
+        return Moments(left.start, right.stop, _nodes.merge(nodes))
 
     def __repr__(self) -> str:
         return f"Moments(samples=[{self.start}, {self.stop}), num_features={self.num_features}, count={self.count})"
@@ -207,9 +207,11 @@ def update(state: BatchNormState, moments: Moments) -> None:
         rule = f"have {state.num_features} channels, as the state has"
         raise ValueError(message("update", "moments", rule, moments.num_features))
     state.check_updatable("update")
-    state.update("update", statistics_of(moments, state.eps))
+    place = state.place("update")
+    state.update("update", statistics_of(moments, state.eps, place), place)
 
 
-def statistics_of(moments: Moments, eps: float) -> Statistics:
-    """What normalisation needs of Moments."""
-    return backend_for((CPU, 0)).statistics(np.array(moments.count), moments.mean, moments.m2, eps)
+def statistics_of(moments: Moments, eps: float, place: Backend) -> Statistics:
+    """What normalisation needs of Moments, where a backend can use it."""
+    count, mean, m2 = (place.from_host(a) for a in (np.array(moments.count), moments.mean, moments.m2))
+    return place.statistics(count, mean, m2, eps)

@@ -18,7 +18,7 @@ from cubn import _arrays
 from cubn._arguments import backend, refusal, whole
 from cubn._arrays import FLOATS, Array, Output
 from cubn._layout import vector
-from cubn.backends import Statistics, Vector
+from cubn.backends import CPU, Backend, BackendArray, Statistics, Vector
 from cubn.errors import device_name, message
 
 Int64 = NDArray[np.int64]
@@ -83,7 +83,8 @@ class BatchNormState:
     gamma, beta, running_mean, running_var : array of shape (C,), or None
         May be assigned to: arrays of any library on one device, used in place. The running statistics are written in
         place where their library allows it, and else replaced by new arrays. running_var is the unbiased variance.
-    tracked, skipped : numpy.ndarray of int64, shape (C,), or None
+    tracked, skipped : array of int64, shape (C,), or None
+        NumPy's; once running statistics on a CUDA device have been updated, CuPy's beside them.
         Per channel: updates seen; and how many of these left the running statistics as they were, because the batch's
         statistics or the new values were not finite, or the channel had fewer than two values.
 
@@ -101,11 +102,12 @@ class BatchNormState:
     """
 
     num_features: int
-    tracked: Int64 | None
-    skipped: Int64 | None
+    tracked: BackendArray | None
+    skipped: BackendArray | None
     _arrays: dict[str, Any]
     _held: Held | None  # while all arrays are NumPy's
     _lock: threading.Lock
+    _counters_device: tuple[int, int]
 
     gamma = _Attribute()
     beta = _Attribute()
@@ -203,8 +205,8 @@ class BatchNormState:
         self = cls.__new__(cls)
         self._begin(d["num_features"], d["eps"], d["momentum"], d["channel_axis"])
         self._assign(**{name: np.array(d[name]) for name in ARRAYS if d[name] is not None})
-        if self.tracked is not None and self.skipped is not None:
-            self.tracked[:], self.skipped[:] = d["tracked"], d["skipped"]
+        if self.tracked is not None:
+            self._place_counters(self._counters_device, d)
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -219,7 +221,7 @@ class BatchNormState:
         with self._lock:
             described = self._describe(self._arrays, "to_dict")
             arrays = dict.fromkeys(ARRAYS) | {name: a.library.to_numpy(a) for name, a in described.items()}
-            counters = {"tracked": copy.copy(self.tracked), "skipped": copy.copy(self.skipped)}
+            counters = self._counters()
         return {"num_features": self.num_features, **self._options(), **arrays, **counters}
 
     def copy(self) -> Self:
@@ -281,13 +283,20 @@ class BatchNormState:
             if not array.library.immutable:
                 _arrays.check_writable(array, function, name)
 
-    def update(self, function: str, statistics: Statistics) -> None:
+    def place(self, function: str) -> Backend:
+        """Where the running statistics are updated when there is no x to say so."""
+        mean = self._current(function).arrays["running_mean"]
+        return backend(mean.device, mean.library.name)
+
+    def update(self, function: str, statistics: Statistics, place: Backend) -> None:
         """Move the running statistics towards a batch's, with the guard; `check_updatable` has passed."""
         with self._lock:
             held = self._current(function)
             old = [held.arrays[name] for name in STATISTICS]
             new = [_target(array) for array in old]
-            backend(old[0].device).update(
+            if self._counters_device != old[0].device:
+                self._place_counters(old[0].device, self._counters())
+            place.update(
                 statistics,
                 (vector(old[0]), vector(old[1])),
                 (vector(new[0].array), vector(new[1].array)),
@@ -307,13 +316,13 @@ class BatchNormState:
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
             arrays = copy.deepcopy(self._arrays)
-            counters = {"tracked": copy.copy(self.tracked), "skipped": copy.copy(self.skipped)}
+            counters = self._counters()
         return {"arrays": arrays, **self._options(), **counters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._begin(state["num_features"], state["eps"], state["momentum"], state["channel_axis"])
         self._assign(**state["arrays"])
-        self.tracked, self.skipped = state["tracked"], state["skipped"]
+        self._place_counters(self._counters_device, state)
 
     def _begin(self, num_features: int, eps: float, momentum: float | None, channel_axis: int) -> None:
         """Options, and no arrays yet."""
@@ -324,6 +333,7 @@ class BatchNormState:
         self.momentum = momentum
         self.channel_axis = channel_axis
         self.tracked = self.skipped = None
+        self._counters_device = (CPU, 0)
         self._arrays = dict.fromkeys(ARRAYS)
         self._held = hold({}, _NAME)
         self._lock = threading.Lock()
@@ -340,6 +350,22 @@ class BatchNormState:
             self._held = held if all(array.library.name == "numpy" for array in described.values()) else None
             if "running_mean" in described and self.tracked is None:
                 self.tracked, self.skipped = (np.zeros(self.num_features, np.int64) for _ in range(2))
+
+    def _counters(self) -> dict[str, Int64 | None]:
+        """Copies of the counters in NumPy."""
+        counters = {"tracked": self.tracked, "skipped": self.skipped}
+        if self._counters_device[0] == CPU:
+            return {name: copy.copy(counter) for name, counter in counters.items()}
+        place = backend(self._counters_device)
+        return {name: place.to_host(counter) for name, counter in counters.items()}
+
+    def _place_counters(self, device: tuple[int, int], values: Mapping[str, Int64 | None]) -> None:
+        """Counters of these values where the running statistics are."""
+        place = None if device[0] == CPU else backend(device)
+        for name in ("tracked", "skipped"):
+            value = None if values[name] is None else np.array(values[name], np.int64)
+            setattr(self, name, place.from_host(value) if place and value is not None else value)
+        self._counters_device = device
 
     def _current(self, function: str) -> Held:
         return self._held or hold(self._describe(self._arrays, function), function)

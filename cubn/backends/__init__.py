@@ -95,21 +95,17 @@ class Backend(Protocol):
 
     name: str
 
+    def to_host(self, array: BackendArray) -> Any:
+        """A copy in NumPy of one of the backend's arrays."""
+
+    def from_host(self, array: Any) -> BackendArray:
+        """A backend array of a NumPy array's values."""
+
+    def keep(self, parameter: Vector, C: int) -> tuple[BackendArray, Vector]:
+        """A copy of a per-channel array as it is now, and the same as a kernel sees it."""
+
     def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
         """Nodes (count, mean, m2) of samples [start, start + N). N = 0 or S = 0 gives nodes of count 0, or none."""
-
-    def merge(self, nodes: Nodes) -> Nodes:
-        """The same neighbouring blocks with every complete aligned pair merged: at most one row per maximal aligned
-        block.
-        """
-
-    def root(self, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
-        """(count (), mean (C,), m2 (C,)) of the moments tree over all rows, which must be neighbours; absent rows are
-        the identity.
-        """
-
-    def root_sums(self, nodes: Nodes) -> tuple[BackendArray, BackendArray]:
-        """(sum_dy (C,), sum_dy_xmu (C,)) of the plain-sum tree over all rows of `backward_sums`."""
 
     def statistics(self, count: BackendArray, mean: BackendArray, m2: BackendArray, eps: float) -> Statistics:
         """var = m2 / count and invstd = 1 / sqrt(var + eps), in float64."""
@@ -244,10 +240,23 @@ class Backend(Protocol):
         """dgamma = sum_dy_xmu * invstd and dbeta = sum_dy, each rounded once to its vector's dtype."""
 
 
-def backend_for(device: tuple[int, int]) -> Backend:
-    """The backend of a DLPack device (type, index)."""
-    if device[0] == CPU:
+def backend_for(device: tuple[int, int], library: str = "") -> Backend:
+    """The backend of a DLPack device (type, index), for arrays of one library: CUDA work goes to that library's stream.
+
+    Raises
+    ------
+    ImportError
+        If what the backend is made with is not installed.
+    BackendUnavailable
+        If it is, and does not work here.
+    """
+    kind, index = device
+    if kind == CPU:
         from cubn.backends import cpu
 
         return cpu.backend()
-    raise BackendUnavailable(f"cubn: no backend for DLPack device type {device[0]}; this version runs on the CPU")
+    if kind == CUDA:
+        from cubn.backends import cuda
+
+        return cuda.backend(index, library)
+    raise BackendUnavailable(f"cubn: there is no backend for DLPack device type {kind}. Move the arrays to the CPU")

@@ -1,12 +1,14 @@
 """What cannot be computed is refused, with a message that says what to do, and with nothing changed."""
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import cubn
-from cubn import _dlpack
+from cubn import _arguments, _dlpack
 from cubn.errors import BackendUnavailable
 
 F32 = "dtype=float32, device=cpu"
@@ -19,6 +21,7 @@ class Elsewhere(_dlpack.Exporter):
         return 2, 0
 
     def __dlpack__(self, **options):
+        assert options.pop("stream", 1) == 1, "CUDA arrays are read on the legacy default stream"
         capsule = super().__dlpack__(**options)
         tensor, _ = _dlpack._open(capsule)
         tensor.device.type = 2
@@ -583,9 +586,62 @@ def test_21_deleted(world):
     refused(world, ValueError, text, cubn.forward, x, world.state)
 
 
-def test_24_no_backend_there(world):
-    text = "cubn: no backend for DLPack device type 2; this version runs on the CPU"
+def test_24_a_cuda_array_without_cupy(world, monkeypatch):
+    forget_cuda(monkeypatch)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    text = (
+        "cubn: arrays on CUDA devices need CuPy, which is not installed. Install it with: pip install 'cubn[cuda13]' "
+        "(or 'cubn[cuda12]', as the driver allows)"
+    )
+    refused(world, ImportError, text, cubn.moments, elsewhere((3, 4, 2)))
+
+
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        (
+            {"driver": False},
+            "cubn: CuPy found no usable CUDA driver (no driver). Install NVIDIA's driver, or a CuPy for the CUDA "
+            "version it supports: 'cubn[cuda12]' or 'cubn[cuda13]'",
+        ),
+        ({"devices": 0}, "cubn: there is no CUDA device 0; CuPy sees 0. Check CUDA_VISIBLE_DEVICES"),
+        (
+            {"capability": "70"},
+            "cubn: CUDA device 0 has compute capability 7.0; 7.5 or newer is needed. Move the arrays to the CPU",
+        ),
+    ],
+    ids=["driver", "device", "capability"],
+)
+def test_24_a_cuda_device_that_cannot_be_used(world, monkeypatch, facts, text):
+    forget_cuda(monkeypatch)
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(**facts))
     refused(world, BackendUnavailable, text, cubn.moments, elsewhere((3, 4, 2)))
+
+
+def forget_cuda(monkeypatch):
+    """As in a process that has met no CUDA array yet."""
+    monkeypatch.delitem(sys.modules, "cubn.backends.cuda.cupy_device", raising=False)
+    if "cubn.backends.cuda" in sys.modules:
+        monkeypatch.delattr(sys.modules["cubn.backends.cuda"], "cupy_device", raising=False)
+    _arguments.backend.cache_clear()
+
+
+def fake_cupy(driver=True, devices=1, capability="90"):
+    """As much of CuPy as is asked before a device is used."""
+
+    def count():
+        if not driver:
+            raise CudaError("no driver")
+        return devices
+
+    class CudaError(RuntimeError):
+        pass
+
+    runtime = SimpleNamespace(getDeviceCount=count, CUDARuntimeError=CudaError, is_hip=False)
+    device = SimpleNamespace(compute_capability=capability, attributes={})
+    return SimpleNamespace(
+        cuda=SimpleNamespace(runtime=runtime, Device=lambda index: device), ndarray=type("A", (), {})
+    )
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from typing import Any, NamedTuple
 
@@ -131,6 +132,20 @@ class CpuBackend:
     """See cubn.backends.Backend."""
 
     name = "cpu"
+
+    def to_host(self, array: NDArray[Any]) -> NDArray[Any]:
+        return array.copy()
+
+    def from_host(self, array: NDArray[Any]) -> NDArray[Any]:
+        return array
+
+    def keep(self, parameter: Vector, C: int) -> tuple[NDArray[Any], Vector]:
+        storage = np.dtype("uint16" if parameter.dtype == "bfloat16" else parameter.dtype)
+        step = parameter.stride * storage.itemsize
+        low = parameter.pointer + min(0, step * (C - 1))
+        memory = memoryview((ctypes.c_char * (abs(step) * (C - 1) + storage.itemsize)).from_address(low))
+        values = np.ndarray((C,), storage, memory, parameter.pointer - low, (step,)).copy()
+        return values, Vector(at(values), parameter.dtype, 1)
 
     def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
         return reduced("moments", extents, start, x=x, mask=mask)

@@ -1,0 +1,40 @@
+"""The CUDA backend: the kernels of `kernels/`, planned, specialised and launched."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from cubn.backends.cuda.backend import CudaBackend
+
+
+@functools.cache
+def backend(index: int, library: str) -> CudaBackend:
+    """The backend of a device, for arrays of one library: on that library's stream, in its memory where it says so.
+
+    Raises
+    ------
+    ImportError
+        Without CuPy.
+    BackendUnavailable
+        Without a driver or such a device, or on one that is too old.
+    """
+    from cubn.backends.cuda.cupy_device import CupyDevice
+
+    return CudaBackend(CupyDevice(index, library))
+
+
+def new_buffer(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, index: int) -> Any:
+    """A CuPy array of its own memory, with these strides in bytes; its elements fill it."""
+    from cubn.backends.cuda import cupy_device
+
+    return cupy_device.new_buffer(shape, strides, dtype, index)
+
+
+def host_copy(
+    pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, owner: object, index: int
+) -> Any:
+    """What is in a device's memory, in NumPy; strides in bytes. Waits for the work before it."""
+    from cubn.backends.cuda import cupy_device
+
+    return cupy_device.view(pointer, shape, strides, dtype, owner, index).get()

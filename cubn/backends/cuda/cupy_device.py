@@ -1,0 +1,156 @@
+"""The device that CuPy drives: memory, streams, compiled kernels. The only file that imports CuPy."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import sys
+from typing import Any
+
+import numpy as np
+
+from cubn.backends.cuda.plan import Launch, Limits
+from cubn.backends.cuda.source import translation_unit
+from cubn.errors import BackendUnavailable
+
+try:
+    import cupy
+except ImportError as error:
+    raise ImportError(
+        "cubn: arrays on CUDA devices need CuPy, which is not installed. Install it with: pip install 'cubn[cuda13]' "
+        "(or 'cubn[cuda12]', as the driver allows)"
+    ) from error
+
+OLDEST = (7, 5)
+"""Compute capability of the oldest supported devices."""
+
+DEFAULT_SHARED_BYTES = 48 << 10
+
+
+class CupyDevice:
+    """See cubn.backends.cuda.device.Device.
+
+    Work goes to the current stream of the library whose arrays it is for: PyTorch's or CuPy's own; for any other, whose
+    capsules are ordered before it, the legacy default stream. Memory for PyTorch's arrays comes from its allocator, so
+    that a CUDA graph which PyTorch captures owns it.
+    """
+
+    def __init__(self, index: int, library: str) -> None:
+        self._device = cupy.cuda.Device(index)
+        self._index = index
+        self._torch = sys.modules["torch"] if library == "torch" else None
+        self._is_cupys = library == "cupy"
+        self.limits = limits_of(index)
+        self._kernels: dict[tuple[str, tuple[str, ...]], Any] = {}
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        if self._torch is None:
+            with self._device, self._stream():
+                return cupy.empty(shape, dtype)
+        size = byte_bounds(shape, None, np.dtype(dtype).itemsize)[1]
+        memory = self._torch.empty(size, dtype=self._torch.uint8, device=f"cuda:{self._index}")
+        return view(memory.data_ptr(), shape, None, dtype, memory, self._index)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        array = self.empty(shape, dtype)
+        with self._device, self._stream() as stream:
+            array.data.memset_async(0, array.nbytes, stream)
+        return array
+
+    def from_host(self, values: Any) -> Any:
+        values = np.asarray(values)
+        array = self.empty(values.shape, values.dtype.name)
+        with self._device, self._stream() as stream:
+            array.set(values, stream=stream)
+        return array
+
+    def to_host(self, array: Any) -> Any:
+        with self._device, self._stream() as stream:
+            return array.get(stream=stream)
+
+    def address(self, array: Any) -> int:
+        return int(array.data.ptr)
+
+    def launch(self, launch: Launch, parameters: bytes) -> None:
+        with self._device, self._stream() as stream:
+            kernel = self._kernels.get((launch.kernel, launch.options)) or self._compiled(launch)
+            argument = np.frombuffer(parameters, np.dtype((np.void, len(parameters))))  # of size one: goes by value
+            kernel((launch.grid,), (launch.threads,), (argument,), shared_mem=launch.shared_bytes, stream=stream)
+
+    def _compiled(self, launch: Launch) -> Any:
+        """The kernel, compiled or from CuPy's cache on disk; it must be the current device's."""
+        options = ("-std=c++17", *launch.options)
+        kernel = cupy.RawModule(code=translation_unit(launch.source), options=options).get_function(launch.kernel)
+        if self.limits.shared_bytes > DEFAULT_SHARED_BYTES:  # a block has more only if its kernel was told
+            kernel.max_dynamic_shared_size_bytes = self.limits.shared_bytes - kernel.shared_size_bytes
+        self._kernels[launch.kernel, launch.options] = kernel
+        return kernel
+
+    def _stream(self) -> Any:
+        if self._torch is not None:
+            return cupy.cuda.ExternalStream(self._torch.cuda.current_stream(self._index).cuda_stream, self._index)
+        return cupy.cuda.get_current_stream(self._index) if self._is_cupys else cupy.cuda.Stream.null
+
+
+@functools.cache
+def limits_of(index: int) -> Limits:
+    """The limits of a device; BackendUnavailable if there is none that can be used."""
+    try:
+        devices = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise BackendUnavailable(
+            f"cubn: CuPy found no usable CUDA driver ({error}). Install NVIDIA's driver, or a CuPy for the CUDA "
+            "version it supports: 'cubn[cuda12]' or 'cubn[cuda13]'"
+        ) from error
+    if index >= devices:
+        raise BackendUnavailable(
+            f"cubn: there is no CUDA device {index}; CuPy sees {devices}. Check CUDA_VISIBLE_DEVICES"
+        )
+    device = cupy.cuda.Device(index)
+    major, minor = divmod(int(device.compute_capability), 10)
+    if (major, minor) < OLDEST:
+        raise BackendUnavailable(
+            f"cubn: CUDA device {index} has compute capability {major}.{minor}; {OLDEST[0]}.{OLDEST[1]} or newer is "
+            "needed. Move the arrays to the CPU"
+        )
+    attributes = device.attributes
+    return Limits(attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"], (major, minor))
+
+
+def view(
+    pointer: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: Any, owner: Any, index: int
+) -> Any:
+    """A CuPy array over somebody else's memory, which it keeps alive; strides in bytes, None for C-contiguous."""
+    dtype = np.dtype(dtype)
+    low, high = byte_bounds(shape, strides, dtype.itemsize)
+    memory = cupy.cuda.UnownedMemory(pointer + low, high - low, owner, index)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, -low), strides)
+
+
+def byte_bounds(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> tuple[int, int]:
+    """The lowest byte an array uses and one past the highest, from its first element on; one byte at least."""
+    if strides is None:
+        return 0, max(math.prod(shape) * itemsize, 1)
+    reach = [(extent - 1) * stride for extent, stride in zip(shape, strides, strict=True) if extent]
+    return sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + itemsize
+
+
+def new_buffer(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, index: int) -> Any:
+    """A CuPy array of its own memory, with these strides in bytes; the shape's elements fill it."""
+    with cupy.cuda.Device(index), cupy.cuda.Stream.null:
+        memory = cupy.cuda.alloc(byte_bounds(shape, None, np.dtype(dtype).itemsize)[1])
+        return cupy.ndarray(shape, dtype, memory, strides)
+
+
+def settings() -> dict[str, str]:
+    """What `python -m cubn info` says of the devices."""
+    found = {"kernel cache": os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache") + " (CuPy's)"}
+    for index in range(cupy.cuda.runtime.getDeviceCount()):
+        name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
+        limits = limits_of(index)
+        found[f"device {index}"] = (
+            f"{name}, compute capability {limits.capability[0]}.{limits.capability[1]}, "
+            f"{limits.multiprocessors} multiprocessors, {limits.shared_bytes >> 10} KB shared memory a block"
+        )
+    return found

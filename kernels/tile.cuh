@@ -1,0 +1,142 @@
+// One tile of a sample by WIDTH neighbouring lanes of a warp: a lane owns 8 neighbouring columns of up to 8 rows.
+//
+// A reader knows where the tile's values are:
+//     reader.read(position, valid, terms)    the terms of positions [position, position + min(valid, 8)) of the tile
+// with terms.v[j] = x for moments; for sums the pair of dy behind its gate and dy * (x - mean).
+#pragma once
+#include "parameters.cuh"
+#include "tree.cuh"
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// How many values the columns of a tile have: those before `full` rows + 1, the others rows.
+struct Shape {
+    int rows, full;
+    __device__ __forceinline__ int values(int column) const { return rows + (column < full); }
+};
+
+__device__ __forceinline__ Shape shape_of(long long length) {
+    const int values = static_cast<int>(length);
+    return {values / COLUMNS, values % COLUMNS};
+}
+
+// The merge of the nodes of columns [low, low + size) and [low + size, low + 2 size).
+template <class Kind, class Acc>
+__device__ __forceinline__ Node<Acc> merge_columns(
+    Node<Acc> a, Node<Acc> b, int level, int low, Shape shape, const LastTile& last
+) {
+    const int size = 1 << level;
+    const bool uniform = shape.full <= low || shape.full >= low + 2 * size;
+    if (!uniform) {
+        if (shape.rows == 0 && shape.full <= low + size) return a; // b has no values
+        return Kind::merge(a, b, Rounded<Acc>::from(last.share[level]), Rounded<Acc>::from(last.weight[level]));
+    }
+    if (shape.rows == 0 && shape.full <= low) return a; // neither has
+    return Kind::merge(a, b, Acc(0.5), multiply(Acc(size * shape.values(low)), Acc(0.5)));
+}
+
+template <class Acc> __device__ __forceinline__ Node<Acc> shuffle_node(Node<Acc> n, int offset) {
+    return {__shfl_xor_sync(ALL_LANES, n.first, offset), __shfl_xor_sync(ALL_LANES, n.second, offset)};
+}
+
+// Merge the 8 columns of every lane, then the lanes; every lane ends with the tile's node.
+template <class Kind, int WIDTH, class Acc>
+__device__ __forceinline__ Node<Acc> merge_all(Node<Acc> (&n)[OCTET], Shape shape, const LastTile& last) {
+    const int lane = threadIdx.x % WIDTH, column = OCTET * lane;
+#pragma unroll
+    for (int level = 0; level < 3; ++level) {
+        const int size = 1 << level;
+#pragma unroll
+        for (int j = 0; j < OCTET; j += 2 * size)
+            n[j] = merge_columns<Kind>(n[j], n[j + size], level, column + j, shape, last);
+    }
+    Node<Acc> node = n[0];
+#pragma unroll
+    for (int level = 3; (OCTET * WIDTH) >> (level + 1); ++level) {
+        const int offset = 1 << (level - 3);
+        const Node<Acc> other = shuffle_node(node, offset);
+        const bool right = lane & offset;
+        const int low = column & ~(2 * (1 << level) - 1);
+        node = merge_columns<Kind>(right ? other : node, right ? node : other, level, low, shape, last);
+    }
+    return node;
+}
+
+template <class Acc> struct MomentTerms {
+    Acc v[OCTET];
+};
+
+template <class Acc> struct SumTerms {
+    Node<Acc> v[OCTET];
+};
+
+// Mean and m2 of the `values` values of a column about the pivot; one value has m2 = 0, whatever it is.
+template <class Acc, int LIMIT>
+__device__ __forceinline__ Node<Acc> column_moments(const Acc (&v)[LIMIT], int values) {
+    if (values < 2) return {v[0], Acc(0)};
+    Acc sum = v[0];
+#pragma unroll
+    for (int r = 1; r < LIMIT; ++r)
+        if (r < values) sum = add(sum, v[r]);
+    const Acc mean = values == ROWS ? multiply(sum, Acc(0.125)) : divide(sum, Acc(values));
+    Acc d = subtract(v[0], mean), m2 = multiply(d, d);
+#pragma unroll
+    for (int r = 1; r < LIMIT; ++r) {
+        d = subtract(v[r], mean);
+        if (r < values) m2 = add(m2, multiply(d, d));
+    }
+    return {mean, m2};
+}
+
+// Node of a tile of `length` values. ROW_LIMIT is 1 where tiles have at most 256 values, else 8.
+template <class Kind, int WIDTH, int ROW_LIMIT> struct Tile;
+
+template <int WIDTH, int ROW_LIMIT> struct Tile<Moments, WIDTH, ROW_LIMIT> {
+    template <class Acc, class Reader>
+    static __device__ __forceinline__ Node<double> reduce(const Reader& reader, long long length, const LastTile& last) {
+        const int column = OCTET * (threadIdx.x % WIDTH);
+        MomentTerms<Acc> rows[ROW_LIMIT];
+#pragma unroll
+        for (int r = 0; r < ROW_LIMIT; ++r)
+            reader.read(r * COLUMNS + column, static_cast<int>(length) - r * COLUMNS - column, rows[r]);
+        const Acc pivot = __shfl_sync(ALL_LANES, rows[0].v[0], 0, WIDTH);
+        const Shape shape = length == TILE ? Shape{ROWS, 0} : shape_of(length);
+        Node<Acc> n[OCTET];
+#pragma unroll
+        for (int j = 0; j < OCTET; ++j) {
+            Acc v[ROW_LIMIT];
+#pragma unroll
+            for (int r = 0; r < ROW_LIMIT; ++r) v[r] = subtract(rows[r].v[j], pivot);
+            if (ROW_LIMIT == 1)
+                n[j] = {v[0], Acc(0)};
+            else
+                n[j] = column_moments(v, shape.values(column + j));
+        }
+        const Node<Acc> node = merge_all<Moments, WIDTH>(n, shape, last);
+        return {add(to_double(pivot), to_double(node.first)), to_double(node.second)};
+    }
+};
+
+template <int WIDTH, int ROW_LIMIT> struct Tile<Sums, WIDTH, ROW_LIMIT> {
+    template <class Acc, class Reader>
+    static __device__ __forceinline__ Node<double> reduce(const Reader& reader, long long length, const LastTile& last) {
+        const int column = OCTET * (threadIdx.x % WIDTH);
+        const Shape shape = length == TILE ? Shape{ROWS, 0} : shape_of(length);
+        Node<Acc> n[OCTET];
+#pragma unroll
+        for (int r = 0; r < ROW_LIMIT; ++r) {
+            SumTerms<Acc> row;
+            const int valid = static_cast<int>(length) - r * COLUMNS - column;
+            reader.read(r * COLUMNS + column, valid, row);
+#pragma unroll
+            for (int j = 0; j < OCTET; ++j) {
+                if (r == 0)
+                    n[j] = row.v[j];
+                else if (j < valid)
+                    n[j] = {add(n[j].first, row.v[j].first), add(n[j].second, row.v[j].second)};
+            }
+        }
+        const Node<Acc> node = merge_all<Sums, WIDTH>(n, shape, last);
+        return {to_double(node.first), to_double(node.second)};
+    }
+};

@@ -1,0 +1,58 @@
+// Nodes of the canonical tree and their merges: moments by Chan's formula, sums by plain additions.
+#pragma once
+#include "formats.cuh"
+#include "parameters.cuh"
+
+constexpr int ROWS = 8;
+constexpr int COLUMNS = 256;
+constexpr int TILE = ROWS * COLUMNS;
+
+// (mean, m2), or the sums (of dy, of dy * (x - mean)).
+template <class Acc> struct Node {
+    Acc first, second;
+};
+
+struct Moments {
+    static constexpr bool NEEDS_COEFFICIENTS = false;
+    // share = count_b / count, weight = count_a * share
+    template <class Acc> static EXACT Node<Acc> merge(Node<Acc> a, Node<Acc> b, Acc share, Acc weight) {
+        const Acc d = subtract(b.first, a.first);
+        return {add(a.first, multiply(d, share)), add(add(a.second, b.second), multiply(multiply(d, d), weight))};
+    }
+};
+
+struct Sums {
+    static constexpr bool NEEDS_COEFFICIENTS = true;
+    template <class Acc> static EXACT Node<Acc> merge(Node<Acc> a, Node<Acc> b, Acc, Acc) {
+        return {add(a.first, b.first), add(a.second, b.second)};
+    }
+};
+
+// Any two nodes; one without values is the identity.
+template <class Kind, class Acc>
+__device__ __forceinline__ Node<Acc> merge_counted(Node<Acc> a, long long count_a, Node<Acc> b, long long count_b) {
+    if (count_b == 0) return a;
+    if (count_a == 0) return b;
+    Acc share, values_a, values_b, values;
+    from_integer(count_a, values_a);
+    if (count_a == count_b) {
+        share = Acc(0.5);
+    } else {
+        from_integer(count_b, values_b);
+        from_integer(count_a + count_b, values);
+        share = divide(values_b, values);
+    }
+    return Kind::merge(a, b, share, multiply(values_a, share));
+}
+
+// Values of one channel before padded tile i, counted from the first sample's first on.
+__device__ __forceinline__ long long values_before(const Parameters& p, long long i) {
+    const long long sample = i >> p.log2_tiles;
+    if (sample >= p.samples) return p.samples * p.positions;
+    const long long inside = (i - (sample << p.log2_tiles)) * TILE;
+    return sample * p.positions + (inside < p.positions ? inside : p.positions);
+}
+
+__device__ __forceinline__ long long values_between(const Parameters& p, long long low, long long high) {
+    return values_before(p, high) - values_before(p, low);
+}

@@ -1,0 +1,1 @@
+"""Runs unmodified CUDA C++ kernels on the CPU: see README.md."""
