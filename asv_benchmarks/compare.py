@@ -1,4 +1,4 @@
-"""Measure cubn next to torch in one process, turn by turn, and write asv_benchmarks/results/<machine>/cpu.json.
+"""Measure cubn next to torch in one process, in turns, and write asv_benchmarks/results/<machine>/cpu.json.
 
     python asv_benchmarks/compare.py                      measure every workload in float32
     python asv_benchmarks/compare.py --dtype bfloat16     another type, into cpu-bfloat16.json
@@ -22,7 +22,7 @@ COLUMNS = ("forward_train", "forward", "moments", "backward", "backward into dx"
 HEADLINE = ("64@112²", "256@56²", "512@28²", "1024@14²", "2048@7²", "(4096, 1024)", "(65536, 64)", "64@64³")
 
 
-def measure(only: str, dtype: torch.dtype, repeats: int) -> list[dict[str, object]]:
+def measure(only: str, dtype: torch.dtype, turns: int) -> list[dict[str, object]]:
     """One row per workload and operation: milliseconds of a copy, of cubn, of torch."""
     use_threads()
     rows: list[dict[str, object]] = []
@@ -32,7 +32,7 @@ def measure(only: str, dtype: torch.dtype, repeats: int) -> list[dict[str, objec
         timed = operations(workload, dtype)
         copy = timed.pop("copy").cubn
         for name, operation in timed.items():
-            copied, ours, theirs = (1e3 * t for t in alternate([copy, operation.cubn, operation.torch], repeats))
+            copied, ours, theirs = (1e3 * t for t in alternate([copy, operation.cubn, operation.torch], turns))
             row = {"array": workload.name, "shape": workload.shape, "layout": workload.layout, "operation": name}
             rows.append(row | {"copy_ms": copied, "cubn_ms": ours, "torch_ms": theirs})
             print(
@@ -60,17 +60,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=("float16", "bfloat16", "float32", "float64"))
     parser.add_argument("--only", default="", metavar="REGEX")
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--table", type=Path, metavar="FILE")
     options = parser.parse_args()
     if options.table:
         print(table(options.table))
         return
-    rows = measure(options.only, getattr(torch, options.dtype), options.repeats)
+    rows = measure(options.only, getattr(torch, options.dtype), options.turns)
     if options.only:
         return
     suffix = "" if options.dtype == "float32" else f"-{options.dtype}"
-    header: dict[str, object] = {"threads": THREADS, "dtype": options.dtype, "repeats": options.repeats}
+    header: dict[str, object] = {"threads": THREADS, "dtype": options.dtype, "turns": options.turns}
     print("written:", write(f"cpu{suffix}.json", header, rows))
 
 

@@ -4,10 +4,12 @@ import json
 import os
 import platform
 import re
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 def processor() -> str:
@@ -29,7 +31,8 @@ def write(name: str, options: dict[str, object], rows: list[dict[str, object]]) 
         "processor": processor(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
-        **{package: metadata.version(package) for package in ("cubn", "numpy", "numba", "llvmlite", "torch")},
+        "cubn": tomllib.loads(PROJECT.read_text())["project"]["version"],  # of this checkout, installed or not
+        **{package: metadata.version(package) for package in ("numpy", "numba", "llvmlite", "torch")},
         **options,
     }
     path = RESULTS / machine() / name

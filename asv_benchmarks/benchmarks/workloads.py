@@ -94,19 +94,34 @@ def operations(workload: Workload, dtype: torch.dtype = torch.float32) -> dict[s
     }
 
 
-def alternate(calls: Sequence[Callable[[], object]], repeats: int = 11, warm: int = 2) -> list[float]:
+SETTLE, COUNT = 0.02, 0.01  # seconds of a turn
+
+
+def alternate(calls: Sequence[Callable[[], object]], turns: int = 7) -> list[float]:
     """The median time of each call in seconds, the calls taking turns.
 
-    At least `repeats` rounds and a quarter of a second count, after `warm` rounds that do not.
+    In its turn a call is repeated for 20 ms that do not count, then for 10 ms that do, and once at least either way:
+    torch's threads spin on the processors for some 16 ms after torch's last call, and what they hold up then is not
+    what a program that uses one library sees. Turns spread what else happens on the machine over all calls.
     """
     times: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + 0.25
-    while len(times[0]) < warm + repeats or (time.perf_counter() < end and len(times[0]) < 1000):
+    for _ in range(turns):
         for call, row in zip(calls, times, strict=True):
-            begin = time.perf_counter()
-            call()
-            row.append(time.perf_counter() - begin)
-    return [statistics.median(row[warm:]) for row in times]
+            _repeated(call, SETTLE)
+            row += _repeated(call, COUNT)
+    return [statistics.median(row) for row in times]
+
+
+def _repeated(call: Callable[[], object], seconds: float) -> list[float]:
+    """The times of calls one after another, until so many seconds have passed."""
+    now = time.perf_counter()
+    end, times = now + seconds, []
+    while not times or now < end:
+        begin = now
+        call()
+        now = time.perf_counter()
+        times.append(now - begin)
+    return times
 
 
 def use_threads(n: int = THREADS) -> None:

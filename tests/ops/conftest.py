@@ -3,7 +3,7 @@
 import pytest
 
 import cubn
-from cubn.backends.cpu import plan
+from cubn.backends.cpu import plan, prepare
 
 
 @pytest.fixture(autouse=True)
@@ -15,13 +15,24 @@ def number_of_threads():
 
 
 @pytest.fixture
-def eager_threads(monkeypatch):
+def plans_anew():
+    """Work out launches from plan's constants as they are during the test."""
+    prepared = (prepare.elementwise, prepare.reduction, prepare.fused, prepare.merging)
+    for function in prepared:
+        function.cache_clear()
+    yield
+    for function in prepared:
+        function.cache_clear()
+
+
+@pytest.fixture
+def eager_threads(monkeypatch, plans_anew):
     """Wake threads for arrays of any size, so that small ones are cut between them too."""
     monkeypatch.setattr(plan, "SERIAL_BYTES", 0)
 
 
 @pytest.fixture
-def streaming(request, monkeypatch):
+def streaming(request, monkeypatch, plans_anew):
     """Outputs written past the caches, as otherwise only large ones are; where the parameter asks for it."""
     if request.param == "streamed":
         monkeypatch.setattr(plan, "STREAM_BYTES", 0)

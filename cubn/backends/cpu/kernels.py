@@ -48,7 +48,7 @@ FIRST, SECOND = OFFSET["first"], OFFSET["second"]
 GAMMA, GAMMA_CODE, GAMMA_STRIDE = OFFSET["gamma"], OFFSET["gamma_code"], OFFSET["gamma_stride"]
 BETA, BETA_CODE, BETA_STRIDE = OFFSET["beta"], OFFSET["beta_code"], OFFSET["beta_stride"]
 EPS, MOMENTUM, CUMULATIVE = OFFSET["eps"], OFFSET["momentum"], OFFSET["cumulative"]
-TRACKED, SKIPPED, RUNNING_CODE = OFFSET["tracked"], OFFSET["skipped"], OFFSET["running_code"]
+TRACKED, SKIPPED, RUNNING_CODE = OFFSET["tracked"], OFFSET["skipped"], OFFSET["old_mean_code"]
 OLD_MEAN, OLD_MEAN_STRIDE, OLD_VAR, OLD_VAR_STRIDE = (
     OFFSET[f"old_{k}"] for k in ("mean", "mean_stride", "var", "var_stride")
 )

@@ -4,7 +4,8 @@ bytes.
 
 from __future__ import annotations
 
-from array import array
+OPERANDS = ("x", "y", "g", "r", "mask")  # y: y or dx; g: residual or dy; r: dresidual
+VECTORS = ("gamma", "beta", "old_mean", "old_var", "new_mean", "new_var")
 
 FIELDS = (
     "task",
@@ -13,29 +14,9 @@ FIELDS = (
     "samples",
     "channels",
     "positions",
-    "x",
-    "x_sample",
-    "x_channel",
-    "x_position",
-    "y",
-    "y_sample",
-    "y_channel",
-    "y_position",  # y, or dx
-    "g",
-    "g_sample",
-    "g_channel",
-    "g_position",  # residual, or dy
-    "r",
-    "r_sample",
-    "r_channel",
-    "r_position",  # dresidual
-    "mask",
-    "mask_sample",
-    "x_offsets",
-    "y_offsets",
-    "g_offsets",
-    "r_offsets",
-    "mask_offsets",  # int64[S]: where a position is, for strided arrays
+    *(f"{name}{part}" for name in OPERANDS for part in ("", "_sample", "_channel", "_position")),
+    *(f"{name}_offsets" for name in OPERANDS),  # int64[S]: where a position is, for strided arrays
+    *(f"{name}{part}" for name in VECTORS for part in ("", "_code", "_stride")),
     "bits",
     "bits_sample",
     "bits_channel",
@@ -69,36 +50,12 @@ FIELDS = (
     "invstd",
     "first",
     "second",  # int64[1] and float64[C]: statistics, a root or sums
-    "gamma",
-    "gamma_code",
-    "gamma_stride",
-    "beta",
-    "beta_code",
-    "beta_stride",
     "eps",
     "momentum",
     "cumulative",  # float64 bits; 1: momentum is 1 / (batches kept)
-    "old_mean",
-    "old_mean_stride",
-    "old_var",
-    "old_var_stride",
-    "new_mean",
-    "new_mean_stride",
-    "new_var",
-    "new_var_stride",
-    "running_code",
     "tracked",
-    "skipped",  # running statistics and int64[C] counters
+    "skipped",  # int64[C] counters
     "block",  # rows of the elementwise pass a task takes
 )
-OFFSET = {name: 8 * i for i, name in enumerate(FIELDS)}
-_NONE = [0] * len(FIELDS)
-_INDEX = {name: i for i, name in enumerate(FIELDS)}
-
-
-def parameters(**fields: int) -> array[int]:
-    """The block for one launch; what is not named is 0."""
-    values = _NONE.copy()
-    for name, value in fields.items():
-        values[_INDEX[name]] = value
-    return array("q", values)
+PLACE = {name: i for i, name in enumerate(FIELDS)}
+OFFSET = {name: 8 * i for name, i in PLACE.items()}

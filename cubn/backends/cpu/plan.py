@@ -173,17 +173,13 @@ def slab(extents: Extents, kind: str, itemsize: int, threads: int) -> Slab | Non
     return Slab(chunk, tasks, offsets, scratch)
 
 
-@functools.lru_cache(1024)
-def column_tables(S: int, itemsize: int) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """(full, tail): shares and weights of the merges of a tile's columns, for a full tile and for a sample's last.
+@functools.cache
+def column_table(length: int, double: bool) -> NDArray[np.floating]:
+    """Shares and weights of the merges of the columns of a tile of `length` positions.
 
     For each level, 16 pairs at a time: 16 shares, then 16 weights, in acc.
     """
-    acc = np.float64 if itemsize == 8 else np.float32
-    return _column_table(min(S, TILE), acc), _column_table(S % TILE or min(S, TILE), acc)
-
-
-def _column_table(length: int, acc: type[np.floating]) -> NDArray[np.floating]:
+    acc: type[np.floating] = np.float64 if double else np.float32
     counts = np.array([len(range(j, length, COLUMNS)) for j in range(min(length, COLUMNS))], acc)
     table = [np.zeros((0, 2, LANES), acc)]
     while len(counts) > 1:
