@@ -25,7 +25,7 @@ def test_numpy_is_the_only_dependency():
 def test_readme_has_two_commands_of_one_line_whose_extras_exist():
     assert len(README_COMMANDS) == 2
     assert README_COMMANDS[0].endswith("-m cubn demo")
-    assert README_COMMANDS[1].endswith("-m pytest")
+    assert "-m pytest" in README_COMMANDS[1]
     for command in README_COMMANDS:
         assert re.search(r"'\.\[(\w+)\]'", command)[1] in PROJECT["optional-dependencies"]
 
