@@ -98,18 +98,19 @@ SETTLE, COUNT = 0.02, 0.01  # seconds of a turn
 
 
 def alternate(calls: Sequence[Callable[[], object]], turns: int = 7) -> list[float]:
-    """The median time of each call in seconds, the calls taking turns.
+    """The time of each call in seconds, the calls taking turns: the median of its quietest turn.
 
     In its turn a call is repeated for 20 ms that do not count, then for 10 ms that do, and once at least either way:
     torch's threads spin on the processors for some 16 ms after torch's last call, and what they hold up then is not
-    what a program that uses one library sees. Turns spread what else happens on the machine over all calls.
+    what a program that uses one library sees. In some turns the system keeps both threads of a call on one processor,
+    and each call then takes the milliseconds of a time slice; so the turn with the least median counts, on all sides.
     """
-    times: list[list[float]] = [[] for _ in calls]
+    medians: list[list[float]] = [[] for _ in calls]
     for _ in range(turns):
-        for call, row in zip(calls, times, strict=True):
+        for call, row in zip(calls, medians, strict=True):
             _repeated(call, SETTLE)
-            row += _repeated(call, COUNT)
-    return [statistics.median(row) for row in times]
+            row.append(statistics.median(_repeated(call, COUNT)))
+    return [min(row) for row in medians]
 
 
 def _repeated(call: Callable[[], object], seconds: float) -> list[float]:
