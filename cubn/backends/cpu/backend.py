@@ -20,6 +20,8 @@ Doubles = NDArray[np.float64]
 Sums = tuple[Doubles, Doubles]
 Address = tuple[int]
 
+STORAGE = {dtype: np.dtype("uint16" if dtype == "bfloat16" else dtype) for dtype in CODES}
+
 
 class Bits(NamedTuple):
     """Which y passed a residual ReLU: one bit an element, in 16-bit words along channels (per_position) or along
@@ -135,8 +137,13 @@ class CpuBackend:
         return array
 
     def keep(self, parameter: Vector, C: int) -> tuple[NDArray[Any], Vector]:
-        storage = np.dtype("uint16" if parameter.dtype == "bfloat16" else parameter.dtype)
+        storage = STORAGE[parameter.dtype]
         step = parameter.stride * storage.itemsize
+        if step == storage.itemsize:
+            values = np.empty(C, storage)
+            address = numpy_address(values)
+            ctypes.memmove(address, parameter.pointer, values.nbytes)
+            return values, Vector(address, parameter.dtype, 1)
         low = parameter.pointer + min(0, step * (C - 1))
         memory = memoryview((ctypes.c_char * (abs(step) * (C - 1) + storage.itemsize)).from_address(low))
         values = np.ndarray((C,), storage, memory, parameter.pointer - low, (step,)).copy()
