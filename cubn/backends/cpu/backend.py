@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cubn._arrays import numpy_address
-from cubn._tree import Step
 from cubn.backends import Extents, Gate, Nodes, Operand, Statistics, Vector
 from cubn.backends.cpu import plan, prepare
 from cubn.backends.cpu.plan import LANES
@@ -63,28 +61,6 @@ def rows_in(bits: Bits | None) -> BitRows | None:
     return bits and BitRows(numpy_address(bits.words), bits.per_position, *bits.words.strides[:2])
 
 
-@functools.lru_cache(1024)
-def program(steps: tuple[Step, ...], counts: tuple[int, ...]) -> tuple[NDArray[np.int64], tuple[int, ...]]:
-    """The steps with the counts they merge, as the kernel reads them; and the counts of all rows in the end."""
-    rows = list(counts)
-    table = np.empty((len(steps), 4), np.int64)
-    for i, (a, b) in enumerate(steps):
-        table[i] = a, b, rows[a], rows[b]
-        rows[a] += rows[b]
-    return table, tuple(rows)
-
-
-def merged(nodes: Nodes, steps: tuple[Step, ...], what: str) -> Nodes:
-    """The same arrays with the steps' merges done; rows merged into a left neighbour are spent."""
-    if not steps:
-        return nodes
-    table, counts = program(steps, tuple(nodes.count.tolist()))
-    C = nodes.first.shape[1]
-    arrays = {"rows": at(table), "node_first": at(nodes.first), "node_second": at(nodes.second)}
-    launch(prepare.merging, what, C, len(steps), **arrays)
-    return nodes._replace(count=np.array(counts, np.int64))
-
-
 def kept(nodes: Nodes, rows: tuple[int, ...]) -> Nodes:
     if len(rows) == len(nodes.count):
         return nodes
@@ -92,37 +68,23 @@ def kept(nodes: Nodes, rows: tuple[int, ...]) -> Nodes:
     return Nodes(nodes.blocks, nodes.count[index], nodes.first[index], nodes.second[index])
 
 
-def root_of(nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]:
-    """The one node of a whole batch; zeros for an empty one."""
-    if not nodes.blocks:
-        C = nodes.first.shape[1]
-        return np.zeros((), np.int64), np.zeros(C), np.zeros(C)
-    return np.array(nodes.count[0]), nodes.first[0], nodes.second[0]
-
-
 def reduced(
-    what: str,
+    before: tuple[str, ...],
+    what: tuple[str, ...],
     extents: Extents,
     start: int,
-    *,
-    whole: bool = False,
-    before: tuple[str, ...] = (),
-    options: tuple[str, ...] = (),
     **arguments: tuple[Any, ...] | None,
 ) -> Nodes:
-    """Node rows, merged to maximal aligned blocks; or, of a whole batch, to one node."""
-    N, C, _ = extents
+    """Node rows, merged to maximal aligned blocks."""
+    C = extents.C
     if 0 in extents:
         return Nodes((), np.zeros(0, np.int64), np.zeros((0, C)), np.zeros((0, C)))
     cut = plan.reduction(extents, prepare.kind(extents, **arguments), start)
     rows = len(cut.table)
     nodes = Nodes(cut.blocks, np.empty(rows, np.int64), np.empty((rows, C)), np.empty((rows, C)))
     into = {"node_count": at(nodes.count), "node_first": at(nodes.first), "node_second": at(nodes.second)}
-    launch(prepare.reduction, before, (what, *options), extents, start, **arguments, **into)
-    if whole:
-        tree = merged(nodes, cut.to_root, what)
-        return Nodes(((start, start + N),), tree.count[:1], tree.first[:1], tree.second[:1])
-    return kept(merged(nodes, cut.steps, what), cut.kept)
+    launch(prepare.reduction, before, what, extents, start, **arguments, **into)
+    return kept(nodes, cut.kept)
 
 
 class CpuBackend:
@@ -150,7 +112,7 @@ class CpuBackend:
         return values, Vector(numpy_address(values), parameter.dtype, 1)
 
     def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
-        return reduced("moments", extents, start, x=x, mask=mask)
+        return reduced((), ("moments",), extents, start, x=x, mask=mask)
 
     def statistics(self, count: NDArray[np.int64], mean: Doubles, m2: Doubles, eps: float) -> Statistics:
         found = new_statistics(len(mean))
@@ -238,16 +200,12 @@ class CpuBackend:
         operands = {"x": x, "y": y, "g": residual, "mask": mask}
         found = new_statistics(extents.C)
         bits = new_bits(extents, prepare.kind(extents, **operands)) if keep_bits else None
+        if 0 in extents:
+            nothing = np.zeros(extents.C)
+            return self.statistics(found.count, nothing, nothing, eps), bits
         options, numbers = (residual is not None, relu, keep_bits), (("eps", eps),)
         given = {**operands, "gamma": gamma, "beta": beta, "bits": rows_in(bits), **addresses(found)}
-        if launch(prepare.fused, (), ("train_slab", *options), extents, numbers, **given):
-            return found, bits
-        count, mean, m2 = root_of(reduced("moments", extents, 0, whole=True, x=x, mask=mask))
-        if 0 in extents:
-            return self.statistics(count, mean, m2, eps), bits
-        found.count[...] = count
-        given |= {"first": at(mean), "second": at(m2)}
-        launch(prepare.elementwise, ("finish",), ("normalize", *options), extents, numbers, **given)
+        launch(prepare.train, options, extents, numbers, **given)
         return found, bits
 
     def update(
@@ -277,11 +235,9 @@ class CpuBackend:
         mask: Operand | None,
         gate: Gate,
         start: int,
-        whole: bool = False,
     ) -> Nodes:
         given: Any = {"gamma": gamma, "beta": beta, "bits": rows_in(gate.bits), **addresses(statistics)}
-        how: Any = {"whole": whole, "before": ("tabulate",), "options": (gate.kind,)}
-        return reduced("sums", extents, start, **how, x=x, g=dy, mask=mask, **given)
+        return reduced(("tabulate",), ("sums", gate.kind), extents, start, x=x, g=dy, mask=mask, **given)
 
     def backward_apply(
         self,
@@ -324,17 +280,13 @@ class CpuBackend:
         mask: Operand | None,
         gate: Gate,
     ) -> Sums:
+        if 0 in extents:
+            first, second = np.zeros((2, extents.C))
+            return first, second
         first, second = rows_of(2, extents.C)
         given: Any = {"x": x, "y": dx, "g": dy, "r": dresidual, "mask": mask, "bits": rows_in(gate.bits)}
         given |= {"gamma": gamma, "beta": beta, **addresses(statistics), "first": at(first), "second": at(second)}
-        what = ("backward_slab", gate.kind, frozen, dresidual is not None)
-        if launch(prepare.fused, ("tabulate",), what, extents, (), **given):
-            return first, second
-        common: Any = {"mask": mask, "gate": gate}
-        nodes = self.backward_sums(extents, dy, x, statistics, gamma, beta, **common, start=0, whole=True)
-        _, first, second = root_of(nodes)
-        used = None if frozen else (first, second)
-        self.backward_apply(extents, dy, x, dx, dresidual, statistics, gamma, beta, used, **common)
+        launch(prepare.backward, (gate.kind, frozen, dresidual is not None), extents, **given)
         return first, second
 
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:

@@ -34,7 +34,7 @@ from cubn.backends.cpu.strided import strided_pass
 
 Function = Callable[[int, int], None]
 
-TASK, TASKS = OFFSET["task"], OFFSET["tasks"]
+TASK, TASKS, PASS_TASK, PASS_TASKS = (OFFSET[name] for name in ("task", "tasks", "pass_task", "pass_tasks"))
 SAMPLES, CHANNELS, POSITIONS = OFFSET["samples"], OFFSET["channels"], OFFSET["positions"]
 X, X_CHANNEL, G, G_CHANNEL = OFFSET["x"], OFFSET["x_channel"], OFFSET["g"], OFFSET["g_channel"]
 BITS, BITS_CHANNEL = OFFSET["bits"], OFFSET["bits_channel"]
@@ -55,7 +55,7 @@ OLD_MEAN, OLD_MEAN_STRIDE, OLD_VAR, OLD_VAR_STRIDE = (
 NEW_MEAN, NEW_MEAN_STRIDE, NEW_VAR, NEW_VAR_STRIDE = (
     OFFSET[f"new_{k}"] for k in ("mean", "mean_stride", "var", "var_stride")
 )
-STEPS = OFFSET["steps"]
+STEPS, STEP_TABLE = OFFSET["steps"], OFFSET["step_table"]
 
 
 @instruction()
@@ -116,7 +116,8 @@ def reduce_rows(source: Source, kind: str) -> Function:
 
 
 def merge_rows(what: Reduction) -> Function:
-    """The plan's steps (left row, right row, count left, count right) over node rows. Task: a chunk of channels."""
+    """The plan's steps (left row, right row) over node rows. Where a root is asked for, it is what row 0 then holds."""
+    at_once, sets_count = LANES, what is Moments
 
     @instruction()
     def merge(a: Value, a2: Value, b: Value, b2: Value, count_a: Value, count_b: Value, lanes: Value) -> None:
@@ -128,26 +129,33 @@ def merge_rows(what: Reduction) -> Function:
         store_raw(first, a, 8, mask)
         store_raw(second, a2, 8, mask)
 
-    @instruction()
-    def replace(a: Value, b: Value, lanes: Value) -> None:
-        store_raw(load_raw(b, DOUBLE, 8, first_lanes(lanes)), a, 8, first_lanes(lanes))
+    @jit
+    def replace(to, at, c_all):  # type: ignore[no-untyped-def]
+        for c in range(0, c_all, at_once):
+            store_lanes(to + 8 * c, at + 8 * c, min(c_all - c, at_once))
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
-        c_all, chunk = get(p + CHANNELS), get(p + CHUNK)
+        c_all, counts = get(p + CHANNELS), get(p + NODE_COUNT)
         first, second = get(p + NODE_FIRST), get(p + NODE_SECOND)
-        task = claim(p + TASK)
-        while task < get(p + TASKS):
-            for i in range(get(p + STEPS)):
-                step = get(p + ROW_TABLE) + 32 * i
-                a, b, count_a, count_b = get(step), get(step + 8), get(step + 16), get(step + 24)
-                for c in range(task * chunk, min((task + 1) * chunk, c_all), LANES):
-                    at_a, at_b, lanes = 8 * (a * c_all + c), 8 * (b * c_all + c), min(c_all - c, LANES)
-                    if count_a == 0:
-                        replace(first + at_a, first + at_b, lanes)
-                        replace(second + at_a, second + at_b, lanes)
-                    elif count_b != 0:
-                        merge(first + at_a, second + at_a, first + at_b, second + at_b, count_a, count_b, lanes)
-            task = claim(p + TASK)
+        row = 8 * c_all
+        for i in range(get(p + STEPS)):
+            step = get(p + STEP_TABLE) + 16 * i
+            a, b = get(step), get(step + 8)
+            count_a, count_b = get(counts + 8 * a), get(counts + 8 * b)
+            if count_a == 0:
+                replace(first + a * row, first + b * row, c_all)
+                replace(second + a * row, second + b * row, c_all)
+            elif count_b != 0:
+                for c in range(0, c_all, at_once):
+                    at_a, at_b = a * row + 8 * c, b * row + 8 * c
+                    lanes = min(c_all - c, at_once)
+                    merge(first + at_a, second + at_a, first + at_b, second + at_b, count_a, count_b, lanes)
+            put(counts + 8 * a, count_a + count_b)
+        if get(p + FIRST):
+            replace(get(p + FIRST), first, c_all)
+            replace(get(p + SECOND), second, c_all)
+            if sets_count:
+                put(get(p + COUNT), get(counts))
 
     return kernel
 
@@ -347,10 +355,10 @@ def elementwise_strided(element: Element, what: Pass) -> Function:
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         groups = (get(p + CHANNELS) + groups_of - 1) // groups_of
-        task = claim(p + TASK)
-        while task < get(p + TASKS):
+        task = claim(p + PASS_TASK)
+        while task < get(p + PASS_TASKS):
             one(p, task // groups, task % groups * groups_of)
-            task = claim(p + TASK)
+            task = claim(p + PASS_TASK)
 
     return kernel
 
@@ -364,8 +372,8 @@ def elementwise(element: Element, kind: str, what: Pass) -> Function:
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         many, block = get(p + inner), get(p + BLOCK)
         rows = get(p + SAMPLES) * many
-        task = claim(p + TASK)
-        while task < get(p + TASKS):
+        task = claim(p + PASS_TASK)
+        while task < get(p + PASS_TASKS):
             stop = rows - task * block
             at = max(stop - block, 0)
             while at < stop:
@@ -373,7 +381,7 @@ def elementwise(element: Element, kind: str, what: Pass) -> Function:
                 count = min(many - first, stop - at)
                 of_rows(p, n, first, count)
                 at += count
-            task = claim(p + TASK)
+            task = claim(p + PASS_TASK)
 
     return kernel
 

@@ -10,7 +10,10 @@ VECTORS = ("gamma", "beta", "old_mean", "old_var", "new_mean", "new_var")
 FIELDS = (
     "task",
     *(f"unused_{i}" for i in range(15)),  # the next task to claim, apart from what is only read
+    "pass_task",
+    *(f"unused_{i}" for i in range(15, 30)),  # the same of an elementwise pass
     "tasks",
+    "pass_tasks",
     "samples",
     "channels",
     "positions",
@@ -24,9 +27,10 @@ FIELDS = (
     "coefficients",
     "coefficient_row",  # table of arithmetic.Coefficients: rows of acc, one entry a channel
     "rows",
-    "steps",
     "chunk",
     "chunks",  # int64[.][4], see plan.py; channels a task takes; tasks a row
+    "steps",
+    "step_table",  # int64[steps][2], the rows to merge
     "node_first",
     "node_second",
     "node_count",  # float64[row][C] twice, int64[row]
@@ -49,7 +53,7 @@ FIELDS = (
     "var",
     "invstd",
     "first",
-    "second",  # int64[1] and float64[C]: statistics, a root or sums
+    "second",  # int64[1] and float64[C]: statistics; a root or sums
     "eps",
     "momentum",
     "cumulative",  # float64 bits; 1: momentum is 1 / (batches kept)
