@@ -11,7 +11,17 @@ from llvmlite import ir
 
 from cubn.backends.cpu import channels
 from cubn.backends.cpu.arithmetic import Moments, Reduction, Sums
-from cubn.backends.cpu.elementwise import SPREAD, Backward, Forward, Pass, channel_pass, group_pass, position_pass
+from cubn.backends.cpu.elementwise import (
+    SPREAD,
+    Backward,
+    Forward,
+    Pass,
+    channel_pass,
+    flat_pass,
+    group_pass,
+    position_pass,
+    repeat_channels,
+)
 from cubn.backends.cpu.launch import OFFSET
 from cubn.backends.cpu.reduce import HALF_NODE, NODE, Source, channels_of_a_slot, gather, jit
 from cubn.backends.cpu.simd import (
@@ -363,6 +373,32 @@ def elementwise_strided(element: Element, what: Pass) -> Function:
     return kernel
 
 
+def elementwise_flat(element: Element, what: Pass) -> Function:
+    """y or dx from a table of repeated channels. Task: a block of elements, the last ones first."""
+    of_elements = flat_pass(element, what)
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        block = get(p + BLOCK)
+        total = get(p + SAMPLES) * get(p + POSITIONS) * get(p + CHANNELS)
+        task = claim(p + PASS_TASK)
+        while task < get(p + PASS_TASKS):
+            first = (get(p + PASS_TASKS) - 1 - task) * block
+            of_elements(p, first, min(block, total - first))
+            task = claim(p + PASS_TASK)
+
+    return kernel
+
+
+def repeat(element: Element) -> Function:
+    """The coefficient table of few channels, repeated."""
+    fill = repeat_channels(element)
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        fill(p)
+
+    return kernel
+
+
 def elementwise(element: Element, kind: str, what: Pass) -> Function:
     """y or dx from the coefficient table. Task: a block of rows, the last ones first."""
     rowwise = kind in ("rows", "columns")
@@ -453,6 +489,7 @@ def gradients(p, c, lanes):  # type: ignore[no-untyped-def]
 FOR_ALL = {"statistics": finish_root, "frozen": widen_running, "parameter_gradients": gradients}
 IN_ACC: dict[str, Callable[[Element], Function]] = {
     "finish": lambda element: for_all(finish_root, table_of(element)),
+    "repeat": repeat,
     "tabulate": lambda element: for_all(table_of(element)),
     "tabulate_gradient": lambda element: for_all(gradient_table_of(element)),
     "tabulate_frozen": lambda element: for_all(widen_running, table_of(element)),
@@ -480,4 +517,6 @@ def build(name: str, dtype: str, options: tuple[Any, ...]) -> Function:
     if name == "backward_slab":
         return backward_slab(element, kind, Backward(*rest))
     what = Forward(*rest) if name == "normalize" else Backward(*rest)
-    return elementwise_strided(element, what) if kind == "strided" else elementwise(element, kind, what)
+    if kind == "strided":
+        return elementwise_strided(element, what)
+    return elementwise_flat(element, what) if kind == "flat" else elementwise(element, kind, what)

@@ -59,7 +59,8 @@ FIELDS = (
     "cumulative",  # float64 bits; 1: momentum is 1 / (batches kept)
     "tracked",
     "skipped",  # int64[C] counters
-    "block",  # rows of the elementwise pass a task takes
+    "block",  # rows of the elementwise pass a task takes; or elements, where coefficients repeat after `period`
+    "period",
 )
 PLACE = {name: i for i, name in enumerate(FIELDS)}
 OFFSET = {name: 8 * i for name, i in PLACE.items()}

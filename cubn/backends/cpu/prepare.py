@@ -115,13 +115,17 @@ def kind(extents: Extents, **arguments: Argument | None) -> str:
     return kind_of(extents, tuple(arguments), *[argument and argument[1:] for argument in arguments.values()])
 
 
+def _operands(layouts: dict[str, Any]) -> list[Operand]:
+    return [Operand(0, *layouts[name]) for name in OPERANDS if layouts.get(name)]
+
+
 @functools.lru_cache(1024)
 def kind_of(extents: Extents, names: tuple[str, ...], *layouts: Layout | None) -> str:
     """`plan.kind_of` of the operands among the arguments; a mask, or bits of another kind, need the general kernels."""
     given = {name: layout for name, layout in zip(names, layouts, strict=True) if layout}
     if "mask" in given:
         return "strided"
-    kind = plan.kind_of(extents, [Operand(0, *given[name]) for name in OPERANDS if name in given])
+    kind = plan.kind_of(extents, _operands(given))
     bits = given.get("bits")
     if bits and BitRows(0, *bits).per_position != (kind in ("channels", "single")):
         return "strided"
@@ -190,9 +194,9 @@ def _extents(extents: Extents) -> Fields:
     return dict(zip(("samples", "channels", "positions"), extents, strict=True))
 
 
-def _table(extents: Extents, dtype: str) -> tuple[Fields, Fields]:
+def _table(entries: int, dtype: str) -> tuple[Fields, Fields]:
     """(numbers, room) of the coefficient table: six rows of acc, padded to whole vectors."""
-    row = -(-extents.C // plan.LANES) * plan.LANES * ITEMSIZE[_acc(dtype)]
+    row = -(-entries // plan.LANES) * plan.LANES * ITEMSIZE[_acc(dtype)]
     row = -(-row // ALIGNMENT) * ALIGNMENT
     return {"coefficient_row": row}, {"coefficients": 6 * row}
 
@@ -238,11 +242,23 @@ def _pass(
     """A pass over all elements, and its kind."""
     dtype, kind = _dtype(names, layouts), kind_of(extents, names, *layouts)
     size = ITEMSIZE[dtype]
-    tasks, block = plan.elementwise_tasks(extents, kind, size)
-    fields = {"pass_tasks": tasks, "block": block, "stream": plan.streams(extents, size)}
+    before: Kernels = ()
+    room: Fields = {}
+    given = dict(zip(names, layouts, strict=True))
+    flat = kind in ("channels", "single") and not given.get("bits") and plan.is_flat(extents, _operands(given))
+    if flat:
+        tasks, block, period = plan.flat_tasks(extents, size)
+        table, room = _table(2 * period + plan.LANES, dtype)
+        fields = {**table, "period": period}
+        before = _over_channels(("repeat",), dtype)
+    else:
+        tasks, block = plan.elementwise_tasks(extents, kind, size)
+        fields = {}
+    fields |= {"pass_tasks": tasks, "block": block, "stream": plan.streams(extents, size)}
     threads = plan.threads_for(math.prod(extents) * size, tasks, limit)
     name, *options = what
-    return kind, Part(((kernel(name, dtype, kind, *options), threads),), fields, {})
+    run = kernel(name, dtype, "flat" if flat else kind, *options)
+    return kind, Part((*before, (run, threads)), fields, room)
 
 
 def _reduction(
@@ -303,7 +319,7 @@ def _joined(
     strided: bool = False,
 ) -> Launch:
     """One launch of all parts, with a coefficient table, and room for statistics that nobody asked for."""
-    fields, room = _table(extents, _dtype(names, layouts))
+    fields, room = _table(extents.C, _dtype(names, layouts))
     fields |= {**_extents(extents), **_numbers(numbers)}
     kernels: Kernels = ()
     for part in parts:
