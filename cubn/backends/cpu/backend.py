@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cubn import _nodes
 from cubn._arrays import numpy_address
-from cubn._tree import Step
+from cubn._tree import Block, Step, root_order
 from cubn.backends import Extents, Gate, Nodes, Operand, Statistics, Vector
 from cubn.backends.cpu import plan, prepare
 from cubn.backends.cpu.plan import LANES
@@ -72,7 +73,16 @@ def program(steps: tuple[Step, ...], counts: tuple[int, ...]) -> tuple[NDArray[n
     return table, tuple(rows)
 
 
-def merged(nodes: Nodes, steps: tuple[Step, ...], what: str) -> Nodes:
+class Rows(NamedTuple):
+    """Nodes with their parts apart: int64 (rows,) and twice float64 (rows, C)."""
+
+    blocks: tuple[Block, ...]
+    count: Any
+    first: Doubles
+    second: Doubles
+
+
+def merged(nodes: Rows, steps: tuple[Step, ...], what: str) -> Rows:
     """The same arrays with the steps' merges done; rows merged into a left neighbour are spent."""
     if not steps:
         return nodes
@@ -83,15 +93,15 @@ def merged(nodes: Nodes, steps: tuple[Step, ...], what: str) -> Nodes:
     return nodes._replace(count=np.array(counts, np.int64))
 
 
-def kept(nodes: Nodes, rows: tuple[int, ...]) -> Nodes:
+def kept(nodes: Rows, rows: tuple[int, ...]) -> Rows:
     if len(rows) == len(nodes.count):
         return nodes
     index = list(rows)
-    return Nodes(nodes.blocks, nodes.count[index], nodes.first[index], nodes.second[index])
+    return Rows(nodes.blocks, nodes.count[index], nodes.first[index], nodes.second[index])
 
 
-def root_of(nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]:
-    """The one node of a whole batch; zeros for an empty one."""
+def root_of(nodes: Rows) -> tuple[NDArray[np.int64], Doubles, Doubles]:
+    """The first node; zeros where there is none."""
     if not nodes.blocks:
         C = nodes.first.shape[1]
         return np.zeros((), np.int64), np.zeros(C), np.zeros(C)
@@ -107,20 +117,26 @@ def reduced(
     before: tuple[str, ...] = (),
     options: tuple[str, ...] = (),
     **arguments: tuple[Any, ...] | None,
-) -> Nodes:
+) -> Rows:
     """Node rows, merged to maximal aligned blocks; or, of a whole batch, to one node."""
     N, C, _ = extents
     if 0 in extents:
-        return Nodes((), np.zeros(0, np.int64), np.zeros((0, C)), np.zeros((0, C)))
+        return Rows((), np.zeros(0, np.int64), np.zeros((0, C)), np.zeros((0, C)))
     cut = plan.reduction(extents, prepare.kind(extents, **arguments), start)
     rows = len(cut.table)
-    nodes = Nodes(cut.blocks, np.empty(rows, np.int64), np.empty((rows, C)), np.empty((rows, C)))
+    nodes = Rows(cut.blocks, np.empty(rows, np.int64), np.empty((rows, C)), np.empty((rows, C)))
     into = {"node_count": at(nodes.count), "node_first": at(nodes.first), "node_second": at(nodes.second)}
     launch(prepare.reduction, before, (what, *options), extents, start, **arguments, **into)
     if whole:
         tree = merged(nodes, cut.to_root, what)
-        return Nodes(((start, start + N),), tree.count[:1], tree.first[:1], tree.second[:1])
+        return Rows(((start, start + N),), tree.count[:1], tree.first[:1], tree.second[:1])
     return kept(merged(nodes, cut.steps, what), cut.kept)
+
+
+def rooted(nodes: Nodes, what: str) -> Rows:
+    """All of them merged into the first row."""
+    copies = Rows(nodes.blocks, nodes.count.copy(), nodes.first.copy(), nodes.second.copy())
+    return merged(copies, root_order(nodes.blocks), what)
 
 
 class CpuBackend:
@@ -128,11 +144,19 @@ class CpuBackend:
 
     name = "cpu"
 
-    def to_host(self, array: NDArray[Any]) -> NDArray[Any]:
-        return array.copy()
+    device = None
+
+    def to_host(self, array: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        if out is None:
+            return array.copy()
+        out[...] = array
+        return out
 
     def from_host(self, array: NDArray[Any]) -> NDArray[Any]:
         return array
+
+    def staging(self, shape: tuple[int, ...]) -> Doubles:
+        return np.empty(shape)
 
     def keep(self, parameter: Vector, C: int) -> tuple[NDArray[Any], Vector]:
         storage = np.dtype("uint16" if parameter.dtype == "bfloat16" else parameter.dtype)
@@ -143,7 +167,13 @@ class CpuBackend:
         return values, Vector(numpy_address(values), parameter.dtype, 1)
 
     def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
-        return reduced("moments", extents, start, x=x, mask=mask)
+        return _nodes.joined(*reduced("moments", extents, start, x=x, mask=mask))
+
+    def root(self, nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]:
+        return root_of(rooted(nodes, "moments"))
+
+    def root_sums(self, nodes: Nodes) -> Sums:
+        return root_of(rooted(nodes, "sums"))[1:]
 
     def statistics(self, count: NDArray[np.int64], mean: Doubles, m2: Doubles, eps: float) -> Statistics:
         found = new_statistics(len(mean))
@@ -270,8 +300,23 @@ class CpuBackend:
         mask: Operand | None,
         gate: Gate,
         start: int,
-        whole: bool = False,
     ) -> Nodes:
+        return _nodes.joined(*self._sums(extents, dy, x, statistics, gamma, beta, mask=mask, gate=gate, start=start))
+
+    def _sums(
+        self,
+        extents: Extents,
+        dy: Operand,
+        x: Operand,
+        statistics: Statistics,
+        gamma: Vector | None,
+        beta: Vector | None,
+        *,
+        mask: Operand | None,
+        gate: Gate,
+        start: int = 0,
+        whole: bool = False,
+    ) -> Rows:
         given: Any = {"gamma": gamma, "beta": beta, "bits": rows_in(gate.bits), **addresses(statistics)}
         how: Any = {"whole": whole, "before": ("tabulate",), "options": (gate.kind,)}
         return reduced("sums", extents, start, **how, x=x, g=dy, mask=mask, **given)
@@ -324,8 +369,7 @@ class CpuBackend:
         if launch(prepare.fused, ("tabulate",), what, extents, (), **given):
             return first, second
         common: Any = {"mask": mask, "gate": gate}
-        nodes = self.backward_sums(extents, dy, x, statistics, gamma, beta, **common, start=0, whole=True)
-        _, first, second = root_of(nodes)
+        _, first, second = root_of(self._sums(extents, dy, x, statistics, gamma, beta, **common, whole=True))
         used = None if frozen else (first, second)
         self.backward_apply(extents, dy, x, dx, dresidual, statistics, gamma, beta, used, **common)
         return first, second
