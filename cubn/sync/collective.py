@@ -149,7 +149,9 @@ _HEADER = np.dtype(
         ("rest", "<u8"),  # hash of everything on which ranks must agree, of all operations
     ]
 )
-_EACH_ITS_OWN = ("N", "values")
+_EACH_ITS_OWN = np.zeros((), _HEADER)
+_EACH_ITS_OWN["N"], _EACH_ITS_OWN["values"] = -1, 2**64 - 1
+_AGREED = ~_EACH_ITS_OWN.reshape(1).view(np.uint8)  # the bits on which ranks must agree
 _FAILED, _DECLARED = 1, 2  # flags; the rest of them are OPTIONS, which begin with the latter
 
 _SAID: dict[str, Callable[[Any], str]] = {  # the fields in which ranks must agree, as an error says them
@@ -204,13 +206,10 @@ def _disagreement(function: str, headers: Headers) -> CollectiveMismatch | None:
     failed = np.flatnonzero(headers["flags"] & _FAILED).tolist()
     if failed:
         return _failure(function, failed)
-    common = headers.copy()
-    for name in _EACH_ITS_OWN:
-        common[name] = 0
-    rows = common.view(np.uint8).reshape(len(common), -1)
-    if (rows == rows[0]).all():
+    rows = headers.view(np.uint8).reshape(len(headers), -1)
+    if not ((rows ^ rows[0]) & _AGREED).any():
         return None
-    differing = [name for name in _SAID if (common[name] != common[name][0]).any()]
+    differing = [name for name in _SAID if (headers[name] != headers[name][0]).any()]
     if "operation" in differing:  # then the rest is bound to differ
         differing = ["operation"]
     elif len(differing) > 1:
