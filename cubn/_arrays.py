@@ -67,6 +67,9 @@ class Library(Protocol):
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         """A copy in host memory; bfloat16 comes, exactly, as float32."""
 
+    def unchanged(self, array: Array) -> bool:
+        """Whether the owner is as it was described: a yes is quick, a no may mean that one has to describe it again."""
+
     def version(self, array: Array) -> int | None:
         """A number that grows when the array is written in place, where the library counts that."""
 
@@ -309,6 +312,9 @@ class _NumPy:
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         return np.array(array.owner, "float32" if array.dtype == "bfloat16" else None)
 
+    def unchanged(self, array: Array) -> bool:
+        return bool(array.owner.flags.writeable) is array.writable  # all else is its own for life
+
     def version(self, array: Array) -> int | None:
         return None
 
@@ -400,6 +406,16 @@ class _Torch:
         host = array.owner.detach().cpu()
         return np.array((host.float() if array.dtype == "bfloat16" else host).numpy())
 
+    def unchanged(self, array: Array) -> bool:
+        x = array.owner  # assigning to x.data moves or converts it
+        return (
+            x.data_ptr() == array.pointer
+            and x.dtype is self._dtypes[array.dtype]
+            and x.shape == array.shape
+            and x.stride() == array.strides
+            and x.requires_grad is not array.writable
+        )
+
     def version(self, array: Array) -> int | None:
         return None if array.owner.is_inference() else int(array.owner._version)
 
@@ -444,6 +460,9 @@ class _Cupy:
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         values: np.ndarray[Any, Any] = array.owner.get()
         return values.astype("float32") if array.dtype == "bfloat16" else values
+
+    def unchanged(self, array: Array) -> bool:
+        return True  # its memory is its own for life
 
     def version(self, array: Array) -> int | None:
         return None
@@ -497,6 +516,9 @@ class _Jax:
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         return np.array(array.owner, "float32" if array.dtype == "bfloat16" else None)
 
+    def unchanged(self, array: Array) -> bool:
+        return False
+
     def version(self, array: Array) -> int | None:
         return None
 
@@ -533,6 +555,9 @@ class _Foreign:
         if array.dtype == "bfloat16":
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values
+
+    def unchanged(self, array: Array) -> bool:
+        return False
 
     def version(self, array: Array) -> int | None:
         return None

@@ -176,10 +176,9 @@ class _Backward:
         """The forward has been."""
 
     def finish(self, shared: Shared) -> Gradients:
-        sums = self.backend.root_sums(shared.nodes)
-        frozen = self.saved.frozen
+        sums = self.backend.root_sums(shared.nodes) if self.terms.gathers else None
         self.backend.backward_apply(
-            self.source.extents, *self.arrays, *self.normalised, None if frozen else sums, **self.gated
+            self.source.extents, *self.arrays, *self.normalised, None if self.saved.frozen else sums, **self.gated
         )
         return self.gradients(sums if self.everywhere else self.backend.root_sums(shared.own))
 

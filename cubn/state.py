@@ -105,7 +105,7 @@ class BatchNormState:
     tracked: BackendArray | None
     skipped: BackendArray | None
     _arrays: dict[str, Any]
-    _held: Held | None  # while all arrays are NumPy's
+    _held: Held | None  # as last described, where that may be true for longer
     _lock: threading.Lock
     _counters_device: tuple[int, int]
 
@@ -264,8 +264,7 @@ class BatchNormState:
     def read(self, function: str, x: Array) -> Held:
         """The arrays, for an operation on x; they stay alive with the result.
 
-        NumPy arrays stay as they were when assigned. Others are looked at again: a framework may have moved or
-        converted them.
+        A framework may have moved or converted them since they were assigned.
         """
         held = self._current(function)
         if held.device not in (None, x.device):
@@ -278,8 +277,9 @@ class BatchNormState:
         if self.tracked is None:
             remedy = "Make the state with track=True."
             raise ValueError(message(function, "state", "have running statistics", "a state with track=False", remedy))
-        arrays = {name: self._arrays[name] for name in STATISTICS}
-        for name, array in self._describe(arrays, function).items():
+        arrays = self._current(function).arrays
+        for name in STATISTICS:
+            array = arrays[name]
             if not array.library.immutable:
                 _arrays.check_writable(array, function, name)
 
@@ -347,7 +347,7 @@ class BatchNormState:
             held = hold(described, _NAME)
             _check_statistics(described)
             self._arrays = arrays
-            self._held = held if all(array.library.name == "numpy" for array in described.values()) else None
+            self._keep(held)
             if "running_mean" in described and self.tracked is None:
                 self.tracked, self.skipped = (np.zeros(self.num_features, np.int64) for _ in range(2))
 
@@ -368,7 +368,15 @@ class BatchNormState:
         self._counters_device = device
 
     def _current(self, function: str) -> Held:
-        return self._held or hold(self._describe(self._arrays, function), function)
+        arrays, held = self._arrays, self._held
+        if held is None or not _is_of(held, arrays):
+            held = hold(self._describe(arrays, function), function)
+            self._keep(held)
+        return held
+
+    def _keep(self, held: Held) -> None:
+        """Remember the description; not a capsule, which would keep memory from an owner who may give it away."""
+        self._held = None if any(array.capsule for array in held.arrays.values()) else held
 
     def _describe(self, arrays: Mapping[str, Any], function: str) -> dict[str, Array]:
         """The arrays there are, each with the state's number of channels."""
@@ -423,6 +431,18 @@ def hold(described: dict[str, Array], function: str) -> Held:
             rule = f"be on the device of {first}, {device_name(device)}"
             raise ValueError(refusal(function, name, rule, array, "Move one of them to the other's device."))
     return Held(described, device, *(vector(described[name]) if name in described else None for name in ARRAYS))
+
+
+def _is_of(held: Held, arrays: Mapping[str, Any]) -> bool:
+    """Whether these arrays were held, and are still as they were."""
+    for name, owner in arrays.items():
+        array = held.arrays.get(name)
+        if array is None:
+            if owner is not None:
+                return False
+        elif array.owner is not owner or not array.library.unchanged(array):
+            return False
+    return True
 
 
 def _target(array: Array) -> Output:

@@ -131,10 +131,13 @@ class Backend(Protocol):
         """Nodes (count, mean, m2) of samples [start, start + N). N = 0 or S = 0 gives nodes of count 0, or none."""
 
     def root(self, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
-        """(count (), mean (C,), m2 (C,)) of neighbouring nodes of `moments` together; zeros of none."""
+        """(count (), mean (C,), m2 (C,)) of neighbouring nodes of `moments` together; zeros of none.
+
+        The nodes' table may be used up.
+        """
 
     def root_sums(self, nodes: Nodes) -> tuple[BackendArray, BackendArray]:
-        """(sum_dy (C,), sum_dy_xmu (C,)) of neighbouring nodes of `backward_sums` together."""
+        """(sum_dy (C,), sum_dy_xmu (C,)) of neighbouring nodes of `backward_sums` together, in the same way."""
 
     def statistics(self, count: BackendArray, mean: BackendArray, m2: BackendArray, eps: float) -> Statistics:
         """var = m2 / count and invstd = 1 / sqrt(var + eps), in float64."""

@@ -17,7 +17,7 @@ def number_of_threads():
 @pytest.fixture
 def plans_anew():
     """Work out launches from plan's constants as they are during the test."""
-    prepared = (prepare.elementwise, prepare.reduction, prepare.fused, prepare.merging)
+    prepared = (prepare.elementwise, prepare.reduction, prepare.train, prepare.backward)
     for function in prepared:
         function.cache_clear()
     yield

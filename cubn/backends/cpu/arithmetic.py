@@ -92,6 +92,12 @@ class Moments:
         return mean, m2
 
     @staticmethod
+    def pair(a: Node, b: Node) -> Node:
+        """`merge` of two values, whose m2 is 0."""
+        d, half = b[0] - a[0], constant(a[0], 0.5)
+        return a[0] + d * half, (d * d) * half
+
+    @staticmethod
     def merge(a: Node, b: Node, share: Value, weight: Value) -> Node:
         """share = count_b / count, weight = count_a * share."""
         d = b[0] - a[0]
@@ -111,8 +117,12 @@ class Sums:
         return first, second
 
     @staticmethod
-    def merge(a: Node, b: Node, share: Value, weight: Value) -> Node:
+    def pair(a: Node, b: Node) -> Node:
         return a[0] + b[0], a[1] + b[1]
+
+    @staticmethod
+    def merge(a: Node, b: Node, share: Value, weight: Value) -> Node:
+        return Sums.pair(a, b)
 
 
 Reduction = type[Moments] | type[Sums]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,6 @@ from numpy.typing import NDArray
 
 from cubn import _nodes
 from cubn._arrays import numpy_address
-from cubn._tree import Block, Step, root_order
 from cubn.backends import Extents, Gate, Nodes, Operand, Statistics, Vector
 from cubn.backends.cpu import plan, prepare
 from cubn.backends.cpu.plan import LANES
@@ -20,6 +18,8 @@ from cubn.backends.cpu.prepare import CODES, BitRows, launch
 Doubles = NDArray[np.float64]
 Sums = tuple[Doubles, Doubles]
 Address = tuple[int]
+
+STORAGE = {dtype: np.dtype("uint16" if dtype == "bfloat16" else dtype) for dtype in CODES}
 
 
 class Bits(NamedTuple):
@@ -62,88 +62,29 @@ def rows_in(bits: Bits | None) -> BitRows | None:
     return bits and BitRows(numpy_address(bits.words), bits.per_position, *bits.words.strides[:2])
 
 
-@functools.lru_cache(1024)
-def program(steps: tuple[Step, ...], counts: tuple[int, ...]) -> tuple[NDArray[np.int64], tuple[int, ...]]:
-    """The steps with the counts they merge, as the kernel reads them; and the counts of all rows in the end."""
-    rows = list(counts)
-    table = np.empty((len(steps), 4), np.int64)
-    for i, (a, b) in enumerate(steps):
-        table[i] = a, b, rows[a], rows[b]
-        rows[a] += rows[b]
-    return table, tuple(rows)
-
-
-class Rows(NamedTuple):
-    """Nodes with their parts apart: int64 (rows,) and twice float64 (rows, C)."""
-
-    blocks: tuple[Block, ...]
-    count: Any
-    first: Doubles
-    second: Doubles
-
-
-def merged(nodes: Rows, steps: tuple[Step, ...], what: str) -> Rows:
-    """The same arrays with the steps' merges done; rows merged into a left neighbour are spent."""
-    if not steps:
-        return nodes
-    table, counts = program(steps, tuple(nodes.count.tolist()))
-    C = nodes.first.shape[1]
-    arrays = {"rows": at(table), "node_first": at(nodes.first), "node_second": at(nodes.second)}
-    launch(prepare.merging, what, C, len(steps), **arrays)
-    return nodes._replace(count=np.array(counts, np.int64))
-
-
-def kept(nodes: Rows, rows: tuple[int, ...]) -> Rows:
-    if len(rows) == len(nodes.count):
-        return nodes
-    index = list(rows)
-    return Rows(nodes.blocks, nodes.count[index], nodes.first[index], nodes.second[index])
-
-
-def root_of(nodes: Rows) -> tuple[NDArray[np.int64], Doubles, Doubles]:
-    """The first node; zeros where there is none."""
-    if not nodes.blocks:
-        C = nodes.first.shape[1]
-        return np.zeros((), np.int64), np.zeros(C), np.zeros(C)
-    return np.array(nodes.count[0]), nodes.first[0], nodes.second[0]
-
-
 def reduced(
-    what: str,
+    before: tuple[str, ...],
+    what: tuple[str, ...],
     extents: Extents,
     start: int,
-    *,
-    whole: bool = False,
-    before: tuple[str, ...] = (),
-    options: tuple[str, ...] = (),
     **arguments: tuple[Any, ...] | None,
-) -> Rows:
-    """Node rows, merged to maximal aligned blocks; or, of a whole batch, to one node."""
-    N, C, _ = extents
+) -> Nodes:
+    """Node rows, merged to maximal aligned blocks."""
+    C = extents.C
     if 0 in extents:
-        return Rows((), np.zeros(0, np.int64), np.zeros((0, C)), np.zeros((0, C)))
+        return Nodes((), np.zeros((0, 2 * C + 1)))
     cut = plan.reduction(extents, prepare.kind(extents, **arguments), start)
     rows = len(cut.table)
-    nodes = Rows(cut.blocks, np.empty(rows, np.int64), np.empty((rows, C)), np.empty((rows, C)))
-    into = {"node_count": at(nodes.count), "node_first": at(nodes.first), "node_second": at(nodes.second)}
-    launch(prepare.reduction, before, (what, *options), extents, start, **arguments, **into)
-    if whole:
-        tree = merged(nodes, cut.to_root, what)
-        return Rows(((start, start + N),), tree.count[:1], tree.first[:1], tree.second[:1])
-    return kept(merged(nodes, cut.steps, what), cut.kept)
-
-
-def rooted(nodes: Nodes, what: str) -> Rows:
-    """All of them merged into the first row."""
-    copies = Rows(nodes.blocks, nodes.count.copy(), nodes.first.copy(), nodes.second.copy())
-    return merged(copies, root_order(nodes.blocks), what)
+    parts: tuple[Any, ...] = np.empty(rows, np.int64), np.empty((rows, C)), np.empty((rows, C))
+    into = dict(zip(("node_count", "node_first", "node_second"), map(at, parts), strict=True))
+    launch(prepare.reduction, before, what, extents, start, **arguments, **into)
+    return _nodes.joined(cut.blocks, *(part[list(cut.kept)] if len(cut.kept) < rows else part for part in parts))
 
 
 class CpuBackend:
     """See cubn.backends.Backend."""
 
     name = "cpu"
-
     device = None
 
     def to_host(self, array: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -159,21 +100,37 @@ class CpuBackend:
         return np.empty(shape)
 
     def keep(self, parameter: Vector, C: int) -> tuple[NDArray[Any], Vector]:
-        storage = np.dtype("uint16" if parameter.dtype == "bfloat16" else parameter.dtype)
+        storage = STORAGE[parameter.dtype]
         step = parameter.stride * storage.itemsize
+        if step == storage.itemsize:
+            values = np.empty(C, storage)
+            address = numpy_address(values)
+            ctypes.memmove(address, parameter.pointer, values.nbytes)
+            return values, Vector(address, parameter.dtype, 1)
         low = parameter.pointer + min(0, step * (C - 1))
         memory = memoryview((ctypes.c_char * (abs(step) * (C - 1) + storage.itemsize)).from_address(low))
         values = np.ndarray((C,), storage, memory, parameter.pointer - low, (step,)).copy()
         return values, Vector(numpy_address(values), parameter.dtype, 1)
 
     def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
-        return _nodes.joined(*reduced("moments", extents, start, x=x, mask=mask))
+        return reduced((), ("moments",), extents, start, x=x, mask=mask)
 
     def root(self, nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]:
-        return root_of(rooted(nodes, "moments"))
+        return self._root("moments", nodes)
 
     def root_sums(self, nodes: Nodes) -> Sums:
-        return root_of(rooted(nodes, "sums"))[1:]
+        return self._root("sums", nodes)[1:]
+
+    def _root(self, what: str, nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]:
+        """Merged where they are."""
+        C = nodes.table.shape[1] // 2
+        count, (first, second) = np.zeros((), np.int64), np.zeros((2, C))
+        if nodes.blocks:
+            counts = nodes.count.copy()
+            into = {"count": at(count), "first": at(first), "second": at(second)}
+            given = {"node_count": at(counts), "node_first": at(nodes.first), "node_second": at(nodes.second)}
+            launch(prepare.root, what, C, nodes.blocks, nodes.table.strides[0], **given, **into)
+        return count, first, second
 
     def statistics(self, count: NDArray[np.int64], mean: Doubles, m2: Doubles, eps: float) -> Statistics:
         found = new_statistics(len(mean))
@@ -261,16 +218,12 @@ class CpuBackend:
         operands = {"x": x, "y": y, "g": residual, "mask": mask}
         found = new_statistics(extents.C)
         bits = new_bits(extents, prepare.kind(extents, **operands)) if keep_bits else None
+        if 0 in extents:
+            nothing = np.zeros(extents.C)
+            return self.statistics(found.count, nothing, nothing, eps), bits
         options, numbers = (residual is not None, relu, keep_bits), (("eps", eps),)
         given = {**operands, "gamma": gamma, "beta": beta, "bits": rows_in(bits), **addresses(found)}
-        if launch(prepare.fused, (), ("train_slab", *options), extents, numbers, **given):
-            return found, bits
-        count, mean, m2 = root_of(reduced("moments", extents, 0, whole=True, x=x, mask=mask))
-        if 0 in extents:
-            return self.statistics(count, mean, m2, eps), bits
-        found.count[...] = count
-        given |= {"first": at(mean), "second": at(m2)}
-        launch(prepare.elementwise, ("finish",), ("normalize", *options), extents, numbers, **given)
+        launch(prepare.train, options, extents, numbers, **given)
         return found, bits
 
     def update(
@@ -301,25 +254,8 @@ class CpuBackend:
         gate: Gate,
         start: int,
     ) -> Nodes:
-        return _nodes.joined(*self._sums(extents, dy, x, statistics, gamma, beta, mask=mask, gate=gate, start=start))
-
-    def _sums(
-        self,
-        extents: Extents,
-        dy: Operand,
-        x: Operand,
-        statistics: Statistics,
-        gamma: Vector | None,
-        beta: Vector | None,
-        *,
-        mask: Operand | None,
-        gate: Gate,
-        start: int = 0,
-        whole: bool = False,
-    ) -> Rows:
         given: Any = {"gamma": gamma, "beta": beta, "bits": rows_in(gate.bits), **addresses(statistics)}
-        how: Any = {"whole": whole, "before": ("tabulate",), "options": (gate.kind,)}
-        return reduced("sums", extents, start, **how, x=x, g=dy, mask=mask, **given)
+        return reduced(("tabulate",), ("sums", gate.kind), extents, start, x=x, g=dy, mask=mask, **given)
 
     def backward_apply(
         self,
@@ -362,16 +298,13 @@ class CpuBackend:
         mask: Operand | None,
         gate: Gate,
     ) -> Sums:
+        if 0 in extents:
+            first, second = np.zeros((2, extents.C))
+            return first, second
         first, second = rows_of(2, extents.C)
         given: Any = {"x": x, "y": dx, "g": dy, "r": dresidual, "mask": mask, "bits": rows_in(gate.bits)}
         given |= {"gamma": gamma, "beta": beta, **addresses(statistics), "first": at(first), "second": at(second)}
-        what = ("backward_slab", gate.kind, frozen, dresidual is not None)
-        if launch(prepare.fused, ("tabulate",), what, extents, (), **given):
-            return first, second
-        common: Any = {"mask": mask, "gate": gate}
-        _, first, second = root_of(self._sums(extents, dy, x, statistics, gamma, beta, **common, whole=True))
-        used = None if frozen else (first, second)
-        self.backward_apply(extents, dy, x, dx, dresidual, statistics, gamma, beta, used, **common)
+        launch(prepare.backward, (gate.kind, frozen, dresidual is not None), extents, **given)
         return first, second
 
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:

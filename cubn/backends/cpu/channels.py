@@ -1,4 +1,9 @@
-"""What is done once a channel, in float64: statistics, coefficients of the elementwise passes, running statistics."""
+"""What is done once a channel, in float64, 16 channels at a time: statistics, coefficients of the elementwise passes,
+running statistics.
+
+An instruction takes the addresses of the first channel's numbers and how many channels there are, at most 16. Vectors
+of the backend's own are contiguous; a caller's have a stride in bytes.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +18,21 @@ from cubn.backends.cpu.simd import (
     FLOAT,
     I32,
     I64,
+    LANES,
     Element,
     Value,
     by_cases,
+    constant,
     convert,
+    first_lanes,
     instruction,
-    pointer,
+    load_raw,
+    load_strided,
+    scalar_at,
+    splat,
+    store_raw,
+    store_strided,
+    vector_of,
 )
 
 CODES = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
@@ -26,165 +40,222 @@ CODES = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
-def load(address: Value, kind: ir.Type = DOUBLE) -> Value:
-    return Value(address.b, address.b.load(pointer(address, kind), typ=kind))
+def load(address: Value, mask: Value, kind: ir.Type = DOUBLE) -> Value:
+    return load_raw(address, kind, 8 if kind in (DOUBLE, I64) else 4, mask)
 
 
-def store(value: Value, address: Value) -> None:
-    address.b.store(value.v, pointer(address, value.type))
+def store(value: Value, address: Value, mask: Value) -> None:
+    store_raw(value, address, 8 if value.type.element in (DOUBLE, I64) else 4, mask)
 
 
-def number(like: Value, value: float) -> Value:
-    return Value(like.b, ir.Constant(DOUBLE, value))
+def number(address: Value) -> Value:
+    """The float64 at an address, for all channels."""
+    return splat(scalar_at(address, DOUBLE, 8))
 
 
 def cast(value: Value, kind: ir.Type) -> Value:
     """float64 rounded to acc, once."""
-    return value if value.type == kind else Value(value.b, value.b.fptrunc(value.v, kind))
+    return value if value.type.element == kind else Value(value.b, value.b.fptrunc(value.v, vector_of(kind)))
 
 
 def double(value: Value) -> Value:
-    return value if value.type == DOUBLE else Value(value.b, value.b.fpext(value.v, DOUBLE))
+    return value if value.type.element == DOUBLE else Value(value.b, value.b.fpext(value.v, vector_of(DOUBLE)))
 
 
 def sqrt(value: Value) -> Value:
-    b = value.b
-    kind = ir.FunctionType(DOUBLE, [DOUBLE])
-    function = b.module.globals.get("llvm.sqrt.f64") or ir.Function(b.module, kind, "llvm.sqrt.f64")
+    b, name = value.b, "llvm.sqrt.v16f64"
+    function = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(value.type, [value.type]), name)
     return Value(b, b.call(function, [value.v]))
 
 
 def finite(value: Value) -> Value:
     """Neither infinite nor NaN: x - x is 0."""
     difference = value - value
-    return Value(value.b, value.b.fcmp_ordered("==", difference.v, number(value, 0.0).v))
+    return Value(value.b, value.b.fcmp_ordered("==", difference.v, constant(value, 0.0).v))
 
 
-def load_parameter(address: Value, code: Value, absent: float, to: Value, kind: ir.Type) -> None:
-    """Put a parameter of any dtype, or what stands for an absent one, into acc memory, rounded once."""
+def inverse_deviation(var: Value, eps: Value) -> Value:
+    return constant(var, 1.0) / sqrt(var + number(eps))
+
+
+def for_parameter(code: Value, present: Callable[[Element], None], absent: Callable[[], None] | None = None) -> None:
+    """Emit present(element) for every dtype a parameter may have, and absent(), and run what `code` says."""
 
     def body(k: int) -> None:
-        if k == 0:
-            store(Value(to.b, ir.Constant(kind, absent)), to)
-            return
-        element = Element(_DTYPES[k])
-        b = address.b
-        raw = b.load(pointer(address, element.stored), typ=element.stored)
-        store(cast(double(element.from_stored(Value(b, raw))), kind), to)
+        if k:
+            present(Element(_DTYPES[k]))
+        elif absent:
+            absent()
 
     by_cases(code, range(len(CODES) + 1), body)
 
 
+def load_parameter(
+    address: Value, stride: Value, code: Value, missing: float, to: Value, kind: ir.Type, mask: Value
+) -> None:
+    """Put a parameter of any dtype, or what stands for an absent one, into memory, rounded to `kind` once."""
+
+    def present(element: Element) -> None:
+        raw = load_strided(address, stride, element.stored, mask)
+        store(cast(double(element.from_stored(raw)), kind), to, mask)
+
+    def absent() -> None:
+        vector = vector_of(kind)
+        store(Value(to.b, ir.Constant(vector, [missing] * LANES)), to, mask)
+
+    for_parameter(code, present, absent)
+
+
 @instruction()
 def statistics(
-    slot: Value, second: Value, count: Value, eps: Value, mean: Value, m2: Value, var: Value, invstd: Value
+    first: Value,
+    second: Value,
+    stride: Value,
+    count: Value,
+    eps: Value,
+    mean: Value,
+    m2: Value,
+    var: Value,
+    invstd: Value,
+    lanes: Value,
 ) -> None:
-    """Mean, m2, var and invstd of one channel from its root node."""
-    store(load(slot), mean)
-    found = load(second)
-    store(found, m2)
-    variance = found / convert(count, DOUBLE)
-    store(variance, var)
-    store(number(variance, 1.0) / sqrt(variance + load(eps)), invstd)
+    """Mean, m2, var and invstd from root nodes."""
+    mask = first_lanes(lanes)
+    store(load_strided(first, stride, DOUBLE, mask), mean, mask)
+    found = load_strided(second, stride, DOUBLE, mask)
+    store(found, m2, mask)
+    variance = found / splat(convert(count, DOUBLE))
+    store(variance, var, mask)
+    store(inverse_deviation(variance, eps), invstd, mask)
 
 
 @instruction()
-def invstd_of(var: Value, eps: Value, invstd: Value) -> None:
-    variance = load(var)
-    store(number(variance, 1.0) / sqrt(variance + load(eps)), invstd)
-
-
-@instruction()
-def load_double(address: Value, code: Value, to: Value) -> None:
-    load_parameter(address, code, 0.0, to, DOUBLE)
+def frozen_statistics(
+    running_mean: Value,
+    mean_stride: Value,
+    mean_code: Value,
+    running_var: Value,
+    var_stride: Value,
+    var_code: Value,
+    eps: Value,
+    mean: Value,
+    var: Value,
+    invstd: Value,
+    lanes: Value,
+) -> None:
+    """Mean, var and invstd from running statistics."""
+    mask = first_lanes(lanes)
+    load_parameter(running_mean, mean_stride, mean_code, 0.0, mean, DOUBLE, mask)
+    load_parameter(running_var, var_stride, var_code, 0.0, var, DOUBLE, mask)
+    store(inverse_deviation(load(var, mask), eps), invstd, mask)
 
 
 def coefficients(acc: ir.Type) -> Any:
-    """An instruction: high, low, scale and beta of one channel into the table."""
+    """An instruction: high, low, scale and beta into the table."""
 
     @instruction()
-    def of_channel(
+    def of_channels(
         to: Value,
         row: Value,
         mean: Value,
         invstd: Value,
         gamma: Value,
+        gamma_stride: Value,
         gamma_code: Value,
         beta: Value,
+        beta_stride: Value,
         beta_code: Value,
+        lanes: Value,
     ) -> None:
+        mask = first_lanes(lanes)
         places = Coefficients(*(to + row * i for i in range(6)))
-        centre = load(mean)
+        centre = load(mean, mask)
         high = cast(centre, acc)
-        store(high, places.high)
-        store(cast(centre - double(high), acc), places.low)
-        load_parameter(gamma, gamma_code, 1.0, places.scale, acc)
-        store(cast(load(invstd), acc) * load(places.scale, acc), places.scale)
-        load_parameter(beta, beta_code, 0.0, places.beta, acc)
+        store(high, places.high, mask)
+        store(cast(centre - double(high), acc), places.low, mask)
+        load_parameter(gamma, gamma_stride, gamma_code, 1.0, places.scale, acc, mask)
+        store(cast(load(invstd, mask), acc) * load(places.scale, mask, acc), places.scale, mask)
+        load_parameter(beta, beta_stride, beta_code, 0.0, places.beta, acc, mask)
 
-    return of_channel
+    return of_channels
 
 
 def gradient_coefficients(acc: ir.Type) -> Any:
-    """An instruction: k1 and k2 of one channel into the table, from its sums."""
+    """An instruction: k1 and k2 into the table, from the sums."""
 
     @instruction()
-    def of_channel(to: Value, row: Value, sum_dy: Value, sum_dy_xmu: Value, count: Value, invstd: Value) -> None:
+    def of_channels(
+        to: Value, row: Value, sum_dy: Value, sum_dy_xmu: Value, count: Value, invstd: Value, lanes: Value
+    ) -> None:
+        mask = first_lanes(lanes)
         places = Coefficients(*(to + row * i for i in range(6)))
-        values, inverse = convert(count, DOUBLE), load(invstd)
-        store(cast(load(sum_dy) / values, acc), places.k1)
-        store(cast((load(sum_dy_xmu) / values) * (inverse * inverse), acc), places.k2)
+        values, inverse = splat(convert(count, DOUBLE)), load(invstd, mask)
+        store(cast(load(sum_dy, mask) / values, acc), places.k1, mask)
+        store(cast((load(sum_dy_xmu, mask) / values) * (inverse * inverse), acc), places.k2, mask)
 
-    return of_channel
+    return of_channels
 
 
-def store_rounded(value: Value, address: Value, code: Value) -> None:
+def store_rounded(value: Value, address: Value, stride: Value, code: Value, mask: Value) -> None:
     """float64 to a vector's dtype, rounded to nearest even once."""
 
-    def body(k: int) -> None:
-        element = Element(_DTYPES[k])
-        if element.size == 2:
-            store(element.to_stored(_rounded_to_odd(value)), address)
-        else:
-            store(cast(value, element.acc), address)
+    def present(element: Element) -> None:
+        rounded = element.to_stored(_rounded_to_odd(value)) if element.size == 2 else cast(value, element.acc)
+        store_strided(rounded, address, stride, mask)
 
-    by_cases(code, range(1, len(CODES) + 1), body)
+    for_parameter(code, present)
 
 
 def _rounded_to_odd(value: Value) -> Value:
     """float64 to float32, inexact results made odd: rounding that once more to 16 bits is a single rounding."""
     b = value.b
-    near = Value(b, b.fptrunc(value.v, FLOAT))
+    near = cast(value, FLOAT)
     back = double(near)
-    bits = b.bitcast(near.v, I32)
+
+    def full(kind: ir.Type, bits: int) -> ir.Constant:
+        return ir.Constant(vector_of(kind), [bits] * LANES)
 
     def magnitude(v: Value) -> ir.Value:
-        return b.bitcast(b.and_(b.bitcast(v.v, I64), I64((1 << 63) - 1)), DOUBLE)
+        return b.bitcast(b.and_(b.bitcast(v.v, vector_of(I64)), full(I64, (1 << 63) - 1)), vector_of(DOUBLE))
 
+    bits = b.bitcast(near.v, vector_of(I32))
     beyond = b.fcmp_ordered(">", magnitude(back), magnitude(value))
-    toward_zero = b.select(beyond, b.sub(bits, I32(1)), bits)
+    toward_zero = b.select(beyond, b.sub(bits, full(I32, 1)), bits)
     inexact = b.fcmp_ordered("!=", back.v, value.v)
-    odd = b.select(inexact, b.or_(toward_zero, I32(1)), bits)
-    return Value(b, b.bitcast(odd, FLOAT))
+    odd = b.select(inexact, b.or_(toward_zero, full(I32, 1)), bits)
+    return Value(b, b.bitcast(odd, vector_of(FLOAT)))
 
 
 @instruction()
 def parameter_gradients(
-    sum_dy: Value, sum_dy_xmu: Value, invstd: Value, dgamma: Value, gamma_code: Value, dbeta: Value, beta_code: Value
+    sum_dy: Value,
+    sum_dy_xmu: Value,
+    invstd: Value,
+    dgamma: Value,
+    gamma_stride: Value,
+    gamma_code: Value,
+    dbeta: Value,
+    beta_stride: Value,
+    beta_code: Value,
+    lanes: Value,
 ) -> None:
-    """dgamma and dbeta of one channel."""
-    store_rounded(load(sum_dy_xmu) * load(invstd), dgamma, gamma_code)
-    store_rounded(load(sum_dy), dbeta, beta_code)
+    mask = first_lanes(lanes)
+    store_rounded(load(sum_dy_xmu, mask) * load(invstd, mask), dgamma, gamma_stride, gamma_code, mask)
+    store_rounded(load(sum_dy, mask), dbeta, beta_stride, beta_code, mask)
 
 
 def _update(kind: ir.Type) -> Callable[..., None]:
-    """Running mean and variance of one channel, stored in `kind`, with the guard and both counters."""
+    """Running mean and variance, stored in `kind`, with the guard and both counters."""
 
     def update(
         old_mean: Value,
+        old_mean_stride: Value,
         old_var: Value,
+        old_var_stride: Value,
         new_mean: Value,
+        new_mean_stride: Value,
         new_var: Value,
+        new_var_stride: Value,
         mean: Value,
         m2: Value,
         var: Value,
@@ -193,25 +264,30 @@ def _update(kind: ir.Type) -> Callable[..., None]:
         cumulative: Value,
         tracked: Value,
         skipped: Value,
+        lanes: Value,
     ) -> None:
-        b = count.b
-        batches, passed_over = load(tracked, I64) + 1, load(skipped, I64)
-        one = number(load(mean), 1.0)
-        average = one / convert(batches - passed_over, DOUBLE)
+        b, mask = count.b, first_lanes(lanes)
+        batches, passed_over = load(tracked, mask, I64), load(skipped, mask, I64)
+        batches = Value(b, b.add(batches.v, ir.Constant(batches.type, [1] * LANES)))
+        one = constant(load(mean, mask), 1.0)
+        average = one / Value(b, b.sitofp((batches - passed_over).v, one.type))
         is_cumulative = b.icmp_signed("!=", cumulative.v, I64(0))
-        weight = Value(b, b.select(is_cumulative, average.v, load(momentum).v))
-        unbiased = load(m2) / convert(count - 1, DOUBLE)
-        keep = b.and_(b.icmp_signed(">=", count.v, I64(2)), finite(load(var)).v)
+        weight = Value(b, b.select(is_cumulative, average.v, number(momentum).v))
+        unbiased = load(m2, mask) / splat(convert(count - 1, DOUBLE))
+        enough = b.select(b.icmp_signed(">=", count.v, I64(2)), mask.v, ir.Constant(mask.type, [0] * LANES))
+        keep = b.and_(enough, finite(load(var, mask)).v)
         changed = []
-        for old, value in ((old_mean, load(mean)), (old_var, unbiased)):
-            before = load(old, kind)
+        for old, stride, value in ((old_mean, old_mean_stride, load(mean, mask)), (old_var, old_var_stride, unbiased)):
+            before = load_strided(old, stride, kind, mask)
             after = cast((one - weight) * double(before) + weight * value, kind)
             keep = b.and_(keep, b.and_(finite(value).v, finite(double(after)).v))
             changed.append((before, after))
-        for new, (before, after) in zip((new_mean, new_var), changed, strict=True):
-            store(Value(b, b.select(keep, after.v, before.v)), new)
-        store(batches, tracked)
-        store(passed_over + Value(b, b.zext(b.not_(keep), I64)), skipped)
+        for new, stride, (before, after) in zip(
+            (new_mean, new_var), (new_mean_stride, new_var_stride), changed, strict=True
+        ):
+            store_strided(Value(b, b.select(keep, after.v, before.v)), new, stride, mask)
+        store(batches, tracked, mask)
+        store(passed_over + Value(b, b.zext(b.not_(keep), passed_over.type)), skipped, mask)
 
     return update
 

@@ -42,7 +42,9 @@ G_SAMPLE, G_CHANNEL, G_POSITION = OFFSET["g_sample"], OFFSET["g_channel"], OFFSE
 R_SAMPLE, R_CHANNEL, R_POSITION = OFFSET["r_sample"], OFFSET["r_channel"], OFFSET["r_position"]
 BITS_SAMPLE, BITS_CHANNEL, BITS_POSITION = OFFSET["bits_sample"], OFFSET["bits_channel"], OFFSET["bits_position"]
 X, Y, G, R, BITS = OFFSET["x"], OFFSET["y"], OFFSET["g"], OFFSET["r"], OFFSET["bits"]
-COEFFICIENTS, COEFFICIENT_ROW, STREAM = OFFSET["coefficients"], OFFSET["coefficient_row"], OFFSET["stream"]
+COEFFICIENTS, COEFFICIENT_ROW, STREAM, PERIOD = (
+    OFFSET[name] for name in ("coefficients", "coefficient_row", "stream", "period")
+)
 
 
 class Forward(NamedTuple):
@@ -405,6 +407,51 @@ def position_pass(element: Element, what: Pass) -> Any:
             pb += sb
 
     return of_positions
+
+
+def flat_pass(element: Element, what: Pass) -> Any:
+    """A numba function: `count` elements from the given one on, of dense nhwc arrays of few channels.
+
+    The table has the channels over and over, so that rows are long; see `repeat_channels`.
+    """
+    row = row_pass(element, what, per_lane=True)
+    size = element.size
+
+    @jit
+    def of_elements(p, first, count):  # type: ignore[no-untyped-def]
+        context, stride, stream = get(p + COEFFICIENTS), get(p + COEFFICIENT_ROW), get(p + STREAM)
+        py, px = get(p + Y) + first * size, get(p + X) + first * size
+        pg, pr = get(p + G) + first * size, get(p + R) + first * size
+        while count > 0:
+            length = min(count, get(p + PERIOD))
+            row(length, py, px, pg, pr, 0, context, stride, stream)
+            py += length * size
+            px += length * size
+            pg += length * size
+            pr += length * size
+            count -= length
+
+    return of_elements
+
+
+def repeat_channels(element: Element) -> Any:
+    """A numba function: fill the rows of the coefficient table up to the period with what their first C entries are."""
+    acc, lanes = element.acc_size, LANES
+
+    @instruction()
+    def copy(to: Value, at: Value) -> None:
+        element.store_acc(element.load_acc(at), to)
+
+    @jit
+    def repeat(p):  # type: ignore[no-untyped-def]
+        for k in range(6):
+            table, filled = get(p + COEFFICIENTS) + k * get(p + COEFFICIENT_ROW), get(p + CHANNELS)
+            while filled < get(p + PERIOD):
+                for i in range(0, filled, lanes):  # what is copied beyond the filled part is written again
+                    copy(table + (filled + i) * acc, table + i * acc)
+                filled *= 2
+
+    return repeat
 
 
 def group_pass(element: Element, what: Pass) -> tuple[Any, Any]:

@@ -11,7 +11,17 @@ from llvmlite import ir
 
 from cubn.backends.cpu import channels
 from cubn.backends.cpu.arithmetic import Moments, Reduction, Sums
-from cubn.backends.cpu.elementwise import SPREAD, Backward, Forward, Pass, channel_pass, group_pass, position_pass
+from cubn.backends.cpu.elementwise import (
+    SPREAD,
+    Backward,
+    Forward,
+    Pass,
+    channel_pass,
+    flat_pass,
+    group_pass,
+    position_pass,
+    repeat_channels,
+)
 from cubn.backends.cpu.launch import OFFSET
 from cubn.backends.cpu.reduce import HALF_NODE, NODE, Source, channels_of_a_slot, gather, jit
 from cubn.backends.cpu.simd import (
@@ -34,7 +44,7 @@ from cubn.backends.cpu.strided import strided_pass
 
 Function = Callable[[int, int], None]
 
-TASK, TASKS = OFFSET["task"], OFFSET["tasks"]
+TASK, TASKS, PASS_TASK, PASS_TASKS = (OFFSET[name] for name in ("task", "tasks", "pass_task", "pass_tasks"))
 SAMPLES, CHANNELS, POSITIONS = OFFSET["samples"], OFFSET["channels"], OFFSET["positions"]
 X, X_CHANNEL, G, G_CHANNEL = OFFSET["x"], OFFSET["x_channel"], OFFSET["g"], OFFSET["g_channel"]
 BITS, BITS_CHANNEL = OFFSET["bits"], OFFSET["bits_channel"]
@@ -55,7 +65,7 @@ OLD_MEAN, OLD_MEAN_STRIDE, OLD_VAR, OLD_VAR_STRIDE = (
 NEW_MEAN, NEW_MEAN_STRIDE, NEW_VAR, NEW_VAR_STRIDE = (
     OFFSET[f"new_{k}"] for k in ("mean", "mean_stride", "var", "var_stride")
 )
-STEPS = OFFSET["steps"]
+STEPS, STEP_TABLE, NODE_ROW = OFFSET["steps"], OFFSET["step_table"], OFFSET["node_row"]
 
 
 @instruction()
@@ -116,7 +126,8 @@ def reduce_rows(source: Source, kind: str) -> Function:
 
 
 def merge_rows(what: Reduction) -> Function:
-    """The plan's steps (left row, right row, count left, count right) over node rows. Task: a chunk of channels."""
+    """The plan's steps (left row, right row) over node rows. Where a root is asked for, it is what row 0 then holds."""
+    at_once, sets_count = LANES, what is Moments
 
     @instruction()
     def merge(a: Value, a2: Value, b: Value, b2: Value, count_a: Value, count_b: Value, lanes: Value) -> None:
@@ -128,56 +139,119 @@ def merge_rows(what: Reduction) -> Function:
         store_raw(first, a, 8, mask)
         store_raw(second, a2, 8, mask)
 
-    @instruction()
-    def replace(a: Value, b: Value, lanes: Value) -> None:
-        store_raw(load_raw(b, DOUBLE, 8, first_lanes(lanes)), a, 8, first_lanes(lanes))
+    @jit
+    def replace(to, at, c_all):  # type: ignore[no-untyped-def]
+        for c in range(0, c_all, at_once):
+            store_lanes(to + 8 * c, at + 8 * c, min(c_all - c, at_once))
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
-        c_all, chunk = get(p + CHANNELS), get(p + CHUNK)
+        c_all, counts = get(p + CHANNELS), get(p + NODE_COUNT)
         first, second = get(p + NODE_FIRST), get(p + NODE_SECOND)
-        task = claim(p + TASK)
-        while task < get(p + TASKS):
-            for i in range(get(p + STEPS)):
-                step = get(p + ROW_TABLE) + 32 * i
-                a, b, count_a, count_b = get(step), get(step + 8), get(step + 16), get(step + 24)
-                for c in range(task * chunk, min((task + 1) * chunk, c_all), LANES):
-                    at_a, at_b, lanes = 8 * (a * c_all + c), 8 * (b * c_all + c), min(c_all - c, LANES)
-                    if count_a == 0:
-                        replace(first + at_a, first + at_b, lanes)
-                        replace(second + at_a, second + at_b, lanes)
-                    elif count_b != 0:
-                        merge(first + at_a, second + at_a, first + at_b, second + at_b, count_a, count_b, lanes)
-            task = claim(p + TASK)
+        row = get(p + NODE_ROW)
+        for i in range(get(p + STEPS)):
+            step = get(p + STEP_TABLE) + 16 * i
+            a, b = get(step), get(step + 8)
+            count_a, count_b = get(counts + 8 * a), get(counts + 8 * b)
+            if count_a == 0:
+                replace(first + a * row, first + b * row, c_all)
+                replace(second + a * row, second + b * row, c_all)
+            elif count_b != 0:
+                for c in range(0, c_all, at_once):
+                    at_a, at_b = a * row + 8 * c, b * row + 8 * c
+                    lanes = min(c_all - c, at_once)
+                    merge(first + at_a, second + at_a, first + at_b, second + at_b, count_a, count_b, lanes)
+            put(counts + 8 * a, count_a + count_b)
+        if get(p + FIRST):
+            replace(get(p + FIRST), first, c_all)
+            replace(get(p + SECOND), second, c_all)
+            if sets_count:
+                put(get(p + COUNT), get(counts))
 
     return kernel
 
 
 def table_of(element: Element) -> Any:
-    """A numba function: the table row of one channel, from its mean and invstd."""
-    of_channel, acc = channels.coefficients(element.acc), element.acc_size
+    """A numba function: the table's entries of some channels, from their mean and invstd."""
+    of_channels, acc = channels.coefficients(element.acc), element.acc_size
 
     @jit
-    def tabulate(p, c):  # type: ignore[no-untyped-def]
-        of_channel(
+    def tabulate(p, c, lanes):  # type: ignore[no-untyped-def]
+        of_channels(
             get(p + COEFFICIENTS) + c * acc,
             get(p + COEFFICIENT_ROW),
             get(p + MEAN) + 8 * c,
             get(p + INVSTD) + 8 * c,
             get(p + GAMMA) + c * get(p + GAMMA_STRIDE),
+            get(p + GAMMA_STRIDE),
             get(p + GAMMA_CODE),
             get(p + BETA) + c * get(p + BETA_STRIDE),
+            get(p + BETA_STRIDE),
             get(p + BETA_CODE),
+            lanes,
+        )
+
+    return tabulate
+
+
+def gradient_table_of(element: Element) -> Any:
+    """A numba function: k1 and k2 of some channels, from their sums."""
+    of_channels, acc = channels.gradient_coefficients(element.acc), element.acc_size
+
+    @jit
+    def tabulate(p, c, lanes):  # type: ignore[no-untyped-def]
+        of_channels(
+            get(p + COEFFICIENTS) + c * acc,
+            get(p + COEFFICIENT_ROW),
+            get(p + FIRST) + 8 * c,
+            get(p + SECOND) + 8 * c,
+            get(get(p + COUNT)),
+            get(p + INVSTD) + 8 * c,
+            lanes,
         )
 
     return tabulate
 
 
 @jit
-def finish(p, c, slot, second, count):  # type: ignore[no-untyped-def]
-    """Statistics of one channel from its root."""
+def finish(p, c, first, second, stride, count, lanes):  # type: ignore[no-untyped-def]
+    """Statistics of some channels from their roots."""
     at = 8 * c
     channels.statistics(
-        slot, second, count, p + EPS, get(p + MEAN) + at, get(p + M2) + at, get(p + VAR) + at, get(p + INVSTD) + at
+        first,
+        second,
+        stride,
+        count,
+        p + EPS,
+        get(p + MEAN) + at,
+        get(p + M2) + at,
+        get(p + VAR) + at,
+        get(p + INVSTD) + at,
+        lanes,
+    )
+
+
+@jit
+def finish_root(p, c, lanes):  # type: ignore[no-untyped-def]
+    """`finish`, where the roots are vectors."""
+    finish(p, c, get(p + FIRST) + 8 * c, get(p + SECOND) + 8 * c, 8, get(get(p + COUNT)), lanes)
+
+
+@jit
+def widen_running(p, c, lanes):  # type: ignore[no-untyped-def]
+    """Mean, var and invstd of some channels from running statistics."""
+    at = 8 * c
+    channels.frozen_statistics(
+        get(p + OLD_MEAN) + c * get(p + OLD_MEAN_STRIDE),
+        get(p + OLD_MEAN_STRIDE),
+        get(p + RUNNING_CODE),
+        get(p + OLD_VAR) + c * get(p + OLD_VAR_STRIDE),
+        get(p + OLD_VAR_STRIDE),
+        get(p + RUNNING_CODE),
+        p + EPS,
+        get(p + MEAN) + at,
+        get(p + VAR) + at,
+        get(p + INVSTD) + at,
+        lanes,
     )
 
 
@@ -218,7 +292,8 @@ def train_slab(element: Element, kind: str, what: Forward) -> Function:
     """
     source = Source(element, Moments, "none")
     collect, tabulate, normalize = gather(source, kind), table_of(element), slab_pass(element, kind, what)
-    in_slot = channels_of_a_slot(kind)
+    in_slot, at_once = channels_of_a_slot(kind), LANES
+    between = 8 if in_slot == LANES else NODE
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         work = get(p + SCRATCH) + worker * get(p + SCRATCH_SIZE)
@@ -235,10 +310,10 @@ def train_slab(element: Element, kind: str, what: Forward) -> Function:
             count = get(work + get(p + AT_COUNTS) + 2048)
             if task == 0:
                 put(get(p + COUNT), count)
-            for i in range(few):
-                slot = slots + i // in_slot * NODE + i % in_slot * 8
-                finish(p, c0 + i, slot, slot + HALF_NODE, count)
-                tabulate(p, c0 + i)
+            for i in range(0, few, at_once):
+                slot, lanes = slots + i // in_slot * NODE, min(few - i, at_once)
+                finish(p, c0 + i, slot, slot + HALF_NODE, between, count, lanes)
+                tabulate(p, c0 + i, lanes)
             normalize(p, work + get(p + AT_SPREAD), c0, few)
             task = claim(p + TASK)
 
@@ -249,7 +324,7 @@ def backward_slab(element: Element, kind: str, what: Backward) -> Function:
     """Sums and dx, a chunk of channels at a time. The table holds the coefficients already."""
     source = Source(element, Sums, what.gate)
     collect, apply = gather(source, kind), slab_pass(element, kind, what)
-    of_channel, acc, in_slot = channels.gradient_coefficients(element.acc), element.acc_size, channels_of_a_slot(kind)
+    tabulate, in_slot, at_once = gradient_table_of(element), channels_of_a_slot(kind), LANES
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         work = get(p + SCRATCH) + worker * get(p + SCRATCH_SIZE)
@@ -276,15 +351,8 @@ def backward_slab(element: Element, kind: str, what: Backward) -> Function:
                 to, slot = 8 * (c0 + c), slots + c // in_slot * NODE
                 store_lanes(get(p + FIRST) + to, slot, min(few - c, in_slot))
                 store_lanes(get(p + SECOND) + to, slot + HALF_NODE, min(few - c, in_slot))
-            for c in range(c0, c0 + few):
-                of_channel(
-                    get(p + COEFFICIENTS) + c * acc,
-                    get(p + COEFFICIENT_ROW),
-                    get(p + FIRST) + 8 * c,
-                    get(p + SECOND) + 8 * c,
-                    get(get(p + COUNT)),
-                    get(p + INVSTD) + 8 * c,
-                )
+            for c in range(0, few, at_once):
+                tabulate(p, c0 + c, min(few - c, at_once))
             apply(p, work + get(p + AT_SPREAD), c0, few)
             task = claim(p + TASK)
 
@@ -297,10 +365,36 @@ def elementwise_strided(element: Element, what: Pass) -> Function:
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         groups = (get(p + CHANNELS) + groups_of - 1) // groups_of
-        task = claim(p + TASK)
-        while task < get(p + TASKS):
+        task = claim(p + PASS_TASK)
+        while task < get(p + PASS_TASKS):
             one(p, task // groups, task % groups * groups_of)
-            task = claim(p + TASK)
+            task = claim(p + PASS_TASK)
+
+    return kernel
+
+
+def elementwise_flat(element: Element, what: Pass) -> Function:
+    """y or dx from a table of repeated channels. Task: a block of elements, the last ones first."""
+    of_elements = flat_pass(element, what)
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        block = get(p + BLOCK)
+        total = get(p + SAMPLES) * get(p + POSITIONS) * get(p + CHANNELS)
+        task = claim(p + PASS_TASK)
+        while task < get(p + PASS_TASKS):
+            first = (get(p + PASS_TASKS) - 1 - task) * block
+            of_elements(p, first, min(block, total - first))
+            task = claim(p + PASS_TASK)
+
+    return kernel
+
+
+def repeat(element: Element) -> Function:
+    """The coefficient table of few channels, repeated."""
+    fill = repeat_channels(element)
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        fill(p)
 
     return kernel
 
@@ -314,8 +408,8 @@ def elementwise(element: Element, kind: str, what: Pass) -> Function:
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         many, block = get(p + inner), get(p + BLOCK)
         rows = get(p + SAMPLES) * many
-        task = claim(p + TASK)
-        while task < get(p + TASKS):
+        task = claim(p + PASS_TASK)
+        while task < get(p + PASS_TASKS):
             stop = rows - task * block
             at = max(stop - block, 0)
             while at < stop:
@@ -323,152 +417,91 @@ def elementwise(element: Element, kind: str, what: Pass) -> Function:
                 count = min(many - first, stop - at)
                 of_rows(p, n, first, count)
                 at += count
-            task = claim(p + TASK)
+            task = claim(p + PASS_TASK)
 
     return kernel
 
 
-def statistics() -> Function:
-    """Mean, m2, var and invstd of all channels from a root (count, first, second)."""
+def for_all(first: Any, second: Any = None) -> Function:
+    """One or two functions of (parameters, first channel, channels) over all channels, 16 at a time."""
+    at_once = LANES
 
-    def kernel(p, worker):  # type: ignore[no-untyped-def]
-        for c in range(get(p + CHANNELS)):
-            finish(p, c, get(p + FIRST) + 8 * c, get(p + SECOND) + 8 * c, get(get(p + COUNT)))
+    def one(p, worker):  # type: ignore[no-untyped-def]
+        for c in range(0, get(p + CHANNELS), at_once):
+            first(p, c, min(get(p + CHANNELS) - c, at_once))
 
-    return kernel
+    def two(p, worker):  # type: ignore[no-untyped-def]
+        for c in range(0, get(p + CHANNELS), at_once):
+            first(p, c, min(get(p + CHANNELS) - c, at_once))
+            second(p, c, min(get(p + CHANNELS) - c, at_once))
 
-
-def tabulate(element: Element) -> Function:
-    """The coefficient table of all channels from mean and invstd."""
-    of_channel = table_of(element)
-
-    def kernel(p, worker):  # type: ignore[no-untyped-def]
-        for c in range(get(p + CHANNELS)):
-            of_channel(p, c)
-
-    return kernel
+    return two if second else one
 
 
-def tabulate_gradient(element: Element) -> Function:
-    """k1 and k2 of all channels from the sums."""
-    of_channel, acc = channels.gradient_coefficients(element.acc), element.acc_size
+def update(code: int) -> Any:
+    """Running statistics stored in float32 (code 3) or float64 (4), and both counters."""
+    of_channels = channels.update[code]
 
-    def kernel(p, worker):  # type: ignore[no-untyped-def]
-        for c in range(get(p + CHANNELS)):
-            of_channel(
-                get(p + COEFFICIENTS) + c * acc,
-                get(p + COEFFICIENT_ROW),
-                get(p + FIRST) + 8 * c,
-                get(p + SECOND) + 8 * c,
-                get(get(p + COUNT)),
-                get(p + INVSTD) + 8 * c,
-            )
+    @jit
+    def update_running(p, c, lanes):  # type: ignore[no-untyped-def]
+        at = 8 * c
+        of_channels(
+            get(p + OLD_MEAN) + c * get(p + OLD_MEAN_STRIDE),
+            get(p + OLD_MEAN_STRIDE),
+            get(p + OLD_VAR) + c * get(p + OLD_VAR_STRIDE),
+            get(p + OLD_VAR_STRIDE),
+            get(p + NEW_MEAN) + c * get(p + NEW_MEAN_STRIDE),
+            get(p + NEW_MEAN_STRIDE),
+            get(p + NEW_VAR) + c * get(p + NEW_VAR_STRIDE),
+            get(p + NEW_VAR_STRIDE),
+            get(p + MEAN) + at,
+            get(p + M2) + at,
+            get(p + VAR) + at,
+            get(get(p + COUNT)),
+            p + MOMENTUM,
+            get(p + CUMULATIVE),
+            get(p + TRACKED) + at,
+            get(p + SKIPPED) + at,
+            lanes,
+        )
 
-    return kernel
-
-
-def finish_all(element: Element) -> Function:
-    """`statistics` and `tabulate` in one."""
-    of_channel = table_of(element)
-
-    def kernel(p, worker):  # type: ignore[no-untyped-def]
-        for c in range(get(p + CHANNELS)):
-            finish(p, c, get(p + FIRST) + 8 * c, get(p + SECOND) + 8 * c, get(get(p + COUNT)))
-            of_channel(p, c)
-
-    return kernel
+    return update_running
 
 
 @jit
-def widen_running(p, c):  # type: ignore[no-untyped-def]
-    """Mean, var and invstd of one channel from running statistics."""
+def gradients(p, c, lanes):  # type: ignore[no-untyped-def]
+    """dgamma and dbeta of some channels, each in its own dtype."""
     at = 8 * c
-    channels.load_double(get(p + OLD_MEAN) + c * get(p + OLD_MEAN_STRIDE), get(p + RUNNING_CODE), get(p + MEAN) + at)
-    channels.load_double(get(p + OLD_VAR) + c * get(p + OLD_VAR_STRIDE), get(p + RUNNING_CODE), get(p + VAR) + at)
-    channels.invstd_of(get(p + VAR) + at, p + EPS, get(p + INVSTD) + at)
+    channels.parameter_gradients(
+        get(p + FIRST) + at,
+        get(p + SECOND) + at,
+        get(p + INVSTD) + at,
+        get(p + GAMMA) + c * get(p + GAMMA_STRIDE),
+        get(p + GAMMA_STRIDE),
+        get(p + GAMMA_CODE),
+        get(p + BETA) + c * get(p + BETA_STRIDE),
+        get(p + BETA_STRIDE),
+        get(p + BETA_CODE),
+        lanes,
+    )
 
 
-def frozen() -> Function:
-    """Mean, var and invstd of all channels from running statistics."""
-
-    def kernel(p, worker):  # type: ignore[no-untyped-def]
-        for c in range(get(p + CHANNELS)):
-            widen_running(p, c)
-
-    return kernel
-
-
-def tabulate_frozen(element: Element) -> Function:
-    """`frozen` and `tabulate` in one."""
-    of_channel = table_of(element)
-
-    def kernel(p, worker):  # type: ignore[no-untyped-def]
-        for c in range(get(p + CHANNELS)):
-            widen_running(p, c)
-            of_channel(p, c)
-
-    return kernel
-
-
-def update(code: int) -> Function:
-    """Running statistics stored in float32 (code 3) or float64 (4), and both counters."""
-    of_channel = channels.update[code]
-
-    def kernel(p, worker):  # type: ignore[no-untyped-def]
-        for c in range(get(p + CHANNELS)):
-            at = 8 * c
-            of_channel(
-                get(p + OLD_MEAN) + c * get(p + OLD_MEAN_STRIDE),
-                get(p + OLD_VAR) + c * get(p + OLD_VAR_STRIDE),
-                get(p + NEW_MEAN) + c * get(p + NEW_MEAN_STRIDE),
-                get(p + NEW_VAR) + c * get(p + NEW_VAR_STRIDE),
-                get(p + MEAN) + at,
-                get(p + M2) + at,
-                get(p + VAR) + at,
-                get(get(p + COUNT)),
-                p + MOMENTUM,
-                get(p + CUMULATIVE),
-                get(p + TRACKED) + at,
-                get(p + SKIPPED) + at,
-            )
-
-    return kernel
-
-
-def parameter_gradients() -> Function:
-    """dgamma and dbeta of all channels, each in its own dtype."""
-
-    def kernel(p, worker):  # type: ignore[no-untyped-def]
-        for c in range(get(p + CHANNELS)):
-            at = 8 * c
-            channels.parameter_gradients(
-                get(p + FIRST) + at,
-                get(p + SECOND) + at,
-                get(p + INVSTD) + at,
-                get(p + GAMMA) + c * get(p + GAMMA_STRIDE),
-                get(p + GAMMA_CODE),
-                get(p + BETA) + c * get(p + BETA_STRIDE),
-                get(p + BETA_CODE),
-            )
-
-    return kernel
-
-
-FOR_ALL = {"statistics": statistics, "frozen": frozen, "parameter_gradients": parameter_gradients}
-IN_ACC = {
-    "finish": finish_all,
-    "tabulate": tabulate,
-    "tabulate_gradient": tabulate_gradient,
-    "tabulate_frozen": tabulate_frozen,
+FOR_ALL = {"statistics": finish_root, "frozen": widen_running, "parameter_gradients": gradients}
+IN_ACC: dict[str, Callable[[Element], Function]] = {
+    "finish": lambda element: for_all(finish_root, table_of(element)),
+    "repeat": repeat,
+    "tabulate": lambda element: for_all(table_of(element)),
+    "tabulate_gradient": lambda element: for_all(gradient_table_of(element)),
+    "tabulate_frozen": lambda element: for_all(widen_running, table_of(element)),
 }
 
 
 def build(name: str, dtype: str, options: tuple[Any, ...]) -> Function:
     """The kernel called `name`, specialised for a dtype and its options."""
     if name in FOR_ALL:
-        return FOR_ALL[name]()
+        return for_all(FOR_ALL[name])
     if name == "update":
-        return update(*options)
+        return for_all(update(*options))
     if name == "merge_rows":
         return merge_rows(Moments if options[0] == "moments" else Sums)
     element = Element(dtype)
@@ -484,4 +517,6 @@ def build(name: str, dtype: str, options: tuple[Any, ...]) -> Function:
     if name == "backward_slab":
         return backward_slab(element, kind, Backward(*rest))
     what = Forward(*rest) if name == "normalize" else Backward(*rest)
-    return elementwise_strided(element, what) if kind == "strided" else elementwise(element, kind, what)
+    if kind == "strided":
+        return elementwise_strided(element, what)
+    return elementwise_flat(element, what) if kind == "flat" else elementwise(element, kind, what)

@@ -10,7 +10,10 @@ VECTORS = ("gamma", "beta", "old_mean", "old_var", "new_mean", "new_var")
 FIELDS = (
     "task",
     *(f"unused_{i}" for i in range(15)),  # the next task to claim, apart from what is only read
+    "pass_task",
+    *(f"unused_{i}" for i in range(15, 30)),  # the same of an elementwise pass
     "tasks",
+    "pass_tasks",
     "samples",
     "channels",
     "positions",
@@ -24,12 +27,14 @@ FIELDS = (
     "coefficients",
     "coefficient_row",  # table of arithmetic.Coefficients: rows of acc, one entry a channel
     "rows",
-    "steps",
     "chunk",
     "chunks",  # int64[.][4], see plan.py; channels a task takes; tasks a row
+    "steps",
+    "step_table",  # int64[steps][2], the rows to merge
     "node_first",
     "node_second",
-    "node_count",  # float64[row][C] twice, int64[row]
+    "node_row",
+    "node_count",  # float64[row][C] twice, node_row bytes from row to row; int64[row]
     "tables",
     "tail",  # shares of the column tree, for a full tile then for the tail
     "scratch",
@@ -49,13 +54,14 @@ FIELDS = (
     "var",
     "invstd",
     "first",
-    "second",  # int64[1] and float64[C]: statistics, a root or sums
+    "second",  # int64[1] and float64[C]: statistics; a root or sums
     "eps",
     "momentum",
     "cumulative",  # float64 bits; 1: momentum is 1 / (batches kept)
     "tracked",
     "skipped",  # int64[C] counters
-    "block",  # rows of the elementwise pass a task takes
+    "block",  # rows of the elementwise pass a task takes; or elements, where coefficients repeat after `period`
+    "period",
 )
 PLACE = {name: i for i, name in enumerate(FIELDS)}
 OFFSET = {name: 8 * i for name, i in PLACE.items()}

@@ -23,6 +23,8 @@ SAMPLES_A_ROW = 256
 SERIAL_BYTES = 1 << 18  # below this waking a thread costs more than it saves
 STREAM_BYTES = 32 << 20  # above this an output would only push other data out of the caches
 BLOCK_BYTES = 1 << 16
+FEW_CHANNELS = 128  # up to which several positions of a dense nhwc array are taken as one row
+PERIOD = 1024  # elements of such a row, at most
 SLAB_BYTES = 1 << 19  # of x that a fused task may take: half of a core's cache or less
 STRETCH_BYTES = 1 << 13  # of a sample that a fused task should take at once, for memory to stream
 WIDEST_SLAB = 8  # node slots
@@ -201,6 +203,21 @@ def elementwise_tasks(extents: Extents, kind: str, itemsize: int) -> tuple[int, 
     rows, length = (N * C, S) if kind in ("rows", "columns") else (N * S, C)
     block = max(1, BLOCK_BYTES // (length * itemsize))
     return -(-rows // block), block
+
+
+def is_flat(extents: Extents, operands: list[Operand]) -> bool:
+    """Whether arrays that hold channels side by side are few channels, one position after the other."""
+    _, C, S = extents
+    dense = (S * C, C)
+    return C <= FEW_CHANNELS and all((o.sample_stride, *(o.position_strides or (C,))) == dense for o in operands)
+
+
+def flat_tasks(extents: Extents, itemsize: int) -> tuple[int, int, int]:
+    """(tasks, elements a task, period of the coefficients) of an elementwise pass over flat arrays."""
+    N, C, S = extents
+    period = PERIOD // C * C
+    block = max(1, BLOCK_BYTES // (period * itemsize)) * period
+    return -(-N * C * S // block), block, period
 
 
 def streams(extents: Extents, itemsize: int) -> bool:

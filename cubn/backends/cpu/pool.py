@@ -28,7 +28,7 @@ from cubn.backends.threads import cores
 ASLEEP, IDLE, RESERVED, BUSY = range(4)  # anything greater is the address of a job
 BOX = 128  # bytes: a cache line each, and its neighbour that is fetched along
 KERNEL, PARAMETERS, PLACES, GIVEN, DONE, WOKEN, FIRST_WOKEN = (8 * i for i in range(7))  # a job
-SPINS = 10_000  # pauses of some 15-50 ns
+SPINS = 30_000  # pauses of some 15-50 ns: longer than an operation's work between two kernels
 MOST = 255  # workers
 
 

@@ -7,6 +7,7 @@ an address alone. `launch` looks up the `Launch` for the layouts it is given, an
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from array import array
 from collections.abc import Callable, Collection
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn._arrays import numpy_address
-from cubn._tree import TILE
+from cubn._tree import TILE, Block, root_order
 from cubn.backends import Extents, Operand, Vector, threads
 from cubn.backends.cpu import plan, pool
 from cubn.backends.cpu.compile import Kernel, compiled
@@ -73,14 +74,10 @@ class Launch(NamedTuple):
             pool.run(kernel, address, count)
 
 
-def launch(prepare: Callable[..., Launch | None], *options: Any, **arguments: Argument | None) -> bool:
-    """Run what `prepare` makes of options and layouts; False if that is nothing."""
+def launch(prepare: Callable[..., Launch], *options: Any, **arguments: Argument | None) -> None:
+    """Run what `prepare` makes of options and layouts."""
     layouts = [argument and argument[1:] for argument in arguments.values()]
-    ready = prepare(*options, threads.get_num_threads(), tuple(arguments), *layouts)
-    if ready is None:
-        return False
-    ready.run(arguments.values())
-    return True
+    prepare(*options, threads.get_num_threads(), tuple(arguments), *layouts).run(arguments.values())
 
 
 @functools.cache
@@ -118,13 +115,17 @@ def kind(extents: Extents, **arguments: Argument | None) -> str:
     return kind_of(extents, tuple(arguments), *[argument and argument[1:] for argument in arguments.values()])
 
 
+def _operands(layouts: dict[str, Any]) -> list[Operand]:
+    return [Operand(0, *layouts[name]) for name in OPERANDS if layouts.get(name)]
+
+
 @functools.lru_cache(1024)
 def kind_of(extents: Extents, names: tuple[str, ...], *layouts: Layout | None) -> str:
     """`plan.kind_of` of the operands among the arguments; a mask, or bits of another kind, need the general kernels."""
     given = {name: layout for name, layout in zip(names, layouts, strict=True) if layout}
     if "mask" in given:
         return "strided"
-    kind = plan.kind_of(extents, [Operand(0, *given[name]) for name in OPERANDS if name in given])
+    kind = plan.kind_of(extents, _operands(given))
     bits = given.get("bits")
     if bits and BitRows(0, *bits).per_position != (kind in ("channels", "single")):
         return "strided"
@@ -170,10 +171,9 @@ def _described(name: str, layout: Layout) -> Fields:
     return {"bits_sample": bits.sample_stride, f"bits_{along}": bits.row_stride}
 
 
-def _kernels(before: tuple[str, ...], what: tuple[Any, ...], dtype: str, kind: str, threads: int) -> Kernels:
-    """Kernels over channels, then one over everything."""
-    name, *options = what
-    return (*((kernel(first, _acc(dtype)), 1) for first in before), (kernel(name, dtype, kind, *options), threads))
+def _over_channels(names: tuple[str, ...], dtype: str) -> Kernels:
+    """Kernels that take all channels, by one thread."""
+    return tuple((kernel(name, _acc(dtype)), 1) for name in names)
 
 
 def _acc(dtype: str) -> str:
@@ -194,9 +194,9 @@ def _extents(extents: Extents) -> Fields:
     return dict(zip(("samples", "channels", "positions"), extents, strict=True))
 
 
-def _table(extents: Extents, dtype: str) -> tuple[Fields, Fields]:
+def _table(entries: int, dtype: str) -> tuple[Fields, Fields]:
     """(numbers, room) of the coefficient table: six rows of acc, padded to whole vectors."""
-    row = -(-extents.C // plan.LANES) * plan.LANES * ITEMSIZE[_acc(dtype)]
+    row = -(-entries // plan.LANES) * plan.LANES * ITEMSIZE[_acc(dtype)]
     row = -(-row // ALIGNMENT) * ALIGNMENT
     return {"coefficient_row": row}, {"coefficients": 6 * row}
 
@@ -227,6 +227,114 @@ def per_channel(
     return _prepared(((kernel(name, *options), 1),), names, layouts, {"channels": C, **_numbers(numbers)})
 
 
+class Part(NamedTuple):
+    """Kernels one after the other, and what they need in the block: numbers, room, and what is to be kept alive."""
+
+    kernels: Kernels
+    fields: Fields
+    room: Fields
+    keeps: tuple[object, ...] = ()
+
+
+def _pass(
+    what: tuple[Any, ...], extents: Extents, limit: int, names: tuple[str, ...], layouts: tuple[Layout | None, ...]
+) -> tuple[str, Part]:
+    """A pass over all elements, and its kind."""
+    dtype, kind = _dtype(names, layouts), kind_of(extents, names, *layouts)
+    size = ITEMSIZE[dtype]
+    before: Kernels = ()
+    room: Fields = {}
+    given = dict(zip(names, layouts, strict=True))
+    flat = kind in ("channels", "single") and not given.get("bits") and plan.is_flat(extents, _operands(given))
+    if flat:
+        tasks, block, period = plan.flat_tasks(extents, size)
+        table, room = _table(2 * period + plan.LANES, dtype)
+        fields = {**table, "period": period}
+        before = _over_channels(("repeat",), dtype)
+    else:
+        tasks, block = plan.elementwise_tasks(extents, kind, size)
+        fields = {}
+    fields |= {"pass_tasks": tasks, "block": block, "stream": plan.streams(extents, size)}
+    threads = plan.threads_for(math.prod(extents) * size, tasks, limit)
+    name, *options = what
+    run = kernel(name, dtype, "flat" if flat else kind, *options)
+    return kind, Part((*before, (run, threads)), fields, room)
+
+
+def _reduction(
+    what: tuple[str, ...],
+    extents: Extents,
+    start: int | None,
+    limit: int,
+    names: tuple[str, ...],
+    layouts: tuple[Layout | None, ...],
+) -> tuple[str, Part]:
+    """Node rows and their merges, as `plan.reduction` cuts it, and the kind; without a start of a whole batch."""
+    dtype, kind = _dtype(names, layouts), kind_of(extents, names, *layouts)
+    cut = plan.reduction(extents, kind, start or 0)
+    steps = np.array(cut.to_root if start is None else cut.steps, np.int64).reshape(-1, 2)
+    tasks = len(cut.table) * cut.chunks
+    workers = plan.threads_for(math.prod(extents) * ITEMSIZE[dtype], tasks, limit)
+    scratch, memory = _scratch(cut.offsets, cut.scratch, workers)
+    shares, tables = _column_tables(extents.S, dtype)
+    fields = {**scratch, **shares, "rows": numpy_address(cut.table)}
+    fields |= {"tasks": tasks, "chunk": cut.chunk, "chunks": cut.chunks}
+    fields |= {"steps": len(steps), "step_table": numpy_address(steps), "node_row": 8 * extents.C}
+    if start is None:
+        rows = len(cut.table)
+        memory |= {"node_count": 8 * rows, "node_first": 8 * rows * extents.C, "node_second": 8 * rows * extents.C}
+    name, *options = what
+    kernels: Kernels = ((kernel(name, dtype, kind, *options), workers),)
+    if start is None or len(steps):
+        kernels += ((kernel("merge_rows", "", name), 1),)
+    return kind, Part(kernels, fields, memory, (cut, steps, tables))
+
+
+def _slab(
+    what: tuple[Any, ...], extents: Extents, limit: int, names: tuple[str, ...], layouts: tuple[Layout | None, ...]
+) -> Part | None:
+    """Reduction and pass in one, a few channels at a time; None where `plan.slab` has no such cut."""
+    dtype, kind = _dtype(names, layouts), kind_of(extents, names, *layouts)
+    size = math.prod(extents) * ITEMSIZE[dtype]
+    limit = plan.threads_for(size, extents.C, limit)
+    slab = plan.slab(extents, kind, ITEMSIZE[dtype], limit)
+    if slab is None:
+        return None
+    workers = min(limit, slab.tasks)
+    scratch, memory = _scratch(slab.offsets, slab.scratch, workers)
+    shares, tables = _column_tables(extents.S, dtype)
+    fields = {**scratch, **shares, "tasks": slab.tasks, "chunk": slab.chunk}
+    fields["stream"] = plan.streams(extents, ITEMSIZE[dtype])
+    name, *options = what
+    return Part(((kernel(name, dtype, kind, *options), workers),), fields, memory, (tables,))
+
+
+def _joined(
+    parts: Collection[Part],
+    extents: Extents,
+    names: tuple[str, ...],
+    layouts: tuple[Layout | None, ...],
+    numbers: Numbers = (),
+    *,
+    strided: bool = False,
+) -> Launch:
+    """One launch of all parts, with a coefficient table, and room for statistics that nobody asked for."""
+    fields, room = _table(extents.C, _dtype(names, layouts))
+    fields |= {**_extents(extents), **_numbers(numbers)}
+    kernels: Kernels = ()
+    for part in parts:
+        kernels += part.kernels
+        fields |= part.fields
+        room |= part.room
+    keeps = [part.keeps for part in parts]
+    return _prepared(kernels, names, layouts, fields, room, strided, keeps)
+
+
+def _vectors(C: int, names: Collection[str], wanted: Collection[str]) -> Fields:
+    """Room for float64 vectors that are not among the arguments."""
+    return {name: 8 * C for name in wanted if name not in names}
+
+
 @functools.lru_cache(1024)
 def elementwise(
     before: tuple[str, ...],
@@ -238,16 +346,11 @@ def elementwise(
     *layouts: Layout | None,
 ) -> Launch:
     """A pass over all elements, after kernels that make its coefficient table."""
-    dtype, kind = _dtype(names, layouts), kind_of(extents, names, *layouts)
-    N, C, S = extents
-    size = ITEMSIZE[dtype]
-    tasks, block = plan.elementwise_tasks(extents, kind, size)
-    row, table = _table(extents, dtype)
-    fields = {**_extents(extents), **row, **_numbers(numbers), "tasks": tasks, "block": block}
-    fields["stream"] = plan.streams(extents, size)
-    room = table | {name: 8 * C for name in ("mean", "var", "invstd") if name not in names}
-    kernels = _kernels(before, what, dtype, kind, plan.threads_for(N * C * S * size, tasks, limit))
-    return _prepared(kernels, names, layouts, fields, room, kind == "strided")
+    kind, run = _pass(what, extents, limit, names, layouts)
+    table = Part(
+        _over_channels(before, _dtype(names, layouts)), {}, _vectors(extents.C, names, ("mean", "var", "invstd"))
+    )
+    return _joined((table, run), extents, names, layouts, numbers, strided=kind == "strided")
 
 
 @functools.lru_cache(1024)
@@ -260,53 +363,76 @@ def reduction(
     names: tuple[str, ...],
     *layouts: Layout | None,
 ) -> Launch:
-    """Node rows of a reduction, as `plan.reduction` cuts it."""
-    dtype, kind = _dtype(names, layouts), kind_of(extents, names, *layouts)
-    N, C, S = extents
-    cut = plan.reduction(extents, kind, start)
-    tasks = len(cut.table) * cut.chunks
-    workers = plan.threads_for(N * C * S * ITEMSIZE[dtype], tasks, limit)
-    row, table = _table(extents, dtype) if before else ({}, {})
-    scratch, memory = _scratch(cut.offsets, cut.scratch, workers)
-    shares, tables = _column_tables(S, dtype)
-    fields = {**_extents(extents), **row, **scratch, **shares, "rows": numpy_address(cut.table)}
-    fields |= {"tasks": tasks, "chunk": cut.chunk, "chunks": cut.chunks}
-    kernels = _kernels(before, what, dtype, kind, workers)
-    return _prepared(kernels, names, layouts, fields, table | memory, kind == "strided", (cut, tables))
+    """Node rows of a part of a batch, merged to maximal aligned blocks."""
+    kind, run = _reduction(what, extents, start, limit, names, layouts)
+    table = Part(_over_channels(before, _dtype(names, layouts)), {}, {})
+    return _joined((table, run), extents, names, layouts, strided=kind == "strided")
 
 
 @functools.lru_cache(1024)
-def fused(
-    before: tuple[str, ...],
-    what: tuple[Any, ...],
+def root(
+    what: str,
+    C: int,
+    blocks: tuple[Block, ...],
+    row_bytes: int,
+    limit: int,
+    names: tuple[str, ...],
+    *layouts: Layout | None,
+) -> Launch:
+    """The merges of neighbouring blocks into the first, and what that holds then."""
+    steps = np.array(root_order(blocks), np.int64).reshape(-1, 2)
+    fields = {"channels": C, "node_row": row_bytes, "steps": len(steps), "step_table": numpy_address(steps)}
+    return _prepared(((kernel("merge_rows", "", what), 1),), names, layouts, fields, keeps=steps)
+
+
+@functools.lru_cache(1024)
+def train(
+    options: tuple[Any, ...],
     extents: Extents,
     numbers: Numbers,
     limit: int,
     names: tuple[str, ...],
     *layouts: Layout | None,
-) -> Launch | None:
-    """Reduction and pass in one, a few channels at a time; None where `plan.slab` has no such cut."""
-    dtype, kind = _dtype(names, layouts), kind_of(extents, names, *layouts)
-    N, C, S = extents
-    size = N * C * S * ITEMSIZE[dtype]
-    limit = plan.threads_for(size, C, limit)
-    slab = plan.slab(extents, kind, ITEMSIZE[dtype], limit) if size else None
-    if slab is None:
-        return None
-    workers = min(limit, slab.tasks)
-    row, table = _table(extents, dtype)
-    scratch, memory = _scratch(slab.offsets, slab.scratch, workers)
-    shares, tables = _column_tables(S, dtype)
-    fields = {**_extents(extents), **row, **scratch, **shares, **_numbers(numbers)}
-    fields |= {"tasks": slab.tasks, "chunk": slab.chunk, "stream": plan.streams(extents, ITEMSIZE[dtype])}
-    kernels = _kernels(before, what, dtype, kind, workers)
-    return _prepared(kernels, names, layouts, fields, table | memory, keeps=tables)
+) -> Launch:
+    """Moments, statistics and y of a whole batch: a few channels at a time, or else in two passes."""
+    run = _slab(("train_slab", *options), extents, limit, names, layouts)
+    if run:
+        return _joined((run,), extents, names, layouts, numbers)
+    kind, pass_ = _pass(("normalize", *options), extents, limit, names, layouts)
+    read = _only(("x", "mask"), names, layouts)
+    reduced_kind, reduced = _reduction(("moments",), extents, None, limit, *read)
+    finish = Part(
+        _over_channels(("finish",), _dtype(names, layouts)), {}, _vectors(extents.C, names, ("first", "second"))
+    )
+    strided = "strided" in (kind, reduced_kind)
+    return _joined((reduced, finish, pass_), extents, names, layouts, numbers, strided=strided)
 
 
 @functools.lru_cache(1024)
-def merging(what: str, C: int, steps: int, limit: int, names: tuple[str, ...], *layouts: Layout | None) -> Launch:
-    """`steps` merges of node rows."""
-    chunk = max(plan.LANES, -(-C // 8 // plan.LANES) * plan.LANES)
-    tasks = -(-C // chunk)
-    run = kernel("merge_rows", "", what), plan.threads_for(16 * steps * C, tasks, limit)
-    return _prepared((run,), names, layouts, {"channels": C, "steps": steps, "chunk": chunk, "tasks": tasks})
+def backward(
+    options: tuple[Any, ...],
+    extents: Extents,
+    limit: int,
+    names: tuple[str, ...],
+    *layouts: Layout | None,
+) -> Launch:
+    """Sums and dx of a whole batch: a few channels at a time, or else in two passes."""
+    gate, frozen, _ = options
+    dtype = _dtype(names, layouts)
+    tabulate = Part(_over_channels(("tabulate",), dtype), {}, {})
+    run = _slab(("backward_slab", *options), extents, limit, names, layouts)
+    if run:
+        return _joined((tabulate, run), extents, names, layouts)
+    kind, pass_ = _pass(("input_gradient", *options), extents, limit, names, layouts)
+    read = _only(("x", "g", "mask", "bits"), names, layouts)
+    reduced_kind, reduced = _reduction(("sums", gate), extents, None, limit, *read)
+    gradient = Part(_over_channels(() if frozen else ("tabulate_gradient",), dtype), {}, {})
+    strided = "strided" in (kind, reduced_kind)
+    return _joined((tabulate, reduced, gradient, pass_), extents, names, layouts, strided=strided)
+
+
+def _only(
+    wanted: tuple[str, ...], names: tuple[str, ...], layouts: tuple[Layout | None, ...]
+) -> tuple[tuple[str, ...], tuple[Layout | None, ...]]:
+    """The wanted ones among arguments."""
+    return wanted, tuple(layouts[names.index(name)] for name in wanted)

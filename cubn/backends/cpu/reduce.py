@@ -163,6 +163,8 @@ def load_node(element: Element, slot: Value) -> Node:
 
 def equal_merge(what: Reduction, a: Node, b: Node, count: float) -> Node:
     """Merge of two nodes of `count` values each."""
+    if count == 1:
+        return what.pair(a, b)
     return what.merge(a, b, constant(a[0], 0.5), constant(a[0], count * 0.5))
 
 
@@ -790,13 +792,23 @@ def of_single_positions(source: Source) -> Any:
     element, what = source.element, source.what
     push, count_up, _ = counter(Element("float64"), what)
 
-    def node_at(px: Value, pg: Value, pb: Value, context: Value, stride: Value, mask: Value | None) -> Node:
+    cannot_overflow = element.acc != DOUBLE
+
+    def node_at(
+        px: Value, pg: Value, pb: Value, context: Value, stride: Value, mask: Value | None = None, trusted: bool = False
+    ) -> Node:
+        """The node of one value. Its mean is pivot + (x - pivot), NaN where x is not finite; `trusted` leaves that."""
         if what is Moments:
             x = element.load(px, mask)
             wide = widen(x, DOUBLE)
-            return wide + widen(x - x, DOUBLE), constant(wide, 0.0)  # pivot + (x - pivot): not finite where x is not
+            return wide if trusted else wide + widen(x - x, DOUBLE), constant(wide, 0.0)
         g, t = term_at(source, px, pg, pb, context, stride, mask)
         return widen(g, DOUBLE), widen(t, DOUBLE)
+
+    def doubted(node: Node) -> Node:
+        """NaNs where a value was not finite: m2 is not finite then, and is otherwise where float64 cannot overflow."""
+        mean, m2 = node
+        return mean + (m2 - m2), m2 + (m2 - m2)
 
     @instruction()
     def sixteen(
@@ -807,9 +819,12 @@ def of_single_positions(source: Source) -> Any:
                 prefetch(px + sx * (LANES + i))
                 if what is not Moments:
                     prefetch(pg + sg * (LANES + i))
-                yield node_at(px + sx * i, pg + sg * i, pb + sb * i, context, stride, None)
+                yield node_at(px + sx * i, pg + sg * i, pb + sb * i, context, stride, trusted=cannot_overflow)
 
-        store_node(Element("float64"), pairwise(what, nodes(), 1.0), to)
+        node = pairwise(what, nodes(), 1.0)
+        if what is Moments and cannot_overflow:
+            node = doubted(node)
+        store_node(Element("float64"), node, to)
 
     @instruction()
     def one(to: Value, lanes: Value, px: Value, pg: Value, pb: Value, context: Value, stride: Value) -> None:

@@ -165,8 +165,41 @@ def _mangle(element: ir.Type) -> str:
     return {HALF: "f16", FLOAT: "f32", DOUBLE: "f64"}.get(element) or f"i{element.width}"
 
 
+def _width(element: ir.Type) -> int:
+    return {HALF: 16, FLOAT: 32, DOUBLE: 64}.get(element) or int(element.width)
+
+
 def _declare(b: ir.IRBuilder, name: str, kind: ir.FunctionType) -> ir.Function:
     return b.module.globals.get(name) or ir.Function(b.module, kind, name)
+
+
+def vector_of(element: ir.Type) -> ir.VectorType:
+    return ir.VectorType(element, LANES)
+
+
+def _places(address: Value, stride: Value, element: ir.Type) -> ir.Value:
+    """Addresses `stride` bytes apart."""
+    b = address.b
+    lane = Value(b, ir.Constant(vector_of(I64), list(range(LANES))))
+    return b.inttoptr((splat(address) + lane * splat(stride)).v, vector_of(ir.PointerType(element)))
+
+
+def load_strided(address: Value, stride: Value, element: ir.Type, mask: Value) -> Value:
+    """As `load_raw`, from addresses `stride` bytes apart."""
+    b, vector, places = address.b, vector_of(element), _places(address, stride, element)
+    name = f"llvm.masked.gather.v16{_mangle(element)}.v16p0"
+    kind = ir.FunctionType(vector, [places.type, I32, mask.type, vector])
+    align = I32(_width(element) // 8)
+    return Value(b, b.call(_declare(b, name, kind), [places, align, mask.v, ir.Constant(vector, None)]))
+
+
+def store_strided(value: Value, address: Value, stride: Value, mask: Value) -> None:
+    """As `store_raw`, to addresses `stride` bytes apart."""
+    b, element = address.b, value.type.element
+    places = _places(address, stride, element)
+    name = f"llvm.masked.scatter.v16{_mangle(element)}.v16p0"
+    kind = ir.FunctionType(ir.VoidType(), [value.type, places.type, I32, mask.type])
+    b.call(_declare(b, name, kind), [value.v, places, I32(_width(element) // 8), mask.v])
 
 
 def prefetch(address: Value) -> None:
