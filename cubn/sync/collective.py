@@ -308,19 +308,17 @@ class Exchange:
         group.exchanges += 1
         self._number = group.exchanges
         samples = self._declared or self._likely()
-        if self._on_device:
-            failure = error or self._compute(samples)
-            said = failure
-            headers = self._say(said)
-        else:
-            said = error
-            headers = self._say(said)
-            failure = error or self._compute(samples)
-        if said is not None:
+        failure = error
+        if failure is None and self._on_device:
+            failure = self._compute(samples)
+        headers = self._say(failure)
+        if failure is not None:
             self._judge(headers)
-            if said is not error:
-                raise said
+            if failure is not error:
+                raise failure
             return
+        if not self._on_device:
+            failure = self._compute(samples)
         lane = None if self._declared is None else self._lane(samples, agreed=False)
         if lane is None:
             samples, failure = self._agree(headers, samples, failure)
@@ -346,15 +344,13 @@ class Exchange:
         agreed = tuple(said["N"].tolist())
         if self._shape(agreed) != self._shape(samples):
             failure = self._compute(agreed)
-        if (
-            self._declared is None and self._on_device and agreed != (group.samples or agreed[:1] * group.size)
-        ):  # some ranks had guessed wrong
-            said_again = self._say(failure)
-            if failure is None:
-                self._judged(said_again)
-            else:
-                self._judge(said_again)
+        guessed = self._declared or group.samples or agreed[:1] * group.size  # by a rank that guessed right
+        if self._on_device and agreed != guessed:  # others did not: the first header is not the last word
+            headers = self._say(failure)
+            if failure is not None:
+                self._judge(headers)
                 raise failure
+            self._judged(headers)
         return agreed, failure
 
     def _say(self, failure: Exception | None) -> _Headers:

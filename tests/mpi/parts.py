@@ -72,6 +72,8 @@ def step(
             "tracked": state.tracked,
             "skipped": state.skipped,
             "count": np.asarray(saved.count),
+            "mean": np.array(saved.mean),
+            "var": np.array(saved.var),
             "moments.count": moments.count,
             "moments.mean": moments.mean,
             "moments.m2": moments.m2,
