@@ -55,7 +55,8 @@ class NCCLCommunicator(Communicator):
             else:
                 self._library.groupStart()
                 for rank, size in enumerate(sizes):
-                    self._nccl.broadcast(source, target, size, byte, rank, stream)
+                    if size:
+                        self._nccl.broadcast(source, target, size, byte, rank, stream)
                     target += size
                 self._library.groupEnd()
         return _InStreamOrder()

@@ -45,24 +45,46 @@ def test_records_of_one_size_take_one_allgather_and_others_a_group_of_broadcasts
         return sorted(library.calls)
 
     assert moments([16, 16]) == ["allGather"] * 2
-    assert moments([4, 20, 8]) == ["broadcast"] * 9 + ["end"] * 3 + ["start"] * 3
+    assert moments([4, 20, 8, 0]) == ["broadcast"] * 12 + ["end"] * 4 + ["start"] * 4
 
 
 @pytest.mark.parametrize("declared", [False, True], ids=["agreed", "declared"])
 def test_the_host_waits_for_no_device(library, device, declared):  # noqa: F811
-    """From the second step on: where merges go was brought to the device in the first."""
+    """From the second step on. In the first the order of merges is brought there, for all streams."""
     batch, cut = Batch(), [20, 12]
 
     def body(comm, part):
         x, dy = batch.x[slice(*part)], batch.dy[slice(*part)]
         state = batch.state()
+        waits = []
         for _ in range(2):
             device.waits.clear()
             _, saved = cubn.forward_train(x, state, comm=comm, sizes=cut if declared else None)
             cubn.backward(dy, saved)
-        return list(device.waits)
+            waits.append(list(device.waits))
+        return waits
 
-    assert run(cut, body) == [[], []]
+    (first, second), (also_first, also_second) = run(cut, body)
+    assert set(first + also_first) == {"synchronize"}
+    assert second == also_second == []
+
+
+def test_samples_without_positions(library):
+    batch = Batch()
+
+    def body(comm, part):
+        x = batch.x[slice(*part)]
+        state = batch.state()
+        y, saved = cubn.forward_train(x[:, :, :, :0] if comm.rank else x, state, comm=comm)
+        return cubn.backward(y, saved, parameter_gradients="global").dgamma, state.running_var, y.shape
+
+    state = batch.state()
+    y, saved = cubn.forward_train(batch.x[:20], state)
+    dgamma = cubn.backward(y, saved).dgamma
+    for rank, (got, running_var, shape) in enumerate(run([20, 12], body)):
+        np.testing.assert_array_equal(got, dgamma)
+        np.testing.assert_array_equal(running_var, state.running_var)
+        assert shape == ((12, C, 5, 0) if rank else (20, C, 5, 7))
 
 
 def test_another_cut_than_before_is_agreed_on_again(library):
