@@ -54,6 +54,7 @@ class Library(Protocol):
 
     name: str
     immutable: bool
+    fixed: bool  # an array is the same memory, shape and type for life
 
     def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         """See `describe`."""
@@ -284,6 +285,7 @@ class _NumPy:
 
     name = "numpy"
     immutable = False
+    fixed = True
 
     def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         shape = x.shape
@@ -313,7 +315,7 @@ class _NumPy:
         return np.array(array.owner, "float32" if array.dtype == "bfloat16" else None)
 
     def unchanged(self, array: Array) -> bool:
-        return bool(array.owner.flags.writeable) is array.writable  # all else is its own for life
+        return bool(array.owner.flags.writeable) is array.writable
 
     def version(self, array: Array) -> int | None:
         return None
@@ -343,6 +345,7 @@ class _Torch:
 
     name = "torch"
     immutable = False
+    fixed = False
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
@@ -428,6 +431,7 @@ class _Cupy:
 
     name = "cupy"
     immutable = False
+    fixed = True
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
@@ -462,7 +466,7 @@ class _Cupy:
         return values.astype("float32") if array.dtype == "bfloat16" else values
 
     def unchanged(self, array: Array) -> bool:
-        return True  # its memory is its own for life
+        return True
 
     def version(self, array: Array) -> int | None:
         return None
@@ -476,6 +480,7 @@ class _Jax:
 
     name = "jax"
     immutable = True
+    fixed = False
 
     def __init__(self, jax: Any) -> None:
         self._jax = jax
@@ -530,6 +535,7 @@ class _Foreign:
     """A library cubn has never heard of, by `__dlpack__` and `from_dlpack`."""
 
     immutable = False
+    fixed = False
 
     def __init__(self, name: str, from_dlpack: Callable[[Any], Any] | None) -> None:
         self.name = name

@@ -310,7 +310,7 @@ class _Training:
         self.eps = state.eps  # which may have changed before `finish`
         self.updates = update and state.tracked is not None
         if self.updates:
-            state.check_updatable("forward_train")
+            state.check_updatable("forward_train", given.held)
         self.output = _destination("forward_train", out, given)
         self.overwrites = _overwrites(out, self.output, given.source)
         self.kept = _kept_parameters(given)

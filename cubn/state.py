@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cubn import _arrays
 from cubn._arguments import backend, refusal, whole
-from cubn._arrays import FLOATS, Array, Output
+from cubn._arrays import FLOATS, Array
 from cubn._layout import vector
 from cubn.backends import CPU, Backend, BackendArray, Statistics, Vector
 from cubn.errors import device_name, message
@@ -34,6 +34,7 @@ class Held(NamedTuple):
 
     arrays: dict[str, Array]
     device: tuple[int, int] | None
+    fixed: bool  # nothing moves or converts the arrays
     gamma: Vector | None
     beta: Vector | None
     running_mean: Vector | None
@@ -272,14 +273,16 @@ class BatchNormState:
             raise ValueError(refusal(function, "x", rule, x, "Move one of them to the other's device."))
         return held
 
-    def check_updatable(self, function: str) -> None:
-        """Raise unless the running statistics can be written, or replaced."""
+    def check_updatable(self, function: str, held: Held | None = None) -> None:
+        """Raise unless the running statistics (those held) can be written, or replaced."""
         if self.tracked is None:
             remedy = "Make the state with track=True."
             raise ValueError(message(function, "state", "have running statistics", "a state with track=False", remedy))
-        arrays = self._current(function).arrays
+        held = held or self._current(function)
         for name in STATISTICS:
-            array = arrays[name]
+            array = held.arrays[name]
+            if not array.library.unchanged(array):
+                array = _described(array.owner, name, function)
             if not array.library.immutable:
                 _arrays.check_writable(array, function, name)
 
@@ -292,20 +295,18 @@ class BatchNormState:
         """Move the running statistics towards a batch's, with the guard; `check_updatable` has passed."""
         with self._lock:
             held = self._current(function)
-            old = [held.arrays[name] for name in STATISTICS]
-            new = [_target(array) for array in old]
-            if self._counters_device != old[0].device:
-                self._place_counters(old[0].device, self._counters())
-            place.update(
-                statistics,
-                (vector(old[0]), vector(old[1])),
-                (vector(new[0].array), vector(new[1].array)),
-                self.tracked,
-                self.skipped,
-                self._momentum,
-            )
-            written = {name: output.finish() for name, output in zip(STATISTICS, new, strict=True)}
-            self._arrays = self._arrays | written
+            old = {name: held.arrays[name] for name in STATISTICS}
+            fresh = {n: _arrays.empty_vector(a.shape[0], a.dtype, a) for n, a in old.items() if a.library.immutable}
+            mean, var = (vector(array) for array in old.values())
+            new_mean, new_var = (vector(fresh[n].array if n in fresh else array) for n, array in old.items())
+            if self._counters_device != held.device:
+                self._place_counters(old["running_mean"].device, self._counters())
+            place.update(statistics, (mean, var), (new_mean, new_var), self.tracked, self.skipped, self._momentum)
+            for name, array in old.items():
+                if name not in fresh:
+                    array.library.mark_written(array)
+            if fresh:
+                self._arrays = self._arrays | {name: output.finish() for name, output in fresh.items()}
 
     def __repr__(self) -> str:
         return (
@@ -369,7 +370,7 @@ class BatchNormState:
 
     def _current(self, function: str) -> Held:
         arrays, held = self._arrays, self._held
-        if held is None or not _is_of(held, arrays):
+        if held is None or not (held.fixed or _is_of(held, arrays)):
             held = hold(self._describe(arrays, function), function)
             self._keep(held)
         return held
@@ -430,7 +431,9 @@ def hold(described: dict[str, Array], function: str) -> Held:
         elif array.device != device:
             rule = f"be on the device of {first}, {device_name(device)}"
             raise ValueError(refusal(function, name, rule, array, "Move one of them to the other's device."))
-    return Held(described, device, *(vector(described[name]) if name in described else None for name in ARRAYS))
+    vectors = [vector(described[name]) if name in described else None for name in ARRAYS]
+    fixed = all(array.library.fixed for array in described.values())
+    return Held(described, device, fixed, *vectors)
 
 
 def _is_of(held: Held, arrays: Mapping[str, Any]) -> bool:
@@ -443,18 +446,6 @@ def _is_of(held: Held, arrays: Mapping[str, Any]) -> bool:
         elif array.owner is not owner or not array.library.unchanged(array):
             return False
     return True
-
-
-def _target(array: Array) -> Output:
-    """Where new running statistics go: the array itself, or a fresh one where it cannot be written."""
-    if array.library.immutable:
-        return _arrays.empty_vector(array.shape[0], array.dtype, array)
-
-    def finish() -> Any:
-        array.library.mark_written(array)
-        return array.owner
-
-    return Output(array, finish)
 
 
 def _check_statistics(described: Mapping[str, Array]) -> None:

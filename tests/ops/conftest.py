@@ -32,7 +32,9 @@ def eager_threads(monkeypatch, plans_anew):
 
 
 @pytest.fixture
-def streaming(request, monkeypatch, plans_anew):
-    """Outputs written past the caches, as otherwise only large ones are; where the parameter asks for it."""
-    if request.param == "streamed":
+def passes(request, monkeypatch, plans_anew):
+    """How the CPU makes its elementwise passes: in the ways the parameter names, else those of larger arrays only."""
+    if "streamed" in request.param:
         monkeypatch.setattr(plan, "STREAM_BYTES", 0)
+    if "by position" in request.param:
+        monkeypatch.setattr(plan, "FEW_CHANNELS", 0)

@@ -232,27 +232,27 @@ def check_moments_and_normalize(problem, start, cuts):
     drawn.same(cubn.normalize(x, whole, **given_parameters, **drawn.options()), drawn.expected(stats), "y")
 
 
-CACHED = [("cpu", "cached"), *((name, "cached") for name in CUDA_ON_CPU)]
-PLACES = [*CACHED, ("cpu", "streamed")]
-"""Where an operation runs, and how the CPU writes what it does."""
+PLAIN = [("cpu", "plain"), *((name, "plain") for name in CUDA_ON_CPU)]
+PLACES = [*PLAIN, ("cpu", "streamed"), ("cpu", "streamed by position")]
+"""Where an operation runs, and how the CPU makes its elementwise passes."""
 
 
 def at_every_edge(seed, places):
     """Three problems an edge on the CPU, one of their own on each of the others."""
     problems = {name: problems_at_every_edge(1, f"{seed} {name}") for name in CUDA_ON_CPU}
     problems["cpu"] = problems_at_every_edge(3, seed)
-    rows = [(name, streaming, problem) for name, streaming in places for problem in problems[name]]
-    names = ("backend", "streaming", "problem")
+    rows = [(name, passes, problem) for name, passes in places for problem in problems[name]]
+    names = ("backend", "passes", "problem")
     return pytest.mark.parametrize(names, rows, indirect=names[:2], ids=name_of)
 
 
 def anywhere(places):
     """Where a test draws its own problems: that compiles many kernels."""
     rows = [pytest.param(*place, marks=pytest.mark.slow if place[0] in CUDA_ON_CPU else ()) for place in places]
-    return pytest.mark.parametrize(("backend", "streaming"), rows, indirect=True)
+    return pytest.mark.parametrize(("backend", "passes"), rows, indirect=True)
 
 
-@pytest.mark.usefixtures("eager_threads", "streaming")
+@pytest.mark.usefixtures("eager_threads", "passes")
 class TestTraining:
     @at_every_edge(1, PLACES)
     def test_at_every_edge(self, backend, problem):
@@ -264,7 +264,7 @@ class TestTraining:
         check_training(problem)
 
 
-@pytest.mark.usefixtures("eager_threads", "streaming")
+@pytest.mark.usefixtures("eager_threads", "passes")
 class TestFrozenStatisticsAndInference:
     @at_every_edge(2, PLACES)
     def test_at_every_edge(self, backend, problem):
@@ -276,13 +276,13 @@ class TestFrozenStatisticsAndInference:
         check_frozen_statistics_and_inference(problem)
 
 
-@pytest.mark.usefixtures("eager_threads", "streaming")
+@pytest.mark.usefixtures("eager_threads", "passes")
 class TestMomentsOfAnyCut:
-    @at_every_edge(3, CACHED)
+    @at_every_edge(3, PLAIN)
     def test_at_every_edge(self, backend, problem):
         check_moments_and_normalize(problem, 5, (0.3, 0.5))
 
-    @anywhere(CACHED)
+    @anywhere(PLAIN)
     @given(problems(), st.integers(0, 1000), st.lists(st.floats(0, 1), max_size=4))
     def test_anywhere(self, backend, problem, start, cuts):
         check_moments_and_normalize(problem, start, cuts)

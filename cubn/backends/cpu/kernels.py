@@ -12,7 +12,6 @@ from llvmlite import ir
 from cubn.backends.cpu import channels
 from cubn.backends.cpu.arithmetic import Moments, Reduction, Sums
 from cubn.backends.cpu.elementwise import (
-    SPREAD,
     Backward,
     Forward,
     Pass,
@@ -273,15 +272,14 @@ def slab_pass(element: Element, kind: str, what: Pass) -> Any:
 
     @jit
     def together(p, table, c0, few):  # type: ignore[no-untyped-def]
-        long = True
         for c in range(0, few, groups):
-            long = spread(p, table + c // groups * SPREAD, c0 + c, min(few - c, groups))
-        for n in range(get(p + SAMPLES) - 1, -1, -1):
-            for c in range(0, few, groups):
+            count = min(few - c, groups)
+            long = spread(p, table, c0 + c, count)
+            for n in range(get(p + SAMPLES) - 1, -1, -1):
                 if long:
-                    of_group(p, table + c // groups * SPREAD, n, c0 + c, min(few - c, groups))
+                    of_group(p, table, n, c0 + c, count)
                 else:
-                    of_channels(p, n, c0 + c, min(few - c, groups))
+                    of_channels(p, n, c0 + c, count)
 
     return together
 

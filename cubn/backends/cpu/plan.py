@@ -171,7 +171,7 @@ def slab(extents: Extents, kind: str, itemsize: int, threads: int) -> Slab | Non
     if threads > 1 and tasks < 4 * threads and tasks % threads:
         return None
     width = chunk // one
-    offsets, scratch = scratch_offsets(width, -(-S // TILE), N, width * SPREAD if kind == "rows" else 0)
+    offsets, scratch = scratch_offsets(width, -(-S // TILE), N, SPREAD if kind == "rows" else 0)
     return Slab(chunk, tasks, offsets, scratch)
 
 
