@@ -36,6 +36,10 @@ def interpolated(points: list[tuple[float, float]]) -> Curve:
     return curve
 
 
+def network(microseconds: float, gigabytes_a_second: float) -> Curve:
+    return lambda nbytes: microseconds + nbytes / (1e3 * gigabytes_a_second)
+
+
 def allgather(sendrecv: Curve, nbytes: int, ranks: int) -> float:
     doubling = sum(sendrecv(nbytes << step) for step in range(ranks.bit_length() - 1))
     return min(doubling, (ranks - 1) * sendrecv(nbytes))
@@ -73,10 +77,9 @@ def main() -> None:
     parser.add_argument("--latency", type=float, metavar="US", help="of a message, in microseconds")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="in each direction")
     options = parser.parse_args()
-    network = None
-    if options.latency is not None and options.bandwidth is not None:
-        network = lambda nbytes: options.latency + nbytes / (1e3 * options.bandwidth)  # noqa: E731
-    print(table(json.loads(options.table.read_text())["rows"], network))
+    given = options.latency is not None and options.bandwidth is not None
+    messages = network(options.latency, options.bandwidth) if given else None
+    print(table(json.loads(options.table.read_text())["rows"], messages))
 
 
 if __name__ == "__main__":
