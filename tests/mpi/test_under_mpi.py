@@ -31,7 +31,7 @@ def test_records_of_arrays_on_a_device_in_processes(mpi):
 @pytest.mark.slow
 def test_one_sample_on_each_of_32_processes(mpi):
     """Every test that has so many ranks."""
-    command = ["-m", "mpi4py", "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", "-k", "32"]
+    command = ["-m", "mpi4py", "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", "-k", "1x32"]
     run = mpi.run(32, *command, "tests/mpi/test_synchronised.py", timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count(" passed") == 32, run.stdout
