@@ -126,3 +126,62 @@ def test_samples_of_different_sizes(backend):
         nodes.append(oracle.sample_moments(x))
     stacked = tuple(np.concatenate(arrays_of) for arrays_of in zip(*nodes, strict=True))
     assert_moments(whole, oracle.statistics(oracle.root(stacked, oracle.reference.merge), EPS))
+
+
+def gappy(values, gap):
+    """The same numbers in memory with room after each sample, or after each position; and all of that memory."""
+    N, S, C = values.shape
+    memory = np.full((N, S + 1, C) if gap == "samples" else (N, S, C + 1), 7, values.dtype)
+    view = memory[:, :S, :C]
+    view[...] = values
+    return view, memory
+
+
+@pytest.mark.parametrize("gap", ["samples", "positions"])
+@pytest.mark.parametrize("gaps", ["x", "out", "residual", "dy", "all"])
+@pytest.mark.parametrize("C", [3, 16, 65])
+def test_few_channels_with_gaps_between_them(backend, C, gaps, gap):
+    """What lies side by side in one array need not in another."""
+    rng = np.random.default_rng(C)
+    shape = (5, 300, C)
+    given = {name: arrays.normal(rng, shape) for name in ("x", "residual", "dy")}
+    expected = np.empty(shape, np.float32)
+    _, saved = cubn.forward_train(
+        given["x"], cubn.BatchNormState(C, channel_axis=-1), residual=given["residual"], out=expected
+    )
+    gradients = cubn.backward(given["dy"], saved)
+    placed = {
+        name: gappy(values, gap) if gaps in (name, "all") else (values, None)
+        for name, values in {**given, "out": np.zeros(shape, np.float32)}.items()
+    }
+    out, memory = placed["out"]
+    state = cubn.BatchNormState(C, channel_axis=-1)
+    _, saved = cubn.forward_train(placed["x"][0], state, residual=placed["residual"][0], out=out)
+    np.testing.assert_array_equal(out, expected)
+    found = cubn.backward(placed["dy"][0], saved, out=out)
+    for name in ("dx", "dresidual", "dgamma", "dbeta"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(gradients, name), name)
+    if memory is not None:
+        assert (memory[:, 300:] == 7).all() and (memory[..., C:] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", arrays.DTYPES)
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize(("samples", "sample"), [(35, 0), (35, 34), (48, 21), (32, 31), (48, 47)])
+def test_one_value_that_is_not_finite_of_single_positions(backend, dtype, value, samples, sample):
+    """Its channel's mean is a NaN, not infinite, whether samples are taken in sixteens or one by one."""
+    values = np.random.default_rng(0).normal(size=(samples, 40))
+    values[sample, 17] = value
+    store = oracle.narrow(values, np.dtype(arrays.STORES[dtype]))
+    stats = oracle.batch_statistics(oracle.as_ncs(store, 1), EPS)
+    assert np.isnan(stats.mean[17])
+    assert_moments(cubn.moments(arrays.carry(store, "numpy")), stats)
+
+
+@pytest.mark.parametrize("large", [1e38, 3e38])
+def test_the_largest_single_positions_are_finite(backend, large):
+    """Squares of float32 do not overflow a float64, so a mean that is a NaN says that a value was not finite."""
+    x = np.where(np.arange(48)[:, None] % 2, large, -large).astype(np.float32) * np.ones((1, 20), np.float32)
+    found = cubn.moments(x)
+    assert_moments(found, oracle.batch_statistics(oracle.as_ncs(x, 1), EPS))
+    assert np.isfinite(found.m2).all()

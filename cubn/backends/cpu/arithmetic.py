@@ -28,11 +28,9 @@ class Coefficients(NamedTuple):
 def divided(total: Value, count: int) -> Value:
     """total / count for a count of 2 to 8, rounded as the division is, without dividing where that is slow.
 
-    A power of two: its inverse is exact. Else a float32 total times the inverse in float64: no quotient of a float32
-    by such
-    a count lies within that product's error of the middle between two float32, unless it is that middle, and then the
-    product
-    is exact.
+    A power of two: its inverse is exact. Else a float32 total times the inverse in float64: no quotient of a float32 by
+    such a count lies within that product's error of the middle between two float32, unless it is that middle, and then
+    the product is exact.
     """
     if count & (count - 1) == 0:
         return total * constant(total, 1 / count)

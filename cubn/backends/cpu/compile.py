@@ -2,8 +2,8 @@
 it.
 
 A process that finds its kernels in the cache never imports numba. The cache key covers everything an object file
-depends
-on, the source of this package included, so an edit is never stale. A cache that cannot be written or read is no error.
+depends on, the source of this package included, so an edit is never stale. A cache that cannot be written or read is no
+error.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The elementwise passes: y from x, dx from dy and x. They read the coefficient table, not the statistics.
 
 A row is what lies contiguous: positions of one channel (nchw: one coefficient for all lanes) or the channels of one
-position
-(nhwc: a coefficient each). Rows are cut to the alignment of the output where stores bypass the caches, which no result
-depends on.
+position (nhwc: a coefficient each). Rows are cut to the alignment of the output where stores bypass the caches, which
+no result depends on.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 from cubn.backends.cpu.arithmetic import Coefficients, gated, input_gradient, normalized, relu
 from cubn.backends.cpu.launch import OFFSET
-from cubn.backends.cpu.reduce import coefficients_at, jit, load_bits
+from cubn.backends.cpu.nodes import coefficients_at, jit, load_bits
 from cubn.backends.cpu.simd import (
     I16,
     LANES,

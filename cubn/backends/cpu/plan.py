@@ -14,7 +14,7 @@ from cubn._tree import COLUMNS, TILE, Block, Step, aligned_blocks, pair_order, r
 from cubn.backends import Extents, Operand
 
 LANES = 16
-NODE = 256  # bytes of a node slot, as in reduce.py
+NODE = 256  # bytes of a node slot, as in nodes.py
 SPREAD = 6 * 65 * LANES * 8  # the table of elementwise.group_pass
 
 TASKS = 32  # enough to keep a few threads evenly busy, few enough that a node a task is nothing
@@ -48,10 +48,10 @@ def kind_of(extents: Extents, operands: list[Operand]) -> str:
 class Reduction:
     """How the tree is cut into node rows, and how these are merged.
 
-    Row i covers samples [table[i, 0], table[i, 1]) of the array and tiles [table[i, 2], table[i, 3]) of each; a row
-    is many
-    samples or a part of one. `steps` merge rows of one sample, then complete pairs; rows `kept` then hold `blocks`.
-    `to_root` are those steps and the ones that follow, if the array is the whole batch: row 0 then holds the root.
+    Row i covers samples [table[i, 0], table[i, 1]) of the array and tiles [table[i, 2], table[i, 3]) of each; a row is
+    many samples or a part of one. `steps` merge rows of one sample, then complete pairs; rows `kept` then hold
+    `blocks`. `to_root` are those steps and the ones that follow, if the array is the whole batch: row 0 then holds the
+    root.
     """
 
     table: NDArray[np.int64]

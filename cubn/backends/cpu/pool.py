@@ -2,14 +2,11 @@
 
 A kernel claims tasks from an atomic counter until none is left, and the calling thread always takes part. So a job ends
 even if no worker is free, and no call waits for another caller's job. Between jobs a worker spins for a moment, in
-native
-code, so that the next job of a series starts at once; then it sleeps on a lock.
+native code, so that the next job of a series starts at once; then it sleeps on a lock.
 
 Each worker has a box, a word that says what it does: asleep, idle (spinning), reserved, busy, or the address of a job
-it
-has been given. Who changes a box does so by compare-and-swap. A job given to a worker that has not yet begun is taken
-back
-when the caller has run out of tasks.
+it has been given. Who changes a box does so by compare-and-swap. A job given to a worker that has not yet begun is
+taken back when the caller has run out of tasks.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from numba import types
 from cubn.backends.cpu.arithmetic import Moments, gated
 from cubn.backends.cpu.elementwise import Pass, store_bits, vector_of
 from cubn.backends.cpu.launch import OFFSET
-from cubn.backends.cpu.reduce import (
+from cubn.backends.cpu.nodes import (
     AT_BUFFER,
     AT_COLUMNS,
     AT_COUNTS,
@@ -153,7 +153,7 @@ def _spread(b: ir.IRBuilder, value: ir.Value, vector: ir.VectorType) -> ir.Value
 
 
 def of_any(source: Source) -> Any:
-    """tile(): see reduce.py. The present values of each column are staged in acc, then reduced like any other leaf."""
+    """tile(): see by_channels.py. The present values of each column are staged in acc, then reduced like any other leaf."""
     element, what = source.element, source.what
     staged = Source(Element("float64" if element.acc_size == 8 else "float32"), what, "none")
     push, count_up, settle = counter(element, what)

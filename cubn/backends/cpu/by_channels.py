@@ -1,0 +1,292 @@
+"""Reductions of arrays with channels side by side (nhwc, 2-D): a lane is a channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from cubn.backends.cpu.arithmetic import Moments, Node
+from cubn.backends.cpu.nodes import (
+    AT_BUFFER,
+    AT_COLUMNS,
+    AT_COUNTS,
+    AT_NODE,
+    AT_PIVOT,
+    AT_SAMPLES,
+    BITS_POSITION,
+    BITS_SAMPLE,
+    CHANNELS,
+    COEFFICIENT_ROW,
+    COEFFICIENTS,
+    COLUMNS,
+    G_POSITION,
+    G_SAMPLE,
+    NODE,
+    ROWS,
+    X_POSITION,
+    X_SAMPLE,
+    Source,
+    counter,
+    jit,
+    pairwise,
+    store_node,
+    term_at,
+    widened,
+)
+from cubn.backends.cpu.simd import (
+    DOUBLE,
+    LANES,
+    Element,
+    Value,
+    by_cases,
+    constant,
+    first_lanes,
+    get,
+    instruction,
+    prefetch,
+    put,
+    widen,
+)
+
+
+def of_channels(source: Source) -> Any:
+    """tile(): lanes are neighbouring channels in memory (nhwc), `width` vectors of them at a time so that memory
+    streams.
+    """
+    element, what = source.element, source.what
+    push, count_up, settle = counter(element, what)
+    to_double = widened(element, what)
+
+    def leaf(
+        rows: int,
+        px: Value,
+        pg: Value,
+        pb: Value,
+        steps: tuple[Value, Value, Value],
+        context: Value,
+        stride: Value,
+        mask: Value | None = None,
+    ) -> Node:
+        terms = []
+        for r in range(rows):
+            terms.append(
+                term_at(source, px + steps[0] * r, pg + steps[1] * r, pb + steps[2] * r, context, stride, mask)
+            )
+        return what.leaf(terms)
+
+    def block(
+        columns: int,
+        rows: int,
+        to: Value,
+        px: Value,
+        pg: Value,
+        pb: Value,
+        sx: Value,
+        sg: Value,
+        sb: Value,
+        context: Value,
+        stride: Value,
+    ) -> None:
+        """`columns` neighbouring columns of `rows` rows, merged in registers; the next ones are asked for meanwhile."""
+        down = (sx * COLUMNS, sg * COLUMNS, sb * COLUMNS)
+
+        def leaves() -> Iterator[Node]:
+            for k in range(columns):
+                for r in range(rows):
+                    prefetch(px + down[0] * r + sx * (columns + k))
+                    if what is not Moments:
+                        prefetch(pg + down[1] * r + sg * (columns + k))
+                yield leaf(rows, px + sx * k, pg + sg * k, pb + sb * k, down, context, stride)
+
+        store_node(element, pairwise(what, leaves(), float(rows)), to)
+
+    @instruction()
+    def four(
+        rows: Value,
+        to: Value,
+        px: Value,
+        pg: Value,
+        pb: Value,
+        sx: Value,
+        sg: Value,
+        sb: Value,
+        context: Value,
+        stride: Value,
+    ) -> None:
+        by_cases(rows, range(1, ROWS + 1), lambda r: block(4, r, to, px, pg, pb, sx, sg, sb, context, stride))
+
+    @instruction()
+    def sixteen(
+        to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, context: Value, stride: Value
+    ) -> None:
+        block(16, 1, to, px, pg, pb, sx, sg, sb, context, stride)
+
+    @instruction()
+    def one(
+        rows: Value,
+        lanes: Value,
+        to: Value,
+        px: Value,
+        pg: Value,
+        pb: Value,
+        sx: Value,
+        sg: Value,
+        sb: Value,
+        context: Value,
+        stride: Value,
+    ) -> None:
+        """A single column, of the first `lanes` channels."""
+        mask = first_lanes(lanes)
+        down = (sx * COLUMNS, sg * COLUMNS, sb * COLUMNS)
+        by_cases(
+            rows,
+            range(1, ROWS + 1),
+            lambda r: store_node(element, leaf(r, px, pg, pb, down, context, stride, mask), to),
+        )
+
+    @instruction()
+    def set_pivot(to: Value, px: Value, lanes: Value) -> None:
+        element.store_acc(element.load(px, first_lanes(lanes)), to)
+
+    size, moments = element.size, what is Moments
+    acc = element.acc_size
+    vector, acc_vector = LANES * size, LANES * acc
+
+    @jit
+    def tile(p, work, px, pg, pb, n, t, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
+        """Float64 nodes of one tile of `length` positions at (px, pg, pb), for `width` vectors from channel c0; its
+        count.
+        """
+        channels = min(get(p + CHANNELS) - c0, width * LANES)
+        sx, sg, sb = get(p + X_POSITION), get(p + G_POSITION), get(p + BITS_POSITION)
+        context, stride = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
+        step_context = acc_vector
+        if moments:
+            context, stride = work + get(p + AT_PIVOT), 0
+            for lane in range(width):
+                set_pivot(context + lane * acc_vector, px + lane * vector, channels - lane * LANES)
+        stack, counts, node = work + get(p + AT_COLUMNS), work + get(p + AT_COUNTS), work + get(p + AT_BUFFER)
+        columns = min(length, COLUMNS)
+        deepest = (length + COLUMNS - 1) // COLUMNS
+        high = length - (deepest - 1) * COLUMNS  # columns with one row more
+        j = 0
+        while j < columns:
+            rows, limit = (deepest, high) if j < high else (deepest - 1, columns)
+            level = 0
+            if deepest == 1 and j & 15 == 0 and j + 16 <= limit:
+                level = 4
+            elif j & 3 == 0 and j + 4 <= limit:
+                level = 2
+            for k in range(level):
+                put(counts + 8 * k, rows << k)
+            ax, ag, ab = px + j * sx, pg + j * sg, pb + j * sb
+            at = context
+            for lane in range(width):
+                lanes = channels - lane * LANES
+                if lanes >= LANES and level:
+                    if level == 4:
+                        sixteen(node, ax, ag, ab, sx, sg, sb, at, stride)
+                    else:
+                        four(rows, node, ax, ag, ab, sx, sg, sb, at, stride)
+                    push(node, rows << level, stack, counts, width, lane, level, j >> level)
+                else:
+                    for k in range(1 << level):
+                        one(
+                            rows, min(lanes, LANES), node, ax + k * sx, ag + k * sg, ab + k * sb, sx, sg, sb, at, stride
+                        )
+                        push(node, rows, stack, counts, width, lane, 0, j + k)
+                ax += vector
+                ag += vector
+                ab += 2
+                at += step_context
+            count_up(rows << level, counts, level, j >> level)
+            j += 1 << level
+        base = settle(stack, counts, width, columns)
+        for lane in range(width):
+            to_double(
+                nodes + lane * NODE, stack + (base * width + lane) * NODE, work + get(p + AT_PIVOT) + lane * acc_vector
+            )
+        return length
+
+    return tile
+
+
+def of_single_positions(source: Source) -> Any:
+    """samples(): one position a sample (2-D input), lanes are channels; every merge is in float64, 16 samples in
+    registers.
+    """
+    element, what = source.element, source.what
+    push, count_up, _ = counter(Element("float64"), what)
+
+    cannot_overflow = element.acc != DOUBLE
+
+    def node_at(
+        px: Value, pg: Value, pb: Value, context: Value, stride: Value, mask: Value | None = None, trusted: bool = False
+    ) -> Node:
+        """The node of one value. Its mean is pivot + (x - pivot), NaN where x is not finite; `trusted` leaves that."""
+        if what is Moments:
+            x = element.load(px, mask)
+            wide = widen(x, DOUBLE)
+            return wide if trusted else wide + widen(x - x, DOUBLE), constant(wide, 0.0)
+        g, t = term_at(source, px, pg, pb, context, stride, mask)
+        return widen(g, DOUBLE), widen(t, DOUBLE)
+
+    def doubted(node: Node) -> Node:
+        """NaNs where a value was not finite: m2 is not finite then, and is otherwise where float64 cannot overflow."""
+        mean, m2 = node
+        return mean + (m2 - m2), m2 + (m2 - m2)
+
+    @instruction()
+    def sixteen(
+        to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, context: Value, stride: Value
+    ) -> None:
+        def nodes() -> Iterator[Node]:
+            for i in range(LANES):
+                prefetch(px + sx * (LANES + i))
+                if what is not Moments:
+                    prefetch(pg + sg * (LANES + i))
+                yield node_at(px + sx * i, pg + sg * i, pb + sb * i, context, stride, trusted=cannot_overflow)
+
+        node = pairwise(what, nodes(), 1.0)
+        if what is Moments and cannot_overflow:
+            node = doubted(node)
+        store_node(Element("float64"), node, to)
+
+    @instruction()
+    def one(to: Value, lanes: Value, px: Value, pg: Value, pb: Value, context: Value, stride: Value) -> None:
+        store_node(Element("float64"), node_at(px, pg, pb, context, stride, first_lanes(lanes)), to)
+
+    acc = element.acc_size
+    vector, acc_vector = LANES * element.size, LANES * acc
+
+    @jit
+    def samples(p, work, px, pg, pb, first, last, c0, width):  # type: ignore[no-untyped-def]
+        """Push samples [first, last) of `width` vectors from channel c0 onto the counter of samples."""
+        channels = min(get(p + CHANNELS) - c0, width * LANES)
+        sx, sg, sb = get(p + X_SAMPLE), get(p + G_SAMPLE), get(p + BITS_SAMPLE)
+        context, stride = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
+        stack, counts, node = work + get(p + AT_SAMPLES), work + get(p + AT_COUNTS) + 1024, work + get(p + AT_NODE)
+        n, stop = 0, last - first
+        while n < stop:
+            level = 4 if n + LANES <= stop else 0
+            for k in range(level):
+                put(counts + 8 * k, 1 << k)
+            ax, ag, ab = px + (first + n) * sx, pg + (first + n) * sg, pb + (first + n) * sb
+            at = context
+            for lane in range(width):
+                lanes = channels - lane * LANES
+                if lanes >= LANES and level:
+                    sixteen(node, ax, ag, ab, sx, sg, sb, at, stride)
+                    push(node, LANES, stack, counts, width, lane, 4, n >> 4)
+                else:
+                    for k in range(1 << level):
+                        one(node, min(lanes, LANES), ax + k * sx, ag + k * sg, ab + k * sb, at, stride)
+                        push(node, 1, stack, counts, width, lane, 0, n + k)
+                ax += vector
+                ag += vector
+                ab += 2
+                at += acc_vector
+            count_up(1 << level, counts, level, n >> level)
+            n += 1 << level
+
+    return samples

@@ -1,0 +1,231 @@
+"""Reductions of arrays with long rows of positions (dense nchw, 256 and more): a lane is a column of one channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cubn.backends.cpu.arithmetic import Moments, Node, Term
+from cubn.backends.cpu.nodes import (
+    AT_BUFFER,
+    AT_COLUMNS,
+    AT_PIVOT,
+    BITS_CHANNEL,
+    COEFFICIENT_ROW,
+    COEFFICIENTS,
+    COLUMNS,
+    G_CHANNEL,
+    NODE,
+    ROWS,
+    TABLES,
+    TAIL,
+    TILE,
+    X_CHANNEL,
+    Source,
+    jit,
+    neighbours,
+    store_node,
+    term_at,
+    widened,
+)
+from cubn.backends.cpu.simd import (
+    I32,
+    LANES,
+    Value,
+    by_cases,
+    first_lanes,
+    get,
+    instruction,
+    pointer,
+    prefetch,
+    select,
+    splat,
+)
+
+COLUMN_BUFFER = (COLUMNS + 2 * LANES) * 8
+
+
+def of_columns(source: Source) -> Any:
+    """tile(): lanes are 16 neighbouring columns of one channel's long row (dense nchw)."""
+    element, what = source.element, source.what
+    to_double = widened(element, what)
+    moments = what is Moments
+    acc, size = element.acc_size, element.size
+    second = COLUMN_BUFFER  # the buffer of means (sums of dy), then that of m2 (sums of dy * (x - mean))
+
+    def down(rows: int, px: Value, pg: Value, pb: Value, context: Value, stride: Value) -> list[Term]:
+        step = COLUMNS * size
+        return [
+            term_at(source, px + step * r, pg + step * r, pb + COLUMNS // 8 * r, context, stride) for r in range(rows)
+        ]
+
+    def keep(node: Node, to: Value) -> None:
+        element.store_acc(node[0], to)
+        element.store_acc(node[1], to + second)
+
+    @instruction()
+    def leaf(
+        rows: Value,
+        to: Value,
+        px: Value,
+        pg: Value,
+        pb: Value,
+        context: Value,
+        stride: Value,
+        ahead_x: Value,
+        ahead_g: Value,
+    ) -> None:
+        """16 columns; ask for what comes `ahead`."""
+
+        def body(r: int) -> None:
+            for i in range(r):
+                prefetch(px + ahead_x + COLUMNS * size * i)
+                if not moments:
+                    prefetch(pg + ahead_g + COLUMNS * size * i)
+            keep(what.leaf(down(r, px, pg, pb, context, stride)), to)
+
+        by_cases(rows, range(1, ROWS + 1), body)
+
+    @instruction()
+    def mixed(
+        rows: Value, deeper: Value, to: Value, px: Value, pg: Value, pb: Value, context: Value, stride: Value
+    ) -> None:
+        """As `leaf`, the first `deeper` columns having one row more; with no rows only those are columns at all."""
+        mask = first_lanes(deeper)
+
+        def body(r: int) -> None:
+            common = down(r, px, pg, pb, context, stride)
+            at = (px + COLUMNS * size * r, pg + COLUMNS * size * r, pb + COLUMNS // 8 * r)
+            node = what.leaf([*common, term_at(source, *at, context, stride, mask)])
+            if r:
+                shallow = what.leaf(common)
+                node = (select(mask, node[0], shallow[0]), select(mask, node[1], shallow[1]))
+            keep(node, to)
+
+        by_cases(rows, range(ROWS), body)
+
+    @instruction()
+    def merge_neighbours(to: Value, pair: Value, share: Value) -> None:
+        """32 neighbouring columns become 16; their shares and weights are a table's row (sums: none)."""
+        a = element.load_acc(pair), element.load_acc(pair + second)
+        b = element.load_acc(pair + LANES * acc), element.load_acc(pair + LANES * acc + second)
+        even, odd = neighbours(a, b)
+        if moments:
+            keep(what.merge(even, odd, element.load_acc(share), element.load_acc(share + LANES * acc)), to)
+        else:
+            keep(what.merge(even, odd, even[0], even[0]), to)
+
+    @instruction()
+    def fold(slot: Value, buffer: Value, shares: Value) -> None:
+        """The tree over all 256 columns in registers, depth first; the node goes to all lanes of a slot."""
+        firsts = [
+            sum(8 >> k for k in range(level)) if level < 4 else 11 + level for level in range(8)
+        ]  # table rows, 16 pairs each
+
+        def merged(a: Node, b: Node, level: int, j: int) -> Node:
+            even, odd = neighbours(a, b)
+            at = shares + (firsts[level] + j) * 2 * LANES * acc
+            share, weight = (
+                (element.load_acc(at), element.load_acc(at + LANES * acc)) if moments else (even[0], even[0])
+            )
+            return what.merge(even, odd, share, weight)
+
+        def node(level: int, j: int) -> Node:
+            """Vector j of the nodes below `level`."""
+            if level == 0:
+                at = buffer + j * LANES * acc
+                return element.load_acc(at), element.load_acc(at + second)
+            return merged(node(level - 1, 2 * j), node(level - 1, 2 * j + 1), level - 1, j)
+
+        found = node(4, 0)
+        for level in range(4, 8):
+            found = merged(found, found, level, 0)
+        b = slot.b
+        first, other = (splat(Value(b, b.extract_element(v.v, I32(0)))) for v in found)
+        store_node(element, (first, other), slot)
+
+    @instruction()
+    def move(to: Value, at: Value) -> None:
+        """One column's node."""
+        b = to.b
+        for offset in (0, second):
+            b.store(b.load(pointer(at + offset, element.acc), typ=element.acc), pointer(to + offset, element.acc))
+
+    @instruction()
+    def spread(to: Value, at: Value) -> None:
+        """One column's node in all lanes of a node slot."""
+        b = to.b
+        first, other = (splat(Value(b, b.load(pointer(at + o, element.acc), typ=element.acc))) for o in (0, second))
+        store_node(element, (first, other), to)
+
+    @instruction()
+    def set_pivot(to: Value, px: Value) -> None:
+        raw = Value(px.b, px.b.load(pointer(px, element.stored), typ=element.stored))
+        element.store_acc(splat(element.from_stored(raw)), to)
+
+    @instruction()
+    def spread_coefficients(to: Value, at: Value, row: Value) -> None:
+        """One channel's coefficients in all lanes, 16 lanes apart."""
+        b = to.b
+        for i in range(6):
+            one = b.load(pointer(at + row * i, element.acc), typ=element.acc)
+            element.store_acc(splat(Value(b, one)), to + LANES * acc * i)
+
+    @jit
+    def one_channel(p, work, px, pg, pb, length, c0, node, next_x, next_g):  # type: ignore[no-untyped-def]
+        """The float64 node of one channel, in all lanes."""
+        context, stride = work + get(p + AT_PIVOT), 0
+        ahead_x, ahead_g = next_x - px, next_g - pg
+        if moments:
+            set_pivot(context, px)
+        else:
+            stride = LANES * acc
+            spread_coefficients(context, get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW))
+        buffer = work + get(p + AT_BUFFER)
+        count = min(length, COLUMNS)
+        deepest = (length + COLUMNS - 1) // COLUMNS
+        high = length - (deepest - 1) * COLUMNS
+        for j in range(0, count, LANES):
+            ax, ag, ab, to = px + j * size, pg + j * size, pb + j // 8, buffer + j * acc
+            if j + LANES <= high:
+                leaf(deepest, to, ax, ag, ab, context, stride, ahead_x, ahead_g)
+            elif j < high:
+                mixed(deepest - 1, high - j, to, ax, ag, ab, context, stride)
+            else:
+                leaf(deepest - 1, to, ax, ag, ab, context, stride, ahead_x, ahead_g)
+        share = get(p + TABLES)
+        if length < TILE:
+            share = get(p + TAIL)
+        slot = work + get(p + AT_COLUMNS)
+        if count == COLUMNS:
+            fold(slot, buffer, share)
+            to_double(node, slot, context)
+            return
+        while count > 1:
+            pairs = count >> 1
+            last = buffer + (count - 1) * acc
+            odd = count & 1
+            if odd:
+                move(buffer + (COLUMNS + LANES) * acc, last)
+            for j in range(0, pairs, LANES):
+                merge_neighbours(buffer + j * acc, buffer + 2 * j * acc, share)
+                share += 2 * LANES * acc
+            if odd:
+                move(buffer + pairs * acc, buffer + (COLUMNS + LANES) * acc)
+            count = pairs + odd
+        spread(slot, buffer)
+        to_double(node, slot, context)
+
+    @jit
+    def tile(p, work, px, pg, pb, n, t, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
+        step_x, step_g, step_b = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + BITS_CHANNEL)
+        for c in range(width):
+            ask_x, ask_g = px + step_x, pg + step_g
+            if c + 1 == width:
+                ask_x, ask_g = next_x, next_g
+            one_channel(p, work, px, pg, pb, length, c0 + c, nodes + c * NODE, ask_x, ask_g)
+            px += step_x
+            pg += step_g
+            pb += step_b
+        return length
+
+    return tile
