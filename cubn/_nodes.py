@@ -1,6 +1,6 @@
-"""Nodes of the canonical tree on the host, in NumPy: merged to maximal aligned blocks and to the root; packed.
+"""Nodes of the canonical tree on the host, in NumPy: merged to maximal aligned blocks and to the root.
 
-Few nodes leave a device, or arrive from another rank, so plain float64 arithmetic on all channels at once is enough.
+Moments hold few nodes, so plain float64 arithmetic on all channels at once is enough.
 """
 
 from __future__ import annotations
@@ -23,45 +23,21 @@ def merge(nodes: Nodes) -> Nodes:
     found = _each(nodes)
     for left, right in steps:
         found[left] = reference.merge(found[left], found[right])
-    if not rows:
-        return nodes
-    return Nodes(blocks, *(np.stack([found[row][part] for row in rows]) for part in range(3)))
+    return joined(blocks, *(np.array([found[row][part] for row in rows]) for part in range(3))) if rows else nodes
 
 
 def root(nodes: Nodes) -> tuple[Any, Float64, Float64]:
     """(count (), mean (C,), m2 (C,)) of all rows, which must be neighbours; absent rows are the identity."""
-    count, mean, m2 = _root(nodes, reference.merge)
-    return count, mean, m2
-
-
-def root_sums(nodes: Nodes) -> tuple[Float64, Float64]:
-    """(sum_dy (C,), sum_dy_xmu (C,)) of all rows of `Backend.backward_sums`."""
-    _, sum_dy, sum_dy_xmu = _root(nodes, reference.add)
-    return sum_dy, sum_dy_xmu
-
-
-def pack(nodes: Nodes) -> Float64:
-    """Nodes as they travel between ranks: a row (count, first, second) of 2 C + 1 words of 8 bytes for each.
-
-    The count is an int64, seen as a float64.
-    """
-    return np.column_stack([nodes.count.view(np.float64), nodes.first, nodes.second])
-
-
-def unpack(blocks: tuple[Block, ...], table: Float64) -> Nodes:
-    """The inverse of `pack`, for rows of any ranks; rows of a longer stride come as they are."""
-    C = table.shape[1] // 2
-    count, first, second = (
-        np.ascontiguousarray(part) for part in (table[:, 0], table[:, 1 : C + 1], table[:, C + 1 :])
-    )
-    return Nodes(blocks, count.view(np.int64), first, second)
-
-
-def _root(nodes: Nodes, combine: reference.Combine) -> reference.Node:
     if not nodes.blocks:
         zeros = np.zeros(nodes.first.shape[1])
         return np.zeros((), np.int64), zeros, zeros.copy()
-    return reference.root(nodes.blocks, _each(nodes), combine)
+    count, mean, m2 = reference.root(nodes.blocks, _each(nodes), reference.merge)
+    return count, mean, m2
+
+
+def joined(blocks: tuple[Block, ...], count: NDArray[np.int64], first: Float64, second: Float64) -> Nodes:
+    """Nodes of their parts."""
+    return Nodes(blocks, np.column_stack([count.view(np.float64), first, second]))
 
 
 def _each(nodes: Nodes) -> list[reference.Node]:

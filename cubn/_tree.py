@@ -105,6 +105,27 @@ def root_order(blocks: Sequence[Block]) -> tuple[Step, ...]:
     return tuple(steps)
 
 
+def stack_order(blocks: Sequence[Block]) -> tuple[int, ...]:
+    """The merges of `root_order` for one who takes rows from left to right and puts each on a stack.
+
+    Parameters
+    ----------
+    blocks : sequence of (int, int)
+        Neighbouring aligned blocks, left to right, one per row.
+
+    Returns
+    -------
+    tuple of int
+        For each row, how often the last two nodes of the stack become one after it was put there.
+    """
+    merges = [0] * len(blocks)
+    last = list(range(len(blocks)))  # row of the node that has grown in each row
+    for left, right in root_order(blocks):
+        merges[last[right]] += 1
+        last[left] = last[right]
+    return tuple(merges)
+
+
 def _is_left_sibling(left: Block, right: Block) -> bool:
     size = right[1] - right[0]
     return left[1] - left[0] == size and left[1] == right[0] and left[0] % (2 * size) == 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from cubn import _arguments, _arrays, _nodes
+from cubn import _arguments, _arrays
 from cubn._arguments import refusal
 from cubn._layout import operand, vector
-from cubn.backends import BackendArray, Nodes, Operand
+from cubn.backends import Nodes, Operand
 from cubn.errors import message
 from cubn.forward import Saved
 from cubn.sync import collective
@@ -176,16 +176,11 @@ class _Backward:
         """The forward has been."""
 
     def finish(self, shared: Shared) -> Gradients:
-        sums = self._root(shared.nodes)
-        frozen = self.saved.frozen
+        sums = self.backend.root_sums(shared.nodes) if self.terms.gathers else None
         self.backend.backward_apply(
-            self.source.extents, *self.arrays, *self.normalised, None if frozen else sums, **self.gated
+            self.source.extents, *self.arrays, *self.normalised, None if self.saved.frozen else sums, **self.gated
         )
-        return self.gradients(sums if self.everywhere else self._root(shared.own))
-
-    def _root(self, nodes: Nodes) -> tuple[BackendArray, BackendArray]:
-        first, second = (self.backend.from_host(part) for part in _nodes.root_sums(nodes))
-        return first, second
+        return self.gradients(sums if self.everywhere else self.backend.root_sums(shared.own))
 
     def gradients(self, sums: Any) -> Gradients:
         """dx and dresidual as they were written, the parameters' from the sums."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from cubn import _arguments, _arrays, _nodes
+from cubn import _arguments, _arrays
 from cubn._arguments import Companion, Source
 from cubn._arrays import Array, Output
 from cubn._layout import operand, vector
@@ -358,8 +358,7 @@ class _Training:
 
     def finish(self, shared: Shared) -> tuple[Any, Saved]:
         source = self.given.source
-        count, mean, m2 = (self.backend.from_host(part) for part in _nodes.root(shared.nodes))
-        statistics = self.backend.statistics(count, mean, m2, self.eps)
+        statistics = self.backend.statistics(*self.backend.root(shared.nodes), self.eps)
         bits = self.backend.normalize(
             source.extents, source.operand, self.y, statistics, *self.parameters, **self.fused
         )

@@ -19,6 +19,7 @@ LIBRARIES = {  # name -> the distributions that may provide it; read from their 
     "jax": ("jax",),
     "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
     "mpi4py": ("mpi4py",),
+    "nccl": ("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
 }
 
 

@@ -123,10 +123,8 @@ class Moments:
             rule = f"begin at sample {self.stop} or end at {self.start}, beside these Moments"
             remedy = "Give `moments` the global index of its first sample as start, and merge neighbours."
             raise ValueError(message("merge", "other", rule, f"[{other.start}, {other.stop})", remedy))
-        nodes = Nodes(
-            left._nodes.blocks + right._nodes.blocks,
-            *(np.concatenate(pair) for pair in zip(left._nodes[1:], right._nodes[1:], strict=True)),
-        )
+        parts = left._nodes, right._nodes
+        nodes = Nodes(parts[0].blocks + parts[1].blocks, np.concatenate([part.table for part in parts]))
         return Moments(left.start, right.stop, _nodes.merge(nodes))
 
     def __repr__(self) -> str:
@@ -183,7 +181,7 @@ def moments(
         return collective.start("moments", comm, sizes, make).finish()
     taking = _Taking(x, channel_axis, mask, start)
     first = taking.terms.start
-    return Moments(first, first + taking.terms.N, taking.part(first))
+    return Moments(first, first + taking.terms.N, taking.on_host(taking.part(first)))
 
 
 class _Taking:
@@ -208,7 +206,10 @@ class _Taking:
     def finish(self, shared: Shared) -> Moments:
         blocks = shared.nodes.blocks
         start, stop = (blocks[0][0], blocks[-1][1]) if blocks else (self.terms.start,) * 2
-        return Moments(start, stop, _nodes.merge(shared.nodes))
+        return Moments(start, stop, _nodes.merge(self.on_host(shared.nodes)))
+
+    def on_host(self, nodes: Nodes) -> Nodes:
+        return nodes._replace(table=self.backend.to_host(nodes.table))
 
 
 def update(state: BatchNormState, moments: Moments) -> None:

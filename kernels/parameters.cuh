@@ -57,6 +57,11 @@ struct Parameters {
     long long from_first;
     long long from_second;
     long long from_rows;
+    // the nodes of several ranks: float64 (table_rows, 2 channels + 1), its rows table_step elements apart
+    long long table;
+    long long table_rows;
+    long long table_step;
+    long long merges; // int64 (table_rows): of the last two nodes on the stack, after each row was put there
     // statistics: count is int64 (), the others float64 (channels)
     long long count;
     long long mean;

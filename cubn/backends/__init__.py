@@ -10,9 +10,12 @@ The arithmetic every backend must reproduce to the bit is stated in docs/numeric
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cubn.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from cubn.backends.cuda.device import Device
 
 CPU, CUDA = 1, 2  # DLPack device types
 
@@ -53,16 +56,29 @@ class Vector(NamedTuple):
 class Nodes(NamedTuple):
     """Nodes of the canonical tree, one per maximal aligned power-of-two block of samples, left to right.
 
-    Row i covers global samples `blocks[i] = (lo, hi)`; `count[i]` is the number of values of *one* channel in it (a
-    mask
-    has no channel axis, so all channels share it). `first` and `second` have shape (len(blocks), C) in float64:
-    mean and m2 of `Backend.moments`, sum_dy and sum_dy_xmu of `Backend.backward_sums`.
+    Row i of the table covers global samples `blocks[i] = (lo, hi)`. The table is float64, (len(blocks), 2 C + 1), its
+    rows dense, and a node is what travels between ranks: 16 C + 8 bytes.
     """
 
     blocks: tuple[tuple[int, int], ...]
-    count: BackendArray
-    first: BackendArray
-    second: BackendArray
+    table: BackendArray
+
+    @property
+    def count(self) -> BackendArray:
+        """Values of *one* channel (a mask has no channel axis, so all channels share it): the table's first column,
+        which is of int64.
+        """
+        return self.table[:, 0].view("int64")
+
+    @property
+    def first(self) -> BackendArray:
+        """(rows, C): the mean of `Backend.moments`, sum_dy of `Backend.backward_sums`."""
+        return self.table[:, 1 : self.table.shape[1] // 2 + 1]
+
+    @property
+    def second(self) -> BackendArray:
+        """(rows, C): m2 of `Backend.moments`, sum_dy_xmu of `Backend.backward_sums`."""
+        return self.table[:, self.table.shape[1] // 2 + 1 :]
 
 
 class Statistics(NamedTuple):
@@ -95,17 +111,33 @@ class Backend(Protocol):
 
     name: str
 
-    def to_host(self, array: BackendArray) -> Any:
+    @property
+    def device(self) -> Device | None:
+        """The device; None for the host's memory."""
+
+    def to_host(self, array: BackendArray, out: Any = None) -> Any:
         """A copy in NumPy of one of the backend's arrays."""
 
     def from_host(self, array: Any) -> BackendArray:
         """A backend array of a NumPy array's values."""
+
+    def staging(self, shape: tuple[int, ...]) -> Any:
+        """A NumPy array of float64 for what is on its way from the backend's arrays, or to them."""
 
     def keep(self, parameter: Vector, C: int) -> tuple[BackendArray, Vector]:
         """A copy of a per-channel array as it is now, and the same as a kernel sees it."""
 
     def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
         """Nodes (count, mean, m2) of samples [start, start + N). N = 0 or S = 0 gives nodes of count 0, or none."""
+
+    def root(self, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
+        """(count (), mean (C,), m2 (C,)) of neighbouring nodes of `moments` together; zeros of none.
+
+        The nodes' table may be used up.
+        """
+
+    def root_sums(self, nodes: Nodes) -> tuple[BackendArray, BackendArray]:
+        """(sum_dy (C,), sum_dy_xmu (C,)) of neighbouring nodes of `backward_sums` together, in the same way."""
 
     def statistics(self, count: BackendArray, mean: BackendArray, m2: BackendArray, eps: float) -> Statistics:
         """var = m2 / count and invstd = 1 / sqrt(var + eps), in float64."""

@@ -4,6 +4,10 @@ An *exchange* serves one operation, or several at once. Each rank first gives a 
 while the rank works on its own samples. From the headers every rank knows that all do the same thing and where its
 samples stand in the batch. Then one gather carries a node per aligned block of each rank's samples. What is wrong on
 one rank is an error on all of them, before anything was changed.
+
+Where the communicator takes the memory of a device, nodes never leave it and the host does not see what comes with
+them. So nodes are taken first there, which only queues the work, and the header that follows has the last word on
+errors.
 """
 
 from __future__ import annotations
@@ -20,10 +24,9 @@ from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cubn import _nodes
 from cubn._arguments import whole
 from cubn._tree import Block, aligned_blocks
-from cubn.backends import Nodes
+from cubn.backends import Backend, BackendArray, Nodes
 from cubn.errors import CollectiveMismatch, message
 from cubn.sync import Bytes, Communicator, Pending, communicator
 
@@ -34,7 +37,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 OPERATIONS = ("nothing", "several operations", "moments", "forward_train", "backward")
-OPTIONS = ("with sizes", "update", "relu", "residual", "frozen", "global parameter gradients")
+OPTIONS = ("with sizes", "update", "relu", "residual", "frozen", "global parameter gradients", "device memory")
 DTYPES = ("none", "float16", "bfloat16", "float32", "float64")
 MOST = 32
 """Operations in one exchange: the header has two bits for each."""
@@ -85,6 +88,9 @@ class Half(Protocol[T_co]):
 
     @property
     def terms(self) -> Terms: ...
+
+    @property
+    def backend(self) -> Backend: ...
 
     def part(self, start: int) -> Nodes:
         """The nodes of this rank's samples, of which the first has the global index `start`."""
@@ -143,7 +149,9 @@ _HEADER = np.dtype(
         ("rest", "<u8"),  # hash of everything on which ranks must agree, of all operations
     ]
 )
-_EACH_ITS_OWN = ("N", "values")
+_EACH_ITS_OWN = np.zeros((), _HEADER)
+_EACH_ITS_OWN["N"], _EACH_ITS_OWN["values"] = -1, 2**64 - 1
+_AGREED = ~_EACH_ITS_OWN.reshape(1).view(np.uint8)  # the bits on which ranks must agree
 _FAILED, _DECLARED = 1, 2  # flags; the rest of them are OPTIONS, which begin with the latter
 
 _SAID: dict[str, Callable[[Any], str]] = {  # the fields in which ranks must agree, as an error says them
@@ -160,11 +168,15 @@ _SAID: dict[str, Callable[[Any], str]] = {  # the fields in which ranks must agr
 }
 
 
-def _header(function: str, all_terms: Sequence[Terms], exchange: int, declared: Any, failed: bool) -> Bytes:
+def _header(
+    function: str, all_terms: Sequence[Terms], exchange: int, declared: Any, on_device: bool, failed: bool
+) -> Bytes:
     """What this rank says of its operations; of several, the hash says the rest."""
     first = all_terms[0] if all_terms else Terms(function, 0, 0, "none")
     several = len({terms.operation for terms in all_terms}) > 1
-    on = first.options | ({OPTIONS[0]} if declared is not None else set())
+    on = first.options | {
+        name for name, is_on in ((OPTIONS[0], declared is not None), (OPTIONS[-1], on_device)) if is_on
+    }
     header = (
         OPERATIONS.index("several operations" if several else first.operation),
         DTYPES.index(first.dtype),
@@ -194,13 +206,10 @@ def _disagreement(function: str, headers: Headers) -> CollectiveMismatch | None:
     failed = np.flatnonzero(headers["flags"] & _FAILED).tolist()
     if failed:
         return _failure(function, failed)
-    common = headers.copy()
-    for name in _EACH_ITS_OWN:
-        common[name] = 0
-    rows = common.view(np.uint8).reshape(len(common), -1)
-    if (rows == rows[0]).all():
+    rows = headers.view(np.uint8).reshape(len(headers), -1)
+    if not ((rows ^ rows[0]) & _AGREED).any():
         return None
-    differing = [name for name in _SAID if (common[name] != common[name][0]).any()]
+    differing = [name for name in _SAID if (headers[name] != headers[name][0]).any()]
     if "operation" in differing:  # then the rest is bound to differ
         differing = ["operation"]
     elif len(differing) > 1:
@@ -230,6 +239,13 @@ def _ranks(ranks: Sequence[int]) -> str:
 _OPEN: ContextVar[Exchange | None] = ContextVar("open", default=None)
 
 
+class _Headers(NamedTuple):
+    """A gather of headers."""
+
+    pending: Pending
+    received: Bytes
+
+
 class Exchange:
     """One agreement and one gather, for the operations added in a `with` block; it begins where the block ends."""
 
@@ -243,7 +259,8 @@ class Exchange:
         self._function = OPERATIONS[0]
         self._halves: list[Half[Any]] = []
         self._declared: tuple[int, ...] | None = None
-        self._headers: Pending | None = None  # not yet read
+        self._on_device = False
+        self._headers: _Headers | None = None  # not yet read
         self._payload: Pending | None = None
         self._begun = False
         self._error: Exception | None = None
@@ -287,32 +304,74 @@ class Exchange:
         """Say what this rank does, compute its part, send it. A rank with an error says so; the error goes on."""
         group = self.communicator
         self._begun = True
+        self._on_device = self._stays_on_device()
         group.exchanges += 1
         self._number = group.exchanges
-        terms = [half.terms for half in self._halves]
-        header = _header(self._function, terms, self._number, self._declared, error is not None)
-        headers = group.gather(header, [_HEADER.itemsize] * group.size)
-        if error is not None:
-            self._judge(headers.wait())
-            return
         samples = self._declared or self._likely()
-        failure = self._compute(samples)
-        if self._declared is not None:
-            self._headers = headers
+        failure = error
+        if failure is None and self._on_device:
+            failure = self._compute(samples)
+        headers = self._say(failure)
+        if failure is not None:
+            self._judge(headers)
+            if failure is not error:
+                raise failure
+            return
+        if not self._on_device:
+            failure = self._compute(samples)
+        lane = None if self._declared is None else self._lane(samples, agreed=False)
+        if lane is None:
+            samples, failure = self._agree(headers, samples, failure)
+            lane = None if self._declared is None else self._lane(samples, agreed=True)
         else:
-            said = self._judged(headers.wait())
-            self._accept(said)
-            agreed = tuple(said["N"].tolist())
-            if self._shape(agreed) != self._shape(samples):
-                failure = self._compute(agreed)
-            samples = group.samples = agreed
-        self._send(samples, failure)
+            self._headers = headers
+        group.samples = samples
+        self._send(lane or group, samples, failure)
         if failure is not None:
             if self._headers is not None:
-                self._judge(self._headers.wait())
+                self._judge(self._headers)
             if self._payload is not None and group.broken is None:
                 self._payload.wait()
             raise failure
+
+    def _agree(
+        self, headers: _Headers, samples: tuple[int, ...], failure: Exception | None
+    ) -> tuple[tuple[int, ...], Exception | None]:
+        """The samples of each rank, and whether the nodes could be taken now that they are known."""
+        group = self.communicator
+        said = self._judged(headers)
+        self._accept(said)
+        agreed = tuple(said["N"].tolist())
+        if self._shape(agreed) != self._shape(samples):
+            failure = self._compute(agreed)
+        guessed = self._declared or group.samples or agreed[:1] * group.size  # by a rank that guessed right
+        if self._on_device and agreed != guessed:  # others did not: the first header is not the last word
+            headers = self._say(failure)
+            if failure is not None:
+                self._judge(headers)
+                raise failure
+            self._judged(headers)
+        return agreed, failure
+
+    def _say(self, failure: Exception | None) -> _Headers:
+        """Begin the gather of headers."""
+        group = self.communicator
+        terms = [half.terms for half in self._halves]
+        said = _header(self._function, terms, self._number, self._declared, self._on_device, failure is not None)
+        sizes = [_HEADER.itemsize] * group.size
+        received = np.empty(sum(sizes), np.uint8)
+        return _Headers(group.gather(said, received, sizes), received)
+
+    def _lane(self, samples: tuple[int, ...], *, agreed: bool) -> Communicator | None:
+        return self.communicator.lane(self._sizes(samples), self._on_device, agreed)
+
+    def _stays_on_device(self) -> bool:
+        """Whether records go from a device's memory to a device's memory."""
+        backends = {id(half.backend): half.backend for half in self._gathering()}
+        return len(backends) == 1 and all(self.communicator.takes(backend) for backend in backends.values())
+
+    def _gathering(self) -> list[Half[Any]]:
+        return [half for half in self._halves if half.terms.gathers]
 
     def result(self, index: int) -> Any:
         """What an operation returns, once the exchange is complete."""
@@ -345,74 +404,98 @@ class Exchange:
         """What of the blocks of this rank decides which nodes it computes."""
         return [hi - lo for lo, hi in self._blocks(samples)[self.communicator.rank]]
 
+    def _sizes(self, samples: tuple[int, ...]) -> tuple[int, ...]:
+        """Bytes of each rank's record."""
+        return tuple(len(blocks) * self._width() * 8 for blocks in self._blocks(samples))
+
+    def _width(self) -> int:
+        """Words of a row of a record: a node of each operation, side by side."""
+        return sum(_width(half) for half in self._halves)
+
     def _compute(self, samples: tuple[int, ...]) -> Exception | None:
-        """The nodes of this rank's samples, or why there are none."""
+        """The nodes of this rank's samples and the record of them, or why there are none."""
         try:
             first = self._halves[0].terms.start if self._halves else 0
             start = first + sum(samples[: self.communicator.rank])
             self._own = [half.part(start) for half in self._halves]
+            rows = len(self._shape(samples))
+            tables = [
+                _table(half, nodes, rows, self._on_device)
+                for half, nodes in zip(self._halves, self._own, strict=True)
+                if half.terms.gathers
+            ]
+            self._record = self._side_by_side(tables)
         except Exception as error:
             return error
         return None
 
-    def _send(self, samples: tuple[int, ...], failure: Exception | None) -> None:
-        """Begin the gather of nodes: a table with a row for each block and, side by side, the operations' columns."""
-        group = self.communicator
-        self._samples = samples
+    def _side_by_side(self, tables: list[BackendArray]) -> BackendArray:
+        if len(tables) == 1:
+            return tables[0]
+        device = self._gathering()[0].backend.device if self._on_device else None
+        return np.hstack(tables or [np.empty((0, 0))]) if device is None else device.beside(tables)
+
+    def _send(self, group: Communicator, samples: tuple[int, ...], failure: Exception | None) -> None:
+        """Begin the gather of records: tables with a row for each block."""
         self._ranks_blocks = self._blocks(samples)
-        own = self._ranks_blocks[group.rank]
-        width = sum(_width(half) for half in self._halves)
-        table = np.zeros((len(own), width))
-        if failure is not None:
-            table.view(np.int64)[:, :1] = -1
-        else:
+        sizes = self._sizes(samples)
+        if failure is None:
+            own = self._ranks_blocks[self.communicator.rank]
             self._own = [nodes._replace(blocks=own) if nodes.blocks else nodes for nodes in self._own]
-            for half, columns, nodes in zip(self._halves, self._columns(table), self._own, strict=True):
-                if half.terms.gathers and nodes.blocks:
-                    columns[...] = _nodes.pack(nodes)
-        sizes = [len(blocks) * width * 8 for blocks in self._ranks_blocks]
-        if any(sizes):
-            self._payload = group.gather(table.reshape(-1).view(np.uint8), sizes)
+        if not any(sizes):
+            return
+        backend = self._gathering()[0].backend
+        shape = (sum(map(len, self._ranks_blocks)), self._width())
+        if self._on_device and backend.device is not None:
+            self._table = backend.device.empty(shape, "float64")
+            self._payload = group.gather_on_device(backend.device, self._record, self._table, sizes)
+            return
+        if failure is not None:
+            self._record = np.zeros((sizes[self.communicator.rank] // (8 * shape[1]), shape[1]))
+            self._record.view(np.int64)[:, :1] = -1
+        self._table = backend.staging(shape)
+        self._payload = group.gather(_bytes(self._record), _bytes(self._table), sizes)
 
     def _receive(self) -> None:
         """Wait for the nodes of all ranks, and for what they said if that was not read before."""
-        said = None if self._headers is None else self._judged(self._headers.wait())
-        group = self.communicator
-        width = sum(_width(half) for half in self._halves)
-        words = np.zeros(0, np.uint8) if self._payload is None else self._payload.wait()
-        table = words.view(np.float64).reshape(sum(map(len, self._ranks_blocks)), width)
+        said = None if self._headers is None else self._judged(self._headers)
+        if self._payload is not None:
+            self._payload.wait()
         if said is not None:
-            group.samples = self._samples
             self._accept(said)
-        marked = table.view(np.int64)[:, :1] < 0
-        if marked.any():
-            owners = np.repeat(np.arange(group.size), [len(blocks) for blocks in self._ranks_blocks])
-            raise _failure(self._function, np.unique(owners[marked[:, 0]]).tolist())
+        if self._payload is not None and not self._on_device:
+            self._check_marks()
         blocks = tuple(chain.from_iterable(self._ranks_blocks))
-        place = Place(group, self._declared, self._number)
-        for half, columns, own in zip(self._halves, self._columns(table), self._own, strict=True):
-            nodes = _nodes.unpack(blocks, columns) if half.terms.gathers else own
+        place = Place(self.communicator, self._declared, self._number)
+        at = 0
+        for half, own in zip(self._halves, self._own, strict=True):
+            nodes = own
+            if half.terms.gathers and self._payload is not None:
+                columns = self._table[:, at : at + _width(half)]
+                nodes = Nodes(blocks, columns if self._on_device else half.backend.from_host(columns))
+                at += _width(half)
             self._shared.append(Shared(nodes, own, place))
 
-    def _columns(self, table: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
-        """The part of a table that belongs to each operation."""
-        at = 0
-        for half in self._halves:
-            yield table[:, at : at + _width(half)]
-            at += _width(half)
+    def _check_marks(self) -> None:
+        """Raise if a rank failed after its header was out: its counts are below 0 then."""
+        marked = self._table.view(np.int64)[:, 0] < 0
+        if marked.any():
+            owners = np.repeat(np.arange(self.communicator.size), [len(blocks) for blocks in self._ranks_blocks])
+            raise _failure(self._function, np.unique(owners[marked]).tolist())
 
-    def _judge(self, headers: Bytes) -> tuple[Headers, CollectiveMismatch | None]:
+    def _judge(self, headers: _Headers) -> tuple[Headers, CollectiveMismatch | None]:
         """What the ranks said, and the error if they do not agree.
 
         Where one declared its sizes, it did not wait for this: records of other lengths may be under way for ever.
         """
-        said = headers.view(_HEADER)
+        headers.pending.wait()
+        said = headers.received.view(_HEADER)
         mismatch = _disagreement(self._function, said)
         if mismatch is not None and (said["flags"] & _DECLARED).any():
-            self.communicator.broken = str(mismatch)
+            self.communicator.abandon(str(mismatch))
         return said, mismatch
 
-    def _judged(self, headers: Bytes) -> Headers:
+    def _judged(self, headers: _Headers) -> Headers:
         said, mismatch = self._judge(headers)
         if mismatch is not None:
             raise mismatch
@@ -428,6 +511,19 @@ class Exchange:
 def _blocks(start: int, samples: tuple[int, ...]) -> tuple[tuple[Block, ...], ...]:
     """The aligned blocks of each rank's samples; the first rank's begin at `start`."""
     return tuple(aligned_blocks(lo, hi) for lo, hi in pairwise(accumulate(samples, initial=start)))
+
+
+def _table(half: Half[Any], nodes: Nodes, rows: int, on_device: bool) -> BackendArray:
+    """The nodes' table where records are made; of zeros for samples without positions."""
+    backend = half.backend
+    if not nodes.blocks:
+        zeros = np.zeros((rows, _width(half)))
+        return backend.from_host(zeros) if on_device else zeros
+    return nodes.table if on_device else backend.to_host(nodes.table, backend.staging(nodes.table.shape))
+
+
+def _bytes(table: NDArray[np.float64]) -> Bytes:
+    return table.reshape(-1).view(np.uint8)
 
 
 def _width(half: Half[Any]) -> int:

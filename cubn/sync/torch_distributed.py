@@ -16,16 +16,15 @@ from cubn.sync import Bytes, Communicator
 
 class _Pending(NamedTuple):
     work: Any
-    received: torch.Tensor
+    padded: torch.Tensor
+    received: Bytes
     record: torch.Tensor  # must outlive the work
     sizes: Sequence[int]
 
-    def wait(self) -> Bytes:
+    def wait(self) -> None:
         self.work.wait()
-        rows: Bytes = self.received.numpy()
-        if all(size == rows.shape[1] for size in self.sizes):
-            return rows.reshape(-1)
-        return np.concatenate([row[:size] for row, size in zip(rows, self.sizes, strict=True)])
+        rows: Bytes = self.padded.numpy()
+        np.concatenate([row[:size] for row, size in zip(rows, self.sizes, strict=True)], out=self.received)
 
 
 class TorchCommunicator(Communicator):
@@ -36,14 +35,14 @@ class TorchCommunicator(Communicator):
         ranks = dist.get_process_group_ranks(group)
         self._group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
-    def gather(self, record: Bytes, sizes: Sequence[int]) -> _Pending:
+    def gather(self, record: Bytes, received: Bytes, sizes: Sequence[int]) -> _Pending:
         longest = max(sizes)
         padded = np.zeros(longest, np.uint8)
         padded[: len(record)] = record
         sent = torch.from_numpy(padded)
-        received = torch.empty((self.size, longest), dtype=torch.uint8)
-        work = dist.all_gather(list(received), sent, self._group, async_op=True)
-        return _Pending(work, received, sent, sizes)
+        rows = torch.empty((self.size, longest), dtype=torch.uint8)
+        work = dist.all_gather(list(rows), sent, self._group, async_op=True)
+        return _Pending(work, rows, received, sent, sizes)
 
 
 _KNOWN: weakref.WeakKeyDictionary[dist.ProcessGroup, TorchCommunicator] = weakref.WeakKeyDictionary()

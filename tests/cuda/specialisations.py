@@ -102,6 +102,9 @@ class Recorder:
     def to_host(self, array):
         return array
 
+    def synchronize(self):
+        """Nothing runs."""
+
     def address(self, array):
         return ADDRESS
 
@@ -120,7 +123,7 @@ def run_everything(backend: CudaBackend, extents: Extents, layout: Layout, dtype
     zeros = backend.device.zeros((extents.C,), "float64")
     backend.update(frozen, parameters, parameters, zeros, zeros, 0.1)
     for present in (None, mask):
-        backend.moments(extents, x, present, 0)
+        backend.root(backend.moments(extents, x, present, 0))
         backend.statistics(np.int64(2), zeros, zeros, 1e-5)
         for residual, relu in itertools.product((None, x), (False, True)):
             common = {"mask": present, "residual": residual, "relu": relu}
@@ -135,7 +138,7 @@ def run_everything(backend: CudaBackend, extents: Extents, layout: Layout, dtype
                 sums = backend.backward(*given, frozen=is_frozen, **gated)
                 backend.backward_apply(*given, None if is_frozen else sums, **gated)
             backend.parameter_gradients(statistics, sums, *parameters)
-            backend.backward_sums(extents, x, x, statistics, *parameters, **gated, start=0)
+            backend.root_sums(backend.backward_sums(extents, x, x, statistics, *parameters, **gated, start=0))
 
 
 class Specialisation(NamedTuple):

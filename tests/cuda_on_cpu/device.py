@@ -1,5 +1,6 @@
 """The CUDA backend's device, on the CPU: the same kernels, compiled for the host and run thread by thread."""
 
+import contextlib
 import functools
 
 import numpy as np
@@ -21,10 +22,13 @@ def module(source: str, kernel: str, options: tuple[str, ...]) -> Module:
 class CpuDevice:
     """See cubn.backends.cuda.device.Device. `order` is the order in which threads run; see runner.Order."""
 
+    index = 0
+
     def __init__(self, limits: Limits = SMALL, order: int = 0) -> None:
         self.limits = limits
         self.order = order
         self.launched: list[Launch] = []
+        self.synchronized = 0
 
     def empty(self, shape, dtype):
         """Filled with what no test expects: 0xff in every byte is NaN, or -1."""
@@ -38,8 +42,22 @@ class CpuDevice:
     def from_host(self, values):
         return np.array(values)
 
-    def to_host(self, array):
-        return np.array(array)
+    def to_host(self, array, out=None):
+        out = np.empty_like(array) if out is None else out
+        out[...] = array
+        return out
+
+    def staging(self, shape, dtype):
+        return self.empty(shape, dtype)
+
+    def beside(self, tables):
+        return np.hstack(tables)
+
+    def synchronize(self):
+        self.synchronized += 1
+
+    def current(self):
+        return contextlib.nullcontext(0)
 
     def address(self, array):
         return array.ctypes.data

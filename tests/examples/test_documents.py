@@ -40,7 +40,12 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize(
     ("script", "result", "document"),
-    [("compare.py", "cpu.json", README), ("accuracy.py", "accuracy.json", ROOT / "docs" / "numerics.md")],
+    [
+        ("compare.py", "cpu.json", README),
+        ("accuracy.py", "accuracy.json", ROOT / "docs" / "numerics.md"),
+        ("synchronised.py", "synchronised.json", ROOT / "docs" / "synchronised.md"),
+        ("cost_of_ranks.py", "synchronised.json", ROOT / "docs" / "synchronised.md"),
+    ],
 )
 def test_table_is_that_of_the_committed_result_file(script, result, document):
     (path,) = (ROOT / "asv_benchmarks" / "results").glob(f"*/{result}")

@@ -1,6 +1,7 @@
 """Every operation on given arrays of any library, on any device, with what it gives by name."""
 
 import cubn
+from cubn.sync import threads
 
 
 def run_everything(x, dy, residual):
@@ -17,6 +18,9 @@ def run_everything(x, dy, residual):
             if grads.dresidual is not None:
                 found[f"{what}: dresidual"] = grads.dresidual
         found[f"forward, {name}"] = cubn.forward(x, state, **options)
+    (comm,) = threads.communicators(1)
+    y, saved = cubn.forward_train(x, state, comm=comm)
+    found |= {"one rank: y": y, "one rank: dx": cubn.backward(dy, saved).dx}
     moments = cubn.moments(x)
     found["normalize"] = cubn.normalize(x, moments, gamma=state.gamma, beta=state.beta)
     found |= {"mean": moments.mean, "m2": moments.m2}

@@ -14,9 +14,9 @@ CUTS = {
     "31-1": [31, 1],
     "0-5-0-27": [0, 5, 0, 27],
     "thirds": [11, 11, 10],
-    "2 x 16": [2] * 16,
-    "4 x 8": [4] * 8,
-    "1 x 32": [1] * 32,
+    "2x16": [2] * 16,
+    "4x8": [4] * 8,
+    "1x32": [1] * 32,
 }
 LAYOUTS = ["nchw", "nhwc", "sliced", "axis0", "permuted"]
 C, POSITIONS = 6, (5, 7)
@@ -72,6 +72,8 @@ def step(
             "tracked": state.tracked,
             "skipped": state.skipped,
             "count": np.asarray(saved.count),
+            "mean": np.array(saved.mean),
+            "var": np.array(saved.var),
             "moments.count": moments.count,
             "moments.mean": moments.mean,
             "moments.m2": moments.m2,

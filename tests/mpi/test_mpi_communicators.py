@@ -92,3 +92,47 @@ def test_what_is_no_group_is_refused(world):
             communicator(between)
         between.Free()
         half.Free()
+
+
+def test_records_of_declared_sizes_that_do_not_fit_never_meet(world):
+    """To MPI, messages of another length than expected are an error, which may overwrite memory."""
+    from cubn.sync import mpi
+
+    if world.size == 1:
+        pytest.skip("one rank agrees with itself")
+    mine = world.Dup()
+    ours = communicator(mine)
+
+    def moments(C):
+        return cubn.moments(np.zeros((2, C), np.float32), comm=mine, sizes=[2] * world.size).count
+
+    lanes = []
+    for C in (5, 3000):
+        record = (16 * C + 8,) * world.size
+        assert ours.lane(record, on_device=False, agreed=False) is None
+        assert [moments(C), moments(C)] == [2 * world.size] * 2
+        lanes.append(ours.lane(record, on_device=False, agreed=False))
+    assert len({lane._comm.handle for lane in (ours, *lanes)}) == 3
+    before = set(mpi._UNDER_WAY)
+    with pytest.raises(cubn.CollectiveMismatch, match="C=5 on rank 0; C=3000 on rank"):
+        moments(5 if world.rank == 0 else 3000)
+    (waiting,) = mpi._UNDER_WAY - before
+    assert waiting.comm == lanes[world.rank > 0]._comm
+    with pytest.raises(cubn.CollectiveMismatch, match="comm must be in step"):
+        moments(5)
+
+
+def test_lanes_are_limited_and_go_with_their_communicator(world, monkeypatch):
+    """An MPI library has so many communicators only; other records wait for the headers."""
+    from mpi4py import MPI
+
+    from cubn.sync import mpi
+
+    monkeypatch.setattr(mpi, "LANES", 2)
+    mine = world.Dup()
+    for C in (1, 2, 3, 3):
+        cubn.moments(np.zeros((2, C), np.float32), comm=mine, sizes=[2] * world.size)
+    lanes = list(communicator(mine)._lanes.values())
+    assert len(lanes) == 2
+    mine.Free()
+    assert all(lane._comm == MPI.COMM_NULL for lane in lanes)

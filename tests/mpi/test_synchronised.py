@@ -239,10 +239,10 @@ class Counting(Communicator):
         super().__init__(self.inner.rank, self.inner.size)
         self.bytes = []
 
-    def gather(self, record, sizes):
-        assert record.nbytes == sizes[self.rank]
+    def gather(self, record, received, sizes):
+        assert record.nbytes == sizes[self.rank] and received.nbytes == sum(sizes)
         self.bytes.append(record.nbytes)
-        return self.inner.gather(record, sizes)
+        return self.inner.gather(record, received, sizes)
 
 
 def test_started_operations_may_be_finished_later_and_in_any_order(ranks):

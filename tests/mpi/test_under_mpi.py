@@ -21,6 +21,22 @@ def test_the_same_tests_in_processes(mpi, processes):
     assert passed[0] > {1: 25, 2: 70, 3: 120, 4: 130, 8: 140}[processes]
 
 
+def test_records_of_arrays_on_a_device_in_processes(mpi):
+    command = ["-m", "mpi4py", "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider"]
+    run = mpi.run(3, *command, "tests/mpi/test_device_records.py", timeout=200)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("15 passed") == 3, run.stdout
+
+
+@pytest.mark.slow
+def test_one_sample_on_each_of_32_processes(mpi):
+    """Every test that has so many ranks."""
+    command = ["-m", "mpi4py", "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", "-k", "1x32"]
+    run = mpi.run(32, *command, "tests/mpi/test_synchronised.py", timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count(" passed") == 32, run.stdout
+
+
 PROGRAM = """
 import os, signal, sys
 import numpy as np

@@ -132,9 +132,13 @@ def nothing_to_plan():
     plan.slab(Extents(0, 3, 4), {}, 1, (), False, RESIDENT)
 
 
+def nodes_of_ranks():
+    plan.root(6, "Moments", (0, 1, 0, 2))
+
+
 def test_the_named_layers_reach_every_branch():
     """The same layers are run by tests/cuda/test_named.py."""
-    assert not list(unreached([*map(planned, NAMED), more_than_32_bits_count, nothing_to_plan]))
+    assert not list(unreached([*map(planned, NAMED), more_than_32_bits_count, nothing_to_plan, nodes_of_ranks]))
 
 
 def test_what_is_not_reached_is_seen():

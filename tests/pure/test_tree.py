@@ -87,8 +87,19 @@ def test_however_a_range_is_cut_the_pairs_and_the_root_are_the_same(limits, cuts
     assert sum(node is not None for node in merged) == len(rows)
     if blocks:
         assert carried_out(_tree.root_order(blocks), nodes)[0] == written_out(0, 1024, start, stop)
+        assert stacked(_tree.stack_order(blocks), nodes) == [written_out(0, 1024, start, stop)]
+
+
+def stacked(merges, nodes):
+    stack = []
+    for count, node in zip(merges, nodes, strict=True):
+        stack.append(node)
+        for _ in range(count):
+            right, left = stack.pop(), stack.pop()
+            stack.append(f"({left} {right})")
+    return stack
 
 
 def test_nothing_to_merge():
     assert _tree.pair_order(()) == ((), (), ())
-    assert _tree.root_order(()) == ()
+    assert _tree.root_order(()) == _tree.stack_order(()) == ()

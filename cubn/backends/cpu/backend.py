@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cubn import _nodes
 from cubn._arrays import numpy_address
 from cubn.backends import Extents, Gate, Nodes, Operand, Statistics, Vector
 from cubn.backends.cpu import plan, prepare
@@ -61,13 +62,6 @@ def rows_in(bits: Bits | None) -> BitRows | None:
     return bits and BitRows(numpy_address(bits.words), bits.per_position, *bits.words.strides[:2])
 
 
-def kept(nodes: Nodes, rows: tuple[int, ...]) -> Nodes:
-    if len(rows) == len(nodes.count):
-        return nodes
-    index = list(rows)
-    return Nodes(nodes.blocks, nodes.count[index], nodes.first[index], nodes.second[index])
-
-
 def reduced(
     before: tuple[str, ...],
     what: tuple[str, ...],
@@ -78,25 +72,32 @@ def reduced(
     """Node rows, merged to maximal aligned blocks."""
     C = extents.C
     if 0 in extents:
-        return Nodes((), np.zeros(0, np.int64), np.zeros((0, C)), np.zeros((0, C)))
+        return Nodes((), np.zeros((0, 2 * C + 1)))
     cut = plan.reduction(extents, prepare.kind(extents, **arguments), start)
     rows = len(cut.table)
-    nodes = Nodes(cut.blocks, np.empty(rows, np.int64), np.empty((rows, C)), np.empty((rows, C)))
-    into = {"node_count": at(nodes.count), "node_first": at(nodes.first), "node_second": at(nodes.second)}
+    parts: tuple[Any, ...] = np.empty(rows, np.int64), np.empty((rows, C)), np.empty((rows, C))
+    into = dict(zip(("node_count", "node_first", "node_second"), map(at, parts), strict=True))
     launch(prepare.reduction, before, what, extents, start, **arguments, **into)
-    return kept(nodes, cut.kept)
+    return _nodes.joined(cut.blocks, *(part[list(cut.kept)] if len(cut.kept) < rows else part for part in parts))
 
 
 class CpuBackend:
     """See cubn.backends.Backend."""
 
     name = "cpu"
+    device = None
 
-    def to_host(self, array: NDArray[Any]) -> NDArray[Any]:
-        return array.copy()
+    def to_host(self, array: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        if out is None:
+            return array.copy()
+        out[...] = array
+        return out
 
     def from_host(self, array: NDArray[Any]) -> NDArray[Any]:
         return array
+
+    def staging(self, shape: tuple[int, ...]) -> Doubles:
+        return np.empty(shape)
 
     def keep(self, parameter: Vector, C: int) -> tuple[NDArray[Any], Vector]:
         storage = STORAGE[parameter.dtype]
@@ -113,6 +114,23 @@ class CpuBackend:
 
     def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
         return reduced((), ("moments",), extents, start, x=x, mask=mask)
+
+    def root(self, nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]:
+        return self._root("moments", nodes)
+
+    def root_sums(self, nodes: Nodes) -> Sums:
+        return self._root("sums", nodes)[1:]
+
+    def _root(self, what: str, nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]:
+        """Merged where they are."""
+        C = nodes.table.shape[1] // 2
+        count, (first, second) = np.zeros((), np.int64), np.zeros((2, C))
+        if nodes.blocks:
+            counts = nodes.count.copy()
+            into = {"count": at(count), "first": at(first), "second": at(second)}
+            given = {"node_count": at(counts), "node_first": at(nodes.first), "node_second": at(nodes.second)}
+            launch(prepare.root, what, C, nodes.blocks, nodes.table.strides[0], **given, **into)
+        return count, first, second
 
     def statistics(self, count: NDArray[np.int64], mean: Doubles, m2: Doubles, eps: float) -> Statistics:
         found = new_statistics(len(mean))

@@ -65,7 +65,7 @@ OLD_MEAN, OLD_MEAN_STRIDE, OLD_VAR, OLD_VAR_STRIDE = (
 NEW_MEAN, NEW_MEAN_STRIDE, NEW_VAR, NEW_VAR_STRIDE = (
     OFFSET[f"new_{k}"] for k in ("mean", "mean_stride", "var", "var_stride")
 )
-STEPS, STEP_TABLE = OFFSET["steps"], OFFSET["step_table"]
+STEPS, STEP_TABLE, NODE_ROW = OFFSET["steps"], OFFSET["step_table"], OFFSET["node_row"]
 
 
 @instruction()
@@ -147,7 +147,7 @@ def merge_rows(what: Reduction) -> Function:
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         c_all, counts = get(p + CHANNELS), get(p + NODE_COUNT)
         first, second = get(p + NODE_FIRST), get(p + NODE_SECOND)
-        row = 8 * c_all
+        row = get(p + NODE_ROW)
         for i in range(get(p + STEPS)):
             step = get(p + STEP_TABLE) + 16 * i
             a, b = get(step), get(step + 8)

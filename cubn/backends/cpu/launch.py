@@ -33,7 +33,8 @@ FIELDS = (
     "step_table",  # int64[steps][2], the rows to merge
     "node_first",
     "node_second",
-    "node_count",  # float64[row][C] twice, int64[row]
+    "node_row",
+    "node_count",  # float64[row][C] twice, node_row bytes from row to row; int64[row]
     "tables",
     "tail",  # shares of the column tree, for a full tile then for the tail
     "scratch",

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn._arrays import numpy_address
-from cubn._tree import TILE
+from cubn._tree import TILE, Block, root_order
 from cubn.backends import Extents, Operand, Vector, threads
 from cubn.backends.cpu import plan, pool
 from cubn.backends.cpu.compile import Kernel, compiled
@@ -279,7 +279,7 @@ def _reduction(
     shares, tables = _column_tables(extents.S, dtype)
     fields = {**scratch, **shares, "rows": numpy_address(cut.table)}
     fields |= {"tasks": tasks, "chunk": cut.chunk, "chunks": cut.chunks}
-    fields |= {"steps": len(steps), "step_table": numpy_address(steps)}
+    fields |= {"steps": len(steps), "step_table": numpy_address(steps), "node_row": 8 * extents.C}
     if start is None:
         rows = len(cut.table)
         memory |= {"node_count": 8 * rows, "node_first": 8 * rows * extents.C, "node_second": 8 * rows * extents.C}
@@ -367,6 +367,22 @@ def reduction(
     kind, run = _reduction(what, extents, start, limit, names, layouts)
     table = Part(_over_channels(before, _dtype(names, layouts)), {}, {})
     return _joined((table, run), extents, names, layouts, strided=kind == "strided")
+
+
+@functools.lru_cache(1024)
+def root(
+    what: str,
+    C: int,
+    blocks: tuple[Block, ...],
+    row_bytes: int,
+    limit: int,
+    names: tuple[str, ...],
+    *layouts: Layout | None,
+) -> Launch:
+    """The merges of neighbouring blocks into the first, and what that holds then."""
+    steps = np.array(root_order(blocks), np.int64).reshape(-1, 2)
+    fields = {"channels": C, "node_row": row_bytes, "steps": len(steps), "step_table": numpy_address(steps)}
+    return _prepared(((kernel("merge_rows", "", what), 1),), names, layouts, fields, keeps=steps)
 
 
 @functools.lru_cache(1024)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cubn._tree import aligned_blocks
+from cubn._tree import aligned_blocks, stack_order
 from cubn.backends import BackendArray, Extents, Gate, Nodes, Operand, Statistics, Vector
 from cubn.backends.cuda import plan
 from cubn.backends.cuda.device import Device
@@ -41,14 +42,18 @@ class CudaBackend:
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        self._orders = functools.lru_cache(256)(self._placed)
 
     # --- arrays -------------------------------------------------------------------------------------------------------
 
-    def to_host(self, array: BackendArray) -> Any:
-        return self.device.to_host(array)
+    def to_host(self, array: BackendArray, out: Any = None) -> Any:
+        return self.device.to_host(array, out)
 
     def from_host(self, array: Any) -> BackendArray:
         return self.device.from_host(array)
+
+    def staging(self, shape: tuple[int, ...]) -> Any:
+        return self.device.staging(shape, "float64")
 
     def keep(self, parameter: Vector, C: int) -> tuple[BackendArray, Vector]:
         """Widened to float64, which holds every format exactly."""
@@ -60,6 +65,12 @@ class CudaBackend:
 
     def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
         return self._nodes("Moments", extents, x, None, mask, Gate("none"), {}, start)
+
+    def root(self, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
+        return self._root("Moments", nodes)
+
+    def root_sums(self, nodes: Nodes) -> Sums:
+        return self._root("Sums", nodes)[1:]
 
     def statistics(self, count: Any, mean: Any, m2: Any, eps: float) -> Statistics:
         found = self._new_statistics(len(mean))._replace(count=count)
@@ -360,11 +371,11 @@ class CudaBackend:
         fields: Fields,
         start: int,
     ) -> Nodes:
-        """One node for each maximal aligned block of samples: each is a batch of its own. In NumPy."""
+        """One node for each maximal aligned block of samples: each is a batch of its own."""
         N, C, S = extents
         blocks = aligned_blocks(start, start + N) if S else ()
-        found = []
-        for lo, hi in blocks:
+        nodes = Nodes(blocks, self.device.empty((len(blocks), 2 * C + 1), "float64"))
+        for i, (lo, hi) in enumerate(blocks):
             at = lo - start
             part = [
                 o and o._replace(pointer=o.pointer + at * o.sample_stride * ITEMSIZE[o.dtype]) for o in (x, dy, mask)
@@ -374,12 +385,32 @@ class CudaBackend:
                 what, extents._replace(N=hi - lo), part[0] or x, part[1], part[2], gate._replace(bits=bits), fields
             )
             count = len(rows.count)
-            if count > 1:
-                rows = self._merge(plan.merge_rows(C, what, count, count), rows, 1)
-            found.append([self.device.to_host(array) for array in rows])
-        if not found:
-            return Nodes((), np.zeros(0, np.int64), np.zeros((0, C)), np.zeros((0, C)))
-        return Nodes(blocks, *(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+            row = Rows(*(part[i : i + 1] for part in (nodes.count, nodes.first, nodes.second)))
+            merge = plan.merge_rows(C, what, count, count)
+            self._launch(merge, {**self._rows_fields("from", rows), **self._rows_fields("node", row)})
+        return nodes
+
+    def _root(self, what: str, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
+        C = nodes.table.shape[1] // 2
+        count, first, second = self._parts(1, C, C)
+        order = stack_order(nodes.blocks)
+        fields: Fields = {
+            "table": self._at(nodes.table),
+            "table_step": nodes.table.strides[0] // 8,
+            "count": self._at(count),
+            "first": self._at(first),
+            "second": self._at(second),
+        }
+        if order:
+            fields = {**fields, "merges": self._at(self._orders(order))}
+        self._launch(plan.root(C, what, order), fields)
+        return count.view("int64").reshape(()), first, second
+
+    def _placed(self, order: tuple[int, ...]) -> BackendArray:
+        """An order of merges on the device, for streams of all kinds."""
+        placed = self.device.from_host(np.array(order, np.int64))
+        self.device.synchronize()
+        return placed
 
     # --- launches -----------------------------------------------------------------------------------------------------
 

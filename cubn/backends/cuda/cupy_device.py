@@ -6,6 +6,9 @@ import functools
 import math
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,10 @@ OLDEST = (7, 5)
 DEFAULT_SHARED_BYTES = 48 << 10
 
 
+class _Pinned(np.ndarray[Any, Any]):
+    """Memory of `staging`."""
+
+
 class CupyDevice:
     """See cubn.backends.cuda.device.Device.
 
@@ -37,20 +44,21 @@ class CupyDevice:
     """
 
     def __init__(self, index: int, library: str) -> None:
+        self.index = index
         self._device = cupy.cuda.Device(index)
-        self._index = index
         self._torch = sys.modules["torch"] if library == "torch" else None
         self._is_cupys = library == "cupy"
         self.limits = limits_of(index)
         self._kernels: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._copying: list[tuple[Any, Any]] = []  # memory of `staging`, and when it is free again
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         if self._torch is None:
             with self._device, self._stream():
                 return cupy.empty(shape, dtype)
         size = byte_bounds(shape, None, np.dtype(dtype).itemsize)[1]
-        memory = self._torch.empty(size, dtype=self._torch.uint8, device=f"cuda:{self._index}")
-        return view(memory.data_ptr(), shape, None, dtype, memory, self._index)
+        memory = self._torch.empty(size, dtype=self._torch.uint8, device=f"cuda:{self.index}")
+        return view(memory.data_ptr(), shape, None, dtype, memory, self.index)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
         array = self.empty(shape, dtype)
@@ -59,15 +67,40 @@ class CupyDevice:
         return array
 
     def from_host(self, values: Any) -> Any:
-        values = np.asarray(values)
-        array = self.empty(values.shape, values.dtype.name)
+        source = np.ascontiguousarray(values)
+        array = self.empty(np.shape(values), source.dtype.name)
         with self._device, self._stream() as stream:
-            array.set(values, stream=stream)
+            array.set(source.reshape(array.shape), stream=stream)
+            if isinstance(values, _Pinned):
+                self._copying = [(copied, memory) for copied, memory in self._copying if not copied.done]
+                self._copying.append((stream.record(), values))
         return array
 
-    def to_host(self, array: Any) -> Any:
+    def to_host(self, array: Any, out: Any = None) -> Any:
         with self._device, self._stream() as stream:
-            return array.get(stream=stream)
+            return array.get(stream=stream, out=out)
+
+    def staging(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """From CuPy's pool of pinned memory, which takes it back."""
+        memory = cupy.cuda.alloc_pinned_memory(byte_bounds(shape, None, np.dtype(dtype).itemsize)[1])
+        return _Pinned(shape, dtype, memory)
+
+    def beside(self, tables: Sequence[Any]) -> Any:
+        rows, columns = len(tables[0]), [table.shape[1] for table in tables]
+        joined = self.empty((rows, sum(columns)), tables[0].dtype.name)
+        with self._device, self._stream():
+            for table, end in zip(tables, accumulate(columns), strict=True):
+                joined[:, end - table.shape[1] : end] = table
+        return joined
+
+    def synchronize(self) -> None:
+        with self._device, self._stream() as stream:
+            stream.synchronize()
+
+    @contextmanager
+    def current(self) -> Iterator[int]:
+        with self._device:
+            yield int(self._stream().ptr)
 
     def address(self, array: Any) -> int:
         return int(array.data.ptr)
@@ -89,8 +122,8 @@ class CupyDevice:
 
     def _stream(self) -> Any:
         if self._torch is not None:
-            return cupy.cuda.ExternalStream(self._torch.cuda.current_stream(self._index).cuda_stream, self._index)
-        return cupy.cuda.get_current_stream(self._index) if self._is_cupys else cupy.cuda.Stream.null
+            return cupy.cuda.ExternalStream(self._torch.cuda.current_stream(self.index).cuda_stream, self.index)
+        return cupy.cuda.get_current_stream(self.index) if self._is_cupys else cupy.cuda.Stream.null
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -295,6 +296,15 @@ def finish(C: int, what: str, rows: int, dtype: str) -> Launch:
     fields = {"channels": C, "from_rows": rows, "group": group}
     shared = rows * (group * NODE_BYTES + 8)
     return Launch("finish", options, -(-C // group), shared, tuple(fields.items()), file="merge_rows")
+
+
+@functools.lru_cache(1024)
+def root(C: int, what: str, merges: tuple[int, ...]) -> Launch:
+    """All nodes of a table into one; `merges` as from `_tree.stack_order`."""
+    waiting = accumulate((1 - count for count in merges[:-1]), initial=0)
+    shared = max(waiting) * WARP * (NODE_BYTES + 8)
+    fields = {"channels": C, "table_rows": len(merges)}
+    return Launch("root", option(KIND=what), -(-C // WARP), shared, tuple(fields.items()), threads=WARP)
 
 
 @functools.lru_cache(1024)
