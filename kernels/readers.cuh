@@ -5,18 +5,24 @@
 
 enum GateKind { GATE_NONE, GATE_RECOMPUTE, GATE_BITS };
 
-// Eight bits from bit `i` on; the buffer has a byte to spare.
-__device__ __forceinline__ unsigned load_bits(const unsigned char* bits, long long i) {
+// Up to eight bits, from bit `i` on; no byte is read that has none of them.
+__device__ __forceinline__ unsigned load_bits(const unsigned char* bits, long long i, int count) {
     const unsigned char* from = bits + (i >> 3);
     const int shift = static_cast<int>(i & 7);
-    return shift ? (from[0] | from[1] << 8) >> shift : from[0];
+    return (shift + count > 8 ? from[0] | from[1] << 8 : from[0]) >> shift;
 }
 
-// dy behind a ReLU, and its product with x - mean.
+// dy behind a ReLU.
+template <class T, int Gate, class Acc>
+__device__ __forceinline__ Acc gate(Acc x, Acc dy, bool passed, const Coefficients<Acc>& c) {
+    if (Gate == GATE_RECOMPUTE) return recomputed_gate<T>(dy, x, c);
+    return Gate == GATE_BITS && !passed ? Acc(0) : dy;
+}
+
+// The same, and its product with x - mean.
 template <class T, int Gate, class Acc>
 __device__ __forceinline__ Node<Acc> terms_of(Acc x, Acc dy, bool passed, const Coefficients<Acc>& c) {
-    const bool stopped = Gate == GATE_RECOMPUTE ? was_stopped<T>(x, c) : Gate == GATE_BITS && !passed;
-    const Acc gated = stopped ? Acc(0) : dy;
+    const Acc gated = gate<T, Gate>(x, dy, passed, c);
     return {gated, multiply(gated, centre(x, c))};
 }
 
@@ -26,11 +32,11 @@ template <class T> struct Contiguous {
     const T* x;
     bool vectors;
 
-    __device__ __forceinline__ void read(int position, int valid, MomentTerms<Acc>& terms) const {
-        if (valid >= OCTET) {
-            const Octet<T> octet = load_octet(x + position, vectors);
-#pragma unroll
-            for (int j = 0; j < OCTET; ++j) terms.v[j] = Format<T>::widen(octet.v[j]);
+    __device__ __forceinline__ bool is_aligned() const { return vectors; }
+
+    template <bool WHOLE> __device__ __forceinline__ void read(int position, int valid, MomentTerms<Acc>& terms) const {
+        if (WHOLE || (vectors && valid >= OCTET)) {
+            to_numbers(load_octet(x + position, true), terms.v);
         } else {
 #pragma unroll
             for (int j = 0; j < OCTET; ++j) terms.v[j] = j < valid ? Format<T>::widen(x[position + j]) : Acc(0);
@@ -47,18 +53,22 @@ template <class T, int Gate> struct ContiguousPair {
     long long first_bit; // of the tile
     Coefficients<Acc> c;
 
-    __device__ __forceinline__ void read(int position, int valid, SumTerms<Acc>& terms) const {
-        if (valid <= 0) {
+    __device__ __forceinline__ bool is_aligned() const { return x_vectors && dy_vectors; }
+
+    template <bool WHOLE> __device__ __forceinline__ void read(int position, int valid, SumTerms<Acc>& terms) const {
+        if (!WHOLE && valid <= 0) {
 #pragma unroll
             for (int j = 0; j < OCTET; ++j) terms.v[j] = {Acc(0), Acc(0)};
             return;
         }
-        const unsigned passed = Gate == GATE_BITS ? load_bits(bits, first_bit + position) : 0;
-        if (valid >= OCTET) {
-            const Octet<T> xs = load_octet(x + position, x_vectors), dys = load_octet(dy + position, dy_vectors);
+        const int count = WHOLE || valid > OCTET ? OCTET : valid;
+        const unsigned passed = Gate == GATE_BITS ? load_bits(bits, first_bit + position, count) : 0;
+        if (WHOLE || (is_aligned() && valid >= OCTET)) {
+            Acc xs[OCTET], dys[OCTET];
+            to_numbers(load_octet(x + position, true), xs);
+            to_numbers(load_octet(dy + position, true), dys);
 #pragma unroll
-            for (int j = 0; j < OCTET; ++j)
-                terms.v[j] = terms_of<T, Gate>(Format<T>::widen(xs.v[j]), Format<T>::widen(dys.v[j]), passed >> j & 1, c);
+            for (int j = 0; j < OCTET; ++j) terms.v[j] = terms_of<T, Gate>(xs[j], dys[j], passed >> j & 1, c);
         } else {
 #pragma unroll
             for (int j = 0; j < OCTET; ++j) {

@@ -23,6 +23,8 @@ using Kind = Sums;
 constexpr int STAGED = 2;
 #endif
 
+constexpr bool CROSSES_ONCE = TILE_LANES > 1; // an octet, from one channel to the next: these have more positions
+
 constexpr int WARPS = THREADS / 32;
 constexpr int AHEAD = 4; // pieces of a warp whose copies are under way
 constexpr int BATCH = OPERATION == NORMALIZE && RESIDUAL ? 8 / sizeof(ELEMENT) : 1; // octets of residual under way
@@ -146,7 +148,7 @@ __device__ __forceinline__ void reduce_piece(
         const int first = !there ? 0 : GROUPED ? g * positions : piece * TILE;
         const auto reader = reader_of(Kind{}, p, run, first, coefficients[there ? g : 0]);
         const Node<double> node =
-            Tile<Kind, TILE_LANES, TILE_ROWS>::template reduce<Acc>(reader, there ? positions : 0, p.last);
+            reduce_tile<Kind, TILE_LANES, TILE_ROWS, Acc>(reader, positions, p.last);
         if (there && threadIdx.x % TILE_LANES == 0) of_piece[g * b.span.tiles] = node;
     }
 }
@@ -194,43 +196,47 @@ __device__ __forceinline__ void apply_octet(
     const bool whole = is_whole(b, first);
     const unsigned char* bits = reinterpret_cast<const unsigned char*>(p.bits);
     Octets<ELEMENT> v;
-    v.g = g;
     v.passed = 0;
     if (whole) {
-        if (READS_X) v.x = load_octet(run.x + first, is_vector(run.x + first));
-        if (READS_BITS) v.passed = load_bits(bits, run.bit + first);
+        if (READS_X) to_numbers(load_octet(run.x + first, is_vector(run.x + first)), v.x);
+        if (READS_G) to_numbers(g, v.g);
+        if (READS_BITS) v.passed = load_bits(bits, run.bit + first, OCTET);
     }
     int channel = 0, position = 0;
+    Coefficients<Acc> then;
     if (GROUPED) {
         const unsigned from = first > 0 ? first : 0;
         channel = static_cast<int>(static_cast<unsigned long long>(from) * inverse >> 32);
         position = static_cast<int>(from) - channel * static_cast<int>(p.positions);
         c = coefficients[channel];
+        if (CROSSES_ONCE) then = coefficients[channel + 1 < b.channels ? channel + 1 : channel];
     }
+    const int before = first < 0 ? -first : 0; // elements that are not there
+    const int left = before + static_cast<int>(p.positions) - position; // before the next channel's
 #pragma unroll
     for (int j = 0; j < OCTET; ++j) {
         const int i = first + j;
         if (!whole && (i < 0 || i >= b.run)) continue;
-        Element<ELEMENT> element = v.at(j);
+        Element<Acc> element = v.at(j);
         if (!whole) {
-            if (READS_X) element.x = run.x[i];
-            if (READS_G) element.g = run.g[i];
-            if (READS_BITS) element.passed = load_bits(bits, run.bit + i) & 1;
+            if (READS_X) element.x = Format<ELEMENT>::widen(run.x[i]);
+            if (READS_G) element.g = Format<ELEMENT>::widen(run.g[i]);
+            if (READS_BITS) element.passed = load_bits(bits, run.bit + i, 1) & 1;
         }
-        compute(element, c);
+        compute<ELEMENT>(element, GROUPED && CROSSES_ONCE ? either(j < left, c, then) : c);
         v.put(j, element);
         if (!whole) {
-            run.y[i] = element.y;
-            if (WRITES_R) run.r[i] = element.r;
+            run.y[i] = Format<ELEMENT>::round(element.y);
+            if (WRITES_R) run.r[i] = Format<ELEMENT>::round(element.r);
         }
-        if (GROUPED && ++position == p.positions && i + 1 < b.run) {
+        if (GROUPED && !CROSSES_ONCE && ++position == p.positions && i + 1 < b.run) {
             position = 0;
             c = coefficients[++channel];
         }
     }
     if (whole) {
-        store_octet(run.y + first, v.y, is_vector(run.y + first));
-        if (WRITES_R) store_octet(run.r + first, v.r, is_vector(run.r + first));
+        store_octet(run.y + first, rounded<ELEMENT>(v.y), is_vector(run.y + first));
+        if (WRITES_R) store_octet(run.r + first, rounded<ELEMENT>(v.r), is_vector(run.r + first));
     }
     if (WRITES_BITS)
         reinterpret_cast<unsigned char*>(p.bits)[(run.bit + first) / 8] = static_cast<unsigned char>(v.passed);

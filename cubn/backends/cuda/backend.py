@@ -400,7 +400,8 @@ class CudaBackend:
         coefficients: BackendArray,
     ) -> None:
         launch = plan.elementwise(extents, kind, operands["x"].dtype, options, self.device.limits)
-        fields = {**_operand_fields(launch, operands, mask), **self._bits_fields(bits)}
+        dense = bool(launch.octets) and plan.is_dense(launch, extents, tuple(operands.values()))
+        fields = {**_operand_fields(launch, operands, mask), **self._bits_fields(bits), "dense": int(dense)}
         self._launch(launch, {**fields, "coefficients": self._at(coefficients)})
 
     def _resident(
@@ -427,7 +428,7 @@ class CudaBackend:
         return Statistics(count.view("int64").reshape(()), *others)
 
     def _new_coefficients(self, C: int, dtype: str) -> BackendArray:
-        return self.device.empty((6, C), "float64" if dtype == "float64" else "float32")
+        return self.device.empty((C, 6), "float64") if dtype == "float64" else self.device.empty((C, 8), "float32")
 
     def _new_rows(self, count: int, C: int) -> Rows:
         counts, first, second = self._parts(count, count * C, count * C)
@@ -440,7 +441,7 @@ class CudaBackend:
 
     def _new_bits(self, extents: Extents, kind: str) -> Bits:
         N, C, S = extents
-        memory = self.device.empty((N * C * S // 8 + 2,), "uint8")  # a byte to spare: eight bits may lie in two
+        memory = self.device.empty((-(-N * C * S // 8),), "uint8")
         if kind == "channels":
             return Bits(memory, kind, 0, (C * S, 1, C))
         return Bits(memory, "rows", 0, (C * S, S, 1))
