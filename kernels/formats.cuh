@@ -46,6 +46,7 @@ constexpr int OCTET = 8;
 template <class T> union Octet {
     uint4 words[sizeof(T) * OCTET / sizeof(uint4)];
     unsigned pairs[sizeof(T) * OCTET / sizeof(unsigned)]; // of 16-bit elements
+    uint2 fours[sizeof(T) * OCTET / sizeof(uint2)];       // likewise
     T v[OCTET];
 };
 
