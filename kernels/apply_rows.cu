@@ -8,7 +8,7 @@
 using Acc = Format<ELEMENT>::Acc;
 
 // Blocks of a multiprocessor, or more, that registers are left for.
-constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 2 : 4;
+constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 2 : OPERATION == GRADIENT && CROSSING ? 3 : 4;
 
 __device__ __forceinline__ INDEX quotient(INDEX n, const Divisor& by) {
     using Wide = unsigned long long;

@@ -5,9 +5,9 @@
 #include "readers.cuh"
 #include "span.cuh"
 
-// Blocks of a multiprocessor, or more, that registers are left for: fewer where a tile's rows are kept in them.
-constexpr bool KEEPS_ROWS = TILE_ROWS > 1 && !KIND::NEEDS_COEFFICIENTS;
-constexpr int BLOCKS = (KEEPS_ROWS ? 2 : 4) / (sizeof(ELEMENT) == 8 ? 2 : 1);
+// Blocks of a multiprocessor, or more, that registers are left for: fewer where a tile's rows are kept in them, or on
+// their way.
+constexpr int BLOCKS = (TILE_ROWS > 1 ? 2 : 4) / (sizeof(ELEMENT) == 8 ? 2 : 1);
 
 extern "C" __global__ void __launch_bounds__(256, BLOCKS) reduce_rows(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];

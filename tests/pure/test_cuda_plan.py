@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from cubn._tree import COLUMNS, TILE
 from cubn.backends import Extents, Gate, Operand
-from cubn.backends.cuda import parameters, plan
+from cubn.backends.cuda import parameters, plan, prepare
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import ITEMSIZE, OCTET, THREADS
 from cubn.backends.cuda.source import folder
@@ -93,7 +93,7 @@ def steps_taken(runs):
 
         return step
 
-    for function in vars(plan).values():
+    for function in (*vars(plan).values(), *vars(prepare).values()):
         if hasattr(function, "cache_clear"):
             function.cache_clear()
     outside = sys.gettrace()

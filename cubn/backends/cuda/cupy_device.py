@@ -72,10 +72,10 @@ class CupyDevice:
     def address(self, array: Any) -> int:
         return int(array.data.ptr)
 
-    def launch(self, launch: Launch, parameters: bytes) -> None:
+    def launch(self, launch: Launch, parameters: bytearray) -> None:
         with self._device, self._stream() as stream:
             kernel = self._kernels.get((launch.kernel, launch.options)) or self._compiled(launch)
-            argument = np.frombuffer(parameters, np.dtype((np.void, len(parameters))))  # of size one: goes by value
+            argument = np.frombuffer(parameters, _by_value(len(parameters)))  # an array of one
             kernel((launch.grid,), (launch.threads,), (argument,), shared_mem=launch.shared_bytes, stream=stream)
 
     def _compiled(self, launch: Launch) -> Any:
@@ -91,6 +91,12 @@ class CupyDevice:
         if self._torch is not None:
             return cupy.cuda.ExternalStream(self._torch.cuda.current_stream(self._index).cuda_stream, self._index)
         return cupy.cuda.get_current_stream(self._index) if self._is_cupys else cupy.cuda.Stream.null
+
+
+@functools.cache
+def _by_value(size: int) -> np.dtype[Any]:
+    """What CuPy passes by value, if it is of one element: a struct of a size."""
+    return np.dtype((np.void, size))
 
 
 @functools.cache
