@@ -149,6 +149,18 @@ def new_buffer(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, ind
         return cupy.ndarray(shape, dtype, memory, strides)
 
 
+def capsule_of(buffer: Any, **options: Any) -> Any:
+    """The DLPack capsule of a buffer that was written on the legacy default stream, whichever is CuPy's current one."""
+    with buffer.device, cupy.cuda.Stream.null:
+        return buffer.__dlpack__(**options)
+
+
+def host_copy(array: Any) -> Any:
+    """A copy in NumPy of an array of a library whose work is ordered before the legacy default stream."""
+    with array.device, cupy.cuda.Stream.null:
+        return array.get()
+
+
 def settings() -> dict[str, str]:
     """What `python -m cubn info` says of the devices."""
     found = {"kernel cache": os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache") + " (CuPy's)"}
