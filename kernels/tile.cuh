@@ -42,7 +42,7 @@ __device__ __forceinline__ Node<Acc> merge_columns(
 template <class Kind, class Acc>
 __device__ __forceinline__ Node<Acc> merge_row(Node<Acc> a, Node<Acc> b, int level, int left, const LastTile& last) {
     const int size = 1 << level;
-    const bool whole = left >= 2 * size;
+    const bool whole = level == 0 || left >= 2 * size; // two values, or a alone
     const Acc share = whole ? Acc(0.5) : Rounded<Acc>::from(last.share[level]);
     const Acc weight = whole ? Acc(0.5 * size) : Rounded<Acc>::from(last.weight[level]);
     const Node<Acc> n = level ? Kind::merge(a, b, share, weight) : Kind::merge_values(a, b, share, weight);
