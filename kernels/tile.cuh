@@ -144,17 +144,15 @@ template <class Kind, int WIDTH, int ROW_LIMIT, bool WHOLE> struct Tile {
     }
 
     template <class Acc, class Reader> __device__ __forceinline__ Node<double> reduce(Sums, const Reader& reader) const {
-        Node<Acc> n[OCTET];
-#pragma unroll
+        Node<Acc> n[OCTET] = {};
+#pragma unroll 4 // all of them on their way would not fit the registers
         for (int r = 0; r < ROW_LIMIT; ++r) {
             SumTerms<Acc> row;
             read(reader, r, row);
 #pragma unroll
-            for (int j = 0; j < OCTET; ++j) {
-                if (r == 0) n[j] = row.v[j];
-                else if (WHOLE || j < length - r * COLUMNS - column)
+            for (int j = 0; j < OCTET; ++j)
+                if (WHOLE || j < length - r * COLUMNS - column)
                     n[j] = {add(n[j].first, row.v[j].first), add(n[j].second, row.v[j].second)};
-            }
         }
         const Node<Acc> node = merged(n, shape());
         return {to_double(node.first), to_double(node.second)};

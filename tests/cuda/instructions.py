@@ -54,7 +54,7 @@ LOOPS = (
     Loop("input gradient, nhwc", "apply_channels", GRADIENT, 3, OCTET),
     Loop("training step on chip, reduce", "slab", LARGE | NORMALIZE, 8, TILE),
     Loop("training step on chip, normalise", "slab", LARGE | NORMALIZE, 2, OCTET),
-    Loop("gradient on chip, reduce", "slab", LARGE | GRADIENT, 16, TILE),
+    Loop("gradient on chip, add up", "slab", LARGE | GRADIENT, 8, TILE // 2),  # four rows at a time; then the merges
     Loop("gradient on chip, apply", "slab", LARGE | GRADIENT, 3, OCTET),
     Loop("training step on chip, 7 x 7, reduce", "slab", SMALL | NORMALIZE, 1, OCTET),
     Loop("training step on chip, 7 x 7, normalise", "slab", SMALL | NORMALIZE, 4, OCTET),
