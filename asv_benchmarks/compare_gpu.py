@@ -14,6 +14,8 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,6 +95,15 @@ def first_calls() -> dict[str, float]:
     }
 
 
+def attempt(measure: Callable[[], object]) -> object:
+    """What is measured, or why it is not: one number lost, not the run."""
+    try:
+        return measure()
+    except Exception as error:
+        reason = getattr(error, "stderr", None) or error  # of a child process
+        return f"{type(error).__name__}: {reason}"[-300:]
+
+
 def write(path: Path, head: dict[str, object], rows: list[dict[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     body = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in rows)
@@ -109,7 +120,7 @@ def main() -> None:
     set_flags()
     end = time.monotonic() + options.seconds
     path = (options.out or RESULTS / folder()) / "gpu.json"
-    head = header() | {"host_overhead_us": host_overhead(), "first_call_s": first_calls()}
+    head = header() | {"host_overhead_us": attempt(host_overhead), "first_call_s": attempt(first_calls)}
     planned = [
         (workload, dtype, operation)
         for workload in WORKLOADS
@@ -123,18 +134,11 @@ def main() -> None:
         if time.monotonic() > end:
             head["left_out_for_time"] = len(planned) - number
             break
-        try:
-            rows.append(row_of(*case))
-        except Exception as error:  # one row lost, not the run
-            rows.append(
-                {
-                    "array": case[0].name,
-                    "layout": case[0].layout,
-                    "dtype": case[1],
-                    "operation": case[2],
-                    "error": f"{type(error).__name__}: {error}"[:300],
-                }
-            )
+        row = attempt(partial(row_of, *case))
+        if not isinstance(row, dict):
+            names = {"array": case[0].name, "layout": case[0].layout, "dtype": case[1], "operation": case[2]}
+            row = names | {"error": row}
+        rows.append(row)
         torch.cuda.empty_cache()
         print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
         if number % 25 == 0:  # what there is survives what may come

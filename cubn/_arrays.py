@@ -607,13 +607,14 @@ def _new_output(
     """Memory of ours for an output of a library, and what it will take it over from."""
     if device[0] == CPU:
         buffer = _buffer(shape, strides, dtype)
-        pointer = buffer.ctypes.data
+        pointer, capsule_of = buffer.ctypes.data, None
     else:
         from cubn.backends import cuda
 
         buffer = cuda.new_buffer(shape, _in_bytes(strides, ITEMSIZE[dtype]), _storage(dtype), device[1])
-        pointer = buffer.data.ptr
-    return Array(pointer, shape, strides, dtype, device, True, buffer, library), _dlpack.Exporter(buffer, dtype)
+        pointer, capsule_of = buffer.data.ptr, cuda.capsule_of
+    exporter = _dlpack.Exporter(buffer, dtype, capsule_of)
+    return Array(pointer, shape, strides, dtype, device, True, buffer, library), exporter
 
 
 def _host_copy(array: Array) -> np.ndarray[Any, Any]:

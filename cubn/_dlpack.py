@@ -7,6 +7,8 @@ strides, a dtype and a flag. Layouts are those of dlpack.h, version 1.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 CODES = {
@@ -120,16 +122,17 @@ class Exporter:
     changed. (A deleter of our own would be Python code, which a library may call after the interpreter has shut down.)
     """
 
-    def __init__(self, buffer: Any, dtype: str) -> None:
+    def __init__(self, buffer: Any, dtype: str, capsule_of: Callable[..., Any] | None = None) -> None:
         self.buffer = buffer
         self.dtype = dtype
+        self.capsule = buffer.__dlpack__ if capsule_of is None else partial(capsule_of, buffer)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         kind, index = self.buffer.__dlpack_device__()
         return int(kind), int(index)
 
     def __dlpack__(self, **options: Any) -> Any:
-        capsule = self.buffer.__dlpack__(**options)
+        capsule = self.capsule(**options)
         tensor, _ = _open(capsule)
         tensor.dtype.code, tensor.dtype.bits = CODES[self.dtype]
         return capsule

@@ -20,12 +20,12 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) apply_strided(const __
             return o.pointer ? n * o.sample + c * o.channel + position_offset(o, position) : 0;
         };
         const Offsets at{offset(p.x), offset(p.g), offset(p.y), offset(p.r)};
-        Element<ELEMENT> element{};
+        Element<Acc> element{};
         if (is_present(p, n, position)) {
             element = load_element<ELEMENT>(p, at, READS_BITS && load_bit(p, n, c, position));
-            compute(element, load_coefficients<Acc>(p, c));
+            compute<ELEMENT>(element, load_coefficients<Acc>(p, c));
         }
-        store_element(p, at, element);
+        store_element<ELEMENT>(p, at, element);
         passed |= static_cast<unsigned>(element.passed) << j;
     }
     if (WRITES_BITS && octet * OCTET < elements)

@@ -19,11 +19,17 @@
         asm(instruction " %0, %1;" : "=" to_letter(r) : from_letter(a));                                     \
         return r;                                                                                            \
     }
-#define NOT_POSITIVE(type, format, letter)                                                                   \
-    EXACT bool not_positive(type a) {                                                                        \
+#define COMPARISON(type, format, letter)                                                                     \
+    EXACT bool at_most(type a, type b) {                                                                     \
         int r;                                                                                               \
         asm("{ .reg .pred p; setp.le." format " p, %1, %2; selp.s32 %0, 1, 0, p; }"                          \
-            : "=r"(r) : letter(a), letter(type(0)));                                                         \
+            : "=r"(r) : letter(a), letter(b));                                                               \
+        return r;                                                                                            \
+    }                                                                                                        \
+    EXACT type zero_where_at_most(type value, type a, type b) {                                              \
+        type r;                                                                                              \
+        asm("{ .reg .pred p; setp.le." format " p, %2, %3; selp." format " %0, %4, %1, p; }"                 \
+            : "=" letter(r) : letter(value), letter(a), letter(b), letter(type(0)));                         \
         return r;                                                                                            \
     }
 BINARY(add, "add.rn.f32", float, "f")
@@ -39,14 +45,29 @@ UNARY(to_float, "cvt.rn.f32.f64", float, "f", double, "d")
 UNARY(to_double, "cvt.f64.f32", double, "d", float, "f")
 UNARY(from_half, "cvt.f32.f16", float, "f", unsigned short, "h")
 UNARY(to_half, "cvt.rn.f16.f32", unsigned short, "h", float, "f")
-NOT_POSITIVE(float, "f32", "f")
-NOT_POSITIVE(double, "f64", "d")
+#if __CUDA_ARCH__ >= 800
+#define HAS_BFLOAT 1 // and both formats in pairs, the second value first
+UNARY(to_bfloat, "cvt.rn.bf16.f32", unsigned short, "h", float, "f")
+#define PAIR(name, instruction)                                                                              \
+    EXACT unsigned name(float low, float high) {                                                             \
+        unsigned r;                                                                                          \
+        asm(instruction " %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));                                     \
+        return r;                                                                                            \
+    }
+PAIR(to_half_pair, "cvt.rn.f16x2.f32")
+PAIR(to_bfloat_pair, "cvt.rn.bf16x2.f32")
+#undef PAIR
+#endif
+COMPARISON(float, "f32", "f")
+COMPARISON(double, "f64", "d")
 EXACT unsigned bits_of(float a) { return __float_as_uint(a); }
 EXACT float float_of(unsigned bits) { return __uint_as_float(bits); }
 EXACT unsigned long long bits_of(double a) { return __double_as_longlong(a); }
+EXACT unsigned high_half(unsigned a, unsigned b) { return __umulhi(a, b); }
+EXACT unsigned long long high_half(unsigned long long a, unsigned long long b) { return __umul64hi(a, b); }
 #undef BINARY
 #undef UNARY
-#undef NOT_POSITIVE
+#undef COMPARISON
 #else
 #define EXACT inline
 #define BINARY(name, sign, type)                                                                             \
@@ -62,8 +83,8 @@ BINARY(divide, /, double)
 EXACT double square_root(double a) { return __builtin_sqrt(a); }
 EXACT float to_float(double a) { return static_cast<float>(a); }
 EXACT double to_double(float a) { return a; }
-EXACT bool not_positive(float a) { return a <= 0; }
-EXACT bool not_positive(double a) { return a <= 0; }
+template <class Acc> EXACT bool at_most(Acc a, Acc b) { return a <= b; }
+template <class Acc> EXACT Acc zero_where_at_most(Acc value, Acc a, Acc b) { return a <= b ? Acc(0) : value; }
 template <class To, class From> EXACT To same_bits(From a) {
     static_assert(sizeof(To) == sizeof(From), "same_bits keeps the size");
     To r;
@@ -75,7 +96,23 @@ EXACT unsigned short to_half(float a) { return same_bits<unsigned short>(static_
 EXACT unsigned bits_of(float a) { return same_bits<unsigned>(a); }
 EXACT float float_of(unsigned bits) { return same_bits<float>(bits); }
 EXACT unsigned long long bits_of(double a) { return same_bits<unsigned long long>(a); }
+EXACT unsigned high_half(unsigned a, unsigned b) { return static_cast<unsigned long long>(a) * b >> 32; }
+EXACT unsigned long long high_half(unsigned long long a, unsigned long long b) {
+    return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 #undef BINARY
+#endif
+
+#ifndef HAS_BFLOAT
+EXACT unsigned short to_bfloat(float a) { // to nearest even, by hand
+    const unsigned u = bits_of(a);
+    const unsigned rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    return static_cast<unsigned short>((u & 0x7fffffff) > 0x7f800000 ? 0x7fff : rounded);
+}
+EXACT unsigned to_half_pair(float low, float high) { return to_half(low) | static_cast<unsigned>(to_half(high)) << 16; }
+EXACT unsigned to_bfloat_pair(float low, float high) {
+    return to_bfloat(low) | static_cast<unsigned>(to_bfloat(high)) << 16;
+}
 #endif
 
 EXACT double to_double(double a) { return a; }

@@ -7,6 +7,12 @@ template <class Acc> struct alignas(16) Coefficients {
     Acc high, low, scale, beta, k1, k2;
 };
 
+template <class Acc>
+EXACT Coefficients<Acc> either(bool first, const Coefficients<Acc>& a, const Coefficients<Acc>& b) {
+    return {first ? a.high : b.high, first ? a.low : b.low, first ? a.scale : b.scale,
+            first ? a.beta : b.beta, first ? a.k1 : b.k1,   first ? a.k2 : b.k2};
+}
+
 template <class Acc> EXACT Acc centre(Acc x, const Coefficients<Acc>& c) {
     return subtract(subtract(x, c.high), c.low);
 }
@@ -19,11 +25,11 @@ template <class Acc> EXACT Acc input_gradient(Acc dy, Acc x, const Coefficients<
     return multiply(subtract(subtract(dy, c.k1), multiply(centre(x, c), c.k2)), c.scale);
 }
 
-template <class Acc> EXACT Acc relu(Acc v) { return not_positive(v) ? Acc(0) : v; } // a NaN stays
+template <class Acc> EXACT Acc relu(Acc v) { return zero_where_at_most(v, v, Acc(0)); } // a NaN stays
 
-// Whether y, recomputed from x and rounded, was stopped by a ReLU.
-template <class T> EXACT bool was_stopped(typename Format<T>::Acc x, const Coefficients<typename Format<T>::Acc>& c) {
-    return not_positive(Format<T>::widen(Format<T>::round(normalized(x, c))));
+// dy behind a ReLU that stopped what y, recomputed from x and rounded, is not positive.
+template <class T, class Acc> EXACT Acc recomputed_gate(Acc dy, Acc x, const Coefficients<Acc>& c) {
+    return zero_where_at_most(dy, normalized(x, c), Format<T>::rounds_to_zero());
 }
 
 // A parameter of any format, or what stands for an absent one.
@@ -82,26 +88,10 @@ EXACT void add_gradient(Coefficients<Acc>& c, double sum_dy, double sum_dy_xmu, 
 
 template <class Acc>
 __device__ __forceinline__ void store_coefficients(const Parameters& p, long long channel, const Coefficients<Acc>& c) {
-    Acc* to = reinterpret_cast<Acc*>(p.coefficients) + channel;
-    const Acc values[] = {c.high, c.low, c.scale, c.beta, c.k1, c.k2};
-#pragma unroll
-    for (int i = 0; i < 6; ++i) to[i * p.channels] = values[i];
+    reinterpret_cast<Coefficients<Acc>*>(p.coefficients)[channel] = c;
 }
 
 template <class Acc>
 __device__ __forceinline__ Coefficients<Acc> load_coefficients(const Parameters& p, long long channel) {
-    const Acc* from = reinterpret_cast<const Acc*>(p.coefficients) + channel;
-    return {from[0], from[p.channels], from[2 * p.channels], from[3 * p.channels], from[4 * p.channels],
-            from[5 * p.channels]};
-}
-
-// Those of 8 neighbouring channels, where the number of channels is a multiple of 8.
-template <class Acc>
-__device__ __forceinline__ void load_coefficients(const Parameters& p, long long channel, Coefficients<Acc> (&c)[OCTET]) {
-    const auto row = [&](int i) {
-        return load_octet(reinterpret_cast<const Acc*>(p.coefficients) + i * p.channels + channel, true);
-    };
-    const Octet<Acc> high = row(0), low = row(1), scale = row(2), beta = row(3), k1 = row(4), k2 = row(5);
-#pragma unroll
-    for (int j = 0; j < OCTET; ++j) c[j] = {high.v[j], low.v[j], scale.v[j], beta.v[j], k1.v[j], k2.v[j]};
+    return reinterpret_cast<const Coefficients<Acc>*>(p.coefficients)[channel];
 }

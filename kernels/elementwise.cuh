@@ -22,37 +22,36 @@ constexpr bool READS_BITS = OPERATION == GRADIENT && GATE == GATE_BITS;
 constexpr bool WRITES_R = OPERATION == GRADIENT && RESIDUAL;
 constexpr bool WRITES_BITS = OPERATION == NORMALIZE && KEEP_BITS;
 
-template <class T> struct Element {
-    T x, g, y, r;
+// Numbers in the arithmetic: y and r are yet to be rounded.
+template <class Acc> struct Element {
+    Acc x, g, y, r;
     bool passed; // a ReLU; read by the gradient, written by normalise
 };
 
-template <class T> __device__ __forceinline__ void compute(Element<T>& e, const Coefficients<typename Format<T>::Acc>& c) {
-    using Acc = typename Format<T>::Acc;
+template <class T, class Acc> __device__ __forceinline__ void compute(Element<Acc>& e, const Coefficients<Acc>& c) {
 #if OPERATION == NORMALIZE
-    Acc v = normalized(Format<T>::widen(e.x), c);
-    if (RESIDUAL) v = add(v, Format<T>::widen(e.g));
-    if (RELU) v = relu(v);
-    e.y = Format<T>::round(v);
-    if (KEEP_BITS) e.passed = !not_positive(Format<T>::widen(e.y));
+    e.y = normalized(e.x, c);
+    if (RESIDUAL) e.y = add(e.y, e.g);
+    if (RELU) e.y = relu(e.y);
+    if (KEEP_BITS) e.passed = !at_most(e.y, Format<T>::rounds_to_zero());
 #else
-    const Acc x = READS_X ? Format<T>::widen(e.x) : Acc(0);
-    const bool stopped = GATE == GATE_RECOMPUTE ? was_stopped<T>(x, c) : GATE == GATE_BITS && !e.passed;
-    const Acc dy = stopped ? Acc(0) : Format<T>::widen(e.g);
-    e.y = Format<T>::round(FROZEN ? multiply(dy, c.scale) : input_gradient(dy, x, c));
-    if (RESIDUAL) e.r = Format<T>::round(dy);
+    e.r = gate<T, GATE>(e.x, e.g, e.passed, c);
+    e.y = FROZEN ? multiply(e.r, c.scale) : input_gradient(e.r, e.x, c);
 #endif
 }
 
 // Eight neighbouring elements of every operand.
 template <class T> struct Octets {
-    Octet<T> x, g, y, r;
+    using Acc = typename Format<T>::Acc;
+    Acc x[OCTET], g[OCTET], y[OCTET], r[OCTET];
     unsigned passed;
 
-    __device__ __forceinline__ Element<T> at(int j) const { return {x.v[j], g.v[j], {}, {}, bool(passed >> j & 1)}; }
-    __device__ __forceinline__ void put(int j, const Element<T>& e) {
-        y.v[j] = e.y;
-        if (WRITES_R) r.v[j] = e.r;
+    __device__ __forceinline__ Element<Acc> at(int j) const {
+        return {READS_X ? x[j] : Acc(0), READS_G ? g[j] : Acc(0), {}, {}, bool(passed >> j & 1)};
+    }
+    __device__ __forceinline__ void put(int j, const Element<Acc>& e) {
+        y[j] = e.y;
+        if (WRITES_R) r[j] = e.r;
         if (WRITES_BITS) passed = (passed & ~(1u << j)) | static_cast<unsigned>(e.passed) << j;
     }
 };
@@ -66,30 +65,32 @@ struct Offsets {
     long long x, g, y, r;
 };
 
-template <class T>
+// DENSE says that octets of all operands begin at multiples of 16 bytes; else each operand says so of its own.
+template <bool DENSE, class T>
 __device__ __forceinline__ void load_octets(const Parameters& p, const Offsets& at, long long octet, Octets<T>& v) {
-    if (READS_X) v.x = load_octet(place<const T>(p.x, at.x), p.x.vectors != 0);
-    if (READS_G) v.g = load_octet(place<const T>(p.g, at.g), p.g.vectors != 0);
+    if (READS_X) to_numbers(load_octet(place<const T>(p.x, at.x), DENSE || p.x.vectors != 0), v.x);
+    if (READS_G) to_numbers(load_octet(place<const T>(p.g, at.g), DENSE || p.g.vectors != 0), v.g);
     v.passed = READS_BITS ? reinterpret_cast<const unsigned char*>(p.bits)[octet] : 0;
 }
 
-template <class T>
+template <bool DENSE, class T>
 __device__ __forceinline__ void store_octets(const Parameters& p, const Offsets& at, long long octet, const Octets<T>& v) {
-    store_octet(place<T>(p.y, at.y), v.y, p.y.vectors != 0);
-    if (WRITES_R) store_octet(place<T>(p.r, at.r), v.r, p.r.vectors != 0);
+    store_octet(place<T>(p.y, at.y), rounded<T>(v.y), DENSE || p.y.vectors != 0);
+    if (WRITES_R) store_octet(place<T>(p.r, at.r), rounded<T>(v.r), DENSE || p.r.vectors != 0);
     if (WRITES_BITS) reinterpret_cast<unsigned char*>(p.bits)[octet] = static_cast<unsigned char>(v.passed);
 }
 
-template <class T>
-__device__ __forceinline__ Element<T> load_element(const Parameters& p, const Offsets& at, bool passed) {
-    Element<T> e{};
-    if (READS_X) e.x = *place<const T>(p.x, at.x);
-    if (READS_G) e.g = *place<const T>(p.g, at.g);
+template <class T, class Acc = typename Format<T>::Acc>
+__device__ __forceinline__ Element<Acc> load_element(const Parameters& p, const Offsets& at, bool passed) {
+    Element<Acc> e{};
+    if (READS_X) e.x = Format<T>::widen(*place<const T>(p.x, at.x));
+    if (READS_G) e.g = Format<T>::widen(*place<const T>(p.g, at.g));
     e.passed = passed;
     return e;
 }
 
-template <class T> __device__ __forceinline__ void store_element(const Parameters& p, const Offsets& at, const Element<T>& e) {
-    *place<T>(p.y, at.y) = e.y;
-    if (WRITES_R) *place<T>(p.r, at.r) = e.r;
+template <class T, class Acc>
+__device__ __forceinline__ void store_element(const Parameters& p, const Offsets& at, const Element<Acc>& e) {
+    *place<T>(p.y, at.y) = Format<T>::round(e.y);
+    if (WRITES_R) *place<T>(p.r, at.r) = Format<T>::round(e.r);
 }

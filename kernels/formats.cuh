@@ -1,4 +1,6 @@
 // Element formats: how float16, bfloat16, float32 and float64 lie in memory, and the arithmetic they are widened to.
+//
+// `rounds_to_zero` is the largest number that does: whatever is at most that is not positive once it is rounded.
 #pragma once
 #include "arithmetic.cuh"
 
@@ -15,26 +17,27 @@ template <> struct Format<float16> {
     using Acc = float;
     static EXACT float widen(float16 v) { return from_half(v.bits); }
     static EXACT float16 round(float v) { return {to_half(v)}; }
+    static EXACT unsigned round_pair(float low, float high) { return to_half_pair(low, high); }
+    static EXACT float rounds_to_zero() { return 0x1p-25f; }
 };
 template <> struct Format<bfloat16> {
     using Acc = float;
     static EXACT float widen(bfloat16 v) { return float_of(static_cast<unsigned>(v.bits) << 16); }
-    static EXACT bfloat16 round(float v) { // to nearest even, by hand: compute capability 7.5 has no such conversion
-        const unsigned u = bits_of(v);
-        const unsigned rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-        const unsigned nan = 0x7fff;
-        return {static_cast<unsigned short>((u & 0x7fffffff) > 0x7f800000 ? nan : rounded)};
-    }
+    static EXACT bfloat16 round(float v) { return {to_bfloat(v)}; }
+    static EXACT unsigned round_pair(float low, float high) { return to_bfloat_pair(low, high); }
+    static EXACT float rounds_to_zero() { return 0x1p-134f; }
 };
 template <> struct Format<float> {
     using Acc = float;
     static EXACT float widen(float v) { return v; }
     static EXACT float round(float v) { return v; }
+    static EXACT float rounds_to_zero() { return 0; }
 };
 template <> struct Format<double> {
     using Acc = double;
     static EXACT double widen(double v) { return v; }
     static EXACT double round(double v) { return v; }
+    static EXACT double rounds_to_zero() { return 0; }
 };
 
 // Eight neighbouring elements: what a thread loads, computes and stores at a time.
@@ -42,8 +45,36 @@ constexpr int OCTET = 8;
 
 template <class T> union Octet {
     uint4 words[sizeof(T) * OCTET / sizeof(uint4)];
+    unsigned pairs[sizeof(T) * OCTET / sizeof(unsigned)]; // of 16-bit elements
+    uint2 fours[sizeof(T) * OCTET / sizeof(uint2)];       // likewise
     T v[OCTET];
 };
+
+// The numbers of an octet.
+template <class T> EXACT void to_numbers(const Octet<T>& octet, typename Format<T>::Acc (&v)[OCTET]) {
+#pragma unroll
+    for (int j = 0; j < OCTET; ++j) v[j] = Format<T>::widen(octet.v[j]);
+}
+EXACT void to_numbers(const Octet<bfloat16>& octet, float (&v)[OCTET]) { // an instruction each
+#pragma unroll
+    for (int j = 0; j < OCTET; j += 2) {
+        v[j] = float_of(octet.pairs[j / 2] << 16);
+        v[j + 1] = float_of(octet.pairs[j / 2] & 0xffff0000);
+    }
+}
+
+// The octet of eight numbers, each rounded once.
+template <class T> EXACT Octet<T> rounded(const typename Format<T>::Acc (&v)[OCTET]) {
+    Octet<T> octet;
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+        for (int j = 0; j < OCTET; j += 2) octet.pairs[j / 2] = Format<T>::round_pair(v[j], v[j + 1]);
+    } else {
+#pragma unroll
+        for (int j = 0; j < OCTET; ++j) octet.v[j] = Format<T>::round(v[j]);
+    }
+    return octet;
+}
 
 // `vectors` says that every octet of the array begins at a multiple of 16 bytes.
 template <class T> __device__ __forceinline__ Octet<T> load_octet(const T* p, bool vectors) {

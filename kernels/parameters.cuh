@@ -17,6 +17,12 @@ struct Operand {
     long long stride[POSITION_AXES];
 };
 
+// What replaces the division of n by a constant: the upper half of n * multiplier, moved by shift; -1 for n itself.
+struct Divisor {
+    long long multiplier;
+    long long shift;
+};
+
 // gamma and the like: one element per channel. format: 1 float16, 2 bfloat16, 3 float32, 4 float64; 0 for none.
 struct Vector {
     long long pointer;
@@ -69,7 +75,7 @@ struct Parameters {
     long long var;
     long long invstd;
     double eps;
-    long long coefficients; // accumulator type (6, channels): high, low, scale, beta, k1, k2
+    long long coefficients; // Coefficients (channels)
     long long first;        // float64 (channels): sum of dy
     long long second;       // float64 (channels): sum of dy * (x - mean)
     // one bit an element: which y passed a ReLU, at bits_first + sample * bits_sample + channel * bits_channel +
@@ -94,5 +100,9 @@ struct Parameters {
     long long blocks_across; // blocks side by side over the channels: the grid is numbered in one dimension
     long long lanes;         // threads side by side over the channels
     long long steps;         // rounds of a thread
+    long long dense;         // whether octets of all operands begin at multiples of 16 bytes; in apply_rows, whether
+                             // the operands fill their memory besides
+    Divisor over_positions;
+    Divisor over_channels;
     long long slot;          // bytes of shared memory of a staged piece
 };

@@ -113,9 +113,9 @@ struct Worker {
             const long long position = r * COLUMNS + column;
             const Vectors x = *reinterpret_cast<const Vectors*>(at.x + position * at.x_step);
             const Vectors dy = *reinterpret_cast<const Vectors*>(at.dy + position * at.dy_step);
+            const unsigned char* bits = reinterpret_cast<const unsigned char*>(p.bits);
             const unsigned passed =
-                GATE == GATE_BITS ? load_bits(reinterpret_cast<const unsigned char*>(p.bits), at.first_bit + position * at.bit_step)
-                                  : 0;
+                GATE == GATE_BITS ? load_bits(bits, at.first_bit + position * at.bit_step, VECTOR) : 0;
 #pragma unroll
             for (int i = 0; i < VECTOR; ++i) {
                 const Node<Acc> terms = terms_of<ELEMENT, GATE>(
@@ -149,7 +149,7 @@ struct Worker {
             const unsigned char* bits = reinterpret_cast<const unsigned char*>(p.bits);
             x[k] = *reinterpret_cast<const Vectors*>(at.x + (first + k) * at.x_step);
             if (KIND::NEEDS_COEFFICIENTS) dy[k] = *reinterpret_cast<const Vectors*>(at.dy + (first + k) * at.dy_step);
-            passed[k] = GATE == GATE_BITS ? load_bits(bits, at.first_bit + (first + k) * at.bit_step) : 0;
+            passed[k] = GATE == GATE_BITS ? load_bits(bits, at.first_bit + (first + k) * at.bit_step, VECTOR) : 0;
         }
         const auto node = [&](int k, int i) {
             const Acc v = Format<ELEMENT>::widen(x[k].v[i]);
@@ -168,8 +168,11 @@ struct Worker {
 #pragma unroll
             for (int size = 1; size < RUN; size *= 2)
 #pragma unroll
-                for (int k = 0; k < RUN; k += 2 * size)
-                    n[k] = KIND::merge(n[k], n[k + size], A(0.5), static_cast<A>(0.5 * size));
+                for (int k = 0; k < RUN; k += 2 * size) {
+                    const A half(0.5), weight(0.5 * size);
+                    n[k] = size > 1 ? KIND::merge(n[k], n[k + size], half, weight)
+                                    : KIND::merge_values(n[k], n[k + size], half, weight);
+                }
             result.v[i] = n[0];
         }
         return result;

@@ -5,9 +5,9 @@
 #include "readers.cuh"
 #include "span.cuh"
 
-// Blocks of a multiprocessor, or more, that registers are left for: fewer where a tile's rows are kept in them.
-constexpr bool KEEPS_ROWS = TILE_ROWS > 1 && !KIND::NEEDS_COEFFICIENTS;
-constexpr int BLOCKS = (KEEPS_ROWS ? 2 : 4) / (sizeof(ELEMENT) == 8 ? 2 : 1);
+// Blocks of a multiprocessor, or more, that registers are left for: fewer where a tile's rows are kept in them, or on
+// their way.
+constexpr int BLOCKS = (TILE_ROWS > 1 ? 2 : 4) / (sizeof(ELEMENT) == 8 ? 2 : 1);
 
 extern "C" __global__ void __launch_bounds__(256, BLOCKS) reduce_rows(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) reduce_rows(const __gr
             KIND{}, p, there ? item.sample : 0, there ? item.channel : 0, there ? item.tile : 0
         );
         const Node<double> node =
-            Tile<KIND, TILE_LANES, TILE_ROWS>::template reduce<Format<ELEMENT>::Acc>(reader, item.length, p.last);
+            reduce_tile<KIND, TILE_LANES, TILE_ROWS, Format<ELEMENT>::Acc>(reader, item.length, p.last);
         if (there && threadIdx.x % TILE_LANES == 0) nodes[item.place] = node;
     }
     merge_span<KIND>(p, s, nodes);

@@ -23,6 +23,8 @@ using Kind = Sums;
 constexpr int STAGED = 2;
 #endif
 
+constexpr bool CROSSES_ONCE = TILE_LANES > 1; // an octet, from one channel to the next: these have more positions
+
 constexpr int WARPS = THREADS / 32;
 constexpr int AHEAD = 4; // pieces of a warp whose copies are under way
 constexpr int BATCH = OPERATION == NORMALIZE && RESIDUAL ? 8 / sizeof(ELEMENT) : 1; // octets of residual under way
@@ -35,6 +37,7 @@ struct Slab {
     int samples, channels, run;
     int pieces; // of a sample: its tiles, or one of all the group's
     unsigned char *x, *dy; // slots of the samples, in shared memory
+    ELEMENT *x_first, *g_first, *y_first, *r_first; // in global memory
 };
 
 // Goes through (i, j), j < extent, in steps of `stride`; without a division on the way.
@@ -67,6 +70,13 @@ __device__ __forceinline__ Slab slab_of(const Parameters& p, int rank, unsigned 
     b.pieces = GROUPED || b.run <= TILE ? 1 : (b.run + TILE - 1) / TILE;
     b.x = shared;
     b.dy = shared + slots * p.slot;
+    const auto first = [&](const Operand& o) {
+        return place<ELEMENT>(o, b.sample * o.sample + b.span.first_channel * o.channel + b.position);
+    };
+    b.x_first = first(p.x);
+    b.g_first = first(p.g);
+    b.y_first = first(p.y);
+    b.r_first = first(p.r);
     return b;
 }
 
@@ -79,21 +89,17 @@ struct Run {
     long long bit; // of the first element
 };
 
-__device__ __forceinline__ long long offset_of(const Operand& o, const Slab& b, int i) {
-    return (b.sample + i) * o.sample + b.span.first_channel * o.channel + b.position;
-}
-
 // Where a slot has the element that is at `from`: equally far past a multiple of 16 bytes.
 __device__ __forceinline__ ELEMENT* staged(unsigned char* slot, const ELEMENT* from) {
     return reinterpret_cast<ELEMENT*>(slot + bytes_past_vector(from));
 }
 
 __device__ __forceinline__ Run run_of(const Parameters& p, const Slab& b, int i) {
-    const auto at = [&](const Operand& o) { return place<ELEMENT>(o, offset_of(o, b, i)); };
-    Run run{staged(b.x + i * p.slot, at(p.x)), nullptr, at(p.y), nullptr, 0};
-    if (STAGED == 2) run.g = staged(b.dy + i * p.slot, at(p.g));
-    else if (READS_G) run.g = at(p.g);
-    if (WRITES_R) run.r = at(p.r);
+    const int slot = static_cast<int>(p.slot);
+    Run run{staged(b.x + i * slot, b.x_first + i * p.x.sample), nullptr, b.y_first + i * p.y.sample, nullptr, 0};
+    if (STAGED == 2) run.g = staged(b.dy + i * slot, b.g_first + i * p.g.sample);
+    else if (READS_G) run.g = b.g_first + i * p.g.sample;
+    if (WRITES_R) run.r = b.r_first + i * p.r.sample;
     if (READS_BITS || WRITES_BITS)
         run.bit = p.bits_first + (b.sample + i) * p.bits_sample + b.span.first_channel * p.bits_channel + b.position;
     return run;
@@ -108,20 +114,19 @@ __device__ __forceinline__ int length_of(const Slab& b, int piece) {
 // Begin to copy a piece of sample i, if there is such a sample.
 __device__ __forceinline__ void begin_piece(const Parameters& p, const Slab& b, int i, int piece) {
     if (i < b.samples) {
-        const auto copy = [&](const Operand& o, unsigned char* slot) {
-            const ELEMENT* from = place<const ELEMENT>(o, offset_of(o, b, i));
+        const auto copy = [&](const ELEMENT* from, unsigned char* slot) {
             begin_copies(staged(slot, from) + piece * TILE, from + piece * TILE, length_of(b, piece));
         };
-        copy(p.x, b.x + i * p.slot);
-        if (STAGED == 2) copy(p.g, b.dy + i * p.slot);
+        copy(b.x_first + i * p.x.sample, b.x + i * p.slot);
+        if (STAGED == 2) copy(b.g_first + i * p.g.sample, b.dy + i * p.slot);
     }
     end_group();
 }
 
 __device__ __forceinline__ Contiguous<ELEMENT> reader_of(
-    Moments, const Parameters&, const Run& run, int first, const Coefficients<Acc>&
+    Moments, const Parameters& p, const Run& run, int first, const Coefficients<Acc>&
 ) {
-    return {run.x + first, is_vector(run.x + first)};
+    return {run.x + first, is_vector(run.x + first), has_fours(run.x + first, p.positions)};
 }
 
 __device__ __forceinline__ ContiguousPair<ELEMENT, GATE> reader_of(
@@ -129,7 +134,8 @@ __device__ __forceinline__ ContiguousPair<ELEMENT, GATE> reader_of(
 ) {
     const ELEMENT *x = run.x + first, *dy = run.g + first;
     const unsigned char* bits = reinterpret_cast<const unsigned char*>(p.bits);
-    return {x, dy, is_vector(x), is_vector(dy), bits, run.bit + first, c};
+    const bool fours = has_fours(x, p.positions) && has_fours(dy, p.positions);
+    return {x, dy, is_vector(x) && is_vector(dy), fours, bits, run.bit + first, c};
 }
 
 // The nodes of a piece of sample i: of one tile, or of one for each channel of a group.
@@ -146,7 +152,7 @@ __device__ __forceinline__ void reduce_piece(
         const int first = !there ? 0 : GROUPED ? g * positions : piece * TILE;
         const auto reader = reader_of(Kind{}, p, run, first, coefficients[there ? g : 0]);
         const Node<double> node =
-            Tile<Kind, TILE_LANES, TILE_ROWS>::template reduce<Acc>(reader, there ? positions : 0, p.last);
+            reduce_tile<Kind, TILE_LANES, TILE_ROWS, Acc>(reader, positions, p.last);
         if (there && threadIdx.x % TILE_LANES == 0) of_piece[g * b.span.tiles] = node;
     }
 }
@@ -185,55 +191,63 @@ __device__ __forceinline__ void finish_channel(
 
 __device__ __forceinline__ bool is_whole(const Slab& b, int first) { return first >= 0 && first + OCTET <= b.run; }
 
-// Elements [first, first + 8) of a run, as far as they are there; `g` is their residual or dy where all are. Without
-// groups their coefficients are `c`.
-__device__ __forceinline__ void apply_octet(
+// Which channel of a group an element of a run belongs to; inverse is 2^32 over positions, rounded up.
+__device__ __forceinline__ int channel_of(int i, unsigned inverse) {
+    return GROUPED ? static_cast<int>(static_cast<unsigned long long>(i) * inverse >> 32) : 0;
+}
+
+__device__ __forceinline__ void store_bits(const Parameters& p, const Run& run, int first, unsigned passed) {
+    if (WRITES_BITS)
+        reinterpret_cast<unsigned char*>(p.bits)[(run.bit + first) / 8] = static_cast<unsigned char>(passed);
+}
+
+// Elements [first, first + 8) of a run, all of them there; `g` is their residual or dy. Without groups their
+// coefficients are `c`.
+__device__ __forceinline__ void apply_whole(
     const Parameters& p, const Slab& b, const Run& run, int first, const Octet<ELEMENT>& g,
     const Coefficients<Acc>* coefficients, Coefficients<Acc> c, unsigned inverse
 ) {
-    const bool whole = is_whole(b, first);
-    const unsigned char* bits = reinterpret_cast<const unsigned char*>(p.bits);
     Octets<ELEMENT> v;
-    v.g = g;
-    v.passed = 0;
-    if (whole) {
-        if (READS_X) v.x = load_octet(run.x + first, is_vector(run.x + first));
-        if (READS_BITS) v.passed = load_bits(bits, run.bit + first);
-    }
-    int channel = 0, position = 0;
-    if (GROUPED) {
-        const unsigned from = first > 0 ? first : 0;
-        channel = static_cast<int>(static_cast<unsigned long long>(from) * inverse >> 32);
-        position = static_cast<int>(from) - channel * static_cast<int>(p.positions);
-        c = coefficients[channel];
-    }
+    if (READS_X) to_numbers(load_octet(run.x + first, is_vector(run.x + first)), v.x);
+    if (READS_G) to_numbers(g, v.g);
+    v.passed = READS_BITS ? load_bits(reinterpret_cast<const unsigned char*>(p.bits), run.bit + first, OCTET) : 0;
+    int channel = channel_of(first, inverse), left = static_cast<int>(p.positions) * (channel + 1) - first;
+    Coefficients<Acc> then;
+    if (GROUPED) c = coefficients[channel];
+    if (GROUPED && CROSSES_ONCE) then = coefficients[channel + 1 < b.channels ? channel + 1 : channel];
 #pragma unroll
     for (int j = 0; j < OCTET; ++j) {
-        const int i = first + j;
-        if (!whole && (i < 0 || i >= b.run)) continue;
-        Element<ELEMENT> element = v.at(j);
-        if (!whole) {
-            if (READS_X) element.x = run.x[i];
-            if (READS_G) element.g = run.g[i];
-            if (READS_BITS) element.passed = load_bits(bits, run.bit + i) & 1;
-        }
-        compute(element, c);
+        Element<Acc> element = v.at(j);
+        compute<ELEMENT>(element, GROUPED && CROSSES_ONCE ? either(j < left, c, then) : c);
         v.put(j, element);
-        if (!whole) {
-            run.y[i] = element.y;
-            if (WRITES_R) run.r[i] = element.r;
-        }
-        if (GROUPED && ++position == p.positions && i + 1 < b.run) {
-            position = 0;
+        if (GROUPED && !CROSSES_ONCE && j + 1 == left && first + left < b.run) {
+            left += static_cast<int>(p.positions);
             c = coefficients[++channel];
         }
     }
-    if (whole) {
-        store_octet(run.y + first, v.y, is_vector(run.y + first));
-        if (WRITES_R) store_octet(run.r + first, v.r, is_vector(run.r + first));
+    store_octet(run.y + first, rounded<ELEMENT>(v.y), is_vector(run.y + first));
+    if (WRITES_R) store_octet(run.r + first, rounded<ELEMENT>(v.r), is_vector(run.r + first));
+    store_bits(p, run, first, v.passed);
+}
+
+// Those that are there of elements [first, first + 8).
+__device__ __forceinline__ void apply_part(
+    const Parameters& p, const Slab& b, const Run& run, int first, const Coefficients<Acc>* coefficients, unsigned inverse
+) {
+    const unsigned char* bits = reinterpret_cast<const unsigned char*>(p.bits);
+    unsigned passed = 0;
+#pragma unroll 1
+    for (int i = first > 0 ? first : 0; i < first + OCTET && i < b.run; ++i) {
+        Element<Acc> element{};
+        if (READS_X) element.x = Format<ELEMENT>::widen(run.x[i]);
+        if (READS_G) element.g = Format<ELEMENT>::widen(run.g[i]);
+        if (READS_BITS) element.passed = load_bits(bits, run.bit + i, 1) & 1;
+        compute<ELEMENT>(element, coefficients[channel_of(i, inverse)]);
+        run.y[i] = Format<ELEMENT>::round(element.y);
+        if (WRITES_R) run.r[i] = Format<ELEMENT>::round(element.r);
+        passed |= static_cast<unsigned>(element.passed) << (i - first);
     }
-    if (WRITES_BITS)
-        reinterpret_cast<unsigned char*>(p.bits)[(run.bit + first) / 8] = static_cast<unsigned char>(v.passed);
+    store_bits(p, run, first, passed);
 }
 
 // Elements before the run that bring the first octet to a multiple of 16 bytes of y; bits want whole bytes instead.
@@ -273,9 +287,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(con
     __syncthreads();
 
     const Coefficients<Acc> c = coefficients[0];
-    const unsigned inverse = 0xffffffffu / static_cast<unsigned>(p.positions) + 1; // 2^32 over positions, rounded up
+    const unsigned inverse = 0xffffffffu / static_cast<unsigned>(p.positions) + 1;
     const bool alike = p.y.sample * static_cast<long long>(sizeof(ELEMENT)) % VECTOR_BYTES == 0;
-    const int skew = alike ? skew_of(place<ELEMENT>(p.y, offset_of(p.y, b, 0))) : VECTOR_BYTES / sizeof(ELEMENT) - 1;
+    const int skew = alike ? skew_of(b.y_first) : VECTOR_BYTES / sizeof(ELEMENT) - 1;
     const int octets = b.run ? (b.run + skew + OCTET - 1) / OCTET : 1; // of a sample, as many as any needs
 #pragma unroll 1
     for (Walk at(threadIdx.x, THREADS, octets), next = at; at.i < b.samples;) {
@@ -293,7 +307,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(con
             if (at.i >= b.samples) continue;
             const Run run = run_of(p, b, at.i);
             const int first = first_of(run, at);
-            if (first < b.run) apply_octet(p, b, run, first, g[k], coefficients, c, inverse);
+            if (is_whole(b, first)) apply_whole(p, b, run, first, g[k], coefficients, c, inverse);
+            else if (first < b.run) apply_part(p, b, run, first, coefficients, inverse);
         }
     }
 #if CLUSTER > 1

@@ -1,7 +1,9 @@
 // One tile of a sample by WIDTH neighbouring lanes of a warp: a lane owns 8 neighbouring columns of up to 8 rows.
 //
 // A reader knows where the tile's values are:
-//     reader.read(position, valid, terms)    the terms of positions [position, position + min(valid, 8)) of the tile
+//     reader.is_aligned()                    whether its octets begin at multiples of 16 bytes
+//     reader.read<WHOLE>(position, valid, terms)
+//         the terms of positions [position, position + min(valid, 8)) of the tile; WHOLE: 8 are valid, and aligned
 // with terms.v[j] = x for moments; for sums the pair of dy behind its gate and dy * (x - mean).
 #pragma once
 #include "parameters.cuh"
@@ -35,20 +37,32 @@ __device__ __forceinline__ Node<Acc> merge_columns(
     return Kind::merge(a, b, Acc(0.5), multiply(Acc(size * shape.values(low)), Acc(0.5)));
 }
 
+// The same in a tile of one row, which has `left` values from column `low` on: nothing to branch on, for the lanes of a
+// warp are at different columns.
+template <class Kind, class Acc>
+__device__ __forceinline__ Node<Acc> merge_row(Node<Acc> a, Node<Acc> b, int level, int left, const LastTile& last) {
+    const int size = 1 << level;
+    const bool whole = level == 0 || left >= 2 * size; // two values, or a alone
+    const Acc share = whole ? Acc(0.5) : Rounded<Acc>::from(last.share[level]);
+    const Acc weight = whole ? Acc(0.5 * size) : Rounded<Acc>::from(last.weight[level]);
+    const Node<Acc> n = level ? Kind::merge(a, b, share, weight) : Kind::merge_values(a, b, share, weight);
+    const bool alone = left <= size; // b has no values
+    return {alone ? a.first : n.first, alone ? a.second : n.second};
+}
+
 template <class Acc> __device__ __forceinline__ Node<Acc> shuffle_node(Node<Acc> n, int offset) {
     return {__shfl_xor_sync(ALL_LANES, n.first, offset), __shfl_xor_sync(ALL_LANES, n.second, offset)};
 }
 
-// Merge the 8 columns of every lane, then the lanes; every lane ends with the tile's node.
-template <class Kind, int WIDTH, class Acc>
-__device__ __forceinline__ Node<Acc> merge_all(Node<Acc> (&n)[OCTET], Shape shape, const LastTile& last) {
+// Merge the 8 columns of every lane, then the lanes, by merge(a, b, level, low); every lane ends with the tile's node.
+template <int WIDTH, class Acc, class Merge>
+__device__ __forceinline__ Node<Acc> merge_all(Node<Acc> (&n)[OCTET], const Merge& merge) {
     const int lane = threadIdx.x % WIDTH, column = OCTET * lane;
 #pragma unroll
     for (int level = 0; level < 3; ++level) {
         const int size = 1 << level;
 #pragma unroll
-        for (int j = 0; j < OCTET; j += 2 * size)
-            n[j] = merge_columns<Kind>(n[j], n[j + size], level, column + j, shape, last);
+        for (int j = 0; j < OCTET; j += 2 * size) n[j] = merge(n[j], n[j + size], level, column + j);
     }
     Node<Acc> node = n[0];
 #pragma unroll
@@ -57,7 +71,7 @@ __device__ __forceinline__ Node<Acc> merge_all(Node<Acc> (&n)[OCTET], Shape shap
         const Node<Acc> other = shuffle_node(node, offset);
         const bool right = lane & offset;
         const int low = column & ~(2 * (1 << level) - 1);
-        node = merge_columns<Kind>(right ? other : node, right ? node : other, level, low, shape, last);
+        node = merge(right ? other : node, right ? node : other, level, low);
     }
     return node;
 }
@@ -88,55 +102,67 @@ __device__ __forceinline__ Node<Acc> column_moments(const Acc (&v)[LIMIT], int v
     return {mean, m2};
 }
 
-// Node of a tile of `length` values. ROW_LIMIT is 1 where tiles have at most 256 values, else 8.
-template <class Kind, int WIDTH, int ROW_LIMIT> struct Tile;
+// A tile of `length` values, in up to ROW_LIMIT rows; WHOLE says that all are there, and aligned.
+template <class Kind, int WIDTH, int ROW_LIMIT, bool WHOLE> struct Tile {
+    const LastTile& last;
+    int length, column; // the lane's first
 
-template <int WIDTH, int ROW_LIMIT> struct Tile<Moments, WIDTH, ROW_LIMIT> {
-    template <class Acc, class Reader>
-    static __device__ __forceinline__ Node<double> reduce(const Reader& reader, long long length, const LastTile& last) {
-        const int column = OCTET * (threadIdx.x % WIDTH);
+    __device__ __forceinline__ Tile(int length, const LastTile& last)
+        : last(last), length(length), column(OCTET * (threadIdx.x % WIDTH)) {}
+
+    __device__ __forceinline__ Shape shape() const {
+        return WHOLE || length == TILE ? Shape{ROWS, 0} : shape_of(length);
+    }
+    template <class Reader, class Terms>
+    __device__ __forceinline__ void read(const Reader& reader, int r, Terms& terms) const {
+        reader.template read<WHOLE>(r * COLUMNS + column, length - r * COLUMNS - column, terms);
+    }
+    template <class Acc> __device__ __forceinline__ Node<Acc> merged(Node<Acc> (&n)[OCTET], Shape shape) const {
+        return merge_all<WIDTH>(n, [&](Node<Acc> a, Node<Acc> b, int level, int low) {
+            if (ROW_LIMIT == 1) return merge_row<Kind>(a, b, level, length - low, last);
+            return merge_columns<Kind>(a, b, level, low, shape, last);
+        });
+    }
+
+    template <class Acc, class Reader> __device__ __forceinline__ Node<double> reduce(Moments, const Reader& reader) const {
         MomentTerms<Acc> rows[ROW_LIMIT];
 #pragma unroll
-        for (int r = 0; r < ROW_LIMIT; ++r)
-            reader.read(r * COLUMNS + column, static_cast<int>(length) - r * COLUMNS - column, rows[r]);
+        for (int r = 0; r < ROW_LIMIT; ++r) read(reader, r, rows[r]);
         const Acc pivot = __shfl_sync(ALL_LANES, rows[0].v[0], 0, WIDTH);
-        const Shape shape = length == TILE ? Shape{ROWS, 0} : shape_of(length);
+        const Shape s = shape();
         Node<Acc> n[OCTET];
 #pragma unroll
         for (int j = 0; j < OCTET; ++j) {
             Acc v[ROW_LIMIT];
 #pragma unroll
             for (int r = 0; r < ROW_LIMIT; ++r) v[r] = subtract(rows[r].v[j], pivot);
-            if (ROW_LIMIT == 1)
-                n[j] = {v[0], Acc(0)};
-            else
-                n[j] = column_moments(v, shape.values(column + j));
+            if (ROW_LIMIT == 1) n[j] = {v[0], Acc(0)};
+            else n[j] = column_moments(v, s.values(column + j));
         }
-        const Node<Acc> node = merge_all<Moments, WIDTH>(n, shape, last);
+        const Node<Acc> node = merged(n, s);
         return {add(to_double(pivot), to_double(node.first)), to_double(node.second)};
     }
-};
 
-template <int WIDTH, int ROW_LIMIT> struct Tile<Sums, WIDTH, ROW_LIMIT> {
-    template <class Acc, class Reader>
-    static __device__ __forceinline__ Node<double> reduce(const Reader& reader, long long length, const LastTile& last) {
-        const int column = OCTET * (threadIdx.x % WIDTH);
-        const Shape shape = length == TILE ? Shape{ROWS, 0} : shape_of(length);
-        Node<Acc> n[OCTET];
-#pragma unroll
+    template <class Acc, class Reader> __device__ __forceinline__ Node<double> reduce(Sums, const Reader& reader) const {
+        Node<Acc> n[OCTET] = {};
+#pragma unroll 4 // all of them on their way would not fit the registers
         for (int r = 0; r < ROW_LIMIT; ++r) {
             SumTerms<Acc> row;
-            const int valid = static_cast<int>(length) - r * COLUMNS - column;
-            reader.read(r * COLUMNS + column, valid, row);
+            read(reader, r, row);
 #pragma unroll
-            for (int j = 0; j < OCTET; ++j) {
-                if (r == 0)
-                    n[j] = row.v[j];
-                else if (j < valid)
+            for (int j = 0; j < OCTET; ++j)
+                if (WHOLE || j < length - r * COLUMNS - column)
                     n[j] = {add(n[j].first, row.v[j].first), add(n[j].second, row.v[j].second)};
-            }
         }
-        const Node<Acc> node = merge_all<Sums, WIDTH>(n, shape, last);
+        const Node<Acc> node = merged(n, shape());
         return {to_double(node.first), to_double(node.second)};
     }
 };
+
+// The node of a tile of `length` values. ROW_LIMIT is 1 where tiles have at most 256 values, else 8, and WIDTH 32.
+template <class Kind, int WIDTH, int ROW_LIMIT, class Acc, class Reader>
+__device__ __forceinline__ Node<double> reduce_tile(const Reader& reader, int length, const LastTile& last) {
+    if (ROW_LIMIT == ROWS && length == TILE && reader.is_aligned())
+        return Tile<Kind, WIDTH, ROW_LIMIT, true>(TILE, last).template reduce<Acc>(Kind{}, reader);
+    return Tile<Kind, WIDTH, ROW_LIMIT, false>(length, last).template reduce<Acc>(Kind{}, reader);
+}

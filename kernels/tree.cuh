@@ -19,12 +19,20 @@ struct Moments {
         const Acc d = subtract(b.first, a.first);
         return {add(a.first, multiply(d, share)), add(add(a.second, b.second), multiply(multiply(d, d), weight))};
     }
+    // The same of two single values, whose m2 is 0.
+    template <class Acc> static EXACT Node<Acc> merge_values(Node<Acc> a, Node<Acc> b, Acc share, Acc weight) {
+        const Acc d = subtract(b.first, a.first);
+        return {add(a.first, multiply(d, share)), multiply(multiply(d, d), weight)};
+    }
 };
 
 struct Sums {
     static constexpr bool NEEDS_COEFFICIENTS = true;
     template <class Acc> static EXACT Node<Acc> merge(Node<Acc> a, Node<Acc> b, Acc, Acc) {
         return {add(a.first, b.first), add(a.second, b.second)};
+    }
+    template <class Acc> static EXACT Node<Acc> merge_values(Node<Acc> a, Node<Acc> b, Acc share, Acc weight) {
+        return merge(a, b, share, weight);
     }
 };
 

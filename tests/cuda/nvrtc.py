@@ -3,10 +3,12 @@
 The compiler comes with the wheels nvidia-cuda-nvrtc (CUDA 13) and nvidia-cuda-nvrtc-cu12, or with a CUDA toolkit.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,17 +67,8 @@ def architectures(cuda: int) -> list[int]:
 
 def compile(source: str, options: tuple[str, ...], architecture: int, cuda: int = 13) -> dict[str, Kernel]:
     """The kernels of a translation unit by name."""
-    nvrtc, program = library(cuda), ctypes.c_void_p()
-    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
-    try:
-        given = [option.encode() for option in (*options, *OPTIONS, f"-arch=sm_{architecture}")]
-        status = nvrtc.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
-        log = _text(nvrtc, program, "ProgramLog")
-        if status:
-            raise CompileError(log)
-        ptx = _text(nvrtc, program, "PTX")
-    finally:
-        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    with _compiled(source, options, architecture, cuda) as (nvrtc, program):
+        log, ptx = (_bytes(nvrtc, program, what)[:-1].decode() for what in ("ProgramLog", "PTX"))
     entries = {match[1]: match[0] for match in _ENTRY.finditer(ptx)}
     reports = {name: tuple(map(int, numbers)) for name, *numbers in _REPORT.findall(log)}
     assert entries.keys() == reports.keys(), log
@@ -85,12 +78,34 @@ def compile(source: str, options: tuple[str, ...], architecture: int, cuda: int 
     }
 
 
-def _text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
+def cubin(source: str, options: tuple[str, ...], architecture: int, cuda: int = 13) -> bytes:
+    """The machine code of a translation unit."""
+    with _compiled(source, options, architecture, cuda) as (nvrtc, program):
+        return _bytes(nvrtc, program, "CUBIN")
+
+
+@contextlib.contextmanager
+def _compiled(
+    source: str, options: tuple[str, ...], architecture: int, cuda: int
+) -> Iterator[tuple[ctypes.CDLL, ctypes.c_void_p]]:
+    nvrtc, program = library(cuda), ctypes.c_void_p()
+    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
+    try:
+        given = [option.encode() for option in (*options, *OPTIONS, f"-arch=sm_{architecture}")]
+        if nvrtc.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given)):
+            raise CompileError(_bytes(nvrtc, program, "ProgramLog")[:-1].decode())
+        yield nvrtc, program
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _bytes(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    """What is asked for; texts end with a zero."""
     size = ctypes.c_size_t()
     _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
-    text = ctypes.create_string_buffer(size.value)
-    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, text))
-    return text.value.decode()
+    found = ctypes.create_string_buffer(size.value)
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, found))
+    return found.raw
 
 
 def _check(nvrtc: ctypes.CDLL, status: int) -> None:

@@ -114,6 +114,20 @@ def test_the_host_does_not_wait(library, name):
     library.stream.synchronize()
 
 
+def test_jax_waits_for_what_cubn_did():
+    """Whatever stream is CuPy's current one: cubn works on JAX arrays on the legacy default stream, here a busy one."""
+    store = arrays.normal(np.random.default_rng(0), SHAPES["resident"], "float32")
+    x = device_arrays.to_jax(store)
+    state = cubn.BatchNormState(store.shape[1], like=x)
+    expected = cubn.forward(store, cubn.BatchNormState(store.shape[1]))
+    for _ in range(2):  # the first compiles
+        with cupy.cuda.Stream.null:
+            spin()
+        with cupy.cuda.Stream(non_blocking=True):
+            y = cubn.forward(x, state)
+        arrays.assert_same(np.asarray(y), expected)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_torch_sees_no_synchronisation(name):
     x, dy = (device_arrays.to_torch(arrays.normal(np.random.default_rng(s), SHAPES[name])) for s in range(2))

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from types import CodeType
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from cubn._tree import COLUMNS, TILE
 from cubn.backends import Extents, Gate, Operand
-from cubn.backends.cuda import parameters, plan
+from cubn.backends.cuda import parameters, plan, prepare
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import ITEMSIZE, OCTET, THREADS
 from cubn.backends.cuda.source import folder
@@ -25,13 +26,17 @@ from tests.cuda.named import NAMED, RESIDENT
 from tests.cuda.specialisations import ADDRESS, LIMITS, Recorder
 
 
-def launches(layer, limits):
-    """What a training step and its backward launch; nobody looks at the addresses."""
-    extents = Extents(*layer.extents)
-    sample, channel, *axes = calls.LAYOUTS[layer.layout](*extents)
+def operand_of(layer):
+    """x of a layer, somewhere in memory."""
+    sample, channel, *axes = calls.LAYOUTS[layer.layout](*layer.extents)
     axes = [axis for axis in axes if axis[0] > 1]
     shape, strides = zip(*axes, strict=True) if axes else ((), ())
-    x = Operand(ADDRESS + layer.offsets[0] * ITEMSIZE[layer.dtype], layer.dtype, sample, channel, shape, strides)
+    return Operand(ADDRESS + layer.offsets[0] * ITEMSIZE[layer.dtype], layer.dtype, sample, channel, shape, strides)
+
+
+def launches(layer, limits):
+    """What a training step and its backward launch; nobody looks at the addresses."""
+    extents, x = Extents(*layer.extents), operand_of(layer)
     mask = Operand(ADDRESS, "bool", extents.S, 0, (extents.S,), (1,)) if layer.masked else None
     residual = x if layer.residual else None
     device = Recorder(limits)
@@ -88,7 +93,7 @@ def steps_taken(runs):
 
         return step
 
-    for function in vars(plan).values():
+    for function in (*vars(plan).values(), *vars(prepare).values()):
         if hasattr(function, "cache_clear"):
             function.cache_clear()
     outside = sys.gettrace()
@@ -228,6 +233,47 @@ def test_all_work_is_done_once(layer, limits):
         if launch.kernel.startswith("reduce_") or launch.kernel == "merge_rows":
             rows = launch.grid // fields["blocks_across"]
     assert rows is None
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [31, 63])
+@given(data=st.data())
+def test_division_by_a_constant(bits, data):
+    by = data.draw(st.integers(1, 2**bits - 1))
+    at = data.draw(st.integers(0, (2**bits - 1) // by)) * by
+    near = st.sampled_from([n for n in (at - 1, at, at + by - 1) if 0 <= n < 2**bits])
+    n = data.draw(near | st.integers(0, 2**bits - 1))
+    fields = plan._divisor("by", by, bits)
+    if fields["by.shift"] < 0:
+        assert by == 1
+    else:
+        multiplier = fields["by.multiplier"] % 2 ** (bits + 1)
+        assert -(2**63) <= fields["by.multiplier"] < 2**63
+        assert n * multiplier >> bits + 1 >> fields["by.shift"] == n // by
+
+
+@pytest.mark.parametrize(
+    ("layer", "dense"),
+    [
+        (calls.Layer((4, 16, 64)), True),
+        (calls.Layer((4, 16, 49)), True),
+        (calls.Layer((4, 16, 64), layout="nhwc"), True),
+        (calls.Layer((4, 16, 64), layout="nhwc, positions apart"), True),
+        (calls.Layer((4, 16, 64), offsets=(1,) * 6), False),
+        (calls.Layer((4, 16, 64), layout="nchw, channels apart"), False),
+        (calls.Layer((4, 16, 64), layout="nchw, samples apart"), False),
+        (calls.Layer((4, 16, 64), "float16", layout="nhwc", offsets=(4,) * 6), False),
+    ],
+    ids=str,
+)
+def test_which_elementwise_kernels_need_not_look_at_addresses(layer, dense):
+    extents, x = Extents(*layer.extents), operand_of(layer)
+    launch = plan.elementwise(extents, plan.elementwise_kind(extents, (x,)), layer.dtype, (), RESIDENT)
+    assert plan.is_dense(launch, extents, (x,)) is dense
+    elsewhere = operand_of(replace(layer, offsets=(1,) * 6))
+    assert not plan.is_dense(launch, extents, (x, elsewhere))
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------

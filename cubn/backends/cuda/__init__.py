@@ -31,10 +31,17 @@ def new_buffer(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, ind
     return cupy_device.new_buffer(shape, strides, dtype, index)
 
 
+def capsule_of(buffer: Any, **options: Any) -> Any:
+    """The DLPack capsule of a `new_buffer`, ordered behind the work of the backend that wrote it."""
+    from cubn.backends.cuda import cupy_device
+
+    return cupy_device.capsule_of(buffer, **options)
+
+
 def host_copy(
     pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, owner: object, index: int
 ) -> Any:
     """What is in a device's memory, in NumPy; strides in bytes. Waits for the work before it."""
     from cubn.backends.cuda import cupy_device
 
-    return cupy_device.view(pointer, shape, strides, dtype, owner, index).get()
+    return cupy_device.host_copy(cupy_device.view(pointer, shape, strides, dtype, owner, index))

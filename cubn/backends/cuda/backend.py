@@ -10,12 +10,16 @@ import numpy as np
 
 from cubn._tree import aligned_blocks, stack_order
 from cubn.backends import BackendArray, Extents, Gate, Nodes, Operand, Statistics, Vector
-from cubn.backends.cuda import plan
+from cubn.backends.cuda import plan, prepare
 from cubn.backends.cuda.device import Device
-from cubn.backends.cuda.parameters import Fields, of_operand, of_scattered, of_vector, pack
-from cubn.backends.cuda.plan import ITEMSIZE, Launch
+from cubn.backends.cuda.parameters import Fields as Addresses
+from cubn.backends.cuda.parameters import of_vector, pack
+from cubn.backends.cuda.plan import ITEMSIZE
+from cubn.backends.cuda.prepare import Arrays, Ready
 
 Sums = tuple[BackendArray, BackendArray]
+
+_POINTERS = tuple(f"{name}.pointer" for name in Arrays._fields)
 
 
 class Bits(NamedTuple):
@@ -67,10 +71,10 @@ class CudaBackend:
         return self._nodes("Moments", extents, x, None, mask, Gate("none"), {}, start)
 
     def root(self, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
-        return self._root("Moments", nodes)
+        return self._root_of("Moments", nodes)
 
     def root_sums(self, nodes: Nodes) -> Sums:
-        return self._root("Sums", nodes)[1:]
+        return self._root_of("Sums", nodes)[1:]
 
     def statistics(self, count: Any, mean: Any, m2: Any, eps: float) -> Statistics:
         found = self._new_statistics(len(mean))._replace(count=count)
@@ -132,16 +136,16 @@ class CudaBackend:
             **of_vector("beta", beta),
             "eps": eps,
         }
-        operands = _present(x=x, g=residual, y=y)
+        arrays = Arrays(x, residual, y, None, mask)
         options = _normalize_options(residual, relu, keep_bits)
-        slab = mask is None and plan.slab(extents, operands, 1, options, keep_bits, self.device.limits)
+        slab = mask is None and prepare.slab(extents, options, 1, keep_bits, self.device.limits, arrays.layouts)
         if slab:
             bits = self._new_bits(extents, "rows") if keep_bits else None
-            self._resident(slab, extents, operands, bits, fields)
+            self._run(slab, arrays, bits, fields)
             return found, bits
         coefficients = self._new_coefficients(extents.C, x.dtype)
-        rows = self._reduce("Moments", extents, x, None, mask, Gate("none"), {})
-        self._finish("Moments", extents, rows, x.dtype, {**fields, "coefficients": self._at(coefficients)})
+        fields["coefficients"] = self._at(coefficients)
+        self._root("Moments", extents, Arrays(x, mask=mask), Gate("none"), {}, fields)
         return found, self._normalize(extents, x, y, coefficients, mask, residual, relu, keep_bits)
 
     def normalize(
@@ -201,11 +205,11 @@ class CudaBackend:
     ) -> Bits | None:
         if 0 in extents:
             return None
-        operands = _present(x=x, g=residual, y=y)
-        kind = _elementwise_kind(extents, operands, mask)
-        bits = self._new_bits(extents, kind) if keep_bits else None
+        arrays = Arrays(x, residual, y, None, mask)
         options = _normalize_options(residual, relu, keep_bits)
-        self._elementwise(extents, kind, operands, mask, options, bits, coefficients)
+        ready = prepare.elementwise(extents, options, "", self.device.limits, arrays.layouts)
+        bits = self._new_bits(extents, ready.kind) if keep_bits else None
+        self._run(ready, arrays, bits, {"coefficients": self._at(coefficients)})
         return bits
 
     # --- backward -----------------------------------------------------------------------------------------------------
@@ -231,18 +235,16 @@ class CudaBackend:
             "first": self._at(first),
             "second": self._at(second),
         }
-        operands = _present(x=x, g=dy, y=dx, r=dresidual)
         if mask is None and (gate.bits is None or gate.bits.kind == "rows"):
+            arrays = Arrays(x, dy, dx, dresidual)
             options = _gradient_options(dresidual, gate, frozen)
-            slab = plan.slab(extents, operands, 2, options, False, self.device.limits)
+            slab = prepare.slab(extents, options, 2, False, self.device.limits, arrays.layouts)
             if slab:
-                parameters = {**of_vector("gamma", gamma), **of_vector("beta", beta)}
-                self._resident(slab, extents, operands, gate.bits, {**fields, **parameters})
+                self._run(slab, arrays, gate.bits, {**fields, **of_vector("gamma", gamma), **of_vector("beta", beta)})
                 return sums
         coefficients = self._coefficients(extents.C, x.dtype, statistics, gamma, beta)
         fields["coefficients"] = self._at(coefficients)
-        rows = self._reduce("Sums", extents, x, dy, mask, gate, fields)
-        self._finish("Sums", extents, rows, x.dtype, fields)
+        self._root("Sums", extents, Arrays(x, dy, mask=mask), gate, fields, fields)
         self._input_gradient(extents, dy, x, dx, dresidual, coefficients, frozen, mask, gate)
         return sums
 
@@ -303,12 +305,10 @@ class CudaBackend:
     ) -> None:
         if 0 in extents:
             return
-        operands = _present(x=x, g=dy, y=dx, r=dresidual)
-        kind = _elementwise_kind(extents, operands, mask)
-        if gate.bits is not None and gate.bits.kind != kind:
-            kind = "strided"
-        options = _gradient_options(dresidual, gate, frozen)
-        self._elementwise(extents, kind, operands, mask, options, gate.bits, coefficients)
+        arrays = Arrays(x, dy, dx, dresidual, mask)
+        options, kind = _gradient_options(dresidual, gate, frozen), gate.bits.kind if gate.bits else ""
+        ready = prepare.elementwise(extents, options, kind, self.device.limits, arrays.layouts)
+        self._run(ready, arrays, gate.bits, {"coefficients": self._at(coefficients)})
 
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:
         first, second = sums
@@ -323,42 +323,32 @@ class CudaBackend:
 
     # --- the tree -----------------------------------------------------------------------------------------------------
 
-    def _reduce(
-        self,
-        what: str,
-        extents: Extents,
-        x: Operand,
-        dy: Operand | None,
-        mask: Operand | None,
-        gate: Gate,
-        fields: Fields,
-    ) -> Rows:
-        """Rows of nodes of a batch, whose tree begins at its first sample; few enough for `finish`."""
+    def _root(
+        self, what: str, extents: Extents, arrays: Arrays, gate: Gate, fields: Addresses, last: Addresses
+    ) -> None:
+        """Reduce a batch, whose tree begins at its first sample, and let `finish` say what follows, with the last."""
         N, C, S = extents
-        if not N * S:
-            return Rows(self.device.zeros((1,), "int64"), *(self.device.zeros((1, C), "float64") for _ in range(2)))
-        operands = _present(x=x, g=dy)
-        kind = "strided" if mask is not None else plan.kind_of(extents, tuple(operands.values()))
-        if gate.bits is not None and gate.bits.kind != kind:
-            kind = "strided"
-        vector = plan.vector_of(extents, tuple(operands.values()))
-        cut = plan.reduction(extents, kind, what, gate.kind, x.dtype, vector, self.device.limits)
-        rows = self._new_rows(cut.rows, C)
-        given = {**_operand_fields(cut.reduce, operands, mask), **self._bits_fields(gate.bits), **fields}
-        self._launch(cut.reduce, {**given, **self._rows_fields("node", rows)})
+        if N * S:
+            rows, finish = self._reduce(what, extents, arrays, gate, fields)
+        else:
+            rows = Rows(self.device.zeros((1,), "int64"), *(self.device.zeros((1, C), "float64") for _ in range(2)))
+            finish = prepare.finish(C, what, 1, arrays.x.dtype)
+        self._launch(finish, {**self._rows_fields("from", rows), **last})
+
+    def _reduce(self, what: str, extents: Extents, arrays: Arrays, gate: Gate, fields: Addresses) -> tuple[Rows, Ready]:
+        """Rows of nodes of a batch that has values, few enough for the launch that comes with them."""
+        kind, limits = gate.bits.kind if gate.bits else "", self.device.limits
+        cut = prepare.reduction(extents, what, gate.kind, kind, limits, arrays.layouts)
+        rows = self._new_rows(cut.rows, extents.C)
+        self._run(cut.reduce, arrays, gate.bits, {**fields, **self._rows_fields("node", rows)})
         for merge, left in cut.merges:
             rows = self._merge(merge, rows, left)
-        return rows
+        return rows, cut.finish
 
-    def _merge(self, merge: Launch, rows: Rows, left: int) -> Rows:
-        C = rows.first.shape[1]
-        merged = self._new_rows(left, C)
+    def _merge(self, merge: Ready, rows: Rows, left: int) -> Rows:
+        merged = self._new_rows(left, rows.first.shape[1])
         self._launch(merge, {**self._rows_fields("from", rows), **self._rows_fields("node", merged)})
         return merged
-
-    def _finish(self, what: str, extents: Extents, rows: Rows, dtype: str, fields: Fields) -> None:
-        last = plan.finish(extents.C, what, len(rows.count), dtype)
-        self._launch(last, {**self._rows_fields("from", rows), **fields})
 
     def _nodes(
         self,
@@ -368,7 +358,7 @@ class CudaBackend:
         dy: Operand | None,
         mask: Operand | None,
         gate: Gate,
-        fields: Fields,
+        fields: Addresses,
         start: int,
     ) -> Nodes:
         """One node for each maximal aligned block of samples: each is a batch of its own."""
@@ -377,24 +367,20 @@ class CudaBackend:
         nodes = Nodes(blocks, self.device.empty((len(blocks), 2 * C + 1), "float64"))
         for i, (lo, hi) in enumerate(blocks):
             at = lo - start
-            part = [
-                o and o._replace(pointer=o.pointer + at * o.sample_stride * ITEMSIZE[o.dtype]) for o in (x, dy, mask)
-            ]
+            part = Arrays(_from_sample(at, x), dy and _from_sample(at, dy), mask=mask and _from_sample(at, mask))
             bits = gate.bits and gate.bits._replace(first=gate.bits.first + at * gate.bits.steps[0])
-            rows = self._reduce(
-                what, extents._replace(N=hi - lo), part[0] or x, part[1], part[2], gate._replace(bits=bits), fields
-            )
+            rows, _ = self._reduce(what, extents._replace(N=hi - lo), part, gate._replace(bits=bits), fields)
             count = len(rows.count)
             row = Rows(*(part[i : i + 1] for part in (nodes.count, nodes.first, nodes.second)))
-            merge = plan.merge_rows(C, what, count, count)
+            merge = prepare.merge_rows(C, what, count)
             self._launch(merge, {**self._rows_fields("from", rows), **self._rows_fields("node", row)})
         return nodes
 
-    def _root(self, what: str, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
+    def _root_of(self, what: str, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
         C = nodes.table.shape[1] // 2
         count, first, second = self._parts(1, C, C)
         order = stack_order(nodes.blocks)
-        fields: Fields = {
+        fields = {
             "table": self._at(nodes.table),
             "table_step": nodes.table.strides[0] // 8,
             "count": self._at(count),
@@ -402,8 +388,8 @@ class CudaBackend:
             "second": self._at(second),
         }
         if order:
-            fields = {**fields, "merges": self._at(self._orders(order))}
-        self._launch(plan.root(C, what, order), fields)
+            fields["merges"] = self._at(self._orders(order))
+        self._launch(prepare.root(C, what, order), fields)
         return count.view("int64").reshape(()), first, second
 
     def _placed(self, order: tuple[int, ...]) -> BackendArray:
@@ -414,30 +400,15 @@ class CudaBackend:
 
     # --- launches -----------------------------------------------------------------------------------------------------
 
-    def _launch(self, launch: Launch, fields: Fields) -> None:
-        self.device.launch(launch, pack(fields, launch.fields))
+    def _launch(self, ready: Ready, fields: Addresses) -> None:
+        self.device.launch(ready.launch, pack(fields, ready.words))
 
-    def _channelwise(self, kernel: str, C: int, fields: Fields, dtype: str = "float32") -> None:
-        self._launch(plan.channelwise(kernel, C, dtype), fields)
+    def _run(self, ready: Ready, arrays: Arrays, bits: Bits | None, fields: Addresses) -> None:
+        addresses = {name: o.pointer for name, o in zip(_POINTERS, arrays, strict=True) if o is not None}
+        self._launch(ready, {**fields, **addresses, **self._bits_fields(bits)})
 
-    def _elementwise(
-        self,
-        extents: Extents,
-        kind: str,
-        operands: dict[str, Operand],
-        mask: Operand | None,
-        options: tuple[str, ...],
-        bits: Bits | None,
-        coefficients: BackendArray,
-    ) -> None:
-        launch = plan.elementwise(extents, kind, operands["x"].dtype, options, self.device.limits)
-        fields = {**_operand_fields(launch, operands, mask), **self._bits_fields(bits)}
-        self._launch(launch, {**fields, "coefficients": self._at(coefficients)})
-
-    def _resident(
-        self, slab: Launch, extents: Extents, operands: dict[str, Operand], bits: Bits | None, fields: Fields
-    ) -> None:
-        self._launch(slab, {**_operand_fields(slab, operands, None), **self._bits_fields(bits), **fields})
+    def _channelwise(self, kernel: str, C: int, fields: Addresses, dtype: str = "float32") -> None:
+        self._launch(prepare.channelwise(kernel, C, dtype), fields)
 
     def _coefficients(
         self, C: int, dtype: str, statistics: Statistics, gamma: Vector | None, beta: Vector | None
@@ -458,7 +429,7 @@ class CudaBackend:
         return Statistics(count.view("int64").reshape(()), *others)
 
     def _new_coefficients(self, C: int, dtype: str) -> BackendArray:
-        return self.device.empty((6, C), "float64" if dtype == "float64" else "float32")
+        return self.device.empty((C, 6), "float64") if dtype == "float64" else self.device.empty((C, 8), "float32")
 
     def _new_rows(self, count: int, C: int) -> Rows:
         counts, first, second = self._parts(count, count * C, count * C)
@@ -471,18 +442,18 @@ class CudaBackend:
 
     def _new_bits(self, extents: Extents, kind: str) -> Bits:
         N, C, S = extents
-        memory = self.device.empty((N * C * S // 8 + 2,), "uint8")  # a byte to spare: eight bits may lie in two
+        memory = self.device.empty((-(-N * C * S // 8),), "uint8")
         if kind == "channels":
             return Bits(memory, kind, 0, (C * S, 1, C))
         return Bits(memory, "rows", 0, (C * S, S, 1))
 
-    def _statistics_fields(self, s: Statistics) -> Fields:
+    def _statistics_fields(self, s: Statistics) -> Addresses:
         return {name: self._at(array) for name, array in s._asdict().items()}
 
-    def _rows_fields(self, name: str, rows: Rows) -> Fields:
+    def _rows_fields(self, name: str, rows: Rows) -> Addresses:
         return {f"{name}_{part}": self._at(array) for part, array in rows._asdict().items()}
 
-    def _bits_fields(self, bits: Bits | None) -> Fields:
+    def _bits_fields(self, bits: Bits | None) -> Addresses:
         if bits is None:
             return {}
         steps = dict(zip(("bits_sample", "bits_channel", "bits_position"), bits.steps, strict=True))
@@ -493,10 +464,6 @@ def _from_sample(n: int, o: Operand) -> Operand:
     return o._replace(pointer=o.pointer + n * o.sample_stride * ITEMSIZE[o.dtype])
 
 
-def _present(**operands: Operand | None) -> dict[str, Operand]:
-    return {name: o for name, o in operands.items() if o is not None}
-
-
 def _normalize_options(residual: Operand | None, relu: bool, keep_bits: bool) -> tuple[str, ...]:
     return plan.option(OPERATION="NORMALIZE", RESIDUAL=residual is not None, RELU=relu, KEEP_BITS=keep_bits)
 
@@ -505,14 +472,3 @@ def _gradient_options(dresidual: Operand | None, gate: Gate, frozen: bool) -> tu
     return plan.option(
         OPERATION="GRADIENT", RESIDUAL=dresidual is not None, GATE=f"GATE_{gate.kind.upper()}", FROZEN=frozen
     )
-
-
-def _elementwise_kind(extents: Extents, operands: dict[str, Operand], mask: Operand | None) -> str:
-    return "strided" if mask is not None else plan.elementwise_kind(extents, tuple(operands.values()))
-
-
-def _operand_fields(launch: Launch, operands: dict[str, Operand], mask: Operand | None) -> dict[str, int | float]:
-    fields: dict[str, int | float] = {}
-    for name, o in operands.items():
-        fields |= of_operand(name, o, plan.octets_are_vectors(launch, o)) if launch.octets else of_scattered(name, o)
-    return fields if mask is None else fields | of_scattered("mask", mask)

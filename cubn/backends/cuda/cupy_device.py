@@ -105,10 +105,10 @@ class CupyDevice:
     def address(self, array: Any) -> int:
         return int(array.data.ptr)
 
-    def launch(self, launch: Launch, parameters: bytes) -> None:
+    def launch(self, launch: Launch, parameters: bytearray) -> None:
         with self._device, self._stream() as stream:
             kernel = self._kernels.get((launch.kernel, launch.options)) or self._compiled(launch)
-            argument = np.frombuffer(parameters, np.dtype((np.void, len(parameters))))  # of size one: goes by value
+            argument = np.frombuffer(parameters, _by_value(len(parameters)))  # an array of one
             kernel((launch.grid,), (launch.threads,), (argument,), shared_mem=launch.shared_bytes, stream=stream)
 
     def _compiled(self, launch: Launch) -> Any:
@@ -124,6 +124,12 @@ class CupyDevice:
         if self._torch is not None:
             return cupy.cuda.ExternalStream(self._torch.cuda.current_stream(self.index).cuda_stream, self.index)
         return cupy.cuda.get_current_stream(self.index) if self._is_cupys else cupy.cuda.Stream.null
+
+
+@functools.cache
+def _by_value(size: int) -> np.dtype[Any]:
+    """What CuPy passes by value, if it is of one element: a struct of a size."""
+    return np.dtype((np.void, size))
 
 
 @functools.cache
@@ -174,6 +180,18 @@ def new_buffer(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, ind
     with cupy.cuda.Device(index), cupy.cuda.Stream.null:
         memory = cupy.cuda.alloc(byte_bounds(shape, None, np.dtype(dtype).itemsize)[1])
         return cupy.ndarray(shape, dtype, memory, strides)
+
+
+def capsule_of(buffer: Any, **options: Any) -> Any:
+    """The DLPack capsule of a buffer that was written on the legacy default stream, whichever is CuPy's current one."""
+    with buffer.device, cupy.cuda.Stream.null:
+        return buffer.__dlpack__(**options)
+
+
+def host_copy(array: Any) -> Any:
+    """A copy in NumPy of an array of a library whose work is ordered before the legacy default stream."""
+    with array.device, cupy.cuda.Stream.null:
+        return array.get()
 
 
 def settings() -> dict[str, str]:

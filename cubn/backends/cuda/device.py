@@ -43,5 +43,5 @@ class Device(Protocol):
     def address(self, array: BackendArray) -> int:
         """Where an array's first element is."""
 
-    def launch(self, launch: Launch, parameters: bytes) -> None:
+    def launch(self, launch: Launch, parameters: bytearray) -> None:
         """Run a kernel behind what went before."""

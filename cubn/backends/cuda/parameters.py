@@ -51,19 +51,18 @@ def members() -> dict[str, Member]:
     return found
 
 
-@functools.lru_cache(4096)
-def _packed(fields: tuple[tuple[str, int | float], ...]) -> bytes:
-    return pack(dict(fields))
-
-
-def pack(fields: Fields, fixed: tuple[tuple[str, int | float], ...] = ()) -> bytes:
-    """The bytes of a Parameters with these members, the others 0; those that are `fixed` are packed once."""
+def pack(fields: Fields, words: bytes = b"") -> bytearray:
+    """The bytes of a Parameters with these members, the others as in `words`, or 0."""
     known = members()
-    block = bytearray(_packed(fixed)) if fixed else bytearray(8 * len(known))
+    block = bytearray(words or 8 * len(known))
+    integers = memoryview(block).cast("q")
     for name, value in fields.items():
         word, is_double = known[name]
-        struct.pack_into("d" if is_double else "q", block, 8 * word, value)
-    return bytes(block)
+        if is_double:
+            struct.pack_into("d", block, 8 * word, value)
+        else:
+            integers[word] = value  # type: ignore[assignment]
+    return block
 
 
 def of_vector(name: str, v: Vector | None) -> Fields:

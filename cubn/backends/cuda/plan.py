@@ -138,6 +138,13 @@ def octets_are_vectors(launch: Launch, o: Operand) -> bool:
     return are_vectors(o, steps[launch.octets])
 
 
+def is_dense(launch: Launch, extents: Extents, operands: Sequence[Operand]) -> bool:
+    """Whether all octets of all operands are vectors; and, but for the channels of a thread, all are in one order."""
+    return all(
+        octets_are_vectors(launch, o) and (launch.octets != "rows" or is_linear(extents, o, "rows")) for o in operands
+    )
+
+
 def are_vectors(o: Operand, steps: Sequence[int], size: int = VECTOR_BYTES) -> bool:
     """Whether addresses that start from the operand's and go on in these steps are multiples of `size` bytes."""
     item = ITEMSIZE[o.dtype]
@@ -321,10 +328,10 @@ def elementwise(extents: Extents, kind: str, dtype: str, options: tuple[str, ...
     if kind == "channels" and C % OCTET == 0:
         return _channels(extents, common, limits)
     if kind == "rows" and S % OCTET == 0:
-        return _rows(extents, common, False, limits)
+        return _rows(extents, common, 0, limits)
     if kind != "strided":  # octets run over the ends of rows
         rows = extents if kind == "rows" else Extents(N * S, C, 1)
-        return _rows(rows, common, True, limits)
+        return _rows(rows, common, 2 if rows.S >= OCTET else 1, limits)
     return Launch(
         "apply_strided", common, -(-math.prod(extents) // (OCTET * THREADS)), 0, tuple(_sizes(extents).items())
     )
@@ -335,14 +342,25 @@ def _steps(octets: int, limits: Limits) -> int:
     return STEPS if octets > 2 * STEPS * WAVES * THREADS * limits.multiprocessors else 1
 
 
-def _rows(extents: Extents, common: tuple[str, ...], crossing: bool, limits: Limits) -> Launch:
+def _divisor(name: str, by: int, bits: int) -> Fields:
+    """n // by, n < 2**bits, as the upper half of a product; see kernels/parameters.cuh."""
+    if by == 1:
+        return {f"{name}.shift": -1}
+    shift = (by - 1).bit_length() - 1
+    multiplier = -(-(1 << bits + shift + 1) // by)  # below 2**(bits + 1)
+    return {f"{name}.multiplier": multiplier - (multiplier >> 63 << 64), f"{name}.shift": shift}
+
+
+def _rows(extents: Extents, common: tuple[str, ...], crossing: int, limits: Limits) -> Launch:
     elements = math.prod(extents)
     octets = -(-elements // OCTET)
     steps = _steps(octets, limits)
     index = "unsigned" if elements < NARROW_INDEX else "size_t"
     options = (*common, *option(CROSSING=crossing, INDEX=index))
     grid = -(-octets // (steps * THREADS))
-    fields = {**_sizes(extents), "steps": steps}
+    bits = 31 if elements < NARROW_INDEX else 63
+    divisors = {**_divisor("over_positions", extents.S, bits), **_divisor("over_channels", extents.C, bits)}
+    fields = {**_sizes(extents), **divisors, "steps": steps}
     return Launch("apply_rows", options, grid, 0, tuple(fields.items()), octets="linear" if crossing else "rows")
 
 
