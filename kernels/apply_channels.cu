@@ -5,7 +5,7 @@
 using Acc = Format<ELEMENT>::Acc;
 
 // Blocks of a multiprocessor, or more, that registers are left for.
-constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 1 : OPERATION == NORMALIZE ? 4 : 2;
+constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 1 : OPERATION != NORMALIZE ? 2 : WRITES_BITS ? 3 : 4;
 
 template <bool DENSE> __device__ __forceinline__ void apply(const Parameters& p) {
     const long long block = gridDim.x - 1 - blockIdx.x, across = block % p.blocks_across, down = block / p.blocks_across;
