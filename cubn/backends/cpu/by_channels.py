@@ -21,7 +21,6 @@ from cubn.backends.cpu.nodes import (
     COLUMNS,
     G_POSITION,
     G_SAMPLE,
-    NODE,
     ROWS,
     X_POSITION,
     X_SAMPLE,
@@ -33,6 +32,7 @@ from cubn.backends.cpu.nodes import (
     term_at,
     widened,
 )
+from cubn.backends.cpu.plan import NODE
 from cubn.backends.cpu.simd import (
     DOUBLE,
     LANES,

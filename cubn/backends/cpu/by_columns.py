@@ -14,7 +14,6 @@ from cubn.backends.cpu.nodes import (
     COEFFICIENTS,
     COLUMNS,
     G_CHANNEL,
-    NODE,
     ROWS,
     TABLES,
     TAIL,
@@ -27,6 +26,7 @@ from cubn.backends.cpu.nodes import (
     term_at,
     widened,
 )
+from cubn.backends.cpu.plan import NODE
 from cubn.backends.cpu.simd import (
     I32,
     LANES,

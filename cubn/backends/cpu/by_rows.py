@@ -15,7 +15,6 @@ from cubn.backends.cpu.nodes import (
     COEFFICIENT_ROW,
     COEFFICIENTS,
     G_CHANNEL,
-    NODE,
     X_CHANNEL,
     Source,
     at_most,
@@ -30,6 +29,7 @@ from cubn.backends.cpu.nodes import (
     term_at,
     widened,
 )
+from cubn.backends.cpu.plan import NODE
 from cubn.backends.cpu.simd import (
     I16,
     LANES,

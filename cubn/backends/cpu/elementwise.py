@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from cubn.backends.cpu.arithmetic import Coefficients, gated, input_gradient, normalized, relu
 from cubn.backends.cpu.launch import OFFSET
 from cubn.backends.cpu.nodes import coefficients_at, jit, load_bits
+from cubn.backends.cpu.plan import SHORT, SPREAD_ROW
 from cubn.backends.cpu.simd import (
     I16,
     LANES,
@@ -30,9 +31,6 @@ from cubn.backends.cpu.simd import (
 )
 
 UNROLL = 4
-SHORT = 64  # positions up to which 16 channels are treated as one row
-SPREAD_ROW = (SHORT + 1) * LANES * 8
-SPREAD = 6 * SPREAD_ROW  # bytes of such a row's coefficient table
 
 CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
 X_SAMPLE, X_CHANNEL, X_POSITION = OFFSET["x_sample"], OFFSET["x_channel"], OFFSET["x_position"]

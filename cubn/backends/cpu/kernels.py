@@ -22,7 +22,8 @@ from cubn.backends.cpu.elementwise import (
     repeat_channels,
 )
 from cubn.backends.cpu.launch import OFFSET
-from cubn.backends.cpu.nodes import HALF_NODE, NODE, Source, jit
+from cubn.backends.cpu.nodes import HALF_NODE, Source, jit
+from cubn.backends.cpu.plan import NODE
 from cubn.backends.cpu.reduce import channels_of_a_slot, gather
 from cubn.backends.cpu.simd import (
     DOUBLE,

@@ -15,6 +15,7 @@ from numba import njit
 
 from cubn.backends.cpu.arithmetic import Coefficients, Moments, Node, Reduction, Term, centre, gated
 from cubn.backends.cpu.launch import OFFSET
+from cubn.backends.cpu.plan import NODE
 from cubn.backends.cpu.simd import (
     DOUBLE,
     EVEN,
@@ -41,7 +42,6 @@ from cubn.backends.cpu.simd import (
 )
 
 ROWS, COLUMNS, TILE = 8, 256, 2048
-NODE = 256  # bytes of a node slot: two vectors of 16 float64
 HALF_NODE = NODE // 2
 # Helpers are only ever inlined into a kernel, so they need no entry points of their own.
 jit = njit(error_model="numpy", nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]

@@ -14,8 +14,10 @@ from cubn._tree import COLUMNS, TILE, Block, Step, aligned_blocks, pair_order, r
 from cubn.backends import Extents, Operand
 
 LANES = 16
-NODE = 256  # bytes of a node slot, as in nodes.py
-SPREAD = 6 * 65 * LANES * 8  # the table of elementwise.group_pass
+NODE = 256  # bytes of a node slot: two vectors of 16 float64
+SHORT = 64  # positions up to which 16 channels are treated as one row
+SPREAD_ROW = (SHORT + 1) * LANES * 8
+SPREAD = 6 * SPREAD_ROW  # bytes of such a row's coefficient table
 
 TASKS = 32  # enough to keep a few threads evenly busy, few enough that a node a task is nothing
 WIDEST = 512  # channels side by side: long enough for memory to stream, short enough for the counters to stay in cache

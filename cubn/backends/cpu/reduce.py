@@ -16,7 +16,6 @@ from cubn.backends.cpu.nodes import (
     BITS_SAMPLE,
     G_POSITION,
     G_SAMPLE,
-    NODE,
     POSITIONS,
     TILE,
     X_POSITION,
@@ -25,6 +24,7 @@ from cubn.backends.cpu.nodes import (
     counter,
     jit,
 )
+from cubn.backends.cpu.plan import NODE
 from cubn.backends.cpu.simd import (
     LANES,
     Element,

@@ -20,7 +20,6 @@ from cubn.backends.cpu.nodes import (
     AT_COUNTS,
     AT_PIVOT,
     COLUMNS,
-    NODE,
     ROWS,
     TILE,
     Source,
@@ -34,6 +33,7 @@ from cubn.backends.cpu.nodes import (
     term_at,
     widened,
 )
+from cubn.backends.cpu.plan import NODE
 from cubn.backends.cpu.simd import (
     I8,
     I16,

@@ -24,7 +24,6 @@ THREADS = 256
 WARP = 32
 OCTET = 8  # elements a thread takes at a time
 VECTOR_BYTES = 16
-POSITION_AXES = 8  # as in kernels/parameters.cuh
 LEVELS = 8
 
 NODE_BYTES = 16
