@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from cubn import _arguments, _arrays
 from cubn._arguments import refusal
+from cubn._arrays import Output
 from cubn._layout import operand, vector
-from cubn.backends import Nodes, Operand
+from cubn.backends import Nodes, Operand, Vector
 from cubn.errors import message
 from cubn.forward import Saved
 from cubn.sync import collective
@@ -82,10 +83,15 @@ def backward(dy: Any, saved: Saved, *, parameter_gradients: str = "local", out: 
         return backward_start(dy, saved, parameter_gradients=parameter_gradients, out=out).finish()
     gradient = _Backward(dy, saved, parameter_gradients, out)
     source = gradient.source
-    sums = source.backend.backward(
-        source.extents, *gradient.arrays, *gradient.normalised, frozen=saved.frozen, **gradient.gated
+    source.backend.backward(
+        source.extents,
+        *gradient.arrays,
+        *gradient.normalised,
+        frozen=saved.frozen,
+        **gradient.gated,
+        parameters=gradient.parameters,
     )
-    return gradient.gradients(sums)
+    return gradient.written()
 
 
 def backward_start(dy: Any, saved: Saved, *, parameter_gradients: str = "local", out: Any = None) -> Started[Gradients]:
@@ -135,6 +141,7 @@ class _Backward:
             apart = {"x": x.array, "mask": saved.mask and saved.mask.array}
             self.dx = _arguments.destination("backward", out, x, {"dy": array}, apart)
         self.dresidual = _arrays.empty_like(x.array) if saved.has_residual else None
+        self.dgamma, self.dbeta = _parameter_outputs(saved)
         self.normalised = (
             saved.statistics,
             saved.gamma and saved.gamma.vector,
@@ -180,12 +187,28 @@ class _Backward:
         self.backend.backward_apply(
             self.source.extents, *self.arrays, *self.normalised, None if self.saved.frozen else sums, **self.gated
         )
-        return self.gradients(sums if self.everywhere else self.backend.root_sums(shared.own))
+        parameters = self.parameters
+        if parameters:
+            own = (self.everywhere and sums) or self.backend.root_sums(shared.own)
+            self.backend.parameter_gradients(self.saved.statistics, own, *parameters)
+        return self.written()
 
-    def gradients(self, sums: Any) -> Gradients:
-        """dx and dresidual as they were written, the parameters' from the sums."""
-        dgamma, dbeta = _parameter_gradients(self.saved, sums)
-        return Gradients(self.dx.finish(), dgamma, dbeta, self.dresidual and self.dresidual.finish())
+    @property
+    def parameters(self) -> tuple[Vector, Vector] | None:
+        """dgamma and dbeta."""
+        if self.dgamma is None or self.dbeta is None:
+            return None
+        return vector(self.dgamma.array), vector(self.dbeta.array)
+
+    def written(self) -> Gradients:
+        """What the forward's state and residual ask for."""
+        dgamma, dbeta = self.dgamma, self.dbeta
+        return Gradients(
+            self.dx.finish(),
+            dgamma and self.saved.gamma and dgamma.finish(),
+            dbeta and self.saved.beta and dbeta.finish(),
+            self.dresidual and self.dresidual.finish(),
+        )
 
 
 def _check_saved(saved: Saved) -> Saved:
@@ -195,16 +218,14 @@ def _check_saved(saved: Saved) -> Saved:
     return saved
 
 
-def _parameter_gradients(saved: Saved, sums: Any) -> tuple[Any, Any]:
-    """dgamma and dbeta, each like its parameter, or None where there is none."""
-    homes = [kept and kept.home for kept in (saved.gamma, saved.beta)]
-    either = homes[0] or homes[1]
+def _parameter_outputs(saved: Saved) -> tuple[Output | None, Output | None]:
+    """Where dgamma and dbeta go: each like its parameter, or like the other where there is but one of them."""
+    either = saved.gamma or saved.beta
     if either is None:
         return None, None
-    beside = (home or either for home in homes)
-    dgamma, dbeta = (_arrays.empty_vector(saved.source.extents.C, home.dtype, home) for home in beside)
-    saved.source.backend.parameter_gradients(saved.statistics, sums, vector(dgamma.array), vector(dbeta.array))
-    return homes[0] and dgamma.finish(), homes[1] and dbeta.finish()
+    homes = ((kept or either).home for kept in (saved.gamma, saved.beta))
+    dgamma, dbeta = (_arrays.empty_vector(saved.source.extents.C, home.dtype, home) for home in homes)
+    return dgamma, dbeta
 
 
 def _check_unchanged(saved: Saved) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from cubn import _arguments, _arrays
 from cubn._arguments import Companion, Source
 from cubn._arrays import Array, Output
 from cubn._layout import operand, vector
-from cubn.backends import BackendArray, Gate, Nodes, Statistics, Vector
+from cubn.backends import BackendArray, Gate, Nodes, Running, Statistics, Vector
 from cubn.errors import message
 from cubn.moments import Moments, statistics_of
 from cubn.state import BatchNormState, Held, checked_eps, hold
@@ -257,9 +258,16 @@ def forward_train(
     training = _Training(x, state, mask, residual, relu, update, out)
     training.check_count()
     source = training.given.source
-    statistics, bits = source.backend.train(
-        source.extents, source.operand, training.y, state.eps, *training.parameters, **training.fused
-    )
+    with training.moving(training.given.held) as running:
+        statistics, bits = source.backend.train(
+            source.extents,
+            source.operand,
+            training.y,
+            state.eps,
+            *training.parameters,
+            **training.fused,
+            running=running,
+        )
     return training.trained(statistics, bits)
 
 
@@ -362,12 +370,17 @@ class _Training:
         bits = self.backend.normalize(
             source.extents, source.operand, self.y, statistics, *self.parameters, **self.fused
         )
+        with self.moving() as running:
+            if running:
+                self.backend.update(statistics, *running)
         return self.trained(statistics, bits, shared.place)
 
+    def moving(self, held: Held | None = None) -> AbstractContextManager[Running | None]:
+        """The running statistics (those held a moment ago), if they are to move."""
+        return self.state.moving("forward_train", held) if self.updates else nullcontext()
+
     def trained(self, statistics: Statistics, bits: Any, place: Place | None = None) -> tuple[Any, Saved]:
-        """Update the state; y and Saved."""
-        if self.updates:
-            self.state.update("forward_train", statistics, self.backend)
+        """y and Saved."""
         y = self.output.finish()
         gate = Gate(self.kind, bits)
         return y, Saved(self.given, statistics, self.kept, gate, frozen=False, overwritten=self.overwrites, place=place)

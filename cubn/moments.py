@@ -245,7 +245,9 @@ def update(state: BatchNormState, moments: Moments) -> None:
         raise ValueError(message("update", "moments", rule, moments.num_features))
     state.check_updatable("update")
     place = state.place("update")
-    state.update("update", statistics_of(moments, state.eps, place), place)
+    statistics = statistics_of(moments, state.eps, place)
+    with state.moving("update") as running:
+        place.update(statistics, *running)
 
 
 def statistics_of(moments: Moments, eps: float, place: Backend) -> Statistics:

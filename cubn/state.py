@@ -7,7 +7,8 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any, NamedTuple, Self
 
@@ -18,7 +19,7 @@ from cubn import _arrays
 from cubn._arguments import backend, refusal, whole
 from cubn._arrays import FLOATS, Array
 from cubn._layout import vector
-from cubn.backends import CPU, Backend, BackendArray, Statistics, Vector
+from cubn.backends import CPU, Backend, BackendArray, Running, Vector
 from cubn.errors import device_name, message
 
 Int64 = NDArray[np.int64]
@@ -291,22 +292,28 @@ class BatchNormState:
         mean = self._current(function).arrays["running_mean"]
         return backend(mean.device, mean.library.name)
 
-    def update(self, function: str, statistics: Statistics, place: Backend) -> None:
-        """Move the running statistics towards a batch's, with the guard; `check_updatable` has passed."""
+    @contextmanager
+    def moving(self, function: str, held: Held | None = None) -> Iterator[Running]:
+        """The running statistics (those held, if they still are), for a backend to move while nobody else does.
+
+        `check_updatable` has passed. What was written becomes the state's unless an error is raised.
+        """
         with self._lock:
-            held = self._current(function)
-            old = {name: held.arrays[name] for name in STATISTICS}
-            fresh = {n: _arrays.empty_vector(a.shape[0], a.dtype, a) for n, a in old.items() if a.library.immutable}
-            mean, var = (vector(array) for array in old.values())
-            new_mean, new_var = (vector(fresh[n].array if n in fresh else array) for n, array in old.items())
+            if held is None or held is not self._held:
+                held = self._current(function)
+            arrays = [held.arrays[name] for name in STATISTICS]
+            fresh = [_arrays.empty_vector(a.shape[0], a.dtype, a) if a.library.immutable else None for a in arrays]
+            mean, var = (vector(array) for array in arrays)
+            new_mean, new_var = (vector((f and f.array) or a) for f, a in zip(fresh, arrays, strict=True))
             if self._counters_device != held.device:
-                self._place_counters(old["running_mean"].device, self._counters())
-            place.update(statistics, (mean, var), (new_mean, new_var), self.tracked, self.skipped, self._momentum)
-            for name, array in old.items():
-                if name not in fresh:
+                self._place_counters(arrays[0].device, self._counters())
+            yield Running((mean, var), (new_mean, new_var), self.tracked, self.skipped, self._momentum)
+            changed = {name: output.finish() for name, output in zip(STATISTICS, fresh, strict=True) if output}
+            if changed:
+                self._arrays = self._arrays | changed
+            for array, output in zip(arrays, fresh, strict=True):
+                if output is None:
                     array.library.mark_written(array)
-            if fresh:
-                self._arrays = self._arrays | {name: output.finish() for name, output in fresh.items()}
 
     def __repr__(self) -> str:
         return (

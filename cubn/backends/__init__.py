@@ -93,6 +93,16 @@ class Statistics(NamedTuple):
     invstd: BackendArray
 
 
+class Running(NamedTuple):
+    """Running statistics that are to move."""
+
+    old: tuple[Vector, Vector]  # mean and variance
+    new: tuple[Vector, Vector]  # where they go, which may be the same memory
+    tracked: BackendArray  # int64 (C,) counters
+    skipped: BackendArray
+    momentum: float | None  # weight of the new value; None for the cumulative average
+
+
 class Gate(NamedTuple):
     """The ReLU between y and dy.
 
@@ -193,9 +203,10 @@ class Backend(Protocol):
         residual: Operand | None,
         relu: bool,
         keep_bits: bool,
+        running: Running | None = None,
     ) -> tuple[Statistics, BackendArray | None]:
-        """`moments`, `root`, `statistics` and `normalize` over a batch that starts at sample 0 and is whole: fused
-        where it fits.
+        """`moments`, `root`, `statistics`, `normalize` and, where there are running statistics, `update` over a batch
+        that starts at sample 0 and is whole: fused where it fits.
         """
 
     def update(
@@ -259,8 +270,11 @@ class Backend(Protocol):
         frozen: bool,
         mask: Operand | None,
         gate: Gate,
+        parameters: tuple[Vector, Vector] | None = None,
     ) -> tuple[BackendArray, BackendArray]:
-        """`backward_sums`, `root_sums` and `backward_apply` of a whole batch, fused where it fits; returns the sums."""
+        """`backward_sums`, `root_sums`, `backward_apply` and, into dgamma and dbeta, `parameter_gradients` of a whole
+        batch, fused where it fits; returns the sums.
+        """
 
     def parameter_gradients(
         self,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cubn import _nodes
 from cubn._arrays import numpy_address
-from cubn.backends import Extents, Gate, Nodes, Operand, Statistics, Vector
+from cubn.backends import Extents, Gate, Nodes, Operand, Running, Statistics, Vector
 from cubn.backends.cpu import plan, prepare
 from cubn.backends.cpu.plan import LANES
 from cubn.backends.cpu.prepare import CODES, BitRows, launch
@@ -49,6 +49,17 @@ def new_statistics(C: int) -> Statistics:
 
 def addresses(s: Statistics) -> dict[str, Address]:
     return {"count": at(s.count), "mean": at(s.mean), "m2": at(s.m2), "var": at(s.var), "invstd": at(s.invstd)}
+
+
+def moving(running: Running) -> dict[str, tuple[Any, ...]]:
+    """The arguments of an update but for the statistics."""
+    vectors = dict(zip(("old_mean", "old_var", "new_mean", "new_var"), (*running.old, *running.new), strict=True))
+    return {**vectors, "tracked": at(running.tracked), "skipped": at(running.skipped)}
+
+
+def weight(running: Running) -> prepare.Numbers:
+    """The numbers of an update."""
+    return ("momentum", running.momentum or 0.0), ("cumulative", int(running.momentum is None))
 
 
 def new_bits(extents: Extents, kind: str) -> Bits:
@@ -214,15 +225,17 @@ class CpuBackend:
         residual: Operand | None,
         relu: bool,
         keep_bits: bool,
+        running: Running | None = None,
     ) -> tuple[Statistics, Bits | None]:
         operands = {"x": x, "y": y, "g": residual, "mask": mask}
         found = new_statistics(extents.C)
         bits = new_bits(extents, prepare.kind(extents, **operands)) if keep_bits else None
-        if 0 in extents:
-            nothing = np.zeros(extents.C)
-            return self.statistics(found.count, nothing, nothing, eps), bits
-        options, numbers = (residual is not None, relu, keep_bits), (("eps", eps),)
-        given = {**operands, "gamma": gamma, "beta": beta, "bits": rows_in(bits), **addresses(found)}
+        options = residual is not None, relu, keep_bits
+        numbers: prepare.Numbers = (("eps", eps),)
+        given: Any = {**operands, "gamma": gamma, "beta": beta, "bits": rows_in(bits), **addresses(found)}
+        if running:
+            given |= moving(running)
+            numbers += weight(running)
         launch(prepare.train, options, extents, numbers, **given)
         return found, bits
 
@@ -235,11 +248,10 @@ class CpuBackend:
         skipped: NDArray[np.int64],
         momentum: float | None,
     ) -> None:
-        numbers = (("momentum", momentum or 0.0), ("cumulative", int(momentum is None)))
-        vectors = dict(zip(("old_mean", "old_var", "new_mean", "new_var"), (*old, *new), strict=True))
-        arguments = {**vectors, "tracked": at(tracked), "skipped": at(skipped), **addresses(statistics)}
+        running = Running(old, new, tracked, skipped, momentum)
+        arguments: Any = {**moving(running), **addresses(statistics)}
         option = ("", CODES[old[0].dtype])
-        launch(prepare.per_channel, "update", option, len(tracked), numbers, **arguments)
+        launch(prepare.per_channel, "update", option, len(tracked), weight(running), **arguments)
 
     def backward_sums(
         self,
@@ -297,17 +309,22 @@ class CpuBackend:
         frozen: bool,
         mask: Operand | None,
         gate: Gate,
+        parameters: tuple[Vector, Vector] | None = None,
     ) -> Sums:
         if 0 in extents:
             first, second = np.zeros((2, extents.C))
+            if parameters:
+                self.parameter_gradients(statistics, (first, second), *parameters)
             return first, second
         first, second = rows_of(2, extents.C)
         given: Any = {"x": x, "y": dx, "g": dy, "r": dresidual, "mask": mask, "bits": rows_in(gate.bits)}
         given |= {"gamma": gamma, "beta": beta, **addresses(statistics), "first": at(first), "second": at(second)}
+        if parameters:
+            given |= zip(("dgamma", "dbeta"), parameters, strict=True)
         launch(prepare.backward, (gate.kind, frozen, dresidual is not None), extents, **given)
         return first, second
 
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:
-        vectors = {"gamma": dgamma, "beta": dbeta}
+        vectors = {"dgamma": dgamma, "dbeta": dbeta}
         arguments = {**vectors, "first": at(sums[0]), "second": at(sums[1]), **addresses(statistics)}
         launch(prepare.per_channel, "parameter_gradients", (), len(sums[0]), (), **arguments)

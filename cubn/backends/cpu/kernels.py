@@ -58,6 +58,8 @@ COUNT, MEAN, M2, VAR, INVSTD = (OFFSET[name] for name in ("count", "mean", "m2",
 FIRST, SECOND = OFFSET["first"], OFFSET["second"]
 GAMMA, GAMMA_CODE, GAMMA_STRIDE = OFFSET["gamma"], OFFSET["gamma_code"], OFFSET["gamma_stride"]
 BETA, BETA_CODE, BETA_STRIDE = OFFSET["beta"], OFFSET["beta_code"], OFFSET["beta_stride"]
+DGAMMA, DGAMMA_CODE, DGAMMA_STRIDE = OFFSET["dgamma"], OFFSET["dgamma_code"], OFFSET["dgamma_stride"]
+DBETA, DBETA_CODE, DBETA_STRIDE = OFFSET["dbeta"], OFFSET["dbeta_code"], OFFSET["dbeta_stride"]
 EPS, MOMENTUM, CUMULATIVE = OFFSET["eps"], OFFSET["momentum"], OFFSET["cumulative"]
 TRACKED, SKIPPED, RUNNING_CODE = OFFSET["tracked"], OFFSET["skipped"], OFFSET["old_mean_code"]
 OLD_MEAN, OLD_MEAN_STRIDE, OLD_VAR, OLD_VAR_STRIDE = (
@@ -476,12 +478,12 @@ def gradients(p, c, lanes):  # type: ignore[no-untyped-def]
         get(p + FIRST) + at,
         get(p + SECOND) + at,
         get(p + INVSTD) + at,
-        get(p + GAMMA) + c * get(p + GAMMA_STRIDE),
-        get(p + GAMMA_STRIDE),
-        get(p + GAMMA_CODE),
-        get(p + BETA) + c * get(p + BETA_STRIDE),
-        get(p + BETA_STRIDE),
-        get(p + BETA_CODE),
+        get(p + DGAMMA) + c * get(p + DGAMMA_STRIDE),
+        get(p + DGAMMA_STRIDE),
+        get(p + DGAMMA_CODE),
+        get(p + DBETA) + c * get(p + DBETA_STRIDE),
+        get(p + DBETA_STRIDE),
+        get(p + DBETA_CODE),
         lanes,
     )
 

@@ -5,7 +5,7 @@ bytes.
 from __future__ import annotations
 
 OPERANDS = ("x", "y", "g", "r", "mask")  # y: y or dx; g: residual or dy; r: dresidual
-VECTORS = ("gamma", "beta", "old_mean", "old_var", "new_mean", "new_var")
+VECTORS = ("gamma", "beta", "old_mean", "old_var", "new_mean", "new_var", "dgamma", "dbeta")
 
 FIELDS = (
     "task",

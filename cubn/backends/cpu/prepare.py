@@ -394,10 +394,13 @@ def train(
     names: tuple[str, ...],
     *layouts: Layout | None,
 ) -> Launch:
-    """Moments, statistics and y of a whole batch: a few channels at a time, or else in two passes."""
+    """Moments, statistics, y and what the running statistics become, of a whole batch: a few channels at a time, or
+    else in two passes.
+    """
+    update = Part(_update(names, layouts), {}, {})
     run = _slab(("train_slab", *options), extents, limit, names, layouts)
     if run:
-        return _joined((run,), extents, names, layouts, numbers)
+        return _joined((run, update), extents, names, layouts, numbers)
     kind, pass_ = _pass(("normalize", *options), extents, limit, names, layouts)
     read = _only(("x", "mask"), names, layouts)
     reduced_kind, reduced = _reduction(("moments",), extents, None, limit, *read)
@@ -405,7 +408,16 @@ def train(
         _over_channels(("finish",), _dtype(names, layouts)), {}, _vectors(extents.C, names, ("first", "second"))
     )
     strided = "strided" in (kind, reduced_kind)
-    return _joined((reduced, finish, pass_), extents, names, layouts, numbers, strided=strided)
+    return _joined((reduced, finish, pass_, update), extents, names, layouts, numbers, strided=strided)
+
+
+def _update(names: tuple[str, ...], layouts: tuple[Layout | None, ...]) -> Kernels:
+    """The update of the running statistics, if they are among the arguments."""
+    if "old_mean" not in names:
+        return ()
+    (running,) = _only(("old_mean",), names, layouts)[1]
+    assert running is not None
+    return ((kernel("update", "", CODES[running[0]]), 1),)
 
 
 @functools.lru_cache(1024)
@@ -416,19 +428,20 @@ def backward(
     names: tuple[str, ...],
     *layouts: Layout | None,
 ) -> Launch:
-    """Sums and dx of a whole batch: a few channels at a time, or else in two passes."""
+    """Sums, dx, dgamma and dbeta of a whole batch: a few channels at a time, or else in two passes."""
     gate, frozen, _ = options
     dtype = _dtype(names, layouts)
     tabulate = Part(_over_channels(("tabulate",), dtype), {}, {})
+    gradients = Part(((kernel("parameter_gradients"), 1),) if "dgamma" in names else (), {}, {})
     run = _slab(("backward_slab", *options), extents, limit, names, layouts)
     if run:
-        return _joined((tabulate, run), extents, names, layouts)
+        return _joined((tabulate, run, gradients), extents, names, layouts)
     kind, pass_ = _pass(("input_gradient", *options), extents, limit, names, layouts)
     read = _only(("x", "g", "mask", "bits"), names, layouts)
     reduced_kind, reduced = _reduction(("sums", gate), extents, None, limit, *read)
     gradient = Part(_over_channels(() if frozen else ("tabulate_gradient",), dtype), {}, {})
     strided = "strided" in (kind, reduced_kind)
-    return _joined((tabulate, reduced, gradient, pass_), extents, names, layouts, strided=strided)
+    return _joined((tabulate, reduced, gradient, pass_, gradients), extents, names, layouts, strided=strided)
 
 
 def _only(

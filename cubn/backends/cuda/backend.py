@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cubn._tree import aligned_blocks, stack_order
-from cubn.backends import BackendArray, Extents, Gate, Nodes, Operand, Statistics, Vector
+from cubn.backends import BackendArray, Extents, Gate, Nodes, Operand, Running, Statistics, Vector
 from cubn.backends.cuda import plan, prepare
 from cubn.backends.cuda.device import Device
 from cubn.backends.cuda.parameters import Fields as Addresses
@@ -128,6 +128,7 @@ class CudaBackend:
         residual: Operand | None,
         relu: bool,
         keep_bits: bool,
+        running: Running | None = None,
     ) -> tuple[Statistics, Bits | None]:
         found = self._new_statistics(extents.C)
         fields = {
@@ -142,11 +143,14 @@ class CudaBackend:
         if slab:
             bits = self._new_bits(extents, "rows") if keep_bits else None
             self._run(slab, arrays, bits, fields)
-            return found, bits
-        coefficients = self._new_coefficients(extents.C, x.dtype)
-        fields["coefficients"] = self._at(coefficients)
-        self._root("Moments", extents, Arrays(x, mask=mask), Gate("none"), {}, fields)
-        return found, self._normalize(extents, x, y, coefficients, mask, residual, relu, keep_bits)
+        else:
+            coefficients = self._new_coefficients(extents.C, x.dtype)
+            fields["coefficients"] = self._at(coefficients)
+            self._root("Moments", extents, Arrays(x, mask=mask), Gate("none"), {}, fields)
+            bits = self._normalize(extents, x, y, coefficients, mask, residual, relu, keep_bits)
+        if running:
+            self.update(found, *running)
+        return found, bits
 
     def normalize(
         self,
@@ -215,6 +219,29 @@ class CudaBackend:
     # --- backward -----------------------------------------------------------------------------------------------------
 
     def backward(
+        self,
+        extents: Extents,
+        dy: Operand,
+        x: Operand,
+        dx: Operand,
+        dresidual: Operand | None,
+        statistics: Statistics,
+        gamma: Vector | None,
+        beta: Vector | None,
+        *,
+        frozen: bool,
+        mask: Operand | None,
+        gate: Gate,
+        parameters: tuple[Vector, Vector] | None = None,
+    ) -> Sums:
+        sums = self._gradient(
+            extents, dy, x, dx, dresidual, statistics, gamma, beta, frozen=frozen, mask=mask, gate=gate
+        )
+        if parameters:
+            self.parameter_gradients(statistics, sums, *parameters)
+        return sums
+
+    def _gradient(
         self,
         extents: Extents,
         dy: Operand,
