@@ -18,6 +18,7 @@ from cubn.backends.cpu.plan import SHORT, SPREAD_ROW
 from cubn.backends.cpu.simd import (
     I16,
     LANES,
+    LINE,
     Element,
     Value,
     constant,
@@ -26,6 +27,7 @@ from cubn.backends.cpu.simd import (
     instruction,
     not_positive,
     pointer,
+    prefetch,
     select,
     splat,
 )
@@ -138,9 +140,12 @@ def vector_of(
     return functools.partial(backward, what)
 
 
-def row_pass(element: Element, what: Pass, per_lane: bool) -> Any:
+def row_pass(element: Element, what: Pass, per_lane: bool, in_slab: bool = False) -> Any:
     """A numba function: one row of `length` elements, coefficients at `context` (a channel's, or with per_lane one a
     lane).
+
+    In a slab x and dy are in cache, and the output's next row is too far away for the processor to see it coming: it is
+    asked for, `ahead` bytes from this one.
     """
     size, acc = element.size, element.acc_size
     compute = vector_of(element, what)
@@ -155,9 +160,13 @@ def row_pass(element: Element, what: Pass, per_lane: bool) -> Any:
         pb: Value,
         context: Value,
         row: Value,
+        ahead: Value | None = None,
         lanes: Value | None = None,
     ) -> None:
         """`count` vectors, loads before stores."""
+        if in_slab and ahead is not None:
+            for o in range(0, LANES * size * count, LINE):
+                prefetch(py + ahead + o, to_write=True)
         mask = None if lanes is None else first_lanes(lanes)
         offsets = [LANES * size * i for i in range(count)]
         xs = [element.load(px + o, mask) for o in offsets]
@@ -178,12 +187,12 @@ def row_pass(element: Element, what: Pass, per_lane: bool) -> Any:
                 element.store(dresidual, pr + o, mask)
 
     @instruction()
-    def many(py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value) -> None:
-        steps(UNROLL, False, py, px, pg, pr, pb, context, row)
+    def many(py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value, ahead: Value) -> None:
+        steps(UNROLL, False, py, px, pg, pr, pb, context, row, ahead)
 
     @instruction()
-    def one(py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value) -> None:
-        steps(1, False, py, px, pg, pr, pb, context, row)
+    def one(py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value, ahead: Value) -> None:
+        steps(1, False, py, px, pg, pr, pb, context, row, ahead)
 
     @instruction()
     def streamed(py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value) -> None:
@@ -191,15 +200,15 @@ def row_pass(element: Element, what: Pass, per_lane: bool) -> Any:
 
     @instruction()
     def some(py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value, lanes: Value) -> None:
-        steps(1, False, py, px, pg, pr, pb, context, row, lanes)
+        steps(1, False, py, px, pg, pr, pb, context, row, lanes=lanes)
 
     vector = LANES * size
-    ahead = UNROLL * vector
+    step = UNROLL * vector
     context_step = LANES * acc if per_lane else 0
     has_bits = what.has_bits
 
     @jit
-    def pass_over(length, py, px, pg, pr, pb, context, row, stream):  # type: ignore[no-untyped-def]
+    def pass_over(length, py, px, pg, pr, pb, context, row, stream, ahead):  # type: ignore[no-untyped-def]
         if stream and not has_bits:  # bits are cut in words from the row's start
             head = (-py & (vector - 1)) // size
             if head and head < length:
@@ -215,23 +224,23 @@ def row_pass(element: Element, what: Pass, per_lane: bool) -> Any:
             while length >= UNROLL * LANES:
                 streamed(py, px, pg, pr, pb, context, row)
                 length -= UNROLL * LANES
-                py += ahead
-                px += ahead
-                pg += ahead
-                pr += ahead
+                py += step
+                px += step
+                pg += step
+                pr += step
                 pb += 2 * UNROLL
                 context += UNROLL * context_step
         while length >= UNROLL * LANES:
-            many(py, px, pg, pr, pb, context, row)
+            many(py, px, pg, pr, pb, context, row, ahead)
             length -= UNROLL * LANES
-            py += ahead
-            px += ahead
-            pg += ahead
-            pr += ahead
+            py += step
+            px += step
+            pg += step
+            pr += step
             pb += 2 * UNROLL
             context += UNROLL * context_step
         while length >= LANES:
-            one(py, px, pg, pr, pb, context, row)
+            one(py, px, pg, pr, pb, context, row, ahead)
             length -= LANES
             py += vector
             px += vector
@@ -245,9 +254,11 @@ def row_pass(element: Element, what: Pass, per_lane: bool) -> Any:
     return pass_over
 
 
-def channel_pass(element: Element, what: Pass) -> Any:
-    """A numba function: one sample of `count` channels from c0 of a dense nchw array."""
-    row = row_pass(element, what, per_lane=False)
+def channel_pass(element: Element, what: Pass, in_slab: bool = False) -> Any:
+    """A numba function: one sample of `count` channels from c0 of a dense nchw array; in a slab, the one before it is
+    next.
+    """
+    row = row_pass(element, what, False, in_slab)
     acc = element.acc_size
 
     @jit
@@ -267,7 +278,7 @@ def channel_pass(element: Element, what: Pass) -> Any:
         length, stream, stride = get(p + POSITIONS), get(p + STREAM), get(p + COEFFICIENT_ROW)
         context = get(p + COEFFICIENTS) + c0 * acc
         for _ in range(count):
-            row(length, py, px, pg, pr, pb, context, stride, stream)
+            row(length, py, px, pg, pr, pb, context, stride, stream, -get(p + Y_SAMPLE))
             py += sy
             px += sx
             pg += sg
@@ -282,7 +293,7 @@ def position_pass(element: Element, what: Pass) -> Any:
     """A numba function: all channels of `count` positions from s0 of one sample of an nhwc array, four positions at a
     time.
     """
-    row = row_pass(element, what, per_lane=True)
+    row = row_pass(element, what, True)
     compute = vector_of(element, what)
     size, acc = element.size, element.acc_size
     vector = LANES * size
@@ -388,6 +399,7 @@ def position_pass(element: Element, what: Pass) -> Any:
                         context + whole * acc,
                         stride,
                         0,
+                        0,
                     )
             py += UNROLL * sy
             px += UNROLL * sx
@@ -396,7 +408,7 @@ def position_pass(element: Element, what: Pass) -> Any:
             pb += UNROLL * sb
             count -= UNROLL
         for _ in range(count):
-            row(length, py, px, pg, pr, pb, context, stride, stream)
+            row(length, py, px, pg, pr, pb, context, stride, stream, 0)
             py += sy
             px += sx
             pg += sg
@@ -411,7 +423,7 @@ def flat_pass(element: Element, what: Pass) -> Any:
 
     The table has the channels over and over, so that rows are long; see `repeat_channels`.
     """
-    row = row_pass(element, what, per_lane=True)
+    row = row_pass(element, what, True)
     size = element.size
 
     @jit
@@ -421,7 +433,7 @@ def flat_pass(element: Element, what: Pass) -> Any:
         pg, pr = get(p + G) + first * size, get(p + R) + first * size
         while count > 0:
             length = min(count, get(p + PERIOD))
-            row(length, py, px, pg, pr, 0, context, stride, stream)
+            row(length, py, px, pg, pr, 0, context, stride, stream, 0)
             py += length * size
             px += length * size
             pg += length * size
@@ -452,12 +464,12 @@ def repeat_channels(element: Element) -> Any:
 
 
 def group_pass(element: Element, what: Pass) -> tuple[Any, Any]:
-    """(spread, of_group): 16 channels of short rows that lie side by side, as one long row with a coefficient an
-    element.
+    """(spread, of_group): 16 channels of short rows in a slab that lie side by side, as one long row with a coefficient
+    an element.
 
     `spread` makes the long row's coefficient table in scratch, once for all samples, and says whether that is worth it.
     """
-    row = row_pass(element, what, per_lane=True)
+    row = row_pass(element, what, True, in_slab=True)
     size, acc, has_bits = element.size, element.acc_size, what.has_bits
     reads_g, writes_r = what.reads_g, what.writes_r
 
@@ -494,6 +506,7 @@ def group_pass(element: Element, what: Pass) -> tuple[Any, Any]:
             table,
             SPREAD_ROW,
             get(p + STREAM),
+            -get(p + Y_SAMPLE),
         )
 
     return spread, of_group

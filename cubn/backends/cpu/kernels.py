@@ -260,7 +260,7 @@ def widen_running(p, c, lanes):  # type: ignore[no-untyped-def]
 
 def slab_pass(element: Element, kind: str, what: Pass) -> Any:
     """A numba function: the elementwise pass over all samples of a chunk of channels, the last sample first."""
-    of_channels = channel_pass(element, what)
+    of_channels = channel_pass(element, what, in_slab=True)
     if kind == "columns":
 
         @jit

@@ -199,11 +199,14 @@ def store_strided(value: Value, address: Value, stride: Value, mask: Value) -> N
     b.call(_declare(b, name, kind), [value.v, places, I32(_width(element) // 8), mask.v])
 
 
-def prefetch(address: Value) -> None:
+LINE = 64  # bytes that are fetched together
+
+
+def prefetch(address: Value, *, to_write: bool = False) -> None:
     """Ask for the cache line at an address; any address may be asked for."""
     b, byte = address.b, ir.PointerType(I8)
     kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-    b.call(_declare(b, "llvm.prefetch.p0", kind), [pointer(address, I8), I32(0), I32(3), I32(1)])
+    b.call(_declare(b, "llvm.prefetch.p0", kind), [pointer(address, I8), I32(int(to_write)), I32(3), I32(1)])
 
 
 class Element:
