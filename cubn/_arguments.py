@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -78,18 +78,34 @@ def parameter(function: str, argument: str, given: Any, x: Source) -> Array:
     return array
 
 
+class Region(NamedTuple):
+    """The memory from an array's lowest address to its highest."""
+
+    name: str
+    array: Array
+    low: int
+    high: int
+
+
+def region(name: str, array: Array) -> Region:
+    return Region(name, array, *_arrays.addresses(array))
+
+
 def destination(
-    function: str, out: Any, x: Source, in_place: Mapping[str, Array | None], apart: Mapping[str, Array | None]
+    function: str, out: Any, x: Source, in_place: Mapping[str, Array | None], apart: Iterable[Region]
 ) -> Output:
-    """A caller's `out`: exactly one of `in_place`, or sharing no memory with any of them; and none with `apart`."""
+    """A caller's `out`: exactly one of `in_place`, or sharing no memory with any of them; and none with `apart`, which
+    is on x's device.
+    """
     output = _arrays.destination(out, function)
     _check_like(function, "out", output.array, x)
     for name, array in in_place.items():
         if array is not None and _arrays.overlap(output.array, array) == "partial":
             raise ValueError(refusal(function, "out", f"be exactly {name} or share no memory with it", output.array))
-    for name, array in apart.items():
-        if array is not None and _arrays.overlap(output.array, array) != "none":
-            raise ValueError(refusal(function, "out", f"share no memory with {name}", output.array))
+    low, high = _arrays.addresses(output.array)
+    for other in apart:
+        if other.low < high and low < other.high and _arrays.overlap(output.array, other.array) != "none":
+            raise ValueError(refusal(function, "out", f"share no memory with {other.name}", output.array))
     return output
 
 

@@ -148,8 +148,8 @@ def overlap(a: Array, b: Array) -> Literal["none", "same", "partial"]:
     """Whether two arrays share memory: no, element for element, or otherwise (in doubt, otherwise)."""
     if a.device != b.device:
         return "none"
-    low_a, high_a = _addresses(a)
-    low_b, high_b = _addresses(b)
+    low_a, high_a = addresses(a)
+    low_b, high_b = addresses(b)
     if high_a <= low_b or high_b <= low_a:
         return "none"
     if (a.pointer, a.shape, a.dtype) == (b.pointer, b.shape, b.dtype) and all(
@@ -164,7 +164,7 @@ def overlap(a: Array, b: Array) -> Literal["none", "same", "partial"]:
     return "partial" if shared else "none"
 
 
-def _addresses(array: Array) -> tuple[int, int]:
+def addresses(array: Array) -> tuple[int, int]:
     """The lowest address the array uses and one past the highest; nothing without elements."""
     low, high = _layout.span(array.shape, array.strides)
     size = ITEMSIZE[array.dtype]

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from cubn import _arguments, _arrays
-from cubn._arguments import refusal
+from cubn._arguments import refusal, region
 from cubn._arrays import Output
 from cubn._layout import operand, vector
 from cubn.backends import Nodes, Operand, Vector
@@ -138,7 +138,8 @@ class _Backward:
         if out is None:
             self.dx = _arrays.empty_like(x.array)
         else:
-            apart = {"x": x.array, "mask": saved.mask and saved.mask.array}
+            masked = (region("mask", saved.mask.array),) if saved.mask else ()
+            apart = (region("x", x.array), *masked)
             self.dx = _arguments.destination("backward", out, x, {"dy": array}, apart)
         self.dresidual = _arrays.empty_like(x.array) if saved.has_residual else None
         self.dgamma, self.dbeta = _parameter_outputs(saved)

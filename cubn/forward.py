@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from cubn import _arguments, _arrays
-from cubn._arguments import Companion, Source
+from cubn._arguments import Companion, Source, region
 from cubn._arrays import Array, Output
-from cubn._layout import operand, vector
+from cubn._layout import operand
 from cubn.backends import BackendArray, Gate, Nodes, Running, Statistics, Vector
 from cubn.errors import message
 from cubn.moments import Moments, statistics_of
@@ -33,6 +34,10 @@ class Kept(NamedTuple):
     vector: Vector
     values: BackendArray
     home: Array
+
+
+Parameters = tuple[Kept | None, Kept | None]
+"""gamma and beta."""
 
 
 class Saved:
@@ -73,7 +78,7 @@ class Saved:
         self,
         given: Given,
         statistics: Statistics,
-        parameters: tuple[Kept | None, Kept | None],
+        parameters: Parameters,
         gate: Gate,
         *,
         frozen: bool,
@@ -257,18 +262,7 @@ def forward_train(
         return forward_train_start(x, state, comm=comm, sizes=sizes, **options).finish()
     training = _Training(x, state, mask, residual, relu, update, out)
     training.check_count()
-    source = training.given.source
-    with training.moving(training.given.held) as running:
-        statistics, bits = source.backend.train(
-            source.extents,
-            source.operand,
-            training.y,
-            state.eps,
-            *training.parameters,
-            **training.fused,
-            running=running,
-        )
-    return training.trained(statistics, bits)
+    return training.run()
 
 
 def forward_train_start(
@@ -302,9 +296,8 @@ def forward_train_start(
     TypeError, ValueError, CollectiveMismatch, numpy.exceptions.AxisError, BackendUnavailable, ImportError
         As in `forward_train`; here or in `finish`, but on all ranks in the same place.
     """
-    return collective.start(
-        "forward_train", comm, sizes, lambda: _Training(x, state, mask, residual, relu, update, out)
-    )
+    make = partial(_Begun, x, state, mask, residual, relu, update, out)
+    return collective.start("forward_train", comm, sizes, make)
 
 
 class _Training:
@@ -321,11 +314,9 @@ class _Training:
             state.check_updatable("forward_train", given.held)
         self.output = _destination("forward_train", out, given)
         self.overwrites = _overwrites(out, self.output, given.source)
-        self.kept = _kept_parameters(given)
         self.kind = _gate_kind(relu, given)
         self.backend = given.source.backend
         self.y = operand(self.output.array, given.source.axis)
-        self.parameters = [kept and kept.vector for kept in self.kept]
         self.fused: dict[str, Any] = {
             "mask": given.mask and given.mask.operand,
             "residual": given.residual and given.residual.operand,
@@ -341,6 +332,47 @@ class _Training:
         array, mask = self.given.source.array, self.given.mask
         got = f"{self.values} where the mask is True" if mask else self.values
         _check_count(self.values, got, "", shape=array.shape, dtype=array.dtype, device=array.device)
+
+    def run(self) -> tuple[Any, Saved]:
+        """The whole step at once."""
+        source, held = self.given.source, self.given.held
+        kept = _kept_parameters(self.given, lambda _, C: self.backend.new_vector(C))
+        gamma, beta = kept
+        with self.moving(held) as running:
+            statistics, bits = self.backend.train(
+                source.extents,
+                source.operand,
+                self.y,
+                self.eps,
+                held.gamma,
+                held.beta,
+                **self.fused,
+                kept=(gamma and gamma.vector, beta and beta.vector),
+                running=running,
+            )
+        return self.trained(statistics, bits, kept)
+
+    def moving(self, held: Held | None = None) -> AbstractContextManager[Running | None]:
+        """The running statistics (those held a moment ago), if they are to move."""
+        return self.state.moving("forward_train", held) if self.updates else nullcontext()
+
+    def trained(
+        self, statistics: Statistics, bits: Any, parameters: Parameters, place: Place | None = None
+    ) -> tuple[Any, Saved]:
+        """y and Saved."""
+        y = self.output.finish()
+        gate = Gate(self.kind, bits)
+        return y, Saved(
+            self.given, statistics, parameters, gate, frozen=False, overwritten=self.overwrites, place=place
+        )
+
+
+class _Begun(_Training):
+    """A forward_train over several ranks; gamma and beta are those it began with."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.parameters = _kept_parameters(self.given, self.backend.keep)
 
     @cached_property
     def terms(self) -> Terms:
@@ -365,25 +397,21 @@ class _Training:
         _check_count(values, values, " over all ranks")
 
     def finish(self, shared: Shared) -> tuple[Any, Saved]:
-        source = self.given.source
+        source, (gamma, beta) = self.given.source, self.parameters
         statistics = self.backend.statistics(*self.backend.root(shared.nodes), self.eps)
         bits = self.backend.normalize(
-            source.extents, source.operand, self.y, statistics, *self.parameters, **self.fused
+            source.extents,
+            source.operand,
+            self.y,
+            statistics,
+            gamma and gamma.vector,
+            beta and beta.vector,
+            **self.fused,
         )
         with self.moving() as running:
             if running:
                 self.backend.update(statistics, *running)
-        return self.trained(statistics, bits, shared.place)
-
-    def moving(self, held: Held | None = None) -> AbstractContextManager[Running | None]:
-        """The running statistics (those held a moment ago), if they are to move."""
-        return self.state.moving("forward_train", held) if self.updates else nullcontext()
-
-    def trained(self, statistics: Statistics, bits: Any, place: Place | None = None) -> tuple[Any, Saved]:
-        """y and Saved."""
-        y = self.output.finish()
-        gate = Gate(self.kind, bits)
-        return y, Saved(self.given, statistics, self.kept, gate, frozen=False, overwritten=self.overwrites, place=place)
+        return self.trained(statistics, bits, self.parameters, shared.place)
 
 
 def forward_frozen(
@@ -436,7 +464,7 @@ def forward_frozen(
     source = given.source
     mean, var = _running(given.held, "forward_frozen")
     output = _destination("forward_frozen", out, given)
-    gamma, beta = _kept_parameters(given)
+    gamma, beta = _kept_parameters(given, source.backend.keep)
     kind = _gate_kind(relu, given)
     statistics = source.backend.frozen_statistics(mean, var, source.extents.C, state.eps)
     bits = source.backend.normalize(
@@ -584,7 +612,8 @@ def _destination(function: str, out: Any, given: Given) -> Output:
     if out is None:
         return _arrays.empty_like(source.array)
     in_place = {"x": source.array, "residual": residual and residual.array}
-    return _arguments.destination(function, out, source, in_place, {"mask": mask and mask.array, **held.arrays})
+    masked = (region("mask", mask.array),) if mask else ()
+    return _arguments.destination(function, out, source, in_place, (*masked, *held.regions))
 
 
 def _overwrites(out: Any, y: Output, x: Source) -> bool:
@@ -599,14 +628,14 @@ def _gate_kind(relu: bool, given: Given) -> str:
     return "recompute" if given.residual is None else "bits"
 
 
-def _kept_parameters(given: Given) -> tuple[Kept | None, Kept | None]:
-    """Copies of gamma and beta."""
-    gamma, beta = (_kept(given.source, given.held.arrays.get(name)) for name in ("gamma", "beta"))
-    return gamma, beta
+def _kept_parameters(given: Given, keep: Callable[[Vector, int], tuple[BackendArray, Vector]]) -> Parameters:
+    """gamma and beta, each in the vector that `keep` makes of it."""
+    held, C = given.held, given.source.extents.C
 
+    def kept(name: str, parameter: Vector | None) -> Kept | None:
+        if parameter is None:
+            return None
+        values, vector = keep(parameter, C)
+        return Kept(vector, values, held.arrays[name])
 
-def _kept(source: Source, parameter: Array | None) -> Kept | None:
-    if parameter is None:
-        return None
-    values, same = source.backend.keep(vector(parameter), source.extents.C)
-    return Kept(same, values, parameter)
+    return kept("gamma", held.gamma), kept("beta", held.beta)

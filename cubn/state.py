@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays
-from cubn._arguments import backend, refusal, whole
+from cubn._arguments import Region, backend, refusal, region, whole
 from cubn._arrays import FLOATS, Array
 from cubn._layout import vector
 from cubn.backends import CPU, Backend, BackendArray, Running, Vector
@@ -34,6 +34,7 @@ class Held(NamedTuple):
     """A state's arrays, on one device, and the same as kernels see them."""
 
     arrays: dict[str, Array]
+    regions: tuple[Region, ...]
     device: tuple[int, int] | None
     fixed: bool  # nothing moves or converts the arrays
     gamma: Vector | None
@@ -282,7 +283,7 @@ class BatchNormState:
         held = held or self._current(function)
         for name in STATISTICS:
             array = held.arrays[name]
-            if not array.library.unchanged(array):
+            if array.library.fixed and not array.library.unchanged(array):  # others were compared when they were read
                 array = _described(array.owner, name, function)
             if not array.library.immutable:
                 _arrays.check_writable(array, function, name)
@@ -440,7 +441,8 @@ def hold(described: dict[str, Array], function: str) -> Held:
             raise ValueError(refusal(function, name, rule, array, "Move one of them to the other's device."))
     vectors = [vector(described[name]) if name in described else None for name in ARRAYS]
     fixed = all(array.library.fixed for array in described.values())
-    return Held(described, device, fixed, *vectors)
+    regions = tuple(region(name, array) for name, array in described.items())
+    return Held(described, regions, device, fixed, *vectors)
 
 
 def _is_of(held: Held, arrays: Mapping[str, Any]) -> bool:

@@ -134,8 +134,11 @@ class Backend(Protocol):
     def staging(self, shape: tuple[int, ...]) -> Any:
         """A NumPy array of float64 for what is on its way from the backend's arrays, or to them."""
 
+    def new_vector(self, C: int) -> tuple[BackendArray, Vector]:
+        """A float64 per-channel array that is still to be written, and the same as a kernel sees it."""
+
     def keep(self, parameter: Vector, C: int) -> tuple[BackendArray, Vector]:
-        """A copy of a per-channel array as it is now, and the same as a kernel sees it."""
+        """A per-channel array as it is now, widened to float64, and the same as a kernel sees it."""
 
     def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
         """Nodes (count, mean, m2) of samples [start, start + N). N = 0 or S = 0 gives nodes of count 0, or none."""
@@ -203,10 +206,12 @@ class Backend(Protocol):
         residual: Operand | None,
         relu: bool,
         keep_bits: bool,
+        kept: tuple[Vector | None, Vector | None] = (None, None),
         running: Running | None = None,
     ) -> tuple[Statistics, BackendArray | None]:
-        """`moments`, `root`, `statistics`, `normalize` and, where there are running statistics, `update` over a batch
-        that starts at sample 0 and is whole: fused where it fits.
+        """`moments`, `root`, `statistics` and `normalize` over a batch that starts at sample 0 and is whole; `keep` of
+        gamma and beta in new vectors `kept`, and `update` of running statistics, where there are any: fused where it
+        fits.
         """
 
     def update(

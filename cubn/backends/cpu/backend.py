@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +17,6 @@ from cubn.backends.cpu.prepare import CODES, BitRows, launch
 Doubles = NDArray[np.float64]
 Sums = tuple[Doubles, Doubles]
 Address = tuple[int]
-
-STORAGE = {dtype: np.dtype("uint16" if dtype == "bfloat16" else dtype) for dtype in CODES}
 
 
 class Bits(NamedTuple):
@@ -110,18 +107,14 @@ class CpuBackend:
     def staging(self, shape: tuple[int, ...]) -> Doubles:
         return np.empty(shape)
 
-    def keep(self, parameter: Vector, C: int) -> tuple[NDArray[Any], Vector]:
-        storage = STORAGE[parameter.dtype]
-        step = parameter.stride * storage.itemsize
-        if step == storage.itemsize:
-            values = np.empty(C, storage)
-            address = numpy_address(values)
-            ctypes.memmove(address, parameter.pointer, values.nbytes)
-            return values, Vector(address, parameter.dtype, 1)
-        low = parameter.pointer + min(0, step * (C - 1))
-        memory = memoryview((ctypes.c_char * (abs(step) * (C - 1) + storage.itemsize)).from_address(low))
-        values = np.ndarray((C,), storage, memory, parameter.pointer - low, (step,)).copy()
-        return values, Vector(numpy_address(values), parameter.dtype, 1)
+    def new_vector(self, C: int) -> tuple[Doubles, Vector]:
+        values = np.empty(C)
+        return values, Vector(numpy_address(values), "float64", 1)
+
+    def keep(self, parameter: Vector, C: int) -> tuple[Doubles, Vector]:
+        values, vector = self.new_vector(C)
+        launch(prepare.per_channel, "keep", (), C, (), gamma=parameter, kept_gamma=(vector.pointer,))
+        return values, vector
 
     def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
         return reduced((), ("moments",), extents, start, x=x, mask=mask)
@@ -225,6 +218,7 @@ class CpuBackend:
         residual: Operand | None,
         relu: bool,
         keep_bits: bool,
+        kept: tuple[Vector | None, Vector | None] = (None, None),
         running: Running | None = None,
     ) -> tuple[Statistics, Bits | None]:
         operands = {"x": x, "y": y, "g": residual, "mask": mask}
@@ -233,6 +227,9 @@ class CpuBackend:
         options = residual is not None, relu, keep_bits
         numbers: prepare.Numbers = (("eps", eps),)
         given: Any = {**operands, "gamma": gamma, "beta": beta, "bits": rows_in(bits), **addresses(found)}
+        for name, vector in zip(("kept_gamma", "kept_beta"), kept, strict=True):
+            if vector:
+                given[name] = (vector.pointer,)
         if running:
             given |= moving(running)
             numbers += weight(running)

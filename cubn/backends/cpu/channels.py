@@ -107,6 +107,12 @@ def load_parameter(
 
 
 @instruction()
+def keep(parameter: Value, stride: Value, code: Value, kept: Value, lanes: Value) -> None:
+    """A parameter of any dtype, in float64."""
+    load_parameter(parameter, stride, code, 0.0, kept, DOUBLE, first_lanes(lanes))
+
+
+@instruction()
 def statistics(
     first: Value,
     second: Value,

@@ -60,6 +60,7 @@ GAMMA, GAMMA_CODE, GAMMA_STRIDE = OFFSET["gamma"], OFFSET["gamma_code"], OFFSET[
 BETA, BETA_CODE, BETA_STRIDE = OFFSET["beta"], OFFSET["beta_code"], OFFSET["beta_stride"]
 DGAMMA, DGAMMA_CODE, DGAMMA_STRIDE = OFFSET["dgamma"], OFFSET["dgamma_code"], OFFSET["dgamma_stride"]
 DBETA, DBETA_CODE, DBETA_STRIDE = OFFSET["dbeta"], OFFSET["dbeta_code"], OFFSET["dbeta_stride"]
+KEPT_GAMMA, KEPT_BETA = OFFSET["kept_gamma"], OFFSET["kept_beta"]
 EPS, MOMENTUM, CUMULATIVE = OFFSET["eps"], OFFSET["momentum"], OFFSET["cumulative"]
 TRACKED, SKIPPED, RUNNING_CODE = OFFSET["tracked"], OFFSET["skipped"], OFFSET["old_mean_code"]
 OLD_MEAN, OLD_MEAN_STRIDE, OLD_VAR, OLD_VAR_STRIDE = (
@@ -471,6 +472,17 @@ def update(code: int) -> Any:
 
 
 @jit
+def keep(p, c, lanes):  # type: ignore[no-untyped-def]
+    """gamma and beta of some channels, where they are to be kept."""
+    if get(p + KEPT_GAMMA):
+        gamma, to = get(p + GAMMA) + c * get(p + GAMMA_STRIDE), get(p + KEPT_GAMMA) + 8 * c
+        channels.keep(gamma, get(p + GAMMA_STRIDE), get(p + GAMMA_CODE), to, lanes)
+    if get(p + KEPT_BETA):
+        beta, to = get(p + BETA) + c * get(p + BETA_STRIDE), get(p + KEPT_BETA) + 8 * c
+        channels.keep(beta, get(p + BETA_STRIDE), get(p + BETA_CODE), to, lanes)
+
+
+@jit
 def gradients(p, c, lanes):  # type: ignore[no-untyped-def]
     """dgamma and dbeta of some channels, each in its own dtype."""
     at = 8 * c
@@ -488,7 +500,7 @@ def gradients(p, c, lanes):  # type: ignore[no-untyped-def]
     )
 
 
-FOR_ALL = {"statistics": finish_root, "frozen": widen_running, "parameter_gradients": gradients}
+FOR_ALL = {"statistics": finish_root, "frozen": widen_running, "keep": keep, "parameter_gradients": gradients}
 IN_ACC: dict[str, Callable[[Element], Function]] = {
     "finish": lambda element: for_all(finish_root, table_of(element)),
     "repeat": repeat,

@@ -55,6 +55,8 @@ FIELDS = (
     "invstd",
     "first",
     "second",  # int64[1] and float64[C]: statistics; a root or sums
+    "kept_gamma",
+    "kept_beta",  # float64[C]
     "eps",
     "momentum",
     "cumulative",  # float64 bits; 1: momentum is 1 / (batches kept)

@@ -394,13 +394,14 @@ def train(
     names: tuple[str, ...],
     *layouts: Layout | None,
 ) -> Launch:
-    """Moments, statistics, y and what the running statistics become, of a whole batch: a few channels at a time, or
-    else in two passes.
+    """Moments, statistics and y of a whole batch, a few channels at a time, or else in two passes; copies of gamma and
+    beta, and what the running statistics become.
     """
-    update = Part(_update(names, layouts), {}, {})
+    keep = ((kernel("keep"), 1),) if {"kept_gamma", "kept_beta"} & set(names) else ()
+    rest = Part((*keep, *_update(names, layouts)), {}, {})
     run = _slab(("train_slab", *options), extents, limit, names, layouts)
     if run:
-        return _joined((run, update), extents, names, layouts, numbers)
+        return _joined((run, rest), extents, names, layouts, numbers)
     kind, pass_ = _pass(("normalize", *options), extents, limit, names, layouts)
     read = _only(("x", "mask"), names, layouts)
     reduced_kind, reduced = _reduction(("moments",), extents, None, limit, *read)
@@ -408,7 +409,7 @@ def train(
         _over_channels(("finish",), _dtype(names, layouts)), {}, _vectors(extents.C, names, ("first", "second"))
     )
     strided = "strided" in (kind, reduced_kind)
-    return _joined((reduced, finish, pass_, update), extents, names, layouts, numbers, strided=strided)
+    return _joined((reduced, finish, pass_, rest), extents, names, layouts, numbers, strided=strided)
 
 
 def _update(names: tuple[str, ...], layouts: tuple[Layout | None, ...]) -> Kernels:

@@ -59,11 +59,14 @@ class CudaBackend:
     def staging(self, shape: tuple[int, ...]) -> Any:
         return self.device.staging(shape, "float64")
 
-    def keep(self, parameter: Vector, C: int) -> tuple[BackendArray, Vector]:
-        """Widened to float64, which holds every format exactly."""
+    def new_vector(self, C: int) -> tuple[BackendArray, Vector]:
         values = self.device.empty((C,), "float64")
-        self._channelwise("widen", C, {**of_vector("gamma", parameter), "first": self._at(values)})
         return values, Vector(self._at(values), "float64", 1)
+
+    def keep(self, parameter: Vector, C: int) -> tuple[BackendArray, Vector]:
+        values, vector = self.new_vector(C)
+        self._channelwise("widen", C, {**of_vector("gamma", parameter), "first": vector.pointer})
+        return values, vector
 
     # --- statistics ---------------------------------------------------------------------------------------------------
 
@@ -128,6 +131,7 @@ class CudaBackend:
         residual: Operand | None,
         relu: bool,
         keep_bits: bool,
+        kept: tuple[Vector | None, Vector | None] = (None, None),
         running: Running | None = None,
     ) -> tuple[Statistics, Bits | None]:
         found = self._new_statistics(extents.C)
@@ -148,6 +152,9 @@ class CudaBackend:
             fields["coefficients"] = self._at(coefficients)
             self._root("Moments", extents, Arrays(x, mask=mask), Gate("none"), {}, fields)
             bits = self._normalize(extents, x, y, coefficients, mask, residual, relu, keep_bits)
+        for parameter, copy in zip((gamma, beta), kept, strict=True):
+            if parameter and copy:
+                self._channelwise("widen", extents.C, {**of_vector("gamma", parameter), "first": copy.pointer})
         if running:
             self.update(found, *running)
         return found, bits
