@@ -127,6 +127,7 @@ def _along_outputs(scale: Float64, weight: Array, output_axis: int, groups: int)
         rule = f"be at least {-len(shape)} and below {len(shape)}"
         raise np.exceptions.AxisError(message("fold_into", "output_axis", rule, axis))
     axis %= len(shape)
+    groups = whole(groups, "fold_into", "groups")
     outputs = shape[axis] * groups
     if outputs != scale.size:
         rule = f"have {scale.size} output channels on axis {axis}" + (f" in {groups} groups" if groups != 1 else "")

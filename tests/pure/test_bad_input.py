@@ -764,6 +764,10 @@ def test_backward_of_a_changed_tensor(world, how):
         ),
         (lambda w: cubn.fold(w.x), "fold: state must be a BatchNormState; got ndarray."),
         (lambda w: cubn.fold_into(w.x[0], None, w.x), "fold_into: state must be a BatchNormState; got ndarray."),
+        (
+            lambda w: cubn.fold_into(w.x[0], None, w.state, groups=1.5),
+            "fold_into: groups must be an integer; got 1.5.",
+        ),
         (lambda w: w.moments.merge(w.x), "merge: other must be Moments; got ndarray."),
         (lambda w: cubn.moments(w.x, start=1.5), "moments: start must be an integer; got 1.5."),
         (lambda w: cubn.BatchNormState(2.5), "BatchNormState: num_features must be an integer; got 2.5."),
@@ -772,7 +776,19 @@ def test_backward_of_a_changed_tensor(world, how):
             "BatchNormState: dtype must be 'float32' or 'float64'; got 'float16'.",
         ),
     ],
-    ids=["state", "saved", "normalize", "update", "fold", "fold_into", "merge", "start", "num_features", "dtype"],
+    ids=[
+        "state",
+        "saved",
+        "normalize",
+        "update",
+        "fold",
+        "fold_into",
+        "groups",
+        "merge",
+        "start",
+        "num_features",
+        "dtype",
+    ],
 )
 def test_arguments_of_another_kind(world, call, text):
     refused(world, TypeError, text, call, world)
