@@ -42,7 +42,7 @@ def source(function: str, x: Any, channel_axis: int, num_features: int | None = 
     if len(shape) < 2:
         remedy = "Samples and channels are two axes: a single sample has shape (1, C)."
         raise ValueError(refusal(function, "x", "have 2 axes or more", array, remedy))
-    axis = _layout.channel_position(len(shape), channel_axis, function)
+    axis = _layout.channel_position(len(shape), whole(channel_axis, function, "channel_axis"), function)
     extents = _layout.extents(shape, axis)
     if not extents.C or num_features not in (None, extents.C):
         rule = f"have {num_features or '1 or more'} channels on axis {axis}"

@@ -293,7 +293,7 @@ class _NumPy:
         strides, name = _numpy_layout(shape, x.strides, dtype)
         if name not in dtypes:
             if not dtype.isnative:
-                remedy = "Pass x.astype(x.dtype.newbyteorder('='))."
+                remedy = f"Pass {argument}.astype({argument}.dtype.newbyteorder('='))."
                 _refuse(x, function, argument, TypeError, "have this machine's byte order", name, remedy)
             _refuse_dtype(x, name, dtypes, function, argument)
         pointer = numpy_address(x)
@@ -386,7 +386,7 @@ class _Torch:
             got = "a forward-mode dual tensor"
         else:
             return
-        _refuse(x, function, argument, TypeError, "not require a gradient", got, "Pass x.detach().")
+        _refuse(x, function, argument, TypeError, "not require a gradient", got, f"Pass {argument}.detach().")
 
     def _device(self, x: Any, function: str, argument: str) -> tuple[int, int]:
         if not x.is_cuda or self._torch.version.hip:
@@ -666,7 +666,7 @@ def _describer(x: Any, function: str, argument: str) -> _Describer:
     elif hasattr(kind, "__dlpack__"):
         found = _foreign(*_home(x)).describe
     else:
-        remedy = "Pass numpy.asarray(x)."
+        remedy = f"Pass numpy.asarray({argument})."
         _refuse(x, function, argument, TypeError, "be an array with __dlpack__", f"a {_type_name(x)}", remedy)
     _DESCRIBERS[kind] = found
     return found
@@ -675,8 +675,8 @@ def _describer(x: Any, function: str, argument: str) -> _Describer:
 def _refuse_subclass(x: Any, function: str, argument: str) -> NoReturn:
     """Subclasses of NumPy's array mean more, or other, than their numbers: masks, units, matrix products."""
     masked = isinstance(x, np.ma.MaskedArray)
-    remedy = "Pass x.data, and the valid positions as mask." if masked else "Pass numpy.asarray(x)."
-    _refuse(x, function, argument, TypeError, "be a plain numpy.ndarray", f"a {_type_name(x)}", remedy)
+    plain = f"{argument}.data, and the valid positions as mask" if masked else f"numpy.asarray({argument})"
+    _refuse(x, function, argument, TypeError, "be a plain numpy.ndarray", f"a {_type_name(x)}", f"Pass {plain}.")
 
 
 def _home(x: Any) -> tuple[str, Callable[[Any], Any] | None]:

@@ -83,7 +83,7 @@ def read(x: Any, stream: int | None = None) -> Tensor:
     ordered = {} if stream is None else {"stream": stream}
     try:
         capsule = x.__dlpack__(max_version=(1, 0), **ordered)
-    except TypeError:  # an exporter older than DLPack 1
+    except (TypeError, NotImplementedError):  # an exporter older than DLPack 1
         capsule = x.__dlpack__(**ordered)
     tensor, writable = _open(capsule)
     shape = tuple(tensor.shape[: tensor.ndim])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -19,13 +18,12 @@ Strides = tuple[int, ...]
 
 def channel_position(ndim: int, channel_axis: int, function: str) -> int:
     """The channel axis counted from the front; a NumPy AxisError if there is no such axis."""
-    axis = operator.index(channel_axis)
-    if -ndim <= axis < ndim:
-        return axis % ndim
+    if -ndim <= channel_axis < ndim:
+        return channel_axis % ndim
     from numpy.exceptions import AxisError
 
     raise AxisError(
-        message(function, "channel_axis", f"be at least {-ndim} and below {ndim}, x having {ndim} axes", axis)
+        message(function, "channel_axis", f"be at least {-ndim} and below {ndim}, x having {ndim} axes", channel_axis)
     )
 
 

@@ -33,6 +33,8 @@ def fold(state: BatchNormState) -> tuple[Any, Any]:
 
     Raises
     ------
+    TypeError
+        If state is not a BatchNormState.
     ValueError
         If the state has no running statistics.
 
@@ -79,7 +81,7 @@ def fold_into(
     Raises
     ------
     TypeError
-        If weight or bias is not an array of these dtypes.
+        If weight or bias is not an array of these dtypes, or state is not a BatchNormState.
     ValueError
         If a shape does not fit, or the state has no running statistics.
     numpy.exceptions.AxisError
@@ -105,6 +107,8 @@ def fold_into(
 
 def _folded(state: BatchNormState, function: str) -> tuple[Float64, Float64, Array]:
     """scale, shift, and the array they are like."""
+    if not isinstance(state, BatchNormState):
+        raise TypeError(message(function, "state", "be a BatchNormState", type(state).__name__))
     if state.running_var is None:
         raise ValueError(message(function, "state", "have running statistics", "a state with track=False"))
     held = state.to_dict()
@@ -123,6 +127,7 @@ def _along_outputs(scale: Float64, weight: Array, output_axis: int, groups: int)
         rule = f"be at least {-len(shape)} and below {len(shape)}"
         raise np.exceptions.AxisError(message("fold_into", "output_axis", rule, axis))
     axis %= len(shape)
+    groups = whole(groups, "fold_into", "groups")
     outputs = shape[axis] * groups
     if outputs != scale.size:
         rule = f"have {scale.size} output channels on axis {axis}" + (f" in {groups} groups" if groups != 1 else "")

@@ -50,7 +50,7 @@ def _cpu_settings() -> dict[str, str]:
     if folder is None:
         cache = "switched off by an empty CUBN_CACHE_DIR: every process compiles its kernels anew"
     else:
-        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        existing = next(place for place in (folder, *folder.parents) if os.path.exists(place))
         writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
         cache = f"{folder} ({'writable' if writable else 'not writable: every process compiles its kernels anew'})"
     return {

@@ -11,8 +11,7 @@ def set_num_threads(n: int) -> None:
     """Set how many threads one operation may use on the CPU, the caller's included.
 
     Results do not depend on it. The default is the environment variable CUBN_NUM_THREADS, else the cores this process
-    may
-    run on.
+    may run on.
 
     Parameters
     ----------

@@ -376,7 +376,9 @@ class Exchange:
     def result(self, index: int) -> Any:
         """What an operation returns, once the exchange is complete."""
         if not self._begun:
-            raise ValueError(message("finish", "operation", "be finished after its `with together` block", "inside it"))
+            remedy = "Begin it with forward_train_start or backward_start inside."
+            rule = "be finished after its `with together` block"
+            raise ValueError(message("finish", "operation", rule, "inside it", remedy))
         if not self._shared and self._error is None:
             try:
                 self._receive()

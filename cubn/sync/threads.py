@@ -96,16 +96,16 @@ def run(size: int, function: Callable[[Any], T]) -> list[T]:
 
     Raises
     ------
-    ExceptionGroup
-        Of what ranks raised.
+    BaseExceptionGroup
+        Of what ranks raised; an ExceptionGroup where all of that were Exceptions.
     """
     results: dict[int, T] = {}
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
 
     def call(comm: ThreadCommunicator) -> None:
         try:
             results[comm.rank] = function(comm)
-        except Exception as error:
+        except BaseException as error:
             error.add_note(f"on rank {comm.rank}")
             errors.append(error)
         finally:
@@ -117,5 +117,5 @@ def run(size: int, function: Callable[[Any], T]) -> list[T]:
     for thread in threads:
         thread.join()
     if errors:
-        raise ExceptionGroup("ranks failed", errors)
+        raise BaseExceptionGroup("ranks failed", errors)
     return [results[rank] for rank in range(size)]

@@ -35,6 +35,15 @@ class Old(Grid):
         return self.values.__dlpack__()
 
 
+class Unready(Grid):
+    """Knows of versions, and has none yet."""
+
+    def __dlpack__(self, *, max_version=None):
+        if max_version is not None:
+            raise NotImplementedError("max_version")
+        return self.values.__dlpack__()
+
+
 class Shy(Grid):
     def __dlpack__(self, **options):
         raise BufferError("not today")
@@ -80,9 +89,10 @@ def test_a_library_with_no_way_in():
     assert _arrays.destination(Closed(np.zeros((2, 3), np.float32)), "forward").array.writable
 
 
-def test_an_exporter_without_flags_is_only_read():
+@pytest.mark.parametrize("kind", [Old, Unready])
+def test_an_exporter_without_flags_is_only_read(kind):
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
-    array = described(Old(values))
+    array = described(kind(values))
     assert array.pointer == values.ctypes.data
     assert not array.writable
 

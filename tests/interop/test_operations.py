@@ -150,6 +150,21 @@ def test_torch_channels_last():
     arrays.assert_same(dx.numpy(), cubn.backward(store(2), np_saved).dx)
 
 
+def test_in_a_compiled_function_of_torch():
+    torch = pytest.importorskip("torch")
+    x = libraries.carry(store(1), "torch")
+    states = [cubn.BatchNormState(SHAPE[1], like=x) for _ in range(2)]
+    train = torch.compiler.disable(cubn.forward_train)
+
+    def function(x, state):
+        return train(2 * x, state)[0] + 1
+
+    compiled = torch.compile(function, backend="eager")
+    for i in range(2):
+        assert torch.equal(compiled(x + i, states[0]), function(x + i, states[1]))
+    np.testing.assert_equal(states[0].to_dict(), states[1].to_dict())
+
+
 def test_a_lazily_negated_x():
     torch = pytest.importorskip("torch")
     x = torch.complex(torch.zeros(SHAPE), torch.from_numpy(-store(1))).conj().imag

@@ -1,6 +1,7 @@
 """What goes wrong on one rank is an error on all, nothing is changed, and nobody waits for ever. Also under mpiexec."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -165,6 +166,13 @@ def finished_in_the_block(comm, x, state):
     return started.finish()
 
 
+def whole_in_the_block(comm, x, state):
+    with cubn.together(comm):
+        if comm.rank == 1:
+            cubn.forward_train(x, state, comm=comm)
+        return cubn.forward_train_start(x, state, comm=comm)
+
+
 def other_samples_together(comm, x, state):
     with cubn.together(comm):
         cubn.forward_train_start(x, state, comm=comm)
@@ -183,6 +191,12 @@ def too_many_together(comm, x, state):
             cubn.forward_train_start(x, state, comm=comm)
 
 
+INSIDE = (
+    "finish: operation must be finished after its `with together` block; got inside it. "
+    "Begin it with forward_train_start or backward_start inside."
+)
+
+
 @pytest.mark.parametrize(
     ("body", "kind", "text"),
     [
@@ -191,7 +205,8 @@ def too_many_together(comm, x, state):
         (bad_sizes, ValueError, "moments: sizes must be the number of samples of each of the 3 ranks; got [4, 4]."),
         (bad_gradient, ValueError, "backward: dy must have x's shape"),
         (error_in_the_block, ValueError, "must fit"),
-        (finished_in_the_block, ValueError, "finish: operation must be finished after its `with together` block"),
+        (finished_in_the_block, ValueError, INSIDE),
+        (whole_in_the_block, ValueError, INSIDE),
         (
             other_samples_together,
             ValueError,
@@ -364,6 +379,14 @@ def test_a_thread_that_ended_is_not_waited_for():
         threads.run(3, body)
     kinds = sorted(type(error).__name__ for error in caught.value.exceptions)
     assert kinds == ["RankEnded", "RankEnded", "RuntimeError"]
+
+
+def test_a_thread_that_exits_has_failed():
+    with pytest.raises(BaseExceptionGroup) as caught:
+        threads.run(2, lambda comm: sys.exit(3) if comm.rank else None)
+    (error,) = caught.value.exceptions
+    assert type(error) is SystemExit
+    assert error.__notes__ == ["on rank 1"]
 
 
 def test_an_abstract_communicator_cannot_be_made():

@@ -191,6 +191,36 @@ def test_a_fork_in_the_midst_of_training():
 
 
 @needs_fork
+def test_a_fork_while_another_thread_compiles():
+    run(
+        PRELUDE
+        + textwrap.dedent("""
+        import signal
+        from cubn.backends.cpu import compile
+
+        os.environ["CUBN_CACHE_DIR"] = ""
+        begun = threading.Event()
+        object_code = compile._object_code
+
+        def watched(build):
+            begun.set()
+            return object_code(build)
+
+        def child():
+            signal.alarm(60)
+            return np.array_equal(cubn.moments(x[:, :2]).mean, cubn.moments(x).mean[:2])
+
+        compile._object_code = watched
+        other = threading.Thread(target=cubn.moments, args=(x,))
+        other.start()
+        begun.wait()
+        in_child(child)
+        other.join()
+        """)
+    )
+
+
+@needs_fork
 def test_a_fork_while_another_thread_updates_the_state():
     run(
         PRELUDE

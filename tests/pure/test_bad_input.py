@@ -116,6 +116,9 @@ def test_3_no_such_channel_axis(world, operation, axis):
 def test_3_channel_axis_that_is_no_integer(world):
     text = "BatchNormState: channel_axis must be an integer; got 1.5."
     refused(world, TypeError, text, setattr, world.state, "channel_axis", 1.5)
+    text = text.removeprefix("BatchNormState: ")
+    refused(world, TypeError, f"moments: {text}", cubn.moments, world.x, channel_axis=1.5)
+    refused(world, TypeError, f"normalize: {text}", given(world, "normalize", channel_axis=1.5))
 
 
 @pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "object"])
@@ -532,6 +535,23 @@ def test_18_x_that_requires_a_gradient(world, operation):
     refused(world, TypeError, text, each(world)[operation], torch.zeros(3, 4, 2, requires_grad=True))
 
 
+@pytest.mark.parametrize("argument", ["residual", "out"])
+def test_18_an_array_beside_x_that_requires_a_gradient(world, argument):
+    torch = pytest.importorskip("torch")
+    array = torch.zeros(3, 4, 2, requires_grad=True)
+    text = (
+        f"forward: {argument} must not require a gradient; got requires_grad=True (shape=(3, 4, 2), {F32}). "
+        f"Pass {argument}.detach()."
+    )
+    refused(world, TypeError, text, given(world, "forward", **{argument: array}))
+
+
+@pytest.mark.parametrize("argument", ["mask", "residual", "out"])
+def test_1_the_remedy_names_the_argument(world, argument):
+    text = f"forward: {argument} must be an array with __dlpack__; got a list. Pass numpy.asarray({argument})."
+    refused(world, TypeError, text, given(world, "forward", **{argument: [0.0]}))
+
+
 def test_19_tracers(world):
     jax = pytest.importorskip("jax")
     text = (
@@ -742,6 +762,12 @@ def test_backward_of_a_changed_tensor(world, how):
             lambda w: cubn.update(w.state, w.x),
             "update: moments must be Moments; got ndarray. Use cubn.moments(x) to take them.",
         ),
+        (lambda w: cubn.fold(w.x), "fold: state must be a BatchNormState; got ndarray."),
+        (lambda w: cubn.fold_into(w.x[0], None, w.x), "fold_into: state must be a BatchNormState; got ndarray."),
+        (
+            lambda w: cubn.fold_into(w.x[0], None, w.state, groups=1.5),
+            "fold_into: groups must be an integer; got 1.5.",
+        ),
         (lambda w: w.moments.merge(w.x), "merge: other must be Moments; got ndarray."),
         (lambda w: cubn.moments(w.x, start=1.5), "moments: start must be an integer; got 1.5."),
         (lambda w: cubn.BatchNormState(2.5), "BatchNormState: num_features must be an integer; got 2.5."),
@@ -750,7 +776,19 @@ def test_backward_of_a_changed_tensor(world, how):
             "BatchNormState: dtype must be 'float32' or 'float64'; got 'float16'.",
         ),
     ],
-    ids=["state", "saved", "normalize", "update", "merge", "start", "num_features", "dtype"],
+    ids=[
+        "state",
+        "saved",
+        "normalize",
+        "update",
+        "fold",
+        "fold_into",
+        "groups",
+        "merge",
+        "start",
+        "num_features",
+        "dtype",
+    ],
 )
 def test_arguments_of_another_kind(world, call, text):
     refused(world, TypeError, text, call, world)

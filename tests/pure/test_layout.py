@@ -26,11 +26,6 @@ def test_a_channel_axis_that_is_not_there(axis):
         _layout.channel_position(4, axis, "forward")
 
 
-def test_a_channel_axis_is_a_whole_number():
-    with pytest.raises(TypeError):
-        _layout.channel_position(4, 1.0, "forward")
-
-
 @pytest.mark.parametrize(
     ("shape", "axis", "extents"),
     [

@@ -1,9 +1,11 @@
 """What pyproject.toml promises: NumPy alone to import, extras for the rest, the kernels' folder in the wheel."""
 
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,40 @@ def test_version_is_of_the_first_distribution_there_is():
 def test_info_says_whether_kernels_can_be_cached(folder, expected, monkeypatch, tmp_path):
     monkeypatch.setenv("CUBN_CACHE_DIR", folder.format(tmp=tmp_path, file=__file__))
     assert expected in info()
+
+
+def test_info_survives_a_cache_folder_that_cannot_be_looked_at(monkeypatch, tmp_path):
+    folder = tmp_path / ("x" * 300)  # longer than a name may be
+    monkeypatch.setenv("CUBN_CACHE_DIR", str(folder))
+    assert str(folder) in info()
+
+
+@pytest.mark.parametrize("absent", ["numba", "llvmlite"])
+def test_a_first_use_without_numba_says_what_to_install(absent):
+    code = f"""
+import os, sys
+os.environ["CUBN_CACHE_DIR"] = ""
+sys.modules["{absent}"] = None
+import cubn, numpy
+try:
+    cubn.moments(numpy.ones((2, 3)))
+except ImportError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.startswith("cubn: the CPU backend needs numba, which cannot be imported (")
+    assert absent in run.stdout
+    assert run.stdout.endswith("). Install it with: pip install 'cubn[cpu]'\n")
+
+
+def test_a_numba_that_left_llvmlite_behind_is_missed(monkeypatch):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.delitem(sys.modules, "cubn.backends.cpu.compile", raising=False)
+    with pytest.raises(ImportError, match=re.escape("pip install 'cubn[cpu]'")):
+        runpy.run_module("cubn.backends.cpu.compile")
 
 
 def test_info_runs_with_numpy_alone_and_says_what_to_install():

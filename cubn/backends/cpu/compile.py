@@ -22,16 +22,29 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+
+def _without_numba(error: ImportError) -> ImportError:
+    """What to say where numba, or llvmlite below it, is not installed or does not suit the other packages."""
+    return ImportError(
+        f"cubn: the CPU backend needs numba, which cannot be imported ({error}). "
+        "Install it with: pip install 'cubn[cpu]'"
+    )
+
+
 try:
     import llvmlite.binding as llvm
+
+    _VERSIONS = [sys.version, *(f"{name} {metadata.version(name)}" for name in ("numba", "llvmlite"))]
 except ImportError as error:
-    raise ImportError(
-        "cubn: the CPU backend needs numba, which is not installed. Install it with: pip install 'cubn[cpu]'"
-    ) from error
+    raise _without_numba(error) from error
 
 logger = logging.getLogger("cubn")
 _SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
 _compiling = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child has no thread that would finish what another had begun to compile
+    os.register_at_fork(
+        before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release
+    )
 _engines: list[llvm.ExecutionEngine] = []  # what they loaded lives as long as they do
 
 
@@ -77,9 +90,8 @@ def _fingerprint() -> str:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    versions = [sys.version, *(f"{name} {metadata.version(name)}" for name in ("numba", "llvmlite"))]
     machine = [llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
-    digest.update("\n".join(versions + machine).encode())
+    digest.update("\n".join(_VERSIONS + machine).encode())
     return digest.hexdigest()[:20]
 
 
@@ -89,20 +101,18 @@ def compiled(name: str, build: Callable[[], Callable[[int, int], None]]) -> Kern
         code = _cached(name)
         if code is None:
             with _announced(name):
-                code = _object_code(build())
+                code = _object_code(build)
             _keep(name, code)
         return _load(code)
 
 
-def _object_code(function: Callable[[int, int], None]) -> bytes:
+def _object_code(build: Callable[[], Callable[[int, int], None]]) -> bytes:
     try:
         import numba
     except ImportError as error:
-        raise ImportError(
-            "cubn: the CPU backend needs numba, which is not installed. Install it with: pip install 'cubn[cpu]'"
-        ) from error
+        raise _without_numba(error) from error
     signature = numba.types.void(numba.types.intp, numba.types.intp)
-    entry = numba.cfunc(signature, nogil=True, error_model="numpy")(function)
+    entry = numba.cfunc(signature, nogil=True, error_model="numpy")(build())
     module = llvm.parse_assembly(entry.inspect_llvm())
     module.get_function(entry.native_name).name = "kernel"
     return bytes(_machine().emit_object(module))
