@@ -73,7 +73,7 @@ def backward(dy: Any, saved: Saved, *, parameter_gradients: str = "local", out: 
     Notes
     -----
     The same bits for every layout, number of threads and array library; dgamma and dbeta are rounded once.
-    x and dy twice from memory at most, and writes dx (and dresidual) once.
+    Reads x and dy twice from memory at most, and writes dx (and dresidual) once.
 
     References
     ----------

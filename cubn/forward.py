@@ -74,6 +74,10 @@ class Saved:
         "version",
     )
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        remedy = "It has addresses of x's memory: keep x and the state, and call the forward again."
+        raise TypeError(message("Saved", "saved", "stay in this process and is not copied", "copy or pickle", remedy))
+
     def __init__(
         self,
         given: Given,
@@ -220,7 +224,7 @@ def forward_train(
         without waiting until all ranks have agreed. Ranks that turn out not to agree still raise, but cannot use this
         `comm` any more.
     update : bool
-        Whether they are.
+        Whether the state's running statistics are updated.
     out : array like x, optional
         Where y goes: exactly x (then there can be no backward), exactly residual, or memory of its own.
 

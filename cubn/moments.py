@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 from cubn import _arguments, _nodes
 from cubn.backends import Backend, Nodes, Statistics
 from cubn.errors import message
+from cubn.state import BatchNormState
 from cubn.sync import collective
 from cubn.sync.collective import Shared, Terms
-
-if TYPE_CHECKING:
-    from cubn.state import BatchNormState
 
 Float64 = NDArray[np.float64]
 
@@ -50,6 +48,8 @@ class Moments:
         self.stop = stop
         self._nodes = nodes
         self._root: tuple[Any, Float64, Float64] = _nodes.root(nodes)
+        for values in self._root[1:]:
+            values.flags.writeable = False
 
     @property
     def num_features(self) -> int:
@@ -237,6 +237,8 @@ def update(state: BatchNormState, moments: Moments) -> None:
     -----
     Computed in float64 and rounded once. Updates of one state from several threads take turns.
     """
+    if not isinstance(state, BatchNormState):
+        raise TypeError(message("update", "state", "be a BatchNormState", type(state).__name__))
     if not isinstance(moments, Moments):
         remedy = "Use cubn.moments(x) to take them."
         raise TypeError(message("update", "moments", "be Moments", type(moments).__name__, remedy))

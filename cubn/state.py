@@ -104,7 +104,6 @@ class BatchNormState:
     A variance in 16 bits stalls at small momenta, so running statistics are float32 or float64, always.
     """
 
-    num_features: int
     tracked: BackendArray | None
     skipped: BackendArray | None
     _arrays: dict[str, Any]
@@ -232,6 +231,11 @@ class BatchNormState:
         return copy.copy(self)
 
     @property
+    def num_features(self) -> int:
+        """Channels, C."""
+        return self._num_features
+
+    @property
     def eps(self) -> float:
         """Added to the variance."""
         return self._eps
@@ -331,12 +335,13 @@ class BatchNormState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._begin(state["num_features"], state["eps"], state["momentum"], state["channel_axis"])
         self._assign(**state["arrays"])
-        self._place_counters(self._counters_device, state)
+        if self.tracked is not None:
+            self._place_counters(self._counters_device, state)
 
     def _begin(self, num_features: int, eps: float, momentum: float | None, channel_axis: int) -> None:
         """Options, and no arrays yet."""
-        self.num_features = whole(num_features, _NAME, "num_features")
-        if self.num_features < 1:
+        self._num_features = whole(num_features, _NAME, "num_features")
+        if self._num_features < 1:
             raise ValueError(message(_NAME, "num_features", "be 1 or more", num_features))
         self.eps = eps
         self.momentum = momentum
@@ -371,9 +376,14 @@ class BatchNormState:
     def _place_counters(self, device: tuple[int, int], values: Mapping[str, Int64 | None]) -> None:
         """Counters of these values where the running statistics are."""
         place = None if device[0] == CPU else backend(device)
+        counters = {}
         for name in ("tracked", "skipped"):
-            value = None if values[name] is None else np.array(values[name], np.int64)
-            setattr(self, name, place.from_host(value) if place and value is not None else value)
+            value = np.array(values[name], np.int64)
+            if value.shape != (self.num_features,):
+                rule = f"have shape ({self.num_features},), one count per channel"
+                raise ValueError(message(_NAME, name, rule, value, shape=value.shape))
+            counters[name] = place.from_host(value) if place else value
+        self.tracked, self.skipped = counters["tracked"], counters["skipped"]
         self._counters_device = device
 
     def _current(self, function: str) -> Held:
@@ -431,7 +441,7 @@ def _described(array: Any, name: str, function: str = _NAME) -> Array:
 
 
 def hold(described: dict[str, Array], function: str) -> Held:
-    """Per-channel arrays, all on one device."""
+    """Per-channel arrays, all on one device, the running statistics of one dtype."""
     device = None
     for name, array in described.items():
         if device is None:
@@ -439,6 +449,10 @@ def hold(described: dict[str, Array], function: str) -> Held:
         elif array.device != device:
             rule = f"be on the device of {first}, {device_name(device)}"
             raise ValueError(refusal(function, name, rule, array, "Move one of them to the other's device."))
+    mean, var = (described.get(name) for name in STATISTICS)
+    if mean is not None and var is not None and mean.dtype != var.dtype:
+        remedy = "Convert one of them; from_arrays takes both at once."
+        raise TypeError(refusal(function, "running_var", f"have running_mean's dtype {mean.dtype}", var, remedy))
     vectors = [vector(described[name]) if name in described else None for name in ARRAYS]
     fixed = all(array.library.fixed for array in described.values())
     regions = tuple(region(name, array) for name, array in described.items())

@@ -1,6 +1,7 @@
 """What cannot be computed is refused, with a message that says what to do, and with nothing changed."""
 
 import copy
+import pickle
 import sys
 from types import SimpleNamespace
 
@@ -713,6 +714,45 @@ def test_no_running_statistics_to_update(world):
     refused(world, ValueError, text, cubn.update, cubn.BatchNormState(4, track=False), world.moments)
 
 
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_running_statistics_of_two_dtypes(world, name):
+    dtypes = {"running_mean": "float32", "running_var": "float32"} | {name: "float64"}
+    text = (
+        f"BatchNormState: running_var must have running_mean's dtype {dtypes['running_mean']}; got a numpy array "
+        f"(shape=(4,), dtype={dtypes['running_var']}, device=cpu). Convert one of them; from_arrays takes both at once."
+    )
+    refused(world, TypeError, text, setattr, world.state, name, np.ones(4))
+    arrays = {name: np.ones(4, dtype) for name, dtype in dtypes.items()}
+    refused(world, TypeError, text, lambda: cubn.BatchNormState.from_arrays(**arrays))
+
+
+@pytest.mark.parametrize("operation", WITH_STATE)
+def test_running_statistics_of_which_a_framework_converted_one(world, operation):
+    torch = pytest.importorskip("torch")
+    state = cubn.BatchNormState(4, like=torch.zeros(1))
+    state.running_var.data = state.running_var.data.double()
+    with pytest.raises(TypeError, match=f"^{operation}: running_var must have running_mean's dtype float32"):
+        getattr(cubn, operation)(world.x, state)
+
+
+def test_the_number_of_channels_of_a_state_stays(world):
+    with pytest.raises(AttributeError):
+        world.state.num_features = 5
+
+
+@pytest.mark.parametrize("name", ["tracked", "skipped"])
+def test_counters_of_other_channels(world, name):
+    text = f"BatchNormState: {name} must have shape (4,), one count per channel; got [1 2 3] (shape=(3,))."
+    written = world.state.to_dict() | {name: np.array([1, 2, 3])}
+    refused(world, ValueError, text, cubn.BatchNormState.from_dict, written)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_saved_is_not_copied(world, copied):
+    with pytest.raises(TypeError, match=r"^Saved: saved must stay in this process and is not copied"):
+        copied(world.saved)
+
+
 OVERWRITTEN = "Give the forward an `out` of its own, and change x only after the last backward."
 
 
@@ -762,6 +802,7 @@ def test_backward_of_a_changed_tensor(world, how):
             lambda w: cubn.update(w.state, w.x),
             "update: moments must be Moments; got ndarray. Use cubn.moments(x) to take them.",
         ),
+        (lambda w: cubn.update(w.x, w.moments), "update: state must be a BatchNormState; got ndarray."),
         (lambda w: cubn.fold(w.x), "fold: state must be a BatchNormState; got ndarray."),
         (lambda w: cubn.fold_into(w.x[0], None, w.x), "fold_into: state must be a BatchNormState; got ndarray."),
         (
@@ -781,6 +822,7 @@ def test_backward_of_a_changed_tensor(world, how):
         "saved",
         "normalize",
         "update",
+        "updated",
         "fold",
         "fold_into",
         "groups",

@@ -86,3 +86,10 @@ def test_float64_and_float32_merge():
 
 def test_repr():
     assert repr(cubn.moments(X, start=2)) == "Moments(samples=[2, 13), num_features=3, count=55)"
+
+
+def test_moments_cannot_be_written():
+    moments = cubn.moments(np.ones((3, 4)))
+    for values in (moments.mean, moments.m2):
+        with pytest.raises(ValueError, match="read-only"):
+            values[0] = 1

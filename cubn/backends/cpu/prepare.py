@@ -26,6 +26,7 @@ from cubn.backends.cpu.launch import FIELDS, OPERANDS, PLACE, VECTORS
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "bool": 1}
 CODES = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}  # as in channels.py
 ALIGNMENT = 128  # bytes: a cache line, and its neighbour that is fetched along
+SHORT_TABLE = 1 << 16  # positions: half a megabyte
 
 Kernels = tuple[tuple[Kernel, int], ...]
 Argument = tuple[Any, ...]
@@ -99,15 +100,23 @@ def double_bits(number: float) -> int:
     return int(struct.unpack("q", struct.pack("d", number))[0])
 
 
-@functools.lru_cache(64)
 def position_table(
     dtype: str, sample_stride: int, channel_stride: int, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> NDArray[np.int64]:
-    """Where each position of an operand of any strides is, in bytes."""
+    """Where each position of an operand of any strides is, in bytes; of long tables few are kept."""
+    table = _short_table if math.prod(shape) <= SHORT_TABLE else _long_table
+    return table(shape, strides, ITEMSIZE[dtype])
+
+
+def _table_of_positions(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> NDArray[np.int64]:
     offsets = np.zeros((), np.int64)
     for extent, stride in zip(shape, strides, strict=True):
-        offsets = np.add.outer(offsets, np.arange(extent, dtype=np.int64) * (stride * ITEMSIZE[dtype]))
+        offsets = np.add.outer(offsets, np.arange(extent, dtype=np.int64) * (stride * size))
     return offsets.reshape(-1)
+
+
+_short_table = functools.lru_cache(64)(_table_of_positions)
+_long_table = functools.lru_cache(len(OPERANDS))(_table_of_positions)
 
 
 def kind(extents: Extents, **arguments: Argument | None) -> str:
