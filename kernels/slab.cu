@@ -57,9 +57,10 @@ struct Walk {
 
 __device__ __forceinline__ Slab slab_of(const Parameters& p, int rank, unsigned char* shared) {
     Slab b;
-    b.span = {static_cast<int>(p.span), static_cast<int>(p.group), blockIdx.x / CLUSTER * p.group, rank, rank * p.span};
+    const long long group = GROUPED ? p.group : 1; // known where it is one: registers are scarce
+    b.span = {static_cast<int>(p.span), static_cast<int>(group), blockIdx.x / CLUSTER * group, rank, rank * p.span};
     const long long channels = p.channels - b.span.first_channel;
-    b.channels = static_cast<int>(channels < p.group ? channels : p.group);
+    b.channels = static_cast<int>(GROUPED && channels < group ? channels : group);
     b.sample = b.span.base >> p.log2_tiles;
     b.position = (b.span.base & ((1LL << p.log2_tiles) - 1)) * TILE;
     const long long slots = p.span >> p.log2_tiles ? p.span >> p.log2_tiles : 1, room = p.span * TILE;

@@ -52,7 +52,7 @@ LOOPS = (
     Loop("input gradient, nchw", "apply_rows", GRADIENT | DENSE, 4, OCTET),
     Loop("normalise + ReLU, nhwc", "apply_channels", NORMALIZE, 2, OCTET),
     Loop("input gradient, nhwc", "apply_channels", GRADIENT, 3, OCTET),
-    Loop("training step on chip, reduce", "slab", LARGE | NORMALIZE, 8, TILE),
+    Loop("training step on chip, copy and reduce", "slab", LARGE | NORMALIZE, 15, TILE),  # 7 of the 8 copies
     Loop("training step on chip, normalise", "slab", LARGE | NORMALIZE, 2, OCTET),
     Loop("gradient on chip, add up", "slab", LARGE | GRADIENT, 8, TILE // 2),  # four rows at a time; then the merges
     Loop("gradient on chip, apply", "slab", LARGE | GRADIENT, 3, OCTET),
