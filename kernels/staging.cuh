@@ -36,7 +36,6 @@ template <class T> __device__ __forceinline__ void begin_copies(T* to, const T* 
     int head = past ? ITEMS - past : 0;
     head = head < length ? head : length;
     const int vectors = (length - head) / ITEMS, tail = head + vectors * ITEMS;
-#pragma unroll 4
     for (int i = lane; i < vectors; i += 32)
         begin_copy(reinterpret_cast<uint4*>(to + head) + i, reinterpret_cast<const uint4*>(from + head) + i);
     const int rest = lane < head ? lane : tail + lane - head; // fewer than 32 elements in all
