@@ -7,7 +7,7 @@
 //
 // Shared memory: `slot` bytes of x for each sample of the block, as many of dy, nodes, roots of the cluster's blocks,
 // coefficients. -DELEMENT=<type> -DTHREADS=<256|512> -DCLUSTER=<1|2|4|8> -DGROUPED=<0|1> (more than one channel)
-// -DTILE_LANES=<1..32> -DTILE_ROWS=<1|8>, and what elementwise.cuh asks for.
+// -DTILE_LANES=<1..32> (1: a thread has all of a tile) -DTILE_ROWS=<1|8>, and what elementwise.cuh asks for.
 #include "cluster.cuh"
 #include "elementwise.cuh"
 #include "span.cuh"
@@ -23,8 +23,8 @@ using Kind = Sums;
 constexpr int STAGED = 2;
 #endif
 
-constexpr bool CROSSES_ONCE = TILE_LANES > 1; // an octet, from one channel to the next: these have more positions
-
+constexpr bool BY_ROWS = TILE_LANES == 1;  // threads reduce rows of positions, whichever warp has copied them
+constexpr int KEPT = GROUPED ? OCTET : 1; // coefficients that a thread keeps: of its octet's elements, or of the channel
 constexpr int WARPS = THREADS / 32;
 constexpr int AHEAD = 4; // pieces of a warp whose copies are under way
 constexpr int BATCH = OPERATION == NORMALIZE && RESIDUAL ? 8 / sizeof(ELEMENT) : 1; // octets of residual under way
@@ -57,9 +57,10 @@ struct Walk {
 
 __device__ __forceinline__ Slab slab_of(const Parameters& p, int rank, unsigned char* shared) {
     Slab b;
-    b.span = {static_cast<int>(p.span), static_cast<int>(p.group), blockIdx.x / CLUSTER * p.group, rank, rank * p.span};
+    const long long group = GROUPED ? p.group : 1; // known where it is one: registers are scarce
+    b.span = {static_cast<int>(p.span), static_cast<int>(group), blockIdx.x / CLUSTER * group, rank, rank * p.span};
     const long long channels = p.channels - b.span.first_channel;
-    b.channels = static_cast<int>(channels < p.group ? channels : p.group);
+    b.channels = static_cast<int>(GROUPED && channels < group ? channels : group);
     b.sample = b.span.base >> p.log2_tiles;
     b.position = (b.span.base & ((1LL << p.log2_tiles) - 1)) * TILE;
     const long long slots = p.span >> p.log2_tiles ? p.span >> p.log2_tiles : 1, room = p.span * TILE;
@@ -126,7 +127,8 @@ __device__ __forceinline__ void begin_piece(const Parameters& p, const Slab& b, 
 __device__ __forceinline__ Contiguous<ELEMENT> reader_of(
     Moments, const Parameters& p, const Run& run, int first, const Coefficients<Acc>&
 ) {
-    return {run.x + first, is_vector(run.x + first), has_fours(run.x + first, p.positions)};
+    const ELEMENT* x = run.x + first;
+    return {x, GROUPED ? p.x.vectors != 0 : is_vector(x), has_fours(x, p.positions)};
 }
 
 __device__ __forceinline__ ContiguousPair<ELEMENT, GATE> reader_of(
@@ -135,7 +137,8 @@ __device__ __forceinline__ ContiguousPair<ELEMENT, GATE> reader_of(
     const ELEMENT *x = run.x + first, *dy = run.g + first;
     const unsigned char* bits = reinterpret_cast<const unsigned char*>(p.bits);
     const bool fours = has_fours(x, p.positions) && has_fours(dy, p.positions);
-    return {x, dy, is_vector(x) && is_vector(dy), fours, bits, run.bit + first, c};
+    const bool vectors = GROUPED ? p.x.vectors != 0 && p.g.vectors != 0 : is_vector(x) && is_vector(dy);
+    return {x, dy, vectors, fours, bits, run.bit + first, c};
 }
 
 // The nodes of a piece of sample i: of one tile, or of one for each channel of a group.
@@ -154,6 +157,17 @@ __device__ __forceinline__ void reduce_piece(
         const Node<double> node =
             reduce_tile<Kind, TILE_LANES, TILE_ROWS, Acc>(reader, positions, p.last);
         if (there && threadIdx.x % TILE_LANES == 0) of_piece[g * b.span.tiles] = node;
+    }
+}
+
+// The nodes of all rows of a block, of positions of one tile.
+__device__ __forceinline__ void reduce_rows(
+    const Parameters& p, const Slab& b, const Coefficients<Acc>* coefficients, Node<double>* nodes
+) {
+    const int positions = static_cast<int>(p.positions);
+    for (Walk at(threadIdx.x, THREADS, b.channels); at.i < b.samples; at.step()) {
+        const auto reader = reader_of(Kind{}, p, run_of(p, b, at.i), at.j * positions, coefficients[at.j]);
+        nodes[at.j * b.span.tiles + at.i] = reduce_tile<Kind, TILE_LANES, TILE_ROWS, Acc>(reader, positions, p.last);
     }
 }
 
@@ -193,7 +207,7 @@ __device__ __forceinline__ bool is_whole(const Slab& b, int first) { return firs
 
 // Which channel of a group an element of a run belongs to; inverse is 2^32 over positions, rounded up.
 __device__ __forceinline__ int channel_of(int i, unsigned inverse) {
-    return GROUPED ? static_cast<int>(static_cast<unsigned long long>(i) * inverse >> 32) : 0;
+    return GROUPED ? static_cast<int>(high_half(static_cast<unsigned>(i), inverse)) : 0;
 }
 
 __device__ __forceinline__ void store_bits(const Parameters& p, const Run& run, int first, unsigned passed) {
@@ -201,29 +215,19 @@ __device__ __forceinline__ void store_bits(const Parameters& p, const Run& run, 
         reinterpret_cast<unsigned char*>(p.bits)[(run.bit + first) / 8] = static_cast<unsigned char>(passed);
 }
 
-// Elements [first, first + 8) of a run, all of them there; `g` is their residual or dy. Without groups their
-// coefficients are `c`.
+// Elements [first, first + 8) of a run, all of them there; `g` is their residual or dy, `c` their coefficients.
 __device__ __forceinline__ void apply_whole(
-    const Parameters& p, const Slab& b, const Run& run, int first, const Octet<ELEMENT>& g,
-    const Coefficients<Acc>* coefficients, Coefficients<Acc> c, unsigned inverse
+    const Parameters& p, const Run& run, int first, const Octet<ELEMENT>& g, const Coefficients<Acc> (&c)[KEPT]
 ) {
     Octets<ELEMENT> v;
     if (READS_X) to_numbers(load_octet(run.x + first, is_vector(run.x + first)), v.x);
     if (READS_G) to_numbers(g, v.g);
     v.passed = READS_BITS ? load_bits(reinterpret_cast<const unsigned char*>(p.bits), run.bit + first, OCTET) : 0;
-    int channel = channel_of(first, inverse), left = static_cast<int>(p.positions) * (channel + 1) - first;
-    Coefficients<Acc> then;
-    if (GROUPED) c = coefficients[channel];
-    if (GROUPED && CROSSES_ONCE) then = coefficients[channel + 1 < b.channels ? channel + 1 : channel];
 #pragma unroll
     for (int j = 0; j < OCTET; ++j) {
         Element<Acc> element = v.at(j);
-        compute<ELEMENT>(element, GROUPED && CROSSES_ONCE ? either(j < left, c, then) : c);
+        compute<ELEMENT>(element, c[j % KEPT]);
         v.put(j, element);
-        if (GROUPED && !CROSSES_ONCE && j + 1 == left && first + left < b.run) {
-            left += static_cast<int>(p.positions);
-            c = coefficients[++channel];
-        }
     }
     store_octet(run.y + first, rounded<ELEMENT>(v.y), is_vector(run.y + first));
     if (WRITES_R) store_octet(run.r + first, rounded<ELEMENT>(v.r), is_vector(run.r + first));
@@ -255,6 +259,48 @@ __device__ __forceinline__ int skew_of(const ELEMENT* y) {
     return WRITES_BITS ? 0 : bytes_past_vector(y) / static_cast<int>(sizeof(ELEMENT));
 }
 
+// y, or dx and dresidual. A thread stays at an octet of a sample and goes from sample to sample.
+__device__ __forceinline__ void apply(const Parameters& p, const Slab& b, const Coefficients<Acc>* coefficients) {
+    const unsigned inverse = 0xffffffffu / static_cast<unsigned>(p.positions) + 1;
+    const bool alike = p.y.sample * static_cast<long long>(sizeof(ELEMENT)) % VECTOR_BYTES == 0;
+    const int skew = alike ? skew_of(b.y_first) : VECTOR_BYTES / sizeof(ELEMENT) - 1;
+    const int octets = b.run ? (b.run + skew + OCTET - 1) / OCTET : 1; // of a sample, as many as any needs
+    const int rounds = (octets + THREADS - 1) / THREADS, across = (octets + rounds - 1) / rounds;
+    const int at_once = THREADS / across, sample = threadIdx.x / across;
+    for (int octet = threadIdx.x % across; sample < at_once && octet < octets; octet += across) {
+        const auto first_of = [&](const Run& run) { return octet * OCTET - skew_of(run.y); };
+        Coefficients<Acc> c[KEPT] = {coefficients[0]};
+        int kept = b.run; // the first of the elements whose coefficients these are
+#pragma unroll 1
+        for (int i = sample; i < b.samples; i += BATCH * at_once) {
+            Octet<ELEMENT> g[BATCH];
+#pragma unroll
+            for (int k = 0; k < BATCH; ++k) {
+                if (!READS_G || i + k * at_once >= b.samples) continue;
+                const Run run = run_of(p, b, i + k * at_once);
+                const int first = first_of(run);
+                if (is_whole(b, first)) g[k] = load_octet(run.g + first, is_vector(run.g + first));
+            }
+#pragma unroll
+            for (int k = 0; k < BATCH; ++k) {
+                if (i + k * at_once >= b.samples) continue;
+                const Run run = run_of(p, b, i + k * at_once);
+                const int first = first_of(run);
+                if (!is_whole(b, first)) {
+                    if (first < b.run) apply_part(p, b, run, first, coefficients, inverse);
+                    continue;
+                }
+                if (GROUPED && first != kept) {
+#pragma unroll
+                    for (int j = 0; j < KEPT; ++j) c[j] = coefficients[channel_of(first + j, inverse)];
+                    kept = first;
+                }
+                apply_whole(p, run, first, g[k], c);
+            }
+        }
+    }
+}
+
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
     const int rank = CLUSTER > 1 ? static_cast<int>(blockIdx.x % CLUSTER) : 0, warp = threadIdx.x / 32;
@@ -265,7 +311,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(con
     Coefficients<Acc>* coefficients = reinterpret_cast<Coefficients<Acc>*>(roots + apart * p.group);
 
     Walk ahead(warp, WARPS, b.pieces), here = ahead;
-    for (int k = 0; k < AHEAD; ++k, ahead.step()) begin_piece(p, b, ahead.i, ahead.j);
+    for (int k = 0; BY_ROWS ? ahead.i < b.samples : k < AHEAD; ++k, ahead.step()) begin_piece(p, b, ahead.i, ahead.j);
     if (Kind::NEEDS_COEFFICIENTS) {
         for (int g = threadIdx.x; g < b.channels; g += THREADS) {
             const long long c = b.span.first_channel + g;
@@ -273,8 +319,13 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(con
         }
         __syncthreads();
     }
+    if (BY_ROWS) {
+        wait_for_groups<0>();
+        __syncthreads();
+        reduce_rows(p, b, coefficients, nodes);
+    }
 #pragma unroll 1
-    for (; here.i < b.samples; here.step(), ahead.step()) {
+    for (; !BY_ROWS && here.i < b.samples; here.step(), ahead.step()) {
         begin_piece(p, b, ahead.i, ahead.j);
         wait_for_groups<AHEAD>();
         __syncwarp();
@@ -286,31 +337,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(con
         finish_channel(p, b.span.first_channel + g, roots[g * apart], rank == 0, coefficients[g]);
     __syncthreads();
 
-    const Coefficients<Acc> c = coefficients[0];
-    const unsigned inverse = 0xffffffffu / static_cast<unsigned>(p.positions) + 1;
-    const bool alike = p.y.sample * static_cast<long long>(sizeof(ELEMENT)) % VECTOR_BYTES == 0;
-    const int skew = alike ? skew_of(b.y_first) : VECTOR_BYTES / sizeof(ELEMENT) - 1;
-    const int octets = b.run ? (b.run + skew + OCTET - 1) / OCTET : 1; // of a sample, as many as any needs
-#pragma unroll 1
-    for (Walk at(threadIdx.x, THREADS, octets), next = at; at.i < b.samples;) {
-        const auto first_of = [&](const Run& run, const Walk& w) { return w.j * OCTET - skew_of(run.y); };
-        Octet<ELEMENT> g[BATCH];
-#pragma unroll
-        for (int k = 0; k < BATCH; ++k, next.step()) {
-            if (!READS_G || next.i >= b.samples) continue;
-            const Run run = run_of(p, b, next.i);
-            const int first = first_of(run, next);
-            if (is_whole(b, first)) g[k] = load_octet(run.g + first, is_vector(run.g + first));
-        }
-#pragma unroll
-        for (int k = 0; k < BATCH; ++k, at.step()) {
-            if (at.i >= b.samples) continue;
-            const Run run = run_of(p, b, at.i);
-            const int first = first_of(run, at);
-            if (is_whole(b, first)) apply_whole(p, b, run, first, g[k], coefficients, c, inverse);
-            else if (first < b.run) apply_part(p, b, run, first, coefficients, inverse);
-        }
-    }
+    apply(p, b, coefficients);
 #if CLUSTER > 1
     cluster_sync(); // a block's nodes stay for as long as others read them
 #endif

@@ -47,12 +47,17 @@ template <class Kind>
 __device__ void merge_span(const Parameters& p, const Span& s, Node<double>* nodes, long long apart = 1) {
     for (int size = 1; size < s.tiles; size *= 2) {
         const int pairs = s.tiles / (2 * size);
+        const double half = multiply(from_integer(size * apart * p.positions), 0.5);
         __syncthreads();
         for (int j = threadIdx.x; j < s.group * pairs; j += blockDim.x) {
             const int left = 2 * size * (j % pairs), right = left + size;
+            Node<double>* n = nodes + j / pairs * s.tiles;
+            if (p.log2_tiles == 0 && s.base + (right + size) * apart <= p.samples) { // whole samples, all of them there
+                n[left] = Kind::merge(n[left], n[right], 0.5, half);
+                continue;
+            }
             const auto values = [&](int i) { return values_before(p, s.base + i * apart); };
             const long long before = values(left), middle = values(right), after = values(right + size);
-            Node<double>* n = nodes + j / pairs * s.tiles;
             n[left] = merge_counted<Kind>(n[left], middle - before, n[right], after - middle);
         }
     }

@@ -1,4 +1,5 @@
-// One tile of a sample by WIDTH neighbouring lanes of a warp: a lane owns 8 neighbouring columns of up to 8 rows.
+// One tile of a sample by WIDTH neighbouring lanes of a warp: a lane owns 8 neighbouring columns of up to 8 rows; or, if
+// WIDTH is 1, all of a tile of one row.
 //
 // A reader knows where the tile's values are:
 //     reader.is_aligned()                    whether its octets begin at multiples of 16 bytes
@@ -54,20 +55,28 @@ template <class Acc> __device__ __forceinline__ Node<Acc> shuffle_node(Node<Acc>
     return {__shfl_xor_sync(ALL_LANES, n.first, offset), __shfl_xor_sync(ALL_LANES, n.second, offset)};
 }
 
-// Merge the 8 columns of every lane, then the lanes, by merge(a, b, level, low); every lane ends with the tile's node.
-template <int WIDTH, class Acc, class Merge>
-__device__ __forceinline__ Node<Acc> merge_all(Node<Acc> (&n)[OCTET], const Merge& merge) {
-    const int lane = threadIdx.x % WIDTH, column = OCTET * lane;
+constexpr int OCTET_LEVELS = 3; // of the tree over the 8 columns of an octet
+
+// Merge the 8 columns from `column` on, by merge(a, b, level, low).
+template <class Acc, class Merge>
+__device__ __forceinline__ Node<Acc> merge_octet(Node<Acc> (&n)[OCTET], int column, const Merge& merge) {
 #pragma unroll
-    for (int level = 0; level < 3; ++level) {
+    for (int level = 0; level < OCTET_LEVELS; ++level) {
         const int size = 1 << level;
 #pragma unroll
         for (int j = 0; j < OCTET; j += 2 * size) n[j] = merge(n[j], n[j + size], level, column + j);
     }
-    Node<Acc> node = n[0];
+    return n[0];
+}
+
+// Merge the 8 columns of every lane, then the lanes; every lane ends with the tile's node.
+template <int WIDTH, class Acc, class Merge>
+__device__ __forceinline__ Node<Acc> merge_all(Node<Acc> (&n)[OCTET], const Merge& merge) {
+    const int lane = threadIdx.x % WIDTH, column = OCTET * lane;
+    Node<Acc> node = merge_octet(n, column, merge);
 #pragma unroll
-    for (int level = 3; (OCTET * WIDTH) >> (level + 1); ++level) {
-        const int offset = 1 << (level - 3);
+    for (int level = OCTET_LEVELS; (OCTET * WIDTH) >> (level + 1); ++level) {
+        const int offset = 1 << (level - OCTET_LEVELS);
         const Node<Acc> other = shuffle_node(node, offset);
         const bool right = lane & offset;
         const int low = column & ~(2 * (1 << level) - 1);
@@ -159,10 +168,81 @@ template <class Kind, int WIDTH, int ROW_LIMIT, bool WHOLE> struct Tile {
     }
 };
 
+// A tile of one row by one thread, its octets from left to right.
+template <class Kind> struct Row {
+    static constexpr int TOP = LEVELS - OCTET_LEVELS;
+    const LastTile& last;
+    int length;
+
+    // Add a node of 8 << I columns to those that wait for a right neighbour, one for each bit of `octets`.
+    template <int I, class Acc>
+    static __device__ __forceinline__ void push(Node<Acc> node, int octets, Node<Acc> (&waiting)[TOP + 1]) {
+        if constexpr (I < TOP)
+            if (octets >> I & 1) {
+                node = Kind::merge(waiting[I], node, Acc(0.5), Acc(0.5 * (OCTET << I)));
+                return push<I + 1>(node, octets, waiting);
+            }
+        waiting[I] = node;
+    }
+
+    // read(position, valid, columns)
+    template <class Acc, class Read> __device__ __forceinline__ Node<Acc> merged(const Read& read) const {
+        const auto octet = [&](int position, int valid) {
+            Node<Acc> n[OCTET];
+            read(position, valid, n);
+            return merge_octet(n, 0, [&](Node<Acc> a, Node<Acc> b, int level, int low) {
+                return merge_row<Kind>(a, b, level, valid - low, last);
+            });
+        };
+        Node<Acc> waiting[TOP + 1] = {};
+        int octets = 0;
+#pragma unroll 1
+        for (; octets < length / OCTET; ++octets) push<0>(octet(octets * OCTET, OCTET), octets, waiting);
+        const int rest = length % OCTET;
+        bool any = rest > 0; // right of those that wait: fewer columns than theirs
+        Node<Acc> node = any ? octet(octets * OCTET, rest) : waiting[TOP];
+#pragma unroll
+        for (int i = 0; i < TOP; ++i) {
+            if (!(octets >> i & 1)) continue;
+            const Acc share = Rounded<Acc>::from(last.share[OCTET_LEVELS + i]);
+            const Acc weight = Rounded<Acc>::from(last.weight[OCTET_LEVELS + i]);
+            node = any ? Kind::merge(waiting[i], node, share, weight) : waiting[i];
+            any = true;
+        }
+        return node;
+    }
+
+    template <class Acc, class Reader> __device__ __forceinline__ Node<double> reduce(Moments, const Reader& reader) const {
+        MomentTerms<Acc> terms;
+        reader.template read<false>(0, length > 0, terms);
+        const Acc pivot = terms.v[0];
+        const Node<Acc> node = merged<Acc>([&](int position, int valid, Node<Acc> (&n)[OCTET]) {
+            reader.template read<false>(position, valid, terms);
+#pragma unroll
+            for (int j = 0; j < OCTET; ++j) n[j] = {subtract(terms.v[j], pivot), Acc(0)};
+        });
+        return {add(to_double(pivot), to_double(node.first)), to_double(node.second)};
+    }
+
+    template <class Acc, class Reader> __device__ __forceinline__ Node<double> reduce(Sums, const Reader& reader) const {
+        const Node<Acc> node = merged<Acc>([&](int position, int valid, Node<Acc> (&n)[OCTET]) {
+            SumTerms<Acc> terms;
+            reader.template read<false>(position, valid, terms);
+#pragma unroll
+            for (int j = 0; j < OCTET; ++j) n[j] = terms.v[j];
+        });
+        return {to_double(node.first), to_double(node.second)};
+    }
+};
+
 // The node of a tile of `length` values. ROW_LIMIT is 1 where tiles have at most 256 values, else 8, and WIDTH 32.
 template <class Kind, int WIDTH, int ROW_LIMIT, class Acc, class Reader>
 __device__ __forceinline__ Node<double> reduce_tile(const Reader& reader, int length, const LastTile& last) {
-    if (ROW_LIMIT == ROWS && length == TILE && reader.is_aligned())
-        return Tile<Kind, WIDTH, ROW_LIMIT, true>(TILE, last).template reduce<Acc>(Kind{}, reader);
-    return Tile<Kind, WIDTH, ROW_LIMIT, false>(length, last).template reduce<Acc>(Kind{}, reader);
+    if constexpr (WIDTH == 1) {
+        return Row<Kind>{last, length}.template reduce<Acc>(Kind{}, reader);
+    } else {
+        if (ROW_LIMIT == ROWS && length == TILE && reader.is_aligned())
+            return Tile<Kind, WIDTH, ROW_LIMIT, true>(TILE, last).template reduce<Acc>(Kind{}, reader);
+        return Tile<Kind, WIDTH, ROW_LIMIT, false>(length, last).template reduce<Acc>(Kind{}, reader);
+    }
 }

@@ -18,6 +18,7 @@ UNTOUCHED = 0xA5
 LAYOUTS = {
     "nchw": lambda N, C, S: (C * S, S, (S, 1)),
     "nchw, channels apart": lambda N, C, S: (C * (S + 8), S + 8, (S, 1)),
+    "nchw, whole vectors apart": lambda N, C, S: (C * (S + -S % 8), S + -S % 8, (S, 1)),
     "nchw, samples apart": lambda N, C, S: ((C + 8) * S, S, (S, 1)),
     "nhwc": lambda N, C, S: (C * S, 1, (S, C)),
     "nhwc, positions apart": lambda N, C, S: (2 * C * S, 1, (S, 2 * C)),

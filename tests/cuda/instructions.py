@@ -2,8 +2,8 @@
 
 python -m tests.cuda.instructions [ARCHITECTURE]       90 unless told; needs nvidia-cuda-nvrtc and nvidia-cuda-nvdisasm
 
-Counted is the way through a loop with most accesses of 16 bytes and, of these, fewest instructions: whole tiles and
-octets, aligned. An element that is not there, in a warp's last lanes, costs as much as one that is.
+Counted is the way through a loop with most accesses of a kind and, of these, fewest instructions: whole tiles and
+octets. An element that is not there, in a warp's last lanes, costs as much as one that is.
 """
 
 import importlib.util
@@ -21,50 +21,59 @@ from tests.cuda import nvrtc
 
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
-_WIDE = re.compile(r"^(?:LD[GS]|LDGSTS|ST[GS])\S*\.128")
+
+WIDE = r"(LD[GS]|LDGSTS|ST[GS])\S*\.128"
+READ = r"LDS\S*\.128"  # from shared memory
+READ_ONE = r"LDS\.U16"
+WRITE = r"STG\S*\.128"
 
 NORMALIZE = {"OPERATION": "NORMALIZE", "RESIDUAL": 0, "RELU": 1, "KEEP_BITS": 0}
 GRADIENT = {"OPERATION": "GRADIENT", "RESIDUAL": 0, "GATE": "GATE_NONE", "FROZEN": 0}
 DENSE = {"CROSSING": 0, "INDEX": "unsigned"}
 ODD = {"CROSSING": 2, "INDEX": "unsigned"}
 LARGE = {"THREADS": 256, "CLUSTER": 1, "GROUPED": 0, "TILE_LANES": 32, "TILE_ROWS": 8}
-SMALL = {"THREADS": 256, "CLUSTER": 1, "GROUPED": 1, "TILE_LANES": 8, "TILE_ROWS": 1}
+SMALL = {"THREADS": 256, "CLUSTER": 1, "GROUPED": 1, "TILE_LANES": 1, "TILE_ROWS": 1}
 
 OCTET, TILE = 8, 64
 """Elements of a lane on one way through a loop."""
-LEAST = 5
-"""Instructions for each element, below which a loop does something else."""
+ROW = 49
+"""Of a thread that has a row: all are read one by one, and its loop over octets goes round six times."""
+LEAST = 40
+"""Instructions, below which a loop does something else."""
 
 
 class Loop(NamedTuple):
-    """What to look for: the loop whose hottest way has so many 16-byte accesses, and the elements of a lane on it."""
+    """Those with so many accesses of a kind, and how often each goes round, for how many elements."""
 
     what: str
     kernel: str
     options: dict[str, object]
-    wide: int
+    access: str
+    rounds: dict[int, int]
     elements: int
 
 
 LOOPS = (
-    Loop("normalise + ReLU, nchw", "apply_rows", NORMALIZE | DENSE, 3, OCTET),
-    Loop("normalise + ReLU, nchw, odd rows", "apply_rows", NORMALIZE | ODD, 4, OCTET),
-    Loop("input gradient, nchw", "apply_rows", GRADIENT | DENSE, 4, OCTET),
-    Loop("normalise + ReLU, nhwc", "apply_channels", NORMALIZE, 2, OCTET),
-    Loop("input gradient, nhwc", "apply_channels", GRADIENT, 3, OCTET),
-    Loop("training step on chip, reduce", "slab", LARGE | NORMALIZE, 8, TILE),
-    Loop("training step on chip, normalise", "slab", LARGE | NORMALIZE, 2, OCTET),
-    Loop("gradient on chip, add up", "slab", LARGE | GRADIENT, 8, TILE // 2),  # four rows at a time; then the merges
-    Loop("gradient on chip, apply", "slab", LARGE | GRADIENT, 3, OCTET),
-    Loop("training step on chip, 7 x 7, reduce", "slab", SMALL | NORMALIZE, 1, OCTET),
-    Loop("training step on chip, 7 x 7, normalise", "slab", SMALL | NORMALIZE, 4, OCTET),
+    Loop("normalise + ReLU, nchw", "apply_rows", NORMALIZE | DENSE, WIDE, {3: 1}, OCTET),
+    Loop("normalise + ReLU, nchw, odd rows", "apply_rows", NORMALIZE | ODD, WIDE, {4: 1}, OCTET),
+    Loop("input gradient, nchw", "apply_rows", GRADIENT | DENSE, WIDE, {4: 1}, OCTET),
+    Loop("normalise + ReLU, nhwc", "apply_channels", NORMALIZE, WIDE, {2: 1}, OCTET),
+    Loop("input gradient, nhwc", "apply_channels", GRADIENT, WIDE, {3: 1}, OCTET),
+    Loop("training step on chip, reduce", "slab", LARGE | NORMALIZE, READ, {8: 1}, TILE),
+    Loop("training step on chip, normalise", "slab", LARGE | NORMALIZE, WRITE, {1: 1}, OCTET),
+    Loop("gradient on chip, add up", "slab", LARGE | GRADIENT, READ, {8: 1}, TILE // 2),  # four rows; then the merges
+    Loop("gradient on chip, apply", "slab", LARGE | GRADIENT, WRITE, {1: 1}, OCTET),
+    Loop("training step on chip, 7 x 7, reduce", "slab", SMALL | NORMALIZE, READ_ONE, {16: 1, 8: 5}, ROW),
+    Loop("training step on chip, 7 x 7, normalise", "slab", SMALL | NORMALIZE, WRITE, {1: 1}, OCTET),
+    Loop("gradient on chip, 7 x 7, add up", "slab", SMALL | GRADIENT, READ_ONE, {30: 1, 16: 5}, ROW),
+    Loop("gradient on chip, 7 x 7, apply", "slab", SMALL | GRADIENT, WRITE, {1: 1}, OCTET),
 )
 
 
 class Code:
-    """Instructions, and which can follow which."""
+    """Instructions, which can follow which, and which are accesses of a kind."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, access: str) -> None:
         labels: dict[str, int] = {}
         lines: list[tuple[bool, str, str]] = []  # predicated, instruction, operands
         for line in text.splitlines():
@@ -72,7 +81,7 @@ class Code:
                 labels[label[1]] = len(lines)
             elif found := _INSTRUCTION.match(line):
                 lines.append((bool(found[1]), found[2], found[3]))
-        self.is_wide = [bool(_WIDE.match(instruction)) for _, instruction, _ in lines]
+        self.is_access = [bool(re.match(access, instruction)) for _, instruction, _ in lines]
         self.next = [list(self._next(lines, labels, i)) for i in range(len(lines))]
 
     @staticmethod
@@ -87,15 +96,15 @@ class Code:
             yield i + 1
 
     def loops(self):
-        """(16-byte accesses, instructions) of the hottest way through each loop."""
+        """(accesses, instructions) of the hottest way through each loop."""
         order, back = self._depth_first()
         for last, first in back:
             best: dict[int, tuple[int, int]] = {}
             for i in order:  # what follows comes before
                 ahead = [best[j] for j in self.next[i] if (i, j) not in back and j in best]
                 if i == last or ahead:
-                    wide, fewest = (0, 0) if i == last else max(ahead)
-                    best[i] = (wide + self.is_wide[i], fewest - 1)
+                    most, fewest = (0, 0) if i == last else max(ahead)
+                    best[i] = (most + self.is_access[i], fewest - 1)
             if first in best:
                 yield best[first][0], -best[first][1]
 
@@ -135,9 +144,10 @@ def disassembled(image: bytes) -> str:
 def instructions(loop: Loop, architecture: int) -> float:
     """For each element."""
     options = option(ELEMENT="bfloat16", **loop.options)
-    code = Code(disassembled(nvrtc.cubin(translation_unit(loop.kernel), options, architecture)))
-    found = (count / loop.elements for wide, count in code.loops() if wide == loop.wide)
-    return min(count for count in found if count >= LEAST)
+    code = Code(disassembled(nvrtc.cubin(translation_unit(loop.kernel), options, architecture)), loop.access)
+    found = [(most, count) for most, count in code.loops() if count >= LEAST]
+    rounds = (times * min(count for most, count in found if most == n) for n, times in loop.rounds.items())
+    return sum(rounds) / loop.elements
 
 
 if __name__ == "__main__":

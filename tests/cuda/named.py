@@ -32,6 +32,7 @@ NAMED = {
     "resident, most of a multiprocessor": Named(Layer((2, 1, 30000))),
     "resident, most of a multiprocessor, float64": Named(Layer((2, 1, 15000), "float64")),
     "resident, torn channels": Named(Layer((3, 6, 301), "float16")),
+    "resident, a row a thread": Named(Layer((9, 12, 49), "bfloat16")),
     "resident, few positions": Named(Layer((8, 3, 7), "float16")),
     "resident, bits": Named(Layer((3, 64, 49), "bfloat16", residual=True, relu=True)),
     "resident, bits that tear": Named(Layer((3, 65, 49), residual=True, relu=True)),

@@ -10,6 +10,7 @@ SOME = {
     ADDRESS: [
         "resident, a cluster",
         "resident, torn channels",
+        "resident, a row a thread",
         "resident, bits of all channels",
         "resident, off a vector",
         "rows, odd, one sample",
@@ -20,7 +21,15 @@ SOME = {
         "strided, rows apart",
         "masked",
     ],
-    THREAD: ["resident, a cluster", "resident, torn channels", "rows, few", "channels, two rows", "values", "masked"],
+    THREAD: [
+        "resident, a cluster",
+        "resident, torn channels",
+        "resident, a row a thread",
+        "rows, few",
+        "channels, two rows",
+        "values",
+        "masked",
+    ],
 }
 """A layer of each kernel; the others are slow."""
 

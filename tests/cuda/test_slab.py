@@ -147,6 +147,7 @@ def clusters(*launches):
 
 
 SHORT = (3, 11, 49)  # a sample's positions are no whole vectors, and the last group of channels is short
+MANY = (9, 11, 49)  # rows enough for a thread each
 TILES = (3, 2, 4500)  # three tiles a sample, the last one short
 
 
@@ -155,16 +156,25 @@ TILES = (3, 2, 4500)  # three tiles a sample, the last one short
     ("extents", "options"),
     [
         (SHORT, {"relu": True}),
-        ((3, 16, 49), {"residual": True, "relu": True}),
+        (MANY, {"relu": True}),
+        ((9, 16, 49), {"residual": True, "relu": True}),
         ((2, 3, 264), {"frozen": True, "residual": True}),
         (TILES, {"relu": True}),
     ],
-    ids=["short rows", "short rows with bits", "rows, frozen", "tiles"],
+    ids=["short rows", "many short rows", "many short rows with bits", "rows, frozen", "tiles"],
 )
 def test_every_dtype(dtype, extents, options):
     different, *launched = train_and_back(Case(extents, dtype, 227, **options))
     assert different == []
     clusters(*launched)
+
+
+@pytest.mark.parametrize("S", [2, 8, 9, 15, 16, 17, 23, 24, 49, 64, 65, 100, 127, 129, 196, 225, 248, 255, 256])
+def test_a_row_a_thread(S):
+    different, *launched = train_and_back(Case((33, 1, S), "float16", 227, relu=True))
+    assert different == []
+    assert clusters(*launched) == ((1, 1), (1, 1))
+    assert all("-DTILE_LANES=1" in launch.options for (launch,) in launched)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +197,8 @@ def test_clusters(case, step, gradient, order):
 
 @pytest.mark.parametrize(
     ("extents", "options"),
-    [(SHORT, {}), (SHORT, {"gap": 3}), ((2, 3, 300), {}), ((2, 3, 264), {"relu": True})],
-    ids=["short rows", "short rows apart", "rows", "rows with bits"],
+    [(SHORT, {}), (MANY, {}), (SHORT, {"gap": 3}), ((2, 3, 300), {}), ((2, 3, 264), {"relu": True})],
+    ids=["short rows", "many short rows", "short rows apart", "rows", "rows with bits"],
 )
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("offset", range(8))

@@ -453,12 +453,14 @@ def _slab(
         cuts, key=lambda cut: (min(across * cut[0], limits.multiprocessors), fits_twice(cut[3]), -cut[0])
     )
     threads = THREADS if fits_twice(shared) or dtype == "float64" else 2 * THREADS
+    rows = min(N, max(span >> tree.log2_tiles, 1)) * group  # of a block
+    lanes = WARP if S > COLUMNS else 1 if rows >= WARP else power_above(-(-S // OCTET))
     specialised = option(
         ELEMENT=ELEMENTS[dtype],
         THREADS=threads,
         CLUSTER=cluster,
         GROUPED=group > 1,
-        TILE_LANES=WARP if S > COLUMNS else power_above(-(-S // OCTET)),
+        TILE_LANES=lanes,
         TILE_ROWS=1 if S <= COLUMNS else 8,
     )
     fields = tuple({**_sizes(extents), **tree.fields, "span": span, "group": group, "slot": slot}.items())
