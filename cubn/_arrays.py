@@ -137,6 +137,8 @@ def check_writable(array: Array, function: str, argument: str) -> None:
         refuse(
             TypeError, "be an array that can be written", f"an immutable {array.library.name} array", "Leave it out."
         )
+    if not array.writable and getattr(array.owner, "requires_grad", False):
+        refuse(ValueError, "be writable", "a tensor that requires a gradient", "Pass it detached.")
     if not array.writable:
         refuse(ValueError, "be writable", "a read-only array", "Pass a copy.")
     if not _layout.is_distinct(array.shape, array.strides):

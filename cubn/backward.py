@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from cubn import _arguments, _arrays
 from cubn._arguments import refusal, region
-from cubn._arrays import Output
+from cubn._arrays import BOOL, FLOATS, Output
 from cubn._layout import operand, vector
 from cubn.backends import Nodes, Operand, Vector
 from cubn.errors import message
@@ -230,13 +230,16 @@ def _parameter_outputs(saved: Saved) -> tuple[Output | None, Output | None]:
 
 
 def _check_unchanged(saved: Saved) -> None:
-    """x must hold what the forward read: the gradient depends on it."""
-    x = saved.source.array
-    remedy = "Give the forward an `out` of its own, and change x only after the last backward."
+    """x and the mask must hold what the forward read: the gradient depends on it."""
+    out = "Give the forward an `out` of its own, and change x only after the last backward."
     if saved.overwritten:
-        raise ValueError(refusal("backward", "x", "be kept until backward, but y was written over it", x, remedy))
-    if x.capsule is not None:  # an export holds its memory, and may be another one each time
-        return
-    now = _arrays.describe(x.owner, "backward", "x", detach=True)
-    if now[:4] != x[:4] or x.library.version(now) != saved.version:
-        raise ValueError(refusal("backward", "x", "be as it was in the forward, but was changed since", now, remedy))
+        rule = "be kept until backward, but y was written over it"
+        raise ValueError(refusal("backward", "x", rule, saved.source.array, out))
+    for name, array, version in saved.unchanged:
+        if array.capsule is not None:  # an export holds its memory, and may be another one each time
+            continue
+        now = _arrays.describe(array.owner, "backward", name, BOOL if name == "mask" else FLOATS, detach=True)
+        if now[:4] != array[:4] or array.library.version(now) != version:
+            rule = "be as it was in the forward, but was changed since"
+            remedy = out if name == "x" else "Change it only after the last backward."
+            raise ValueError(refusal("backward", name, rule, now, remedy))

@@ -16,7 +16,7 @@ from cubn.errors import message
 from cubn.moments import Moments, statistics_of
 from cubn.state import BatchNormState, Held, checked_eps, hold
 from cubn.sync import collective, communicator
-from cubn.sync.collective import Place, Shared, Started, Terms
+from cubn.sync.collective import Place, Shared, Started, Terms, check_sizes
 
 
 class Given(NamedTuple):
@@ -44,8 +44,8 @@ class Saved:
     """What `backward` needs from the forward that returned it.
 
     Holds a reference to x (and to the mask), and copies of everything else, so that later updates of the state do not
-    change a backward. May be used several times. x must stay as it is until the last of them: a PyTorch tensor that was
-    changed in place is noticed, a change of another library's array is not.
+    change a backward. May be used several times. x (and the mask) must stay as they are until the last of them: a
+    PyTorch tensor that was changed in place is noticed, a change of another library's array is not.
 
     Attributes
     ----------
@@ -71,7 +71,7 @@ class Saved:
         "place",
         "source",
         "statistics",
-        "version",
+        "unchanged",
     )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -98,7 +98,8 @@ class Saved:
         self.frozen = frozen
         self.overwritten = overwritten
         self.place = place
-        self.version = self.source.array.library.version(self.source.array)
+        read = {"x": given.source.array} | ({"mask": given.mask.array} if given.mask else {})
+        self.unchanged = [(name, array, array.library.version(array)) for name, array in read.items()]
 
     @property
     def x(self) -> Any:
@@ -261,6 +262,7 @@ def forward_train(
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances"
     """
+    check_sizes("forward_train", sizes, comm)
     if comm is not None:
         options = {"mask": mask, "residual": residual, "relu": relu, "update": update, "out": out}
         return forward_train_start(x, state, comm=comm, sizes=sizes, **options).finish()
@@ -463,6 +465,7 @@ def forward_frozen(
     ----------
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     """
+    check_sizes("forward_frozen", sizes, comm)
     place = None if comm is None else Place(communicator(comm), sizes, 0)
     given = _given("forward_frozen", x, state, mask, residual)
     source = given.source

@@ -13,7 +13,7 @@ from cubn.backends import Backend, Nodes, Statistics
 from cubn.errors import message
 from cubn.state import BatchNormState
 from cubn.sync import collective
-from cubn.sync.collective import Shared, Terms
+from cubn.sync.collective import Shared, Terms, check_sizes
 
 Float64 = NDArray[np.float64]
 
@@ -176,12 +176,16 @@ def moments(
     -----
     The same bits for every layout, number of threads and array library; cut into ranges and merged, too. Reads x once.
     """
+    check_sizes("moments", sizes, comm)
     if comm is not None:
         make = partial(_Taking, x, channel_axis, mask, start)
         return collective.start("moments", comm, sizes, make).finish()
     taking = _Taking(x, channel_axis, mask, start)
     first = taking.terms.start
     return Moments(first, first + taking.terms.N, taking.on_host(taking.part(first)))
+
+
+_MOST_SAMPLES = 1 << 62
 
 
 class _Taking:
@@ -191,8 +195,9 @@ class _Taking:
         self.source = source = _arguments.source("moments", x, channel_axis)
         self.mask = None if mask is None else _arguments.mask("moments", mask, source)
         first = _arguments.whole(start, "moments", "start")
-        if first < 0:
-            raise ValueError(message("moments", "start", "be 0 or more, a global sample index", first))
+        if not 0 <= first < _MOST_SAMPLES:
+            rule = "be 0 or more and less than 2**62, a global sample index"
+            raise ValueError(message("moments", "start", rule, first))
         self.backend = source.backend
         self.terms = Terms("moments", source.extents.C, source.extents.N, source.array.dtype, start=first)
 

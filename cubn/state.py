@@ -27,6 +27,7 @@ Int64 = NDArray[np.int64]
 STATISTICS = ("running_mean", "running_var")
 ARRAYS = ("gamma", "beta", *STATISTICS)
 
+_OPTIONS = ("num_features", "eps", "momentum", "channel_axis")
 _NAME = "BatchNormState"
 
 
@@ -205,10 +206,11 @@ class BatchNormState:
             If an entry does not fit.
         """
         self = cls.__new__(cls)
-        self._begin(d["num_features"], d["eps"], d["momentum"], d["channel_axis"])
-        self._assign(**{name: np.array(d[name]) for name in ARRAYS if d[name] is not None})
+        plain = {name: _plain(value) for name, value in d.items()}
+        self._begin(*(plain[name] for name in _OPTIONS))
+        self._assign(**{name: np.array(plain[name]) for name in ARRAYS if plain[name] is not None})
         if self.tracked is not None:
-            self._place_counters(self._counters_device, d)
+            self._place_counters(self._counters_device, plain)
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -224,7 +226,7 @@ class BatchNormState:
             described = self._describe(self._arrays, "to_dict")
             arrays = dict.fromkeys(ARRAYS) | {name: a.library.to_numpy(a) for name, a in described.items()}
             counters = self._counters()
-        return {"num_features": self.num_features, **self._options(), **arrays, **counters}
+        return {**self._options(), **arrays, **counters}
 
     def copy(self) -> Self:
         """A state with copies of the arrays, in their own libraries."""
@@ -333,7 +335,7 @@ class BatchNormState:
         return {"arrays": arrays, **self._options(), **counters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._begin(state["num_features"], state["eps"], state["momentum"], state["channel_axis"])
+        self._begin(*(state[name] for name in _OPTIONS))
         self._assign(**state["arrays"])
         if self.tracked is not None:
             self._place_counters(self._counters_device, state)
@@ -407,12 +409,7 @@ class BatchNormState:
         return described
 
     def _options(self) -> dict[str, Any]:
-        return {
-            "num_features": self.num_features,
-            "eps": self.eps,
-            "momentum": self.momentum,
-            "channel_axis": self.channel_axis,
-        }
+        return {name: getattr(self, name) for name in _OPTIONS}
 
 
 def checked_eps(eps: float, function: str) -> float:
@@ -421,6 +418,11 @@ def checked_eps(eps: float, function: str) -> float:
     if not 0 < number < math.inf:
         raise ValueError(message(function, "eps", "be positive and finite", number))
     return number
+
+
+def _plain(value: Any) -> Any:
+    """A number, or None, that was stored as an array without axes."""
+    return value.item() if isinstance(value, np.ndarray) and not value.ndim else value
 
 
 def _number(value: float, function: str, argument: str) -> float:

@@ -533,6 +533,13 @@ def _width(half: Half[Any]) -> int:
     return 2 * half.terms.C + 1 if half.terms.gathers else 0
 
 
+def check_sizes(function: str, sizes: Any, comm: Any) -> None:
+    """Sizes say nothing without the ranks whose they are."""
+    if sizes is not None and comm is None:
+        remedy = "They are the samples of its ranks."
+        raise ValueError(message(function, "sizes", "be given together with comm", "comm=None", remedy))
+
+
 def _declared(function: str, sizes: Any, group: Communicator) -> tuple[int, ...]:
     """The samples of each rank, as the caller knows them."""
     rule = f"be the number of samples of each of the {group.size} ranks"

@@ -785,6 +785,30 @@ def test_backward_of_a_changed_tensor(world, how):
     refused(world, ValueError, text, cubn.backward, dy, saved)
 
 
+def test_backward_of_a_changed_mask(world):
+    torch = pytest.importorskip("torch")
+    x, dy = torch.from_numpy(world.x), torch.from_numpy(world.dy)
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    _, saved = cubn.forward_train(x, world.state, mask=mask)
+    mask[0] = False
+    text = (
+        "backward: mask must be as it was in the forward, but was changed since; "
+        "got a torch array (shape=(3, 2), dtype=bool, device=cpu). Change it only after the last backward."
+    )
+    refused(world, ValueError, text, cubn.backward, dy, saved)
+
+
+def test_running_statistics_that_require_a_gradient(world):
+    torch = pytest.importorskip("torch")
+    mean, var = torch.zeros(4, requires_grad=True), torch.ones(4)
+    state = cubn.BatchNormState.from_arrays(running_mean=mean, running_var=var)
+    text = (
+        "forward_train: running_mean must be writable; got a tensor that requires a gradient "
+        f"(shape=(4,), {F32}). Pass it detached."
+    )
+    refused(world, ValueError, text, cubn.forward_train, torch.from_numpy(world.x), state)
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
@@ -854,7 +878,22 @@ def test_arguments_of_another_kind(world, call, text):
         ),
         (
             lambda w: cubn.moments(w.x, start=-1),
-            "moments: start must be 0 or more, a global sample index; got -1.",
+            "moments: start must be 0 or more and less than 2**62, a global sample index; got -1.",
+        ),
+        (
+            lambda w: cubn.moments(w.x, start=1 << 62),
+            "moments: start must be 0 or more and less than 2**62, a global sample index; got 4611686018427387904.",
+        ),
+        *(
+            (
+                lambda w, operation=operation: operation(w, sizes=[3]),
+                f"{name}: sizes must be given together with comm; got comm=None. They are the samples of its ranks.",
+            )
+            for name, operation in {
+                "moments": lambda w, **given: cubn.moments(w.x, **given),
+                "forward_train": lambda w, **given: cubn.forward_train(w.x, w.state, **given),
+                "forward_frozen": lambda w, **given: cubn.forward_frozen(w.x, w.state, **given),
+            }.items()
         ),
         (lambda w: cubn.BatchNormState(0), "BatchNormState: num_features must be 1 or more; got 0."),
         (
@@ -863,7 +902,10 @@ def test_arguments_of_another_kind(world, call, text):
             "BatchNormState(num_features, affine=False, track=False) is a state without any.",
         ),
     ],
-    ids=["merge", "merge channels", "update channels", "start", "num_features", "no arrays"],
+    ids=[
+        *("merge", "merge channels", "update channels", "start", "start too large"),
+        *("sizes of moments", "sizes of forward_train", "sizes of forward_frozen", "num_features", "no arrays"),
+    ],
 )
 def test_values_out_of_range(world, call, text):
     refused(world, ValueError, text, call, world)

@@ -323,6 +323,15 @@ def test_a_module_converted_meanwhile():
     assert_same(cubn.forward(x, state), cubn.forward(x, state_of_twice))
 
 
+def test_a_dictionary_that_was_stored_by_numpy(tmp_path):
+    state = cubn.BatchNormState(3, eps=1e-3)
+    cubn.forward_train(np.random.default_rng(0).standard_normal((5, 3), dtype=np.float32), state)
+    np.savez(tmp_path / "state.npz", **state.to_dict())
+    again = cubn.BatchNormState.from_dict(np.load(tmp_path / "state.npz"))
+    for name, value in state.to_dict().items():
+        assert np.array_equal(again.to_dict()[name], value), name
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
 def test_parameter_gradients_are_like_the_parameters(library, dtype):

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 def _without_numba(error: ImportError) -> ImportError:
@@ -112,10 +112,22 @@ def _object_code(build: Callable[[], Callable[[int, int], None]]) -> bytes:
     except ImportError as error:
         raise _without_numba(error) from error
     signature = numba.types.void(numba.types.intp, numba.types.intp)
-    entry = numba.cfunc(signature, nogil=True, error_model="numpy")(build())
+    with _switched_on(numba.config):
+        entry = numba.cfunc(signature, nogil=True, error_model="numpy")(build())
     module = llvm.parse_assembly(entry.inspect_llvm())
     module.get_function(entry.native_name).name = "kernel"
     return bytes(_machine().emit_object(module))
+
+
+@contextlib.contextmanager
+def _switched_on(config: Any) -> Iterator[None]:
+    """NUMBA_DISABLE_JIT is for functions that run without it, as these do not."""
+    disabled = config.DISABLE_JIT
+    config.DISABLE_JIT = 0
+    try:
+        yield
+    finally:
+        config.DISABLE_JIT = disabled
 
 
 def _load(code: bytes) -> Kernel:
