@@ -2,8 +2,9 @@
 
 python -m tests.cuda.instructions [ARCHITECTURE]       90 unless told; needs nvidia-cuda-nvrtc and nvidia-cuda-nvdisasm
 
-Counted is the way through a loop with most accesses of 16 bytes and, of these, fewest instructions: whole tiles and
-octets, aligned. An element that is not there, in a warp's last lanes, costs as much as one that is.
+Counted is the way through a loop with most accesses of 16 bytes (or to a lane's channels in shared memory) and, of
+these, fewest instructions: whole tiles and octets, aligned. An element that is not there, in a warp's last lanes, costs
+as much as one that is.
 """
 
 import importlib.util
@@ -22,6 +23,7 @@ from tests.cuda import nvrtc
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
 _WIDE = re.compile(r"^(?:LD[GS]|LDGSTS|ST[GS])\S*\.128")
+_CHANNELS = re.compile(r"^LDS\S*\.64")  # a lane's, in shared memory
 
 NORMALIZE = {"OPERATION": "NORMALIZE", "RESIDUAL": 0, "RELU": 1, "KEEP_BITS": 0}
 GRADIENT = {"OPERATION": "GRADIENT", "RESIDUAL": 0, "GATE": "GATE_NONE", "FROZEN": 0}
@@ -29,6 +31,7 @@ DENSE = {"CROSSING": 0, "INDEX": "unsigned"}
 ODD = {"CROSSING": 2, "INDEX": "unsigned"}
 LARGE = {"THREADS": 256, "CLUSTER": 1, "GROUPED": 0, "TILE_LANES": 32, "TILE_ROWS": 8}
 SMALL = {"THREADS": 256, "CLUSTER": 1, "GROUPED": 1, "TILE_LANES": 8, "TILE_ROWS": 1}
+SLICE = {"THREADS": 256, "CLUSTER": 1, "SLICE": 64, "TILE_ROWS": 1, "DEPTH": 4, "TILE_DEPTH": 8}
 
 OCTET, TILE = 8, 64
 """Elements of a lane on one way through a loop."""
@@ -37,13 +40,14 @@ LEAST = 5
 
 
 class Loop(NamedTuple):
-    """What to look for: the loop whose hottest way has so many 16-byte accesses, and the elements of a lane on it."""
+    """What to look for: the loop whose hottest way has so many accesses, and the elements of a lane on it."""
 
     what: str
     kernel: str
     options: dict[str, object]
-    wide: int
+    accesses: int
     elements: int
+    access: re.Pattern[str] = _WIDE
 
 
 LOOPS = (
@@ -58,13 +62,17 @@ LOOPS = (
     Loop("gradient on chip, apply", "slab", LARGE | GRADIENT, 3, OCTET),
     Loop("training step on chip, 7 x 7, reduce", "slab", SMALL | NORMALIZE, 1, OCTET),
     Loop("training step on chip, 7 x 7, normalise", "slab", SMALL | NORMALIZE, 4, OCTET),
+    Loop("training step on chip, nhwc, reduce", "slab_channels", SLICE | NORMALIZE, 8, 4 * OCTET, _CHANNELS),
+    Loop("training step on chip, nhwc, normalise", "slab_channels", SLICE | NORMALIZE, 2, OCTET),
+    Loop("gradient on chip, nhwc, add up", "slab_channels", SLICE | GRADIENT, 16, 4 * OCTET, _CHANNELS),
+    Loop("gradient on chip, nhwc, apply", "slab_channels", SLICE | GRADIENT, 3, OCTET),
 )
 
 
 class Code:
     """Instructions, and which can follow which."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, access: re.Pattern[str]) -> None:
         labels: dict[str, int] = {}
         lines: list[tuple[bool, str, str]] = []  # predicated, instruction, operands
         for line in text.splitlines():
@@ -72,7 +80,7 @@ class Code:
                 labels[label[1]] = len(lines)
             elif found := _INSTRUCTION.match(line):
                 lines.append((bool(found[1]), found[2], found[3]))
-        self.is_wide = [bool(_WIDE.match(instruction)) for _, instruction, _ in lines]
+        self.counted = [bool(access.match(instruction)) for _, instruction, _ in lines]
         self.next = [list(self._next(lines, labels, i)) for i in range(len(lines))]
 
     @staticmethod
@@ -87,15 +95,15 @@ class Code:
             yield i + 1
 
     def loops(self):
-        """(16-byte accesses, instructions) of the hottest way through each loop."""
+        """(accesses, instructions) of the hottest way through each loop."""
         order, back = self._depth_first()
         for last, first in back:
             best: dict[int, tuple[int, int]] = {}
             for i in order:  # what follows comes before
                 ahead = [best[j] for j in self.next[i] if (i, j) not in back and j in best]
                 if i == last or ahead:
-                    wide, fewest = (0, 0) if i == last else max(ahead)
-                    best[i] = (wide + self.is_wide[i], fewest - 1)
+                    accesses, fewest = (0, 0) if i == last else max(ahead)
+                    best[i] = (accesses + self.counted[i], fewest - 1)
             if first in best:
                 yield best[first][0], -best[first][1]
 
@@ -135,8 +143,8 @@ def disassembled(image: bytes) -> str:
 def instructions(loop: Loop, architecture: int) -> float:
     """For each element."""
     options = option(ELEMENT="bfloat16", **loop.options)
-    code = Code(disassembled(nvrtc.cubin(translation_unit(loop.kernel), options, architecture)))
-    found = (count / loop.elements for wide, count in code.loops() if wide == loop.wide)
+    code = Code(disassembled(nvrtc.cubin(translation_unit(loop.kernel), options, architecture)), loop.access)
+    found = (count / loop.elements for accesses, count in code.loops() if accesses == loop.accesses)
     return min(count for count in found if count >= LEAST)
 
 

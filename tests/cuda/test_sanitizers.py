@@ -12,6 +12,10 @@ SOME = {
         "resident, torn channels",
         "resident, bits of all channels",
         "resident, off a vector",
+        "resident, values",
+        "resident, channels, a cluster",
+        "resident, channels, without clusters",
+        "resident, channels, most of a multiprocessor",
         "rows, odd, one sample",
         "rows, odd, large",
         "channels, odd",
@@ -20,7 +24,16 @@ SOME = {
         "strided, rows apart",
         "masked",
     ],
-    THREAD: ["resident, a cluster", "resident, torn channels", "rows, few", "channels, two rows", "values", "masked"],
+    THREAD: [
+        "resident, a cluster",
+        "resident, torn channels",
+        "resident, values",
+        "resident, channels, a cluster",
+        "rows, few",
+        "channels, two rows",
+        "values",
+        "masked",
+    ],
 }
 """A layer of each kernel; the others are slow."""
 

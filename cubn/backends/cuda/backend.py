@@ -138,10 +138,10 @@ class CudaBackend:
         }
         arrays = Arrays(x, residual, y, None, mask)
         options = _normalize_options(residual, relu, keep_bits)
-        slab = mask is None and prepare.slab(extents, options, 1, keep_bits, self.device.limits, arrays.layouts)
-        if slab:
-            bits = self._new_bits(extents, "rows") if keep_bits else None
-            self._run(slab, arrays, bits, fields)
+        resident = prepare.resident(extents, options, 1, keep_bits, "", self.device.limits, arrays.layouts)
+        if resident:
+            bits = self._new_bits(extents, resident.kind) if keep_bits else None
+            self._run(resident, arrays, bits, fields)
             return found, bits
         coefficients = self._new_coefficients(extents.C, x.dtype)
         fields["coefficients"] = self._at(coefficients)
@@ -235,13 +235,12 @@ class CudaBackend:
             "first": self._at(first),
             "second": self._at(second),
         }
-        if mask is None and (gate.bits is None or gate.bits.kind == "rows"):
-            arrays = Arrays(x, dy, dx, dresidual)
-            options = _gradient_options(dresidual, gate, frozen)
-            slab = prepare.slab(extents, options, 2, False, self.device.limits, arrays.layouts)
-            if slab:
-                self._run(slab, arrays, gate.bits, {**fields, **of_vector("gamma", gamma), **of_vector("beta", beta)})
-                return sums
+        arrays = Arrays(x, dy, dx, dresidual, mask)
+        options, kind = _gradient_options(dresidual, gate, frozen), gate.bits.kind if gate.bits else ""
+        resident = prepare.resident(extents, options, 2, False, kind, self.device.limits, arrays.layouts)
+        if resident:
+            self._run(resident, arrays, gate.bits, {**fields, **of_vector("gamma", gamma), **of_vector("beta", beta)})
+            return sums
         coefficients = self._coefficients(extents.C, x.dtype, statistics, gamma, beta)
         fields["coefficients"] = self._at(coefficients)
         self._root("Sums", extents, Arrays(x, dy, mask=mask), gate, fields, fields)
