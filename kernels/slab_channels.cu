@@ -3,8 +3,8 @@
 //
 // CLUSTER blocks share a slice of SLICE bytes of neighbouring channels; each has `span` padded tiles, whose positions lie
 // `position` elements apart, from one sample to the next as well. A warp stages and reduces pieces: columns of a tile, or
-// of several short ones. A block has read all that it works on before it writes any of it: y may be x, and dx
-// may be dy.
+// of several short ones; only a block by itself has less than one. A block has read all that it works on before it
+// writes any of it: y may be x, and dx may be dy.
 //
 // Shared memory: `slot` bytes of the slice's rows of x, as many of dy, a node of each piece and channel, roots of the
 // cluster's blocks, coefficients. -DELEMENT=<type> -DTHREADS=<256|512> -DCLUSTER=<1|2|4|8> -DSLICE=<16|32|64> (eight
@@ -98,8 +98,8 @@ __device__ __forceinline__ bool has_vectors(const Slab& b, const Operand& o) {
 __device__ __forceinline__ void begin_piece(const Parameters& p, const Slab& b, int k) {
     if (k < b.pieces) {
         const Piece piece = piece_of(b, k);
-        const long long next = piece.tile + (1 << TILES_DEPTH), start = values_before(p, piece.tile);
-        const int length = static_cast<int>(values_before(p, next < b.end() ? next : b.end()) - start);
+        const int length = static_cast<int>(values_between(p, piece.tile, piece.tile + (1 << TILES_DEPTH)));
+        const int start = static_cast<int>(values_before(p, piece.tile) - b.first_row);
         const auto copy = [&](const Operand& o, unsigned char* slot, int first, int count) {
             constexpr int ITEMS = VECTOR_BYTES / sizeof(ELEMENT);
             if (has_vectors(b, o)) begin_rows<ITEMS>(b, slot, b.first(o), o.position, first, count);
@@ -108,10 +108,9 @@ __device__ __forceinline__ void begin_piece(const Parameters& p, const Slab& b, 
 #pragma unroll 1
         for (int r = 0; r < TILE_ROWS; ++r) {
             const int at = r * COLUMNS + piece.column, left = length - at;
-            const int first = static_cast<int>(start - b.first_row) + at;
             const int count = left < 1 << PIECE_DEPTH ? left : 1 << PIECE_DEPTH;
-            copy(p.x, b.x, first, count);
-            if (STAGED == 2) copy(p.g, b.dy, first, count);
+            copy(p.x, b.x, start + at, count);
+            if (STAGED == 2) copy(p.g, b.dy, start + at, count);
         }
     }
     end_group();

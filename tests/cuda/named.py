@@ -45,6 +45,7 @@ NAMED = {
     "resident, channels, a cluster": Named(Layer((40, 16, 49), "bfloat16", layout="nhwc", residual=True, relu=True)),
     "resident, channels, without clusters": Named(Layer((5, 65, 9), layout="nhwc"), OLD),
     "resident, channels, most of a multiprocessor": Named(Layer((1, 8, 1200), layout="nhwc", offsets=(1,) * 6)),
+    "resident, channels, positions apart": Named(Layer((3, 6, 9), layout="nhwc, positions apart")),
     "resident, channels, float64": Named(Layer((2, 16, 300), "float64", layout="nhwc")),
     "resident, channels, tiles": Named(Layer((1, 6, 2100), "float16", layout="nhwc")),
     # or not
@@ -67,6 +68,7 @@ NAMED = {
     "channels, off a vector": Named(Layer((8, 64, 49), "float16", layout="nhwc", offsets=(2,) * 6), PASSES),
     "channels, samples apart": Named(Layer((8, 64, 49), layout="nhwc, samples apart"), PASSES),
     "channels, float64": Named(Layer((8, 64, 49), "float64", layout="nhwc"), PASSES),
+    "values, seven left": Named(Layer((23, 33, 1)), PASSES),
     "values": Named(Layer((5000, 32, 1), "float16"), PASSES),
     "strided": Named(Layer((8, 16, 49), layout="backwards")),
     "strided, one channel": Named(Layer((8, 1, 49), layout="backwards")),

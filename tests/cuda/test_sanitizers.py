@@ -16,6 +16,7 @@ SOME = {
         "resident, channels, a cluster",
         "resident, channels, without clusters",
         "resident, channels, most of a multiprocessor",
+        "resident, channels, positions apart",
         "rows, odd, one sample",
         "rows, odd, large",
         "channels, odd",

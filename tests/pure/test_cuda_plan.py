@@ -219,6 +219,8 @@ def check_launch(launch, extents, limits):
                 samples = min(N, fields["span"] // tiles)
                 rows = samples * S if samples else min(S, fields["span"] * TILE)
                 assert rows * int(options["SLICE"]) <= fields["slot"] < launch.shared_bytes
+                piece = 256 // int(options["SLICE"]) << int(options["DEPTH"])  # columns
+                assert launch.cluster == 1 or fields["span"] << int(options["TILE_DEPTH"]) >= piece
                 assert group % OCTET == 0 and 1 << int(options["TILE_DEPTH"]) >= min(S, COLUMNS)
         case _:
             assert launch.source == "channelwise" and covers(launch.grid, THREADS, C)
