@@ -44,6 +44,12 @@ __device__ __forceinline__ double load_parameter(const Vector& v, long long chan
     }
 }
 
+// Copies of gamma and beta, where they are asked for.
+__device__ __forceinline__ void keep_parameters(const Parameters& p, long long channel) {
+    if (p.kept_gamma) reinterpret_cast<double*>(p.kept_gamma)[channel] = load_parameter(p.gamma, channel, 0.0);
+    if (p.kept_beta) reinterpret_cast<double*>(p.kept_beta)[channel] = load_parameter(p.beta, channel, 0.0);
+}
+
 struct Statistics {
     double mean, m2, var, invstd;
 };

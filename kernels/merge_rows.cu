@@ -1,7 +1,7 @@
 // Rows of nodes merged, `merged` rows into one, until few are left; then `finish` makes them one and says what follows.
 //
 // A block works on `group` channels. -DKIND=<Moments|Sums> -DACC=<float|double>
-#include "coefficients.cuh"
+#include "gradients.cuh"
 #include "span.cuh"
 
 // Blocks of a multiprocessor, or more, that registers are left for.
@@ -45,6 +45,7 @@ __device__ __forceinline__ void finish_channel(const Parameters& p, long long c,
     const Statistics s = statistics_of(root.first, root.second, count, p.eps);
     store_statistics(p, c, s);
     store_coefficients(p, c, coefficients_of<ACC>(p, c, s));
+    keep_parameters(p, c);
 #else
     reinterpret_cast<double*>(p.first)[c] = root.first;
     reinterpret_cast<double*>(p.second)[c] = root.second;
@@ -52,6 +53,7 @@ __device__ __forceinline__ void finish_channel(const Parameters& p, long long c,
     const double invstd = reinterpret_cast<const double*>(p.invstd)[c];
     add_gradient(k, root.first, root.second, *reinterpret_cast<const long long*>(p.count), invstd);
     store_coefficients(p, c, k);
+    store_parameter_gradients(p, c, root.first, root.second, invstd);
 #endif
 }
 

@@ -85,8 +85,12 @@ struct Parameters {
     long long bits_sample;
     long long bits_channel;
     long long bits_position;
-    Vector gamma; // or dgamma
-    Vector beta;  // or dbeta
+    Vector gamma;
+    Vector beta;
+    long long kept_gamma; // float64 (channels): copies of the two
+    long long kept_beta;
+    Vector dgamma;
+    Vector dbeta;
     // running statistics
     Vector old_mean;
     Vector old_var;

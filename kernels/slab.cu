@@ -8,20 +8,10 @@
 // Shared memory: `slot` bytes of x for each sample of the block, as many of dy, nodes, roots of the cluster's blocks,
 // coefficients. -DELEMENT=<type> -DTHREADS=<256|512> -DCLUSTER=<1|2|4|8> -DGROUPED=<0|1> (more than one channel)
 // -DTILE_LANES=<1..32> (1: a thread has all of a tile) -DTILE_ROWS=<1|8>, and what elementwise.cuh asks for.
-#include "cluster.cuh"
-#include "elementwise.cuh"
-#include "span.cuh"
+#include "resident.cuh"
 #include "staging.cuh"
 
 using Acc = Format<ELEMENT>::Acc;
-
-#if OPERATION == NORMALIZE
-using Kind = Moments;
-constexpr int STAGED = 1; // operands in shared memory
-#else
-using Kind = Sums;
-constexpr int STAGED = 2;
-#endif
 
 constexpr bool BY_ROWS = TILE_LANES == 1;  // threads reduce rows of positions, whichever warp has copied them
 constexpr int KEPT = GROUPED ? OCTET : 1; // coefficients that a thread keeps: of its octet's elements, or of the channel
@@ -153,9 +143,9 @@ __device__ __forceinline__ void reduce_piece(
         const int g = g0 + threadIdx.x % 32 / TILE_LANES;
         const bool there = g < b.channels;
         const int first = !there ? 0 : GROUPED ? g * positions : piece * TILE;
-        const auto reader = reader_of(Kind{}, p, run, first, coefficients[there ? g : 0]);
+        const auto reader = reader_of(KIND{}, p, run, first, coefficients[there ? g : 0]);
         const Node<double> node =
-            reduce_tile<Kind, TILE_LANES, TILE_ROWS, Acc>(reader, positions, p.last);
+            reduce_tile<KIND, TILE_LANES, TILE_ROWS, Acc>(reader, positions, p.last);
         if (there && threadIdx.x % TILE_LANES == 0) of_piece[g * b.span.tiles] = node;
     }
 }
@@ -166,41 +156,9 @@ __device__ __forceinline__ void reduce_rows(
 ) {
     const int positions = static_cast<int>(p.positions);
     for (Walk at(threadIdx.x, THREADS, b.channels); at.i < b.samples; at.step()) {
-        const auto reader = reader_of(Kind{}, p, run_of(p, b, at.i), at.j * positions, coefficients[at.j]);
-        nodes[at.j * b.span.tiles + at.i] = reduce_tile<Kind, TILE_LANES, TILE_ROWS, Acc>(reader, positions, p.last);
+        const auto reader = reader_of(KIND{}, p, run_of(p, b, at.i), at.j * positions, coefficients[at.j]);
+        nodes[at.j * b.span.tiles + at.i] = reduce_tile<KIND, TILE_LANES, TILE_ROWS, Acc>(reader, positions, p.last);
     }
-}
-
-// The roots of the cluster's channels, CLUSTER nodes from one another, from those that its blocks have in `nodes`.
-__device__ __forceinline__ void merge_cluster(
-    const Parameters& p, const Slab& b, const Node<double>* nodes, Node<double>* roots
-) {
-#if CLUSTER > 1
-    cluster_sync();
-    for (int k = threadIdx.x; k < CLUSTER * b.span.group; k += THREADS)
-        roots[k] = cluster_map(nodes, k % CLUSTER)[k / CLUSTER * b.span.tiles];
-    merge_span<Kind>(p, {CLUSTER, b.span.group, b.span.first_channel, 0, 0}, roots, p.span);
-#endif
-}
-
-// What follows from the root of a channel; `is_first` of the cluster's blocks writes it.
-__device__ __forceinline__ void finish_channel(
-    const Parameters& p, long long c, Node<double> root, bool is_first, Coefficients<Acc>& coefficients
-) {
-    long long* count = reinterpret_cast<long long*>(p.count);
-#if OPERATION == NORMALIZE
-    const long long values = p.samples * p.positions;
-    const Statistics s = statistics_of(root.first, root.second, values, p.eps);
-    coefficients = coefficients_of<Acc>(p, c, s);
-    if (is_first) store_statistics(p, c, s);
-    if (is_first && c == 0) *count = values;
-#else
-    add_gradient(coefficients, root.first, root.second, *count, reinterpret_cast<const double*>(p.invstd)[c]);
-    if (is_first) {
-        reinterpret_cast<double*>(p.first)[c] = root.first;
-        reinterpret_cast<double*>(p.second)[c] = root.second;
-    }
-#endif
 }
 
 __device__ __forceinline__ bool is_whole(const Slab& b, int first) { return first >= 0 && first + OCTET <= b.run; }
@@ -312,7 +270,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(con
 
     Walk ahead(warp, WARPS, b.pieces), here = ahead;
     for (int k = 0; BY_ROWS ? ahead.i < b.samples : k < AHEAD; ++k, ahead.step()) begin_piece(p, b, ahead.i, ahead.j);
-    if (Kind::NEEDS_COEFFICIENTS) {
+    if (KIND::NEEDS_COEFFICIENTS) {
         for (int g = threadIdx.x; g < b.channels; g += THREADS) {
             const long long c = b.span.first_channel + g;
             coefficients[g] = coefficients_of<Acc>(p, c, load_statistics(p, c));
@@ -331,8 +289,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(con
         __syncwarp();
         reduce_piece(p, b, run_of(p, b, here.i), here.i, here.j, coefficients, nodes);
     }
-    merge_span<Kind>(p, b.span, nodes);
-    merge_cluster(p, b, nodes, roots);
+    merge_span<KIND>(p, b.span, nodes);
+    merge_cluster(p, b.span, nodes, b.span.tiles, roots);
     for (int g = threadIdx.x; g < b.channels; g += THREADS)
         finish_channel(p, b.span.first_channel + g, roots[g * apart], rank == 0, coefficients[g]);
     __syncthreads();

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cubn import reference
-from cubn.backends import Extents, Gate, Operand, Vector
+from cubn.backends import Extents, Gate, Operand, Running, Vector
 from cubn.backends.cuda.plan import VECTOR_BYTES
 from tests import oracle
 from tests.cuda_on_cpu import sanitized
@@ -89,6 +89,10 @@ class Values:
         self.mask = rng.random((N, S)) < 0.7
 
 
+def counters(backend, C):
+    return [backend.from_host(np.zeros(C, np.int64)) for _ in range(2)]
+
+
 def results(backend, layer):
     """What every operation gives, by name: forwards, moments, an update, the backward in one call and in two."""
     values = Values(layer)
@@ -122,12 +126,18 @@ def results(backend, layer):
         statistics = backend.frozen_statistics(mean, var, C, EPS)
         bits = backend.normalize(extents, x, y, statistics, gamma, beta, **options, keep_bits=keep)
     else:
-        statistics, bits = backend.train(extents, x, y, EPS, gamma, beta, **options, keep_bits=keep)
+        copies = [backend.new_vector(C) for _ in range(2)]
+        later = [values.mean.copy(), values.var.copy()]  # of an update by itself
+        running = Running((mean, var), (mean, var), *counters(backend, C), 0.1)
+        given = {"kept": tuple(vector for _, vector in copies), "running": running}
+        statistics, bits = backend.train(extents, x, y, EPS, gamma, beta, **options, keep_bits=keep, **given)
         found |= {name: backend.to_host(getattr(statistics, name)) for name in ("count", "mean", "m2", "invstd")}
-        counters = [backend.from_host(np.zeros(C, np.int64)) for _ in range(2)]
-        backend.update(statistics, (mean, var), (mean, var), *counters, 0.1)
-        found |= {"tracked": backend.to_host(counters[0]), "skipped": backend.to_host(counters[1])}
+        found |= {name: backend.to_host(array) for name, (array, _) in zip(("gamma", "beta"), copies, strict=True)}
+        found |= {name: backend.to_host(getattr(running, name)) for name in ("tracked", "skipped")}
         found |= {"running_mean": values.mean, "running_var": values.var}
+        old = tuple(Vector(v.ctypes.data, "float32", 1) for v in later)
+        backend.update(statistics, old, old, *counters(backend, C), 0.1)
+        found |= {"mean of update": later[0], "var of update": later[1]}
         moments = [backend.to_host(part) for part in backend.root(backend.moments(extents, x, mask, 5))]
         found |= dict(zip(("count from 5", "mean from 5", "m2 from 5"), moments, strict=True))
     found["y"] = placed["y"].values()
@@ -135,11 +145,12 @@ def results(backend, layer):
     outputs = ["dx", "dresidual"] if layer.residual else ["dx"]
     gated = {"mask": mask, "gate": Gate("bits" if keep else "recompute" if layer.relu else "none", bits)}
     given = (extents, dy, x, dx, dresidual, statistics, gamma, beta)
-    sums = backend.backward(*given, frozen=layer.frozen, **gated)
+    gradients = {name: np.zeros(C, np.float32) for name in ("dgamma", "dbeta", "dgamma of sums", "dbeta of sums")}
+    dgamma, dbeta, *of_sums = (Vector(g.ctypes.data, "float32", 1) for g in gradients.values())
+    sums = backend.backward(*given, frozen=layer.frozen, **gated, parameters=(dgamma, dbeta))
     found |= {name: placed[name].values() for name in outputs}
     found |= {"sum_dy": backend.to_host(sums[0]), "sum_dy_xmu": backend.to_host(sums[1])}
-    gradients = {name: np.zeros(C, np.float32) for name in ("dgamma", "dbeta")}
-    backend.parameter_gradients(statistics, sums, *(Vector(g.ctypes.data, "float32", 1) for g in gradients.values()))
+    backend.parameter_gradients(statistics, sums, *of_sums)
     found |= gradients
     parts = backend.root_sums(backend.backward_sums(extents, dy, x, statistics, gamma, beta, **gated, start=3))
     found |= {
@@ -166,13 +177,16 @@ def expected(layer):
         found |= {name: np.asarray(getattr(stats, name)) for name in ("count", "mean", "m2", "invstd")}
         found |= {"tracked": after.tracked, "skipped": after.skipped}
         found |= {"running_mean": after.mean, "running_var": after.var}
+        found |= {"mean of update": after.mean, "var of update": after.var}
+        found |= {"gamma": v.gamma.astype(np.float64), "beta": v.beta.astype(np.float64)}
         later = oracle.batch_statistics(v.x, EPS, mask=mask, start=5)
         found |= {f"{name} from 5": np.asarray(getattr(later, name)) for name in ("count", "mean", "m2")}
     found["y"] = oracle.normalize(v.x, stats, v.gamma, v.beta, **options)
     if layer.frozen:
         found["y of forward"] = found["y"]
     gradients = oracle.backward(v.dy, v.x, stats, v.gamma, v.beta, frozen=layer.frozen, **options)
-    found |= {"dgamma": gradients.dgamma, "dbeta": gradients.dbeta}
+    for of in ("", " of sums"):
+        found |= {f"dgamma{of}": gradients.dgamma, f"dbeta{of}": gradients.dbeta}
     for name in ["dx", "dresidual"] if layer.residual else ["dx"]:
         found[name] = found[f"{name} of sums"] = getattr(gradients, name)
     gated = oracle.widen(gradients.dresidual)

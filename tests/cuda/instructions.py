@@ -26,6 +26,7 @@ WIDE = r"(LD[GS]|LDGSTS|ST[GS])\S*\.128"
 READ = r"LDS\S*\.128"  # from shared memory
 READ_ONE = r"LDS\.U16"
 WRITE = r"STG\S*\.128"
+CHANNELS = r"LDS\S*\.64"  # a lane's, from shared memory
 
 NORMALIZE = {"OPERATION": "NORMALIZE", "RESIDUAL": 0, "RELU": 1, "KEEP_BITS": 0}
 GRADIENT = {"OPERATION": "GRADIENT", "RESIDUAL": 0, "GATE": "GATE_NONE", "FROZEN": 0}
@@ -33,6 +34,7 @@ DENSE = {"CROSSING": 0, "INDEX": "unsigned"}
 ODD = {"CROSSING": 2, "INDEX": "unsigned"}
 LARGE = {"THREADS": 256, "CLUSTER": 1, "GROUPED": 0, "TILE_LANES": 32, "TILE_ROWS": 8}
 SMALL = {"THREADS": 256, "CLUSTER": 1, "GROUPED": 1, "TILE_LANES": 1, "TILE_ROWS": 1}
+SLICE = {"THREADS": 256, "CLUSTER": 1, "SLICE": 64, "TILE_ROWS": 1, "DEPTH": 4, "TILE_DEPTH": 8}
 
 OCTET, TILE = 8, 64
 """Elements of a lane on one way through a loop."""
@@ -67,6 +69,10 @@ LOOPS = (
     Loop("training step on chip, 7 x 7, normalise", "slab", SMALL | NORMALIZE, WRITE, {1: 1}, OCTET),
     Loop("gradient on chip, 7 x 7, add up", "slab", SMALL | GRADIENT, READ_ONE, {30: 1, 16: 5}, ROW),
     Loop("gradient on chip, 7 x 7, apply", "slab", SMALL | GRADIENT, WRITE, {1: 1}, OCTET),
+    Loop("training step on chip, nhwc, reduce", "slab_channels", SLICE | NORMALIZE, CHANNELS, {8: 1}, 4 * OCTET),
+    Loop("training step on chip, nhwc, normalise", "slab_channels", SLICE | NORMALIZE, WRITE, {1: 1}, OCTET),
+    Loop("gradient on chip, nhwc, add up", "slab_channels", SLICE | GRADIENT, CHANNELS, {16: 1}, 4 * OCTET),
+    Loop("gradient on chip, nhwc, apply", "slab_channels", SLICE | GRADIENT, WRITE, {1: 1}, OCTET),
 )
 
 

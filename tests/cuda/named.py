@@ -17,6 +17,7 @@ from tests.cuda_on_cpu.runner import shuffled
 RESIDENT = SMALL
 PASSES = replace(RESIDENT, shared_bytes=0)  # no channel fits on chip: never the resident kernel
 OLD = replace(RESIDENT, capability=(7, 5))  # without clusters
+LARGE = Limits(multiprocessors=108, shared_bytes=163 << 10, capability=(8, 0))  # likewise: an A100
 
 
 class Named(NamedTuple):
@@ -39,6 +40,15 @@ NAMED = {
     "resident, bits of all channels": Named(Layer((1, 3, 49), residual=True, relu=True)),
     "resident, off a vector": Named(Layer((3, 16, 64), offsets=(1,) * 6)),
     "resident, channels apart": Named(Layer((3, 16, 64), layout="nchw, channels apart")),
+    "resident, values": Named(Layer((70, 24, 1), "bfloat16")),
+    "resident, values, few": Named(Layer((9, 8, 1)), LARGE),
+    "resident, channels": Named(Layer((8, 64, 49), layout="nhwc")),
+    "resident, channels, a cluster": Named(Layer((40, 16, 49), "bfloat16", layout="nhwc", residual=True, relu=True)),
+    "resident, channels, without clusters": Named(Layer((5, 65, 9), layout="nhwc"), OLD),
+    "resident, channels, most of a multiprocessor": Named(Layer((1, 8, 1200), layout="nhwc", offsets=(1,) * 6)),
+    "resident, channels, positions apart": Named(Layer((3, 6, 9), layout="nhwc, positions apart")),
+    "resident, channels, float64": Named(Layer((2, 16, 300), "float64", layout="nhwc")),
+    "resident, channels, tiles": Named(Layer((1, 6, 2100), "float16", layout="nhwc")),
     # or not
     "rows": Named(Layer((4, 64, 784)), PASSES),
     "rows, few": Named(Layer((2, 4, 64)), PASSES),
@@ -48,17 +58,19 @@ NAMED = {
     "rows, odd, samples apart": Named(Layer((2, 3, 49), layout="nchw, samples apart"), PASSES),
     "rows, odd, large": Named(Layer((2, 17, 2501), "float16", offsets=(1,) * 6)),
     "rows, many samples": Named(Layer((5000, 3, 9), "float64")),
-    "channels": Named(Layer((8, 64, 49), layout="nhwc")),
-    "channels, many": Named(Layer((12, 256, 196), "bfloat16", layout="nhwc")),
-    "channels, two rows": Named(Layer((2, 8, 300), layout="nhwc")),
-    "channels, odd": Named(Layer((8, 65, 49), layout="nhwc")),
-    "channels, odd, positions apart": Named(Layer((8, 65, 9), layout="nhwc, positions apart")),
-    "channels, odd, one value": Named(Layer((1, 33, 1))),
-    "channels, one sample": Named(Layer((1, 64, 49), layout="nhwc")),
-    "channels, off a vector": Named(Layer((8, 64, 49), "float16", layout="nhwc", offsets=(2,) * 6)),
-    "channels, samples apart": Named(Layer((8, 64, 49), layout="nhwc, samples apart")),
-    "channels, float64": Named(Layer((8, 64, 49), "float64", layout="nhwc")),
-    "values": Named(Layer((5000, 32, 1), "float16")),
+    "channels": Named(Layer((8, 64, 49), layout="nhwc"), PASSES),
+    "channels, few blocks": Named(Layer((2200, 3, 1)), LARGE),
+    "channels, many": Named(Layer((12, 256, 196), "bfloat16", layout="nhwc"), PASSES),
+    "channels, two rows": Named(Layer((2, 8, 300), layout="nhwc"), PASSES),
+    "channels, odd": Named(Layer((8, 65, 49), layout="nhwc"), PASSES),
+    "channels, odd, positions apart": Named(Layer((8, 65, 9), layout="nhwc, positions apart"), PASSES),
+    "channels, odd, one value": Named(Layer((1, 33, 1)), PASSES),
+    "channels, one sample": Named(Layer((1, 64, 49), layout="nhwc"), PASSES),
+    "channels, off a vector": Named(Layer((8, 64, 49), "float16", layout="nhwc", offsets=(2,) * 6), PASSES),
+    "channels, samples apart": Named(Layer((8, 64, 49), layout="nhwc, samples apart"), PASSES),
+    "channels, float64": Named(Layer((8, 64, 49), "float64", layout="nhwc"), PASSES),
+    "values, seven left": Named(Layer((23, 33, 1)), PASSES),
+    "values": Named(Layer((5000, 32, 1), "float16"), PASSES),
     "strided": Named(Layer((8, 16, 49), layout="backwards")),
     "strided, one channel": Named(Layer((8, 1, 49), layout="backwards")),
     "strided, rows apart": Named(Layer((4, 24, 50), layout="nhwc, rows apart")),

@@ -19,10 +19,12 @@ SHAPES = {
     "resident, grouped": (4, 9, 7),
     "resident, cluster": (4, 3, 5000),
     "two passes": (2, 2, 600_001),
-    "channels": (30, 12, 6),
-    "2-d": (70, 24),
+    "resident, channels": (30, 12, 6),
+    "resident, 2-d": (70, 24),
+    "resident, 2-d, cluster": (3000, 40),
+    "2-d": (70_000, 16),
 }
-SMALL = ("resident, grouped", "resident, cluster", "two passes", "channels", "2-d")
+SMALL = ("resident, grouped", "resident, cluster", "two passes", "resident, channels", "resident, 2-d, cluster", "2-d")
 
 
 def check(name, dtype, layout):

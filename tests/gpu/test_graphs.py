@@ -12,7 +12,12 @@ pytestmark = pytest.mark.gpu
 cupy = pytest.importorskip("cupy")
 torch = pytest.importorskip("torch")
 
-SHAPES = {"resident": (8, 16, 28, 28), "two passes": (300, 2, 112, 112), "channels": (64, 96)}
+SHAPES = {
+    "resident": (8, 16, 28, 28),
+    "two passes": (300, 2, 112, 112),
+    "resident, channels": (64, 96),
+    "channels": (70001, 8),
+}
 WARM_UPS, REPLAYS = 2, 3
 
 

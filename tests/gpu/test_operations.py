@@ -24,6 +24,8 @@ SHAPES = {
     "short rows": (33, 320, 3, 3),
     "one sample": (1, 160, 33, 65),
     "2-d": (4096, 1024),
+    "2-d, two passes": (70001, 64),
+    "2-d, a few values": (128, 512),
     "2-d, long and narrow": (100003, 3),
     "2-d, short and wide": (2, 70001),
     "3-d": (2, 32, 32, 32, 32),

@@ -135,6 +135,7 @@ def more_than_32_bits_count():
 
 def nothing_to_plan():
     plan.slab(Extents(0, 3, 4), {}, 1, (), False, RESIDENT)
+    plan.slab_channels(Extents(0, 3, 4), {}, 1, (), False, RESIDENT)
 
 
 def nodes_of_ranks():
@@ -208,15 +209,22 @@ def check_launch(launch, extents, limits):
             assert covers(across, fields["lanes"] * OCTET, C) and covers(down, fields["steps"] * at_once, N * S)
         case "apply_strided":
             assert covers(launch.grid, THREADS * OCTET, N * C * S)
-        case "slab":
-            samples = plan.power_above(N) * plan.power_above(-(-S // TILE))
-            assert launch.cluster * fields["span"] == samples and launch.grid % launch.cluster == 0
-            assert covers(launch.grid // launch.cluster, group, C)
+        case "slab" | "slab_channels":
+            tiles = plan.power_above(-(-S // TILE))
+            assert launch.cluster * fields["span"] == plan.power_above(N) * tiles
+            assert launch.grid % launch.cluster == 0 and covers(launch.grid // launch.cluster, group, C)
             assert launch.cluster == 1 or limits.capability >= (9, 0)
             assert launch.shared_bytes <= limits.shared_bytes
+            if launch.kernel == "slab_channels":
+                samples = min(N, fields["span"] // tiles)
+                rows = samples * S if samples else min(S, fields["span"] * TILE)
+                assert rows * int(options["SLICE"]) <= fields["slot"] < launch.shared_bytes
+                piece = 256 // int(options["SLICE"]) << int(options["DEPTH"])  # columns
+                assert launch.cluster == 1 or fields["span"] << int(options["TILE_DEPTH"]) >= piece
+                assert group % OCTET == 0 and 1 << int(options["TILE_DEPTH"]) >= min(S, COLUMNS)
         case _:
             assert launch.source == "channelwise" and covers(launch.grid, THREADS, C)
-    assert launch.kernel == "slab" or launch.shared_bytes + static <= SHARED_BYTES
+    assert launch.kernel.startswith("slab") or launch.shared_bytes + static <= SHARED_BYTES
 
 
 @given(LAYERS, st.sampled_from([RESIDENT, *LIMITS]))

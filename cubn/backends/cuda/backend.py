@@ -65,7 +65,7 @@ class CudaBackend:
 
     def keep(self, parameter: Vector, C: int) -> tuple[BackendArray, Vector]:
         values, vector = self.new_vector(C)
-        self._channelwise("widen", C, {**of_vector("gamma", parameter), "first": vector.pointer})
+        self._channelwise("keep", C, {**of_vector("gamma", parameter), "kept_gamma": vector.pointer})
         return values, vector
 
     # --- statistics ---------------------------------------------------------------------------------------------------
@@ -103,18 +103,8 @@ class CudaBackend:
         skipped: BackendArray,
         momentum: float | None,
     ) -> None:
-        fields = {
-            **self._statistics_fields(statistics),
-            **of_vector("old_mean", old[0]),
-            **of_vector("old_var", old[1]),
-            **of_vector("new_mean", new[0]),
-            **of_vector("new_var", new[1]),
-            "tracked": self._at(tracked),
-            "skipped": self._at(skipped),
-            "momentum": momentum or 0.0,
-            "cumulative": int(momentum is None),
-        }
-        self._channelwise("update", len(tracked), fields)
+        fields = self._running_fields(Running(old, new, tracked, skipped, momentum))
+        self._channelwise("update", len(tracked), {**self._statistics_fields(statistics), **fields})
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
@@ -139,23 +129,21 @@ class CudaBackend:
             **self._statistics_fields(found),
             **of_vector("gamma", gamma),
             **of_vector("beta", beta),
+            **{name: copy.pointer for name, copy in zip(("kept_gamma", "kept_beta"), kept, strict=True) if copy},
             "eps": eps,
         }
         arrays = Arrays(x, residual, y, None, mask)
         options = _normalize_options(residual, relu, keep_bits)
-        slab = mask is None and prepare.slab(extents, options, 1, keep_bits, self.device.limits, arrays.layouts)
-        if slab:
-            bits = self._new_bits(extents, "rows") if keep_bits else None
-            self._run(slab, arrays, bits, fields)
-        else:
-            coefficients = self._new_coefficients(extents.C, x.dtype)
-            fields["coefficients"] = self._at(coefficients)
-            self._root("Moments", extents, Arrays(x, mask=mask), Gate("none"), {}, fields)
-            bits = self._normalize(extents, x, y, coefficients, mask, residual, relu, keep_bits)
-        for parameter, copy in zip((gamma, beta), kept, strict=True):
-            if parameter and copy:
-                self._channelwise("widen", extents.C, {**of_vector("gamma", parameter), "first": copy.pointer})
-        if running:
+        resident = prepare.resident(extents, options, 1, keep_bits, "", self.device.limits, arrays.layouts)
+        if resident:
+            bits = self._new_bits(extents, resident.kind) if keep_bits else None
+            self._run(resident, arrays, bits, fields | (self._running_fields(running) if running else {}))
+            return found, bits
+        coefficients = self._new_coefficients(extents.C, x.dtype)
+        fields["coefficients"] = self._at(coefficients)
+        self._root("Moments", extents, Arrays(x, mask=mask), Gate("none"), {}, fields)
+        bits = self._normalize(extents, x, y, coefficients, mask, residual, relu, keep_bits)
+        if running:  # last: an error on the way leaves the state as it was
             self.update(found, *running)
         return found, bits
 
@@ -241,41 +229,21 @@ class CudaBackend:
         gate: Gate,
         parameters: tuple[Vector, Vector] | None = None,
     ) -> Sums:
-        sums = self._gradient(
-            extents, dy, x, dx, dresidual, statistics, gamma, beta, frozen=frozen, mask=mask, gate=gate
-        )
-        if parameters:
-            self.parameter_gradients(statistics, sums, *parameters)
-        return sums
-
-    def _gradient(
-        self,
-        extents: Extents,
-        dy: Operand,
-        x: Operand,
-        dx: Operand,
-        dresidual: Operand | None,
-        statistics: Statistics,
-        gamma: Vector | None,
-        beta: Vector | None,
-        *,
-        frozen: bool,
-        mask: Operand | None,
-        gate: Gate,
-    ) -> Sums:
         sums = first, second = tuple(self._parts(extents.C, extents.C))
+        dgamma, dbeta = parameters or (None, None)
         fields = {
             **self._statistics_fields(statistics),
+            **of_vector("dgamma", dgamma),
+            **of_vector("dbeta", dbeta),
             "first": self._at(first),
             "second": self._at(second),
         }
-        if mask is None and (gate.bits is None or gate.bits.kind == "rows"):
-            arrays = Arrays(x, dy, dx, dresidual)
-            options = _gradient_options(dresidual, gate, frozen)
-            slab = prepare.slab(extents, options, 2, False, self.device.limits, arrays.layouts)
-            if slab:
-                self._run(slab, arrays, gate.bits, {**fields, **of_vector("gamma", gamma), **of_vector("beta", beta)})
-                return sums
+        arrays = Arrays(x, dy, dx, dresidual, mask)
+        options, kind = _gradient_options(dresidual, gate, frozen), gate.bits.kind if gate.bits else ""
+        resident = prepare.resident(extents, options, 2, False, kind, self.device.limits, arrays.layouts)
+        if resident:
+            self._run(resident, arrays, gate.bits, {**fields, **of_vector("gamma", gamma), **of_vector("beta", beta)})
+            return sums
         coefficients = self._coefficients(extents.C, x.dtype, statistics, gamma, beta)
         fields["coefficients"] = self._at(coefficients)
         self._root("Sums", extents, Arrays(x, dy, mask=mask), gate, fields, fields)
@@ -348,8 +316,8 @@ class CudaBackend:
         first, second = sums
         fields = {
             **self._statistics_fields(statistics),
-            **of_vector("gamma", dgamma),
-            **of_vector("beta", dbeta),
+            **of_vector("dgamma", dgamma),
+            **of_vector("dbeta", dbeta),
             "first": self._at(first),
             "second": self._at(second),
         }
@@ -483,6 +451,18 @@ class CudaBackend:
 
     def _statistics_fields(self, s: Statistics) -> Addresses:
         return {name: self._at(array) for name, array in s._asdict().items()}
+
+    def _running_fields(self, running: Running) -> dict[str, int | float]:
+        names = ("old_mean", "old_var", "new_mean", "new_var")
+        fields: dict[str, int | float] = {
+            "tracked": self._at(running.tracked),
+            "skipped": self._at(running.skipped),
+            "momentum": running.momentum or 0.0,
+            "cumulative": int(running.momentum is None),
+        }
+        for name, v in zip(names, (*running.old, *running.new), strict=True):
+            fields |= of_vector(name, v)
+        return fields
 
     def _rows_fields(self, name: str, rows: Rows) -> Addresses:
         return {f"{name}_{part}": self._at(array) for part, array in rows._asdict().items()}

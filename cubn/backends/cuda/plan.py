@@ -7,10 +7,12 @@ grid, and the parameters that follow from shapes alone; `backend.py` adds the ad
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +44,9 @@ SPLIT_BYTES = 8 << 10  # of a block; splitting a slab further only costs
 RESERVED_BYTES = 1 << 10  # of shared memory, in every block
 NEIGHBOUR_BYTES = 512  # of a sample, from which a block needs no more channels
 PEELED_BYTES = 1024  # from which elements before and after whole vectors no longer matter
+SLICES = (16, 32, 64)  # bytes of neighbouring channels, of a block; memory moves no fewer than 32
+LONE_BYTES = 64 << 10  # of a block, more than which takes longer than several launches where few blocks share them
+FEW_BLOCKS = 4  # times which is still less than the multiprocessors
 
 Fields = Mapping[str, int | float]
 
@@ -423,6 +428,11 @@ def _slab_group(extents: Extents, item: int, neighbours: bool, keep_bits: bool) 
     return group
 
 
+def _fits_twice(shared: int, limits: Limits) -> bool:
+    """Whether a multiprocessor has room for two blocks."""
+    return 2 * (shared + RESERVED_BYTES) <= limits.shared_bytes + RESERVED_BYTES
+
+
 @functools.lru_cache(1024)
 def _slab(
     extents: Extents, dtype: str, group: int, aligned: bool, staged: int, options: tuple[str, ...], limits: Limits
@@ -445,14 +455,11 @@ def _slab(
     if not cuts:
         return None
 
-    def fits_twice(shared: int) -> bool:
-        return 2 * (shared + RESERVED_BYTES) <= limits.shared_bytes + RESERVED_BYTES
-
     # Enough blocks for the device; then two on a multiprocessor, so that one loads while the other stores.
     cluster, span, slot, shared = max(
-        cuts, key=lambda cut: (min(across * cut[0], limits.multiprocessors), fits_twice(cut[3]), -cut[0])
+        cuts, key=lambda cut: (min(across * cut[0], limits.multiprocessors), _fits_twice(cut[3], limits), -cut[0])
     )
-    threads = THREADS if fits_twice(shared) or dtype == "float64" else 2 * THREADS
+    threads = THREADS if _fits_twice(shared, limits) or dtype == "float64" else 2 * THREADS
     rows = min(N, max(span >> tree.log2_tiles, 1)) * group  # of a block
     lanes = WARP if S > COLUMNS else 1 if rows >= WARP else power_above(-(-S // OCTET))
     specialised = option(
@@ -465,3 +472,100 @@ def _slab(
     )
     fields = tuple({**_sizes(extents), **tree.fields, "span": span, "group": group, "slot": slot}.items())
     return Launch("slab", (*specialised, *options), across * cluster, shared, fields, "", "rows", threads, cluster)
+
+
+def slab_channels(
+    extents: Extents,
+    operands: Mapping[str, Operand],
+    staged: int,
+    options: tuple[str, ...],
+    bits: bool,
+    limits: Limits,
+) -> Launch | None:
+    """The same where channels lie one after the other, and a slice of them fits; `bits`: some are read or written."""
+    torn = bits and extents.C % OCTET  # two rows have bits of the same byte
+    if 0 in extents or torn or not all(goes_on(extents, o) for o in operands.values()):
+        return None
+    return _slab_channels(extents, operands["x"].dtype, staged, options, limits)
+
+
+class _Slice(NamedTuple):
+    """Channels of a cluster of blocks, and what each of these has of them."""
+
+    width: int  # bytes
+    across: int  # as many slices have all channels
+    cluster: int
+    span: int  # tiles
+    slot: int  # bytes of x
+    depth: int  # log2 of the columns of a lane, which has 8 bytes of each
+    shared: int
+
+
+def _slices(extents: Extents, dtype: str, staged: int, limits: Limits) -> Iterator[_Slice]:
+    """Those that fit."""
+    N, C, S = extents
+    tree = tree_of(S, dtype)
+    item = ITEMSIZE[dtype]
+    clusters = CLUSTERS if limits.capability >= CLUSTER_CAPABILITY else (1,)
+    wide = min(max(power_above(C), OCTET) * item, SLICES[-1])  # enough for all channels, or the widest
+    least = min(max(OCTET * item, SLICES[1]), wide)
+    for width, cluster in itertools.product(SLICES, clusters):
+        span = (power_above(N) << tree.log2_tiles) // cluster
+        if not least <= width <= wide or not span:
+            continue
+        samples = span >> tree.log2_tiles
+        rows = min(N, samples) * S if samples else min(S, span * TILE)
+        slot = -(-rows // OCTET) * OCTET * width  # up to eight rows change places
+        group = width // item
+        depth = (width // WIDE_CHANNELS).bit_length() if S > 4 else 2  # nodes of more tiles would not fit registers
+        pieces = span * power_above(min(S, COLUMNS)) * width // (WIDE_CHANNELS * WARP << depth)
+        nodes = max(pieces, 1) + (cluster if cluster > 1 else 0)
+        shared = staged * slot + group * (nodes * NODE_BYTES + COEFFICIENTS_BYTES[acc_of(dtype)])
+        if shared <= limits.shared_bytes and (cluster == 1 or staged * slot >= SPLIT_BYTES):
+            yield _Slice(width, -(-C // group), cluster, span, slot, depth, shared)
+
+
+@functools.lru_cache(1024)
+def _slab_channels(
+    extents: Extents, dtype: str, staged: int, options: tuple[str, ...], limits: Limits
+) -> Launch | None:
+    found = list(_slices(extents, dtype, staged, limits))
+    if not found:
+        return None
+
+    def merit(s: _Slice) -> tuple[int, bool, int, int]:
+        """Enough blocks for the device; two on a multiprocessor; then wide slices, for the sake of memory."""
+        return min(s.across * s.cluster, limits.multiprocessors), _fits_twice(s.shared, limits), s.width, -s.cluster
+
+    best = max(found, key=merit)
+    blocks = best.across * best.cluster
+    if FEW_BLOCKS * blocks < limits.multiprocessors and staged * best.slot > LONE_BYTES:
+        return None
+    tree = tree_of(extents.S, dtype)
+    threads = THREADS if _fits_twice(best.shared, limits) or dtype == "float64" else 2 * THREADS
+    specialised = option(
+        ELEMENT=ELEMENTS[dtype],
+        THREADS=threads,
+        CLUSTER=best.cluster,
+        SLICE=best.width,
+        TILE_ROWS=1 if extents.S <= COLUMNS else 8,
+        DEPTH=best.depth,
+        TILE_DEPTH=power_above(min(extents.S, COLUMNS)).bit_length() - 1,
+    )
+    fields = {
+        **_sizes(extents),
+        **tree.fields,
+        "span": best.span,
+        "group": best.width // ITEMSIZE[dtype],
+        "slot": best.slot,
+    }
+    return Launch(
+        "slab_channels",
+        (*specialised, *options),
+        blocks,
+        best.shared,
+        tuple(fields.items()),
+        octets="channels",
+        threads=threads,
+        cluster=best.cluster,
+    )

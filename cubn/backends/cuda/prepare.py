@@ -42,7 +42,7 @@ class Ready(NamedTuple):
 
     launch: Launch
     words: bytes
-    kind: str = ""  # of the elementwise kernels
+    kind: str = ""  # of the kernels that read or write every element
 
 
 class Reduction(NamedTuple):
@@ -83,11 +83,21 @@ def elementwise(extents: Extents, options: tuple[str, ...], bits: str, limits: L
 
 
 @functools.lru_cache(1024)
-def slab(
-    extents: Extents, options: tuple[str, ...], staged: int, keep_bits: bool, limits: Limits, arrays: Arrays
+def resident(
+    extents: Extents, options: tuple[str, ...], staged: int, keep_bits: bool, bits: str, limits: Limits, arrays: Arrays
 ) -> Ready | None:
-    launch = plan.slab(extents, arrays.values, staged, options, keep_bits, limits)
-    return None if launch is None else _ready(launch, arrays)
+    """One kernel for a whole training step or gradient, if there is. `bits`: the kind of those to be read, if any."""
+    operands = arrays.values
+    kind = plan.kind_of(extents, tuple(operands.values()))
+    if arrays.mask or (bits and bits != kind):
+        return None
+    if kind == "channels":
+        launch = plan.slab_channels(extents, operands, staged, options, keep_bits or bool(bits), limits)
+    else:
+        launch = plan.slab(extents, operands, staged, options, keep_bits, limits)
+    if launch is None:
+        return None
+    return _ready(launch, arrays, kind, dense=int(plan.is_dense(launch, extents, tuple(operands.values()))))
 
 
 @functools.lru_cache(1024)
