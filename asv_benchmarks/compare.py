@@ -23,18 +23,19 @@ HEADLINE = ("64@112²", "256@56²", "512@28²", "1024@14²", "2048@7²", "(4096,
 
 
 def measure(only: str, dtype: torch.dtype, turns: int) -> list[dict[str, object]]:
-    """One row per workload and operation: milliseconds of a copy, of cubn, of torch."""
+    """One row for a workload and an operation: milliseconds of reading x, of a copy, of cubn, of torch."""
     use_threads()
     rows: list[dict[str, object]] = []
     for workload in WORKLOADS:
         if not re.search(only, f"{workload.name} {workload.layout}"):
             continue
         timed = operations(workload, dtype)
-        copy = timed.pop("copy").cubn
+        copy, read = timed.pop("copy").cubn, timed.pop("read").cubn
+        (once,) = (1e3 * t for t in alternate([read], turns))
         for name, operation in timed.items():
             copied, ours, theirs = (1e3 * t for t in alternate([copy, operation.cubn, operation.torch], turns))
             row = {"array": workload.name, "shape": workload.shape, "layout": workload.layout, "operation": name}
-            rows.append(row | {"copy_ms": copied, "cubn_ms": ours, "torch_ms": theirs})
+            rows.append(row | {"read_ms": once, "copy_ms": copied, "cubn_ms": ours, "torch_ms": theirs})
             print(
                 f"{workload.name:<14} {workload.layout:<5} {name:<17} {ours:8.3f} ms"
                 f" = {ours / copied:5.2f} copies, {theirs / ours:5.2f} x torch",
@@ -44,15 +45,19 @@ def measure(only: str, dtype: torch.dtype, turns: int) -> list[dict[str, object]
 
 
 def table(path: Path) -> str:
-    """The headline arrays of a result file as Markdown: each operation as "copies (times torch's speed)"."""
+    """The headline arrays of a result file as Markdown: each operation as "copies (times torch's speed)", and reading
+    the array once as copies.
+    """
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in json.loads(path.read_text())["rows"]:
         if row["array"] not in HEADLINE:
             continue
         text = f"{row['cubn_ms'] / row['copy_ms']:.2f} ({row['torch_ms'] / row['cubn_ms']:.1f}×)"
-        cells.setdefault((row["array"], row["layout"]), {})[row["operation"]] = text
-    lines = [f"| array | layout | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
-    lines += [f"| {array} | {layout} | {' | '.join(r[c] for c in COLUMNS)} |" for (array, layout), r in cells.items()]
+        of_array = cells.setdefault((row["array"], row["layout"]), {})
+        of_array |= {row["operation"]: text, "read": f"{row['read_ms'] / row['copy_ms']:.2f}"}
+    columns = ("read", *COLUMNS)
+    lines = [f"| array | layout | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+    lines += [f"| {array} | {layout} | {' | '.join(r[c] for c in columns)} |" for (array, layout), r in cells.items()]
     return "\n".join(lines)
 
 
@@ -60,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=("float16", "bfloat16", "float32", "float64"))
     parser.add_argument("--only", default="", metavar="REGEX")
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--table", type=Path, metavar="FILE")
     options = parser.parse_args()
     if options.table:

@@ -62,7 +62,7 @@ class Operation(NamedTuple):
 
 
 def operations(workload: Workload, dtype: torch.dtype = torch.float32) -> dict[str, Operation]:
-    """Every measured operation on a workload, and "copy", which is the same on both sides."""
+    """Every measured operation on a workload; and, the same on both sides, "copy" and "read" (x once)."""
     x = random(workload, dtype)
     dy = torch.randn_like(x)
     y, dx = torch.empty_like(x), torch.empty_like(x)
@@ -72,6 +72,7 @@ def operations(workload: Workload, dtype: torch.dtype = torch.float32) -> dict[s
     state = cubn.BatchNormState(C, like=x)
     _, saved = cubn.forward_train(x, state, out=y)
     _, batch_mean, batch_invstd = torch.native_batch_norm(x, gamma, beta, running_mean, running_var, True, 0.1, 1e-5)
+    memory = x.as_strided((x.numel(),), (1,)).view(torch.float32)
     others = [axis for axis in range(x.ndim) if axis != 1]
 
     def torch_forward(training: bool) -> object:
@@ -86,6 +87,7 @@ def operations(workload: Workload, dtype: torch.dtype = torch.float32) -> dict[s
 
     return {
         "copy": Operation(lambda: y.copy_(x), lambda: y.copy_(x)),
+        "read": Operation(memory.sum, memory.sum),
         "forward_train": Operation(lambda: cubn.forward_train(x, state, out=y), lambda: torch_forward(True)),
         "forward": Operation(lambda: cubn.forward(x, state, out=y), lambda: torch_forward(False)),
         "moments": Operation(lambda: cubn.moments(x), lambda: torch.var_mean(x, others)),
