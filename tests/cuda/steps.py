@@ -5,14 +5,14 @@ from typing import NamedTuple
 import numpy as np
 
 from cubn import reference
-from cubn.backends import Extents, Gate, Operand, Vector
+from cubn.backends import Extents, Gate, Operand, Running, Vector
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import Limits
 from tests import oracle
 from tests.cuda_on_cpu.device import CpuDevice
 from tests.cuda_on_cpu.runner import Order
 
-EPS = 1e-5
+EPS, MOMENTUM = 1e-5, 0.3
 OUTSIDE = 0x5A
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -70,6 +70,12 @@ def vector(values):
     return Vector(values.ctypes.data, str(values.dtype), 1)
 
 
+def start(C):
+    """Running statistics before the step."""
+    mean, var = np.random.default_rng(C).random((2, C), np.float32)
+    return oracle.State(mean, var, np.full(C, 3), np.full(C, 1))
+
+
 def train_and_back(case):
     """What differs from the oracle, by name, and what was launched for the step and for its gradient."""
     rng = np.random.default_rng(sum(case.extents))
@@ -90,6 +96,9 @@ def train_and_back(case):
     def view(array):
         return operand(array, case.dtype)
 
+    state = start(extents.C)
+    old = vector(state.mean), vector(state.var)
+    copies = np.empty((2, extents.C))
     statistics, bits = backend.train(
         extents,
         view(x),
@@ -101,11 +110,14 @@ def train_and_back(case):
         residual=view(residual) if case.residual else None,
         relu=case.relu,
         keep_bits=case.relu and case.residual,
+        kept=tuple(map(vector, copies)),
+        running=Running(old, old, state.tracked, state.skipped, MOMENTUM),
     )
     step = list(device.launched)
     if case.frozen:
         statistics = backend.frozen_statistics(vector(statistics.mean), vector(statistics.var), extents.C, EPS)
     device.launched.clear()
+    dgamma, dbeta = np.empty((2, extents.C), np.float32)
     sums = backend.backward(
         extents,
         view(dy),
@@ -118,8 +130,11 @@ def train_and_back(case):
         frozen=case.frozen,
         mask=None,
         gate=Gate("none") if not case.relu else Gate("bits", bits) if case.residual else Gate("recompute"),
+        parameters=(vector(dgamma), vector(dbeta)),
     )
     found = {"y": y, "dx": dx, **statistics._asdict(), "sum_dy": sums[0], "sum_dy_xmu": sums[1]}
+    found |= {"dgamma": dgamma, "dbeta": dbeta, "gamma": copies[0], "beta": copies[1]}
+    found |= {f"running {name}": values for name, values in vars(state).items()}
     if case.residual:
         found["dresidual"] = dresidual
     if case.frozen:
@@ -138,7 +153,10 @@ def expected_of(case, x, residual, dy, gamma, beta):
     gated = reference.behind_relu(oracle.widen(dy), oracle.widen(y)) if case.relu else oracle.widen(dy)
     centred = reference.centre(oracle.widen(x), statistics.mean)
     _, *sums = oracle.root(oracle.sample_sums(gated, gated * centred), reference.add)
-    return {"y": y, **vars(statistics), **vars(gradients), "sum_dy": sums[0], "sum_dy_xmu": sums[1]}
+    found = {"y": y, **vars(statistics), **vars(gradients), "sum_dy": sums[0], "sum_dy_xmu": sums[1]}
+    state = oracle.update(start(len(gamma)), statistics, MOMENTUM)
+    found |= {f"running {name}": values for name, values in vars(state).items()}
+    return found | {"gamma": gamma.astype(np.float64), "beta": beta.astype(np.float64)}
 
 
 def clusters(kernel, *launches):
