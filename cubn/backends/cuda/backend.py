@@ -389,8 +389,9 @@ class CudaBackend:
             "first": self._at(first),
             "second": self._at(second),
         }
-        if order:
-            fields["merges"] = self._at(self._orders(order))
+        merges = self._orders(order) if order else None  # held: what two threads make at once, the cache has of one
+        if merges is not None:
+            fields["merges"] = self._at(merges)
         self._launch(prepare.root(C, what, order), fields)
         return count.view("int64").reshape(()), first, second
 
