@@ -416,7 +416,7 @@ class _Begun(_Training):
         )
         with self.moving() as running:
             if running:
-                self.backend.update(statistics, *running)
+                self.backend.update(statistics, running)
         return self.trained(statistics, bits, self.parameters, shared.place)
 
 

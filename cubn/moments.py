@@ -254,7 +254,7 @@ def update(state: BatchNormState, moments: Moments) -> None:
     place = state.place("update")
     statistics = statistics_of(moments, state.eps, place)
     with state.moving("update") as running:
-        place.update(statistics, *running)
+        place.update(statistics, running)
 
 
 def statistics_of(moments: Moments, eps: float, place: Backend) -> Statistics:

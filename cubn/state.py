@@ -99,8 +99,8 @@ class BatchNormState:
 
     Notes
     -----
-    One state may be used by several threads: updates take turns, also after a fork. `copy.copy`, `copy.deepcopy` and
-    pickle copy the arrays, in their own libraries.
+    One state may be used by several threads: what updates it takes turns, a whole `forward_train` without `comm=`
+    included, also after a fork. `copy.copy`, `copy.deepcopy` and pickle copy the arrays, in their own libraries.
 
     A variance in 16 bits stalls at small momenta, so running statistics are float32 or float64, always.
     """

@@ -214,18 +214,8 @@ class Backend(Protocol):
         fits.
         """
 
-    def update(
-        self,
-        statistics: Statistics,
-        old: tuple[Vector, Vector],
-        new: tuple[Vector, Vector],
-        tracked: BackendArray,
-        skipped: BackendArray,
-        momentum: float | None,
-    ) -> None:
-        """Running mean and variance `old` -> `new` (which may be the same memory), with the guard and both int64 (C,)
-        counters.
-        """
+    def update(self, statistics: Statistics, running: Running) -> None:
+        """Running mean and variance `old` -> `new`, with the guard and both counters."""
 
     def backward_sums(
         self,

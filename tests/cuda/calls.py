@@ -136,7 +136,7 @@ def results(backend, layer):
         found |= {name: backend.to_host(getattr(running, name)) for name in ("tracked", "skipped")}
         found |= {"running_mean": values.mean, "running_var": values.var}
         old = tuple(Vector(v.ctypes.data, "float32", 1) for v in later)
-        backend.update(statistics, old, old, *counters(backend, C), 0.1)
+        backend.update(statistics, Running(old, old, *counters(backend, C), 0.1))
         found |= {"mean of update": later[0], "var of update": later[1]}
         moments = [backend.to_host(part) for part in backend.root(backend.moments(extents, x, mask, 5))]
         found |= dict(zip(("count from 5", "mean from 5", "m2 from 5"), moments, strict=True))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cubn.backends import Extents, Gate, Operand, Vector
+from cubn.backends import Extents, Gate, Operand, Running, Vector
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import ITEMSIZE, Launch, Limits
 
@@ -121,7 +121,7 @@ def run_everything(backend: CudaBackend, extents: Extents, layout: Layout, dtype
     backend.keep(vector, extents.C)
     frozen = backend.frozen_statistics(vector, vector, extents.C, 1e-5)
     zeros = backend.device.zeros((extents.C,), "float64")
-    backend.update(frozen, parameters, parameters, zeros, zeros, 0.1)
+    backend.update(frozen, Running(parameters, parameters, zeros, zeros, 0.1))
     for present in (None, mask):
         backend.root(backend.moments(extents, x, present, 0))
         backend.statistics(np.int64(2), zeros, zeros, 1e-5)

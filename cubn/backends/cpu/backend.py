@@ -236,19 +236,10 @@ class CpuBackend:
         launch(prepare.train, options, extents, numbers, **given)
         return found, bits
 
-    def update(
-        self,
-        statistics: Statistics,
-        old: tuple[Vector, Vector],
-        new: tuple[Vector, Vector],
-        tracked: NDArray[np.int64],
-        skipped: NDArray[np.int64],
-        momentum: float | None,
-    ) -> None:
-        running = Running(old, new, tracked, skipped, momentum)
+    def update(self, statistics: Statistics, running: Running) -> None:
         arguments: Any = {**moving(running), **addresses(statistics)}
-        option = ("", CODES[old[0].dtype])
-        launch(prepare.per_channel, "update", option, len(tracked), weight(running), **arguments)
+        option = ("", CODES[running.old[0].dtype])
+        launch(prepare.per_channel, "update", option, len(running.tracked), weight(running), **arguments)
 
     def backward_sums(
         self,

@@ -94,17 +94,9 @@ class CudaBackend:
         self._channelwise("frozen", C, {**self._statistics_fields(found), **running})
         return found
 
-    def update(
-        self,
-        statistics: Statistics,
-        old: tuple[Vector, Vector],
-        new: tuple[Vector, Vector],
-        tracked: BackendArray,
-        skipped: BackendArray,
-        momentum: float | None,
-    ) -> None:
-        fields = self._running_fields(Running(old, new, tracked, skipped, momentum))
-        self._channelwise("update", len(tracked), {**self._statistics_fields(statistics), **fields})
+    def update(self, statistics: Statistics, running: Running) -> None:
+        fields = {**self._statistics_fields(statistics), **self._running_fields(running)}
+        self._channelwise("update", len(running.tracked), fields)
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
@@ -144,7 +136,7 @@ class CudaBackend:
         self._root("Moments", extents, Arrays(x, mask=mask), Gate("none"), {}, fields)
         bits = self._normalize(extents, x, y, coefficients, mask, residual, relu, keep_bits)
         if running:  # last: an error on the way leaves the state as it was
-            self.update(found, *running)
+            self.update(found, running)
         return found, bits
 
     def normalize(

@@ -7,11 +7,10 @@ grid, and the parameters that follow from shapes alone; `backend.py` adds the ad
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import NamedTuple
 
 import numpy as np
@@ -509,7 +508,7 @@ def _slices(extents: Extents, dtype: str, staged: int, limits: Limits) -> Iterat
     clusters = CLUSTERS if limits.capability >= CLUSTER_CAPABILITY else (1,)
     wide = min(max(power_above(C), OCTET) * item, SLICES[-1])  # enough for all channels, or the widest
     least = min(max(OCTET * item, SLICES[1]), wide)
-    for width, cluster in itertools.product(SLICES, clusters):
+    for width, cluster in product(SLICES, clusters):
         span = (power_above(N) << tree.log2_tiles) // cluster
         if not least <= width <= wide or not span:
             continue
