@@ -104,6 +104,17 @@ def test_faults_that_stop_a_launch(kernel, fault):
         launch(kernel, fault)
 
 
+def test_a_launch_reports_its_first_block_to_fail():
+    source = """
+    extern "C" __global__ void fail(unsigned first) {
+        if (blockIdx.x >= first) __trap();
+    }"""
+    module = Module(source, "fail")
+    for first in [0, 1, 2, 5] * 25:
+        with pytest.raises(LaunchError, match=rf"in block \({first},0,0\)"):
+            module.launch((8,), (32,), [struct.pack("I", first)], workers=3)
+
+
 @pytest.mark.parametrize(("kernel", "fault"), ANOTHER_RESULT)
 def test_faults_that_show_in_some_order(kernel, fault):
     results = [launch(kernel, fault, order) for order in ORDERS]

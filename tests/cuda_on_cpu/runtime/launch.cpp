@@ -77,18 +77,24 @@ IdleGangs& idle_gangs() {
     return idle;
 }
 
-// The first failure of a launch stops it.
+// A failure stops a launch. Turns before it are still taken: what a launch reports is the failure of its earliest
+// turn, however its workers ran.
 class Outcome {
 public:
-    void fail(const char* message) {
-        if (failed_.exchange(true)) return;
+    void fail(std::uint64_t turn, const char* message) {
+        const std::lock_guard lock(mutex_);
+        if (turn >= failed_turn_) return;
+        failed_turn_ = turn;
         message_ = message;
     }
-    bool failed() const { return failed_.load(std::memory_order_relaxed); }
+    bool failed() const { return failed_turn_ != none; }
+    bool wants(std::uint64_t turn) const { return turn < failed_turn_.load(std::memory_order_relaxed); }
     const std::string& message() const { return message_; }
 
 private:
-    std::atomic<bool> failed_{false};
+    static constexpr std::uint64_t none = -1;
+    std::mutex mutex_;
+    std::atomic<std::uint64_t> failed_turn_{none};
     std::string message_;
 };
 
@@ -97,15 +103,16 @@ private:
 void work(const Launch& launch, unsigned worker, unsigned workers, Gang& gang, Outcome& outcome) {
     const unsigned control = _mm_getcsr();
     _mm_setcsr(0x1f80);  // round to nearest, keep subnormals, whatever the caller's thread does
+    std::uint64_t turn = worker;
     try {
         Fiber::adopt_os_thread();
         const std::uint64_t size = launch.gang_size(), count = launch.block_count() / size;
-        for (std::uint64_t turn = worker; turn < count && !outcome.failed(); turn += workers) {
+        for (; turn < count && outcome.wants(turn); turn += workers) {
             gang.start(launch, gang_at(turn, count, launch.order) * size);
             run(gang);
         }
     } catch (const std::exception& error) {
-        outcome.fail(error.what());
+        outcome.fail(turn, error.what());
     }
     _mm_setcsr(control);
 }
@@ -160,7 +167,7 @@ extern "C" __attribute__((visibility("default"))) int cuda_on_cpu_launch(
         check(launch);
         run_grid(launch, workers, outcome);
     } catch (const std::exception& error) {
-        outcome.fail(error.what());
+        outcome.fail(0, error.what());
     }
     std::snprintf(message, capacity, "%s", outcome.message().c_str());
     return outcome.failed();
