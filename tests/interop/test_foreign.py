@@ -6,7 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from cubn import _arrays, _dlpack
+from cubn import _arrays
+from cubn._arrays import dlpack
 from tests.interop import libraries
 
 
@@ -118,7 +119,7 @@ class Edited(Grid):
 
     def __dlpack__(self, **options):
         capsule = self.values.__dlpack__(max_version=(1, 0))
-        self._edit(_dlpack._Versioned.from_address(_dlpack._pointer(capsule, b"dltensor_versioned")))
+        self._edit(dlpack._Versioned.from_address(dlpack._pointer(capsule, b"dltensor_versioned")))
         return capsule
 
 

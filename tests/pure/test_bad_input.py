@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 import cubn
-from cubn import _arguments, _dlpack
+from cubn import _arguments
+from cubn._arrays import dlpack
 from cubn.errors import BackendUnavailable
 
 F32 = "dtype=float32, device=cpu"
 
 
-class Elsewhere(_dlpack.Exporter):
+class Elsewhere(dlpack.Exporter):
     """A NumPy array that says it lies on the first CUDA device."""
 
     def __dlpack_device__(self):
@@ -24,7 +25,7 @@ class Elsewhere(_dlpack.Exporter):
     def __dlpack__(self, **options):
         assert options.pop("stream", 1) == 1, "CUDA arrays are read on the legacy default stream"
         capsule = super().__dlpack__(**options)
-        tensor, _ = _dlpack._open(capsule)
+        tensor, _ = dlpack._open(capsule)
         tensor.device.type = 2
         return capsule
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _nodes
-from cubn._arrays import numpy_address
+from cubn._arrays.numpy import address_of
 from cubn.backends import Extents, Gate, Nodes, Operand, Running, Statistics, Vector
 from cubn.backends.cpu import plan, prepare
 from cubn.backends.cpu.plan import LANES
@@ -29,14 +29,14 @@ class Bits(NamedTuple):
 
 
 def at(a: NDArray[Any]) -> Address:
-    return (numpy_address(a),)
+    return (address_of(a),)
 
 
 def rows_of(count: int, length: int) -> Doubles:
     """(count, length) uninitialised, every row on its own cache lines."""
     padded = -(-length // LANES) * LANES
     memory = np.empty(count * padded + LANES, np.float64)
-    start = -numpy_address(memory) % 128 // 8
+    start = -address_of(memory) % 128 // 8
     return memory[start : start + count * padded].reshape(count, padded)[:, :length]
 
 
@@ -67,7 +67,7 @@ def new_bits(extents: Extents, kind: str) -> Bits:
 
 
 def rows_in(bits: Bits | None) -> BitRows | None:
-    return bits and BitRows(numpy_address(bits.words), bits.per_position, *bits.words.strides[:2])
+    return bits and BitRows(address_of(bits.words), bits.per_position, *bits.words.strides[:2])
 
 
 def reduced(
@@ -109,7 +109,7 @@ class CpuBackend:
 
     def new_vector(self, C: int) -> tuple[Doubles, Vector]:
         values = np.empty(C)
-        return values, Vector(numpy_address(values), "float64", 1)
+        return values, Vector(address_of(values), "float64", 1)
 
     def keep(self, parameter: Vector, C: int) -> tuple[Doubles, Vector]:
         values, vector = self.new_vector(C)

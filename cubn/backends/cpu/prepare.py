@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cubn._arrays import numpy_address
+from cubn._arrays.numpy import address_of
 from cubn._tree import TILE, Block, root_order
 from cubn.backends import Extents, Operand, Vector, threads
 from cubn.backends.cpu import plan, pool
@@ -62,14 +62,14 @@ class Launch(NamedTuple):
                 block[place] = argument[0]
         if self.size:
             memory = np.empty(self.size + ALIGNMENT, np.uint8)
-            start = -(-numpy_address(memory) // ALIGNMENT) * ALIGNMENT
+            start = -(-address_of(memory) // ALIGNMENT) * ALIGNMENT
             for place, offset in self.room:
                 block[place] = start + offset
         if self.tabulated:
             operands = tuple(arguments)
             tables = [position_table(*(operands[i] or ())[1:]) for _, i in self.tabulated]
             for (place, _), table in zip(self.tabulated, tables, strict=True):
-                block[place] = numpy_address(table)
+                block[place] = address_of(table)
         address = block.buffer_info()[0]
         for kernel, count in self.kernels:
             pool.run(kernel, address, count)
@@ -219,7 +219,7 @@ def _scratch(offsets: tuple[int, ...], size: int, threads: int) -> tuple[Fields,
 def _column_tables(S: int, dtype: str) -> tuple[Fields, tuple[NDArray[np.floating], ...]]:
     """Shares of a full tile and of a sample's last: addresses, and the tables."""
     tables = [plan.column_table(length, dtype == "float64") for length in (min(S, TILE), S % TILE or min(S, TILE))]
-    return dict(zip(("tables", "tail"), map(numpy_address, tables), strict=True)), tuple(tables)
+    return dict(zip(("tables", "tail"), map(address_of, tables), strict=True)), tuple(tables)
 
 
 @functools.lru_cache(1024)
@@ -286,9 +286,9 @@ def _reduction(
     workers = plan.threads_for(math.prod(extents) * ITEMSIZE[dtype], tasks, limit)
     scratch, memory = _scratch(cut.offsets, cut.scratch, workers)
     shares, tables = _column_tables(extents.S, dtype)
-    fields = {**scratch, **shares, "rows": numpy_address(cut.table)}
+    fields = {**scratch, **shares, "rows": address_of(cut.table)}
     fields |= {"tasks": tasks, "chunk": cut.chunk, "chunks": cut.chunks}
-    fields |= {"steps": len(steps), "step_table": numpy_address(steps), "node_row": 8 * extents.C}
+    fields |= {"steps": len(steps), "step_table": address_of(steps), "node_row": 8 * extents.C}
     if start is None:
         rows = len(cut.table)
         memory |= {"node_count": 8 * rows, "node_first": 8 * rows * extents.C, "node_second": 8 * rows * extents.C}
@@ -390,7 +390,7 @@ def root(
 ) -> Launch:
     """The merges of neighbouring blocks into the first, and what that holds then."""
     steps = np.array(root_order(blocks), np.int64).reshape(-1, 2)
-    fields = {"channels": C, "node_row": row_bytes, "steps": len(steps), "step_table": numpy_address(steps)}
+    fields = {"channels": C, "node_row": row_bytes, "steps": len(steps), "step_table": address_of(steps)}
     return _prepared(((kernel("merge_rows", "", what), 1),), names, layouts, fields, keeps=steps)
 
 

@@ -1,0 +1,63 @@
+"""CuPy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from cubn._arrays.library import Array, Output, Shape, Strides
+from cubn._arrays.memory import in_bytes
+from cubn._arrays.numpy import layout_of
+from cubn._arrays.refusals import refuse_device, refuse_dtype, refuse_misaligned
+from cubn.backends import CUDA
+
+
+class Cupy:
+    """CuPy, through its arrays' own attributes."""
+
+    name = "cupy"
+    immutable = False
+    fixed = True
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+        self._is_rocm = bool(cupy.cuda.runtime.is_hip)
+
+    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+        if self._is_rocm:
+            refuse_device(x, "rocm", function, argument)
+        strides, name = layout_of(x.shape, x.strides, x.dtype)
+        if name not in dtypes:
+            refuse_dtype(x, name, dtypes, function, argument)
+        if strides is None:
+            refuse_misaligned(x, function, argument, f"strides of {x.strides} bytes")
+        pointer = x.data.ptr
+        if pointer % x.itemsize:
+            refuse_misaligned(x, function, argument, f"address {pointer:#x}")
+        return Array(pointer, x.shape, strides, name, (CUDA, x.device.id), True, x, self)
+
+    def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
+        storage = like.owner.dtype if dtype == like.dtype else np.dtype(dtype)  # NumPy has no bfloat16 of its own
+        with like.owner.device:
+            memory = self._cupy.cuda.alloc(max(math.prod(shape), 1) * storage.itemsize)
+            y = self._cupy.ndarray(shape, storage, memory, in_bytes(strides, storage.itemsize))
+        return Output(Array(y.data.ptr, shape, strides, dtype, like.device, True, y, self), lambda: y)
+
+    def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
+        with like.owner.device:
+            return self._cupy.array(values, dtype)
+
+    def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
+        values: np.ndarray[Any, Any] = array.owner.get()
+        return values.astype("float32") if array.dtype == "bfloat16" else values
+
+    def unchanged(self, array: Array) -> bool:
+        return True
+
+    def version(self, array: Array) -> int | None:
+        return None
+
+    def mark_written(self, array: Array) -> None:
+        pass

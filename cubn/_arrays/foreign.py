@@ -1,0 +1,54 @@
+"""Any other library that speaks DLPack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cubn._arrays.capsules import host_copy, new_output, read
+from cubn._arrays.library import Array, Output, Shape, Strides
+from cubn._arrays.numpy import NUMPY
+from cubn.errors import message
+
+
+class Foreign:
+    """A library cubn has never heard of, by `__dlpack__` and `from_dlpack`."""
+
+    immutable = False
+    fixed = False
+
+    def __init__(self, name: str, from_dlpack: Callable[[Any], Any] | None) -> None:
+        self.name = name
+        self._from_dlpack = from_dlpack
+
+    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+        return read(x, function, argument, dtypes, self)
+
+    def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
+        adopt = self._from_dlpack
+        if adopt is None:
+            raise TypeError(
+                message("cubn", "x's library", "have from_dlpack, to make outputs", self.name, "Pass out=.")
+            )
+        output, exporter = new_output(shape, strides, dtype, like.device, self)
+        return Output(output, lambda: adopt(exporter))
+
+    def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
+        return NUMPY.from_numpy(values, dtype, like)
+
+    def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
+        values = host_copy(array)
+        if array.dtype == "bfloat16":
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values
+
+    def unchanged(self, array: Array) -> bool:
+        return False
+
+    def version(self, array: Array) -> int | None:
+        return None
+
+    def mark_written(self, array: Array) -> None:
+        pass

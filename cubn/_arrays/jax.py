@@ -1,0 +1,69 @@
+"""JAX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cubn._arrays import dlpack
+from cubn._arrays.capsules import new_output, read
+from cubn._arrays.library import Array, Output, Shape, Strides
+from cubn._arrays.numpy import dtype_name
+from cubn._arrays.refusals import refuse, refuse_dtype
+
+
+class Jax:
+    """JAX, through its arrays' capsules. An array is never written: others may hold its memory."""
+
+    name = "jax"
+    immutable = True
+    fixed = False
+
+    def __init__(self, jax: Any) -> None:
+        self._jax = jax
+
+    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+        if x.is_deleted():
+            refuse(x, function, argument, ValueError, "not be deleted", "a deleted array", "Was it donated?")
+        devices = len(x.sharding.device_set)
+        if devices > 1:
+            remedy = "Call it on each shard."
+            refuse(x, function, argument, ValueError, "be on one device", f"one on {devices} devices", remedy)
+        dtype = dtype_name(x.dtype)
+        if dtype not in dtypes:  # some have no capsule
+            refuse_dtype(x, dtype, dtypes, function, argument)
+        return read(x, function, argument, dtypes, self)
+
+    def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
+        output, exporter = new_output(shape, strides, dtype, like.device, self)
+        device = like.owner.device
+
+        def finish() -> Any:
+            y = self._adopt(exporter)
+            return y if y.device == device else self._jax.device_put(y, device)
+
+        return Output(output, finish)
+
+    def _adopt(self, exporter: dlpack.Exporter) -> Any:
+        """A JAX array in the exporter's memory."""
+        if exporter.dtype != "float64":
+            return self._jax.dlpack.from_dlpack(exporter)
+        with self._jax.enable_x64(True):  # without it JAX returns float32
+            return self._jax.dlpack.from_dlpack(exporter)
+
+    def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
+        with self._jax.enable_x64(dtype == "float64"):
+            return self._jax.device_put(values.astype(dtype), like.owner.device)
+
+    def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
+        return np.array(array.owner, "float32" if array.dtype == "bfloat16" else None)
+
+    def unchanged(self, array: Array) -> bool:
+        return False
+
+    def version(self, array: Array) -> int | None:
+        return None
+
+    def mark_written(self, array: Array) -> None:
+        raise TypeError("a JAX array is never written")

@@ -1,0 +1,64 @@
+"""Errors about one array, with what is known of it."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from cubn._arrays.library import Array
+from cubn.backends import CPU, CUDA
+from cubn.errors import message
+
+_DEVICE_TYPES = {"cpu": CPU, "cuda": CUDA}
+
+
+def refuse(
+    x: Any, function: str, argument: str, error: type[Exception], rule: str, got: object, remedy: str
+) -> NoReturn:
+    """Raise what is wrong with x, with the facts known about it."""
+    raise error(message(function, argument, rule, got, remedy, **facts(x)))
+
+
+def refuse_dtype(x: Any, dtype: str, dtypes: tuple[str, ...], function: str, argument: str) -> NoReturn:
+    *most, last = dtypes
+    rule = f"have dtype {', '.join(most)} or {last}" if most else f"have dtype {last}"
+    refuse(x, function, argument, TypeError, rule, dtype, "Convert it first.")
+
+
+def refuse_stand_in(x: Any, function: str, argument: str) -> NoReturn:
+    rule = "hold numbers in memory, not stand for them"
+    remedy = "Call it outside tracing, vmap and the like."
+    refuse(x, function, argument, TypeError, rule, f"a {type_name(x)}", remedy)
+
+
+def refuse_misaligned(x: Any, function: str, argument: str, got: str) -> NoReturn:
+    refuse(x, function, argument, ValueError, "be aligned to its elements", got, "Pass a copy.")
+
+
+def refuse_device(x: Any, device: str, function: str, argument: str) -> NoReturn:
+    refuse(x, function, argument, NotImplementedError, "be on a CPU or CUDA device", device, "Move it there first.")
+
+
+def facts(x: Any) -> dict[str, Any]:
+    """Shape, dtype and device, as far as x has them and they mean that."""
+    shape, dtype, device = (_attribute(x, name) for name in ("shape", "dtype", "device"))
+    if not isinstance(x, Array):
+        kind, _, index = str(device).partition(":")
+        device = (_DEVICE_TYPES[kind], int(index or 0)) if kind in _DEVICE_TYPES else None
+    return {
+        "shape": tuple(shape) if isinstance(shape, tuple) else None,
+        "dtype": None if dtype is None else str(dtype).rpartition(".")[2],  # torch.float32
+        "device": device,
+    }
+
+
+def _attribute(x: Any, name: str) -> Any:
+    """The attribute, or None: a deleted or nested array raises anything when asked."""
+    try:
+        return getattr(x, name, None)
+    except Exception:
+        return None
+
+
+def type_name(x: Any) -> str:
+    """As `numpy.matrix`, `list`."""
+    return f"{type(x).__module__.partition('.')[0]}.{type(x).__qualname__}".removeprefix("builtins.")
