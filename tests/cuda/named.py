@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from cubn.backends.cuda.backend import CudaBackend
-from cubn.backends.cuda.plan import Limits
+from cubn.backends.cuda.plan import Launch, Limits
 from tests.cuda import calls
 from tests.cuda.calls import Layer
 from tests.cuda_on_cpu.device import SMALL, CpuDevice
@@ -79,10 +79,12 @@ NAMED = {
 }
 
 
-def run(name: str, order: int) -> None:
-    """Compare a layer with the oracle."""
+def run(name: str, order: int) -> list[Launch]:
+    """Compare a layer with the oracle; what was launched for it."""
     layer, limits = NAMED[name]
-    calls.check(CudaBackend(CpuDevice(limits, order)), layer)
+    device = CpuDevice(limits, order)
+    calls.check(CudaBackend(device), layer)
+    return device.launched
 
 
 if __name__ == "__main__":

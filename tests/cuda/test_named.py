@@ -2,7 +2,8 @@
 
 import pytest
 
-from cubn.backends.cuda import plan
+from cubn.backends.cuda.plan import passes, reductions
+from tests.cuda import plans
 from tests.cuda.named import NAMED, run
 from tests.cuda_on_cpu.build import unavailable
 from tests.cuda_on_cpu.runner import Order
@@ -15,16 +16,31 @@ def test_named(name):
     run(name, Order.REVERSED)
 
 
+@pytest.fixture
+def limits_of_plans(monkeypatch):
+    """Plans made with other limits than those of large arrays."""
+
+    def change(module, **constants):
+        for name, value in constants.items():
+            monkeypatch.setattr(module, name, value)
+
+    plans.forget()
+    yield change
+    plans.forget()
+
+
 @pytest.mark.parametrize("name", ["rows", "rows, few", "rows, odd, one channel"])
-def test_elements_counted_in_64_bits(name, monkeypatch):
+def test_elements_counted_in_64_bits(name, limits_of_plans):
     """As beyond 2^31 elements."""
-    monkeypatch.setattr(plan, "NARROW_INDEX", 0)
-    run(name, Order.ASCENDING)
+    limits_of_plans(passes, NARROW_INDEX=0)
+    launched = run(name, Order.ASCENDING)
+    assert all("-DINDEX=size_t" in launch.options for launch in launched if launch.kernel == "apply_rows")
+    assert any(launch.kernel == "apply_rows" for launch in launched)
 
 
 @pytest.mark.parametrize("name", ["rows, many samples", "values", "masked, many samples"])
-def test_rows_merged_again_and_again(name, monkeypatch):
+def test_rows_merged_again_and_again(name, limits_of_plans):
     """As of millions of samples."""
-    monkeypatch.setattr(plan, "MERGED_ROWS", 4)
-    monkeypatch.setattr(plan, "MOST_NODES", 64)
-    run(name, Order.ASCENDING)
+    limits_of_plans(reductions, MERGED_ROWS=4, MOST_NODES=64)
+    launched = run(name, Order.ASCENDING)
+    assert [launch.kernel for launch in launched].count("merge_rows") > 2

@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 
 from cubn._tree import COLUMNS, TILE
 from cubn.backends import Extents, Gate, Operand
-from cubn.backends.cuda import parameters, plan, prepare
+from cubn.backends.cuda import parameters, plan
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import ITEMSIZE, OCTET, THREADS
+from cubn.backends.cuda.plan.launch import power_above
+from cubn.backends.cuda.plan.passes import _divisor
 from cubn.backends.cuda.source import folder
-from tests.cuda import calls
+from tests.cuda import calls, plans
 from tests.cuda.named import NAMED, RESIDENT
 from tests.cuda.specialisations import ADDRESS, LIMITS, Recorder
 
@@ -69,16 +71,19 @@ def conditions(function):
             yield instruction.offset, instruction.argval, if_met, instruction.positions
 
 
+FILES = {module.__file__: module for module in plans.MODULES}
+
+
 def identity(code):
-    return code.co_name, code.co_firstlineno, tuple(code.co_positions())
+    return code.co_filename, code.co_name, code.co_firstlineno, tuple(code.co_positions())
 
 
 def steps_taken(runs):
-    """What runs of plan.py: {function: pairs of offsets, one run after the other}."""
+    """What runs of the planner: {(file, function): pairs of offsets, one run after the other}."""
     taken = {}
 
     def enter(frame, event, _):
-        if frame.f_code.co_filename != plan.__file__:
+        if frame.f_code.co_filename not in FILES:
             return None
         frame.f_trace_opcodes = True
         steps = taken.setdefault(identity(frame.f_code), set())
@@ -93,9 +98,7 @@ def steps_taken(runs):
 
         return step
 
-    for function in (*vars(plan).values(), *vars(prepare).values()):
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
+    plans.forget()
     outside = sys.gettrace()
     sys.settrace(enter)
     try:
@@ -107,21 +110,22 @@ def steps_taken(runs):
 
 
 def unreached(runs):
-    """What of plan.py these runs leave out: functions, and conditions that are always or never met."""
+    """What of the planner these runs leave out: functions, and conditions that are always or never met."""
     taken = steps_taken(runs)
-    source = inspect.getsource(plan)
-    lines = source.splitlines()
-    for function in functions(compile(source, plan.__file__, "exec")):
-        steps = taken.get(identity(function), ())
-        if not steps:
-            yield function.co_name
-        outcomes = {}
-        for offset, target, if_met, place in conditions(function):
-            met = {(after == target) == if_met for before, after in steps if before == offset}
-            outcomes.setdefault(place, set()).update(met)
-        for place, met in outcomes.items():
-            if steps and len(met) < 2:
-                yield f"{place.lineno}: {lines[place.lineno - 1].strip()}"
+    for file, module in FILES.items():
+        source = inspect.getsource(module)
+        lines = source.splitlines()
+        for function in functions(compile(source, file, "exec")):
+            steps = taken.get(identity(function), ())
+            if not steps:
+                yield function.co_name
+            outcomes = {}
+            for offset, target, if_met, place in conditions(function):
+                met = {(after == target) == if_met for before, after in steps if before == offset}
+                outcomes.setdefault(place, set()).update(met)
+            for place, met in outcomes.items():
+                if steps and len(met) < 2:
+                    yield f"{place.lineno}: {lines[place.lineno - 1].strip()}"
 
 
 def planned(name):
@@ -186,7 +190,7 @@ def check_launch(launch, extents, limits):
     group = fields.get("group")
     assert 1 <= launch.grid <= MOST_BLOCKS and launch.grid % across == 0
     down = launch.grid // across
-    padded = plan.power_above(-(-S // TILE)) * N
+    padded = power_above(-(-S // TILE)) * N
     static = 0
     match launch.kernel:
         case "reduce_rows" | "reduce_strided":
@@ -210,8 +214,8 @@ def check_launch(launch, extents, limits):
         case "apply_strided":
             assert covers(launch.grid, THREADS * OCTET, N * C * S)
         case "slab" | "slab_channels":
-            tiles = plan.power_above(-(-S // TILE))
-            assert launch.cluster * fields["span"] == plan.power_above(N) * tiles
+            tiles = power_above(-(-S // TILE))
+            assert launch.cluster * fields["span"] == power_above(N) * tiles
             assert launch.grid % launch.cluster == 0 and covers(launch.grid // launch.cluster, group, C)
             assert launch.cluster == 1 or limits.capability >= (9, 0)
             assert launch.shared_bytes <= limits.shared_bytes
@@ -253,7 +257,7 @@ def test_division_by_a_constant(bits, data):
     at = data.draw(st.integers(0, (2**bits - 1) // by)) * by
     near = st.sampled_from([n for n in (at - 1, at, at + by - 1) if 0 <= n < 2**bits])
     n = data.draw(near | st.integers(0, 2**bits - 1))
-    fields = plan._divisor("by", by, bits)
+    fields = _divisor("by", by, bits)
     if fields["by.shift"] < 0:
         assert by == 1
     else:

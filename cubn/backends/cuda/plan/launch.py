@@ -1,0 +1,72 @@
+"""What a plan says: one kernel launch but for the addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cubn.backends import Extents
+
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "bool": 1}
+ELEMENTS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
+
+THREADS = 256
+WARP = 32
+OCTET = 8  # elements a thread takes at a time
+VECTOR_BYTES = 16
+NODE_BYTES = 16
+WIDE_CHANNELS = 8  # bytes of neighbouring channels that a thread of reduce_channels owns
+WAVES = 4  # blocks per multiprocessor and more: enough to hide latency and even out the end
+
+Fields = Mapping[str, int | float]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device can do."""
+
+    multiprocessors: int
+    shared_bytes: int  # of a block that asks for it
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch but for the addresses."""
+
+    kernel: str
+    options: tuple[str, ...]
+    grid: int
+    shared_bytes: int
+    fields: tuple[tuple[str, int | float], ...]
+    file: str = ""  # kernels/<file>.cu, where it is not the kernel's own name
+    octets: str = ""  # begin "rows", "channels" or nothing but the array ("linear")
+    threads: int = THREADS
+    cluster: int = 1
+
+    @property
+    def source(self) -> str:
+        return self.file or self.kernel
+
+
+def acc_of(dtype: str) -> str:
+    """The C++ type that values of a dtype are widened to."""
+    return "double" if dtype == "float64" else "float"
+
+
+def option(**names: object) -> tuple[str, ...]:
+    return tuple(f"-D{name}={int(value) if isinstance(value, bool) else value}" for name, value in names.items())
+
+
+def sizes(extents: Extents) -> Fields:
+    return {"samples": extents.N, "channels": extents.C, "positions": extents.S}
+
+
+def power_above(n: int) -> int:
+    """The least power of two that is n or more."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def power_below(n: int) -> int:
+    """The greatest power of two that is n or less."""
+    return 1 << (n.bit_length() - 1)
