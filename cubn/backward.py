@@ -9,7 +9,7 @@ from cubn import _arguments, _arrays
 from cubn._arguments import refusal, region
 from cubn._arrays import BOOL, FLOATS, Output
 from cubn._layout import operand, vector
-from cubn.backends import Nodes, Operand, Vector
+from cubn.backends import Arrays, Nodes, Vector
 from cubn.errors import message
 from cubn.forward import Saved
 from cubn.sync import collective
@@ -85,10 +85,10 @@ def backward(dy: Any, saved: Saved, *, parameter_gradients: str = "local", out: 
     source = gradient.source
     source.backend.backward(
         source.extents,
-        *gradient.arrays,
+        gradient.arrays,
         *gradient.normalised,
         frozen=saved.frozen,
-        **gradient.gated,
+        gate=saved.gate,
         parameters=gradient.parameters,
     )
     return gradient.written()
@@ -133,7 +133,7 @@ class _Backward:
         self.source = x = saved.source
         self.backend = x.backend
         self.everywhere = parameter_gradients == "global"
-        array, self.dy = _arguments.beside("backward", "dy", dy, x)
+        array, dy_operand = _arguments.beside("backward", "dy", dy, x)
         _check_unchanged(saved)
         if out is None:
             self.dx = _arrays.empty_like(x.array)
@@ -143,19 +143,14 @@ class _Backward:
             self.dx = _arguments.destination("backward", out, x, {"dy": array}, apart)
         self.dresidual = _arrays.empty_like(x.array) if saved.has_residual else None
         self.dgamma, self.dbeta = _parameter_outputs(saved)
-        self.normalised = (
-            saved.statistics,
-            saved.gamma and saved.gamma.vector,
-            saved.beta and saved.beta.vector,
+        self.normalised = saved.statistics, saved.parameters.affine
+        self.arrays = Arrays(
+            x.operand,
+            dy_operand,
+            operand(self.dx.array, x.axis),
+            self.dresidual and operand(self.dresidual.array, x.axis),
+            saved.mask and saved.mask.operand,
         )
-        self.gated: dict[str, Any] = {"mask": saved.mask and saved.mask.operand, "gate": saved.gate}
-
-    @property
-    def arrays(self) -> tuple[Operand, Operand, Operand, Operand | None]:
-        """dy, x, dx, dresidual."""
-        axis = self.source.axis
-        residual = self.dresidual and operand(self.dresidual.array, axis)
-        return self.dy, self.source.operand, operand(self.dx.array, axis), residual
 
     @cached_property
     def terms(self) -> Terms:
@@ -177,17 +172,16 @@ class _Backward:
         )
 
     def part(self, start: int) -> Nodes:
-        dy, x, _, _ = self.arrays
-        return self.backend.backward_sums(self.source.extents, dy, x, *self.normalised, start=start, **self.gated)
+        extents, gate = self.source.extents, self.saved.gate
+        return self.backend.backward_sums(extents, self.arrays, *self.normalised, gate=gate, start=start)
 
     def accept(self, values: int) -> None:
         """The forward has been."""
 
     def finish(self, shared: Shared) -> Gradients:
         sums = self.backend.root_sums(shared.nodes) if self.terms.gathers else None
-        self.backend.backward_apply(
-            self.source.extents, *self.arrays, *self.normalised, None if self.saved.frozen else sums, **self.gated
-        )
+        applied, gate = None if self.saved.frozen else sums, self.saved.gate
+        self.backend.backward_apply(self.source.extents, self.arrays, *self.normalised, applied, gate=gate)
         parameters = self.parameters
         if parameters:
             own = (self.everywhere and sums) or self.backend.root_sums(shared.own)
@@ -204,10 +198,11 @@ class _Backward:
     def written(self) -> Gradients:
         """What the forward's state and residual ask for."""
         dgamma, dbeta = self.dgamma, self.dbeta
+        gamma, beta = self.saved.parameters
         return Gradients(
             self.dx.finish(),
-            dgamma and self.saved.gamma and dgamma.finish(),
-            dbeta and self.saved.beta and dbeta.finish(),
+            dgamma and gamma and dgamma.finish(),
+            dbeta and beta and dbeta.finish(),
             self.dresidual and self.dresidual.finish(),
         )
 
@@ -221,10 +216,11 @@ def _check_saved(saved: Saved) -> Saved:
 
 def _parameter_outputs(saved: Saved) -> tuple[Output | None, Output | None]:
     """Where dgamma and dbeta go: each like its parameter, or like the other where there is but one of them."""
-    either = saved.gamma or saved.beta
+    gamma, beta = saved.parameters
+    either = gamma or beta
     if either is None:
         return None, None
-    homes = ((kept or either).home for kept in (saved.gamma, saved.beta))
+    homes = ((kept or either).home for kept in (gamma, beta))
     dgamma, dbeta = (_arrays.empty_vector(saved.source.extents.C, home.dtype, home) for home in homes)
     return dgamma, dbeta
 

@@ -11,7 +11,7 @@ from cubn import _arguments, _arrays
 from cubn._arguments import Companion, Source, region
 from cubn._arrays import Array, Output
 from cubn._layout import operand
-from cubn.backends import BackendArray, Gate, Nodes, Running, Statistics, Vector
+from cubn.backends import Affine, Arrays, BackendArray, Gate, Nodes, Running, Statistics, Vector
 from cubn.errors import message
 from cubn.moments import Moments, statistics_of
 from cubn.state import BatchNormState, Held, checked_eps, hold
@@ -27,6 +27,12 @@ class Given(NamedTuple):
     mask: Companion | None
     residual: Companion | None
 
+    def arrays(self, y: Output) -> Arrays:
+        """As kernels see them, and where y goes."""
+        source, _, mask, residual = self
+        written = operand(y.array, source.axis)
+        return Arrays(source.operand, residual and residual.operand, written, mask=mask and mask.operand)
+
 
 class Kept(NamedTuple):
     """A parameter as it was in the forward, and where it came from."""
@@ -36,8 +42,15 @@ class Kept(NamedTuple):
     home: Array
 
 
-Parameters = tuple[Kept | None, Kept | None]
-"""gamma and beta."""
+class Parameters(NamedTuple):
+    """gamma and beta, where there are any, as they were in the forward."""
+
+    gamma: Kept | None
+    beta: Kept | None
+
+    @property
+    def affine(self) -> Affine:
+        return Affine(self.gamma and self.gamma.vector, self.beta and self.beta.vector)
 
 
 class Saved:
@@ -61,13 +74,12 @@ class Saved:
     """
 
     __slots__ = (
-        "beta",
         "frozen",
-        "gamma",
         "gate",
         "has_residual",
         "mask",
         "overwritten",
+        "parameters",
         "place",
         "source",
         "statistics",
@@ -93,7 +105,7 @@ class Saved:
         self.mask = given.mask
         self.has_residual = given.residual is not None
         self.statistics = statistics
-        self.gamma, self.beta = parameters
+        self.parameters = parameters
         self.gate = gate
         self.frozen = frozen
         self.overwritten = overwritten
@@ -177,21 +189,9 @@ def forward(
     """
     given = _given("forward", x, state, mask, residual)
     source, held = given.source, given.held
-    mean, var = _running(held, "forward")
+    running = _running(held, "forward")
     output = _destination("forward", out, given)
-    source.backend.forward(
-        source.extents,
-        source.operand,
-        operand(output.array, source.axis),
-        mean,
-        var,
-        state.eps,
-        held.gamma,
-        held.beta,
-        mask=given.mask and given.mask.operand,
-        residual=given.residual and given.residual.operand,
-        relu=bool(relu),
-    )
+    source.backend.forward(source.extents, given.arrays(output), running, state.eps, held.affine, relu=bool(relu))
     return output.finish()
 
 
@@ -322,13 +322,8 @@ class _Training:
         self.overwrites = _overwrites(out, self.output, given.source)
         self.kind = _gate_kind(relu, given)
         self.backend = given.source.backend
-        self.y = operand(self.output.array, given.source.axis)
-        self.fused: dict[str, Any] = {
-            "mask": given.mask and given.mask.operand,
-            "residual": given.residual and given.residual.operand,
-            "relu": bool(relu),
-            "keep_bits": self.kind == "bits",
-        }
+        self.arrays = given.arrays(self.output)
+        self.then = {"relu": bool(relu), "keep_bits": self.kind == "bits"}
         self.values = _arguments.values_per_channel(given.source, given.mask)
 
     def check_count(self) -> None:
@@ -343,18 +338,9 @@ class _Training:
         """The whole step at once."""
         source, held = self.given.source, self.given.held
         kept = _kept_parameters(self.given, lambda _, C: self.backend.new_vector(C))
-        gamma, beta = kept
         with self.moving(held) as running:
             statistics, bits = self.backend.train(
-                source.extents,
-                source.operand,
-                self.y,
-                self.eps,
-                held.gamma,
-                held.beta,
-                **self.fused,
-                kept=(gamma and gamma.vector, beta and beta.vector),
-                running=running,
+                source.extents, self.arrays, self.eps, held.affine, **self.then, kept=kept.affine, running=running
             )
         return self.trained(statistics, bits, kept)
 
@@ -383,7 +369,7 @@ class _Begun(_Training):
     @cached_property
     def terms(self) -> Terms:
         state, (array, _, (N, C, _), _, _) = self.state, self.given.source
-        on = {"update": self.updates, "relu": self.fused["relu"], "residual": self.given.residual is not None}
+        on = {"update": self.updates, "relu": self.then["relu"], "residual": self.given.residual is not None}
         return Terms(
             "forward_train",
             C,
@@ -396,24 +382,15 @@ class _Begun(_Training):
         )
 
     def part(self, start: int) -> Nodes:
-        source = self.given.source
-        return self.backend.moments(source.extents, source.operand, self.fused["mask"], start)
+        return self.backend.moments(self.given.source.extents, self.arrays, start)
 
     def accept(self, values: int) -> None:
         _check_count(values, values, " over all ranks")
 
     def finish(self, shared: Shared) -> tuple[Any, Saved]:
-        source, (gamma, beta) = self.given.source, self.parameters
         statistics = self.backend.statistics(*self.backend.root(shared.nodes), self.eps)
-        bits = self.backend.normalize(
-            source.extents,
-            source.operand,
-            self.y,
-            statistics,
-            gamma and gamma.vector,
-            beta and beta.vector,
-            **self.fused,
-        )
+        extents, affine = self.given.source.extents, self.parameters.affine
+        bits = self.backend.normalize(extents, self.arrays, statistics, affine, **self.then)
         with self.moving() as running:
             if running:
                 self.backend.update(statistics, running)
@@ -469,28 +446,18 @@ def forward_frozen(
     place = None if comm is None else Place(communicator(comm), sizes, 0)
     given = _given("forward_frozen", x, state, mask, residual)
     source = given.source
-    mean, var = _running(given.held, "forward_frozen")
+    running = _running(given.held, "forward_frozen")
     output = _destination("forward_frozen", out, given)
-    gamma, beta = _kept_parameters(given, source.backend.keep)
+    parameters = _kept_parameters(given, source.backend.keep)
     kind = _gate_kind(relu, given)
-    statistics = source.backend.frozen_statistics(mean, var, source.extents.C, state.eps)
-    bits = source.backend.normalize(
-        source.extents,
-        source.operand,
-        operand(output.array, source.axis),
-        statistics,
-        gamma and gamma.vector,
-        beta and beta.vector,
-        mask=given.mask and given.mask.operand,
-        residual=given.residual and given.residual.operand,
-        relu=bool(relu),
-        keep_bits=kind == "bits",
-    )
+    statistics = source.backend.frozen_statistics(running, source.extents.C, state.eps)
+    then = {"relu": bool(relu), "keep_bits": kind == "bits"}
+    bits = source.backend.normalize(source.extents, given.arrays(output), statistics, parameters.affine, **then)
     y = output.finish()
     return y, Saved(
         given,
         statistics,
-        (gamma, beta),
+        parameters,
         Gate(kind, bits),
         frozen=True,
         overwritten=_overwrites(out, output, source),
@@ -558,17 +525,9 @@ def normalize(
     held = hold(parameters, "normalize")
     given = _beside("normalize", source, held, mask, residual)
     output = _destination("normalize", out, given)
+    statistics = statistics_of(moments, eps, source.backend)
     source.backend.normalize(
-        source.extents,
-        source.operand,
-        operand(output.array, source.axis),
-        statistics_of(moments, eps, source.backend),
-        held.gamma,
-        held.beta,
-        mask=given.mask and given.mask.operand,
-        residual=given.residual and given.residual.operand,
-        relu=bool(relu),
-        keep_bits=False,
+        source.extents, given.arrays(output), statistics, held.affine, relu=bool(relu), keep_bits=False
     )
     return output.finish()
 
@@ -591,10 +550,10 @@ def _beside(function: str, source: Source, held: Held, mask: Any, residual: Any)
 
 
 def _running(held: Held, function: str) -> tuple[Vector, Vector]:
-    if held.running_mean is None or held.running_var is None:
+    if held.running is None:
         remedy = "Use forward_train, or normalize by moments(x)."
         raise ValueError(message(function, "state", "have running statistics", "a state with track=False", remedy))
-    return held.running_mean, held.running_var
+    return held.running
 
 
 def _check_count(count: int, got: object, where: str, **facts: Any) -> None:
@@ -645,4 +604,4 @@ def _kept_parameters(given: Given, keep: Callable[[Vector, int], tuple[BackendAr
         values, vector = keep(parameter, C)
         return Kept(vector, values, held.arrays[name])
 
-    return kept("gamma", held.gamma), kept("beta", held.beta)
+    return Parameters(kept("gamma", held.affine.gamma), kept("beta", held.affine.beta))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arguments, _nodes
-from cubn.backends import Backend, Nodes, Statistics
+from cubn.backends import Arrays, Backend, Nodes, Statistics
 from cubn.errors import message
 from cubn.state import BatchNormState
 from cubn.sync import collective
@@ -203,7 +203,7 @@ class _Taking:
 
     def part(self, start: int) -> Nodes:
         source = self.source
-        return self.backend.moments(source.extents, source.operand, self.mask and self.mask.operand, start)
+        return self.backend.moments(source.extents, Arrays(source.operand, mask=self.mask and self.mask.operand), start)
 
     def accept(self, values: int) -> None:
         """Any number of values has moments."""

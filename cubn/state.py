@@ -19,7 +19,7 @@ from cubn import _arrays
 from cubn._arguments import Region, backend, refusal, region, whole
 from cubn._arrays import FLOATS, Array
 from cubn._layout import vector
-from cubn.backends import CPU, Backend, BackendArray, Running, Vector
+from cubn.backends import CPU, Affine, Backend, BackendArray, Running, Vector
 from cubn.errors import device_name, message
 
 Int64 = NDArray[np.int64]
@@ -38,10 +38,8 @@ class Held(NamedTuple):
     regions: tuple[Region, ...]
     device: tuple[int, int] | None
     fixed: bool  # nothing moves or converts the arrays
-    gamma: Vector | None
-    beta: Vector | None
-    running_mean: Vector | None
-    running_var: Vector | None
+    affine: Affine
+    running: tuple[Vector, Vector] | None  # mean and variance
 
 
 class _Attribute:
@@ -452,13 +450,14 @@ def hold(described: dict[str, Array], function: str) -> Held:
             rule = f"be on the device of {first}, {device_name(device)}"
             raise ValueError(refusal(function, name, rule, array, "Move one of them to the other's device."))
     mean, var = (described.get(name) for name in STATISTICS)
-    if mean is not None and var is not None and mean.dtype != var.dtype:
+    if mean and var and mean.dtype != var.dtype:
         remedy = "Convert one of them; from_arrays takes both at once."
         raise TypeError(refusal(function, "running_var", f"have running_mean's dtype {mean.dtype}", var, remedy))
-    vectors = [vector(described[name]) if name in described else None for name in ARRAYS]
+    gamma, beta = (vector(described[name]) if name in described else None for name in ("gamma", "beta"))
+    running = (vector(mean), vector(var)) if mean and var else None
     fixed = all(array.library.fixed for array in described.values())
     regions = tuple(region(name, array) for name, array in described.items())
-    return Held(described, regions, device, fixed, *vectors)
+    return Held(described, regions, device, fixed, Affine(gamma, beta), running)
 
 
 def _is_of(held: Held, arrays: Mapping[str, Any]) -> bool:

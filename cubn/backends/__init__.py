@@ -53,6 +53,23 @@ class Vector(NamedTuple):
     stride: int
 
 
+class Arrays(NamedTuple):
+    """What an operation reads and writes element by element, all of the same extents."""
+
+    x: Operand
+    g: Operand | None = None  # read along with x: residual, or dy
+    y: Operand | None = None  # written: y, or dx
+    r: Operand | None = None  # written along with it: dresidual
+    mask: Operand | None = None  # of bool
+
+
+class Affine(NamedTuple):
+    """Scale and shift of each channel, where there are any."""
+
+    gamma: Vector | None
+    beta: Vector | None
+
+
 class Nodes(NamedTuple):
     """Nodes of the canonical tree, one per maximal aligned power-of-two block of samples, left to right.
 
@@ -140,8 +157,10 @@ class Backend(Protocol):
     def keep(self, parameter: Vector, C: int) -> tuple[BackendArray, Vector]:
         """A per-channel array as it is now, widened to float64, and the same as a kernel sees it."""
 
-    def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
-        """Nodes (count, mean, m2) of samples [start, start + N). N = 0 or S = 0 gives nodes of count 0, or none."""
+    def moments(self, extents: Extents, arrays: Arrays, start: int) -> Nodes:
+        """Nodes (count, mean, m2) of samples [start, start + N) of x where the mask is True; of count 0, or none, with
+        N = 0 or S = 0.
+        """
 
     def root(self, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
         """(count (), mean (C,), m2 (C,)) of neighbouring nodes of `moments` together; zeros of none.
@@ -155,40 +174,31 @@ class Backend(Protocol):
     def statistics(self, count: BackendArray, mean: BackendArray, m2: BackendArray, eps: float) -> Statistics:
         """var = m2 / count and invstd = 1 / sqrt(var + eps), in float64."""
 
-    def frozen_statistics(self, running_mean: Vector, running_var: Vector, C: int, eps: float) -> Statistics:
+    def frozen_statistics(self, running: tuple[Vector, Vector], C: int, eps: float) -> Statistics:
         """The same from running statistics, widened to float64; count is 0 and m2 has no meaning."""
 
     def normalize(
         self,
         extents: Extents,
-        x: Operand,
-        y: Operand,
+        arrays: Arrays,
         statistics: Statistics,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
-        mask: Operand | None,
-        residual: Operand | None,
         relu: bool,
         keep_bits: bool,
     ) -> BackendArray | None:
-        """y = relu((x - mean) * invstd * gamma + beta + residual); with keep_bits, which y are > 0 or NaN, one bit an
-        element.
+        """y = relu((x - mean) * invstd * gamma + beta + g), g being the residual; with keep_bits, which y are > 0 or
+        NaN, one bit an element.
         """
 
     def forward(
         self,
         extents: Extents,
-        x: Operand,
-        y: Operand,
-        running_mean: Vector,
-        running_var: Vector,
+        arrays: Arrays,
+        running: tuple[Vector, Vector],
         eps: float,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
-        mask: Operand | None,
-        residual: Operand | None,
         relu: bool,
     ) -> None:
         """Inference in one call: `frozen_statistics` then `normalize`, with the least host work."""
@@ -196,17 +206,13 @@ class Backend(Protocol):
     def train(
         self,
         extents: Extents,
-        x: Operand,
-        y: Operand,
+        arrays: Arrays,
         eps: float,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
-        mask: Operand | None,
-        residual: Operand | None,
         relu: bool,
         keep_bits: bool,
-        kept: tuple[Vector | None, Vector | None] = (None, None),
+        kept: Affine | None = None,
         running: Running | None = None,
     ) -> tuple[Statistics, BackendArray | None]:
         """`moments`, `root`, `statistics` and `normalize` over a batch that starts at sample 0 and is whole; `keep` of
@@ -220,50 +226,37 @@ class Backend(Protocol):
     def backward_sums(
         self,
         extents: Extents,
-        dy: Operand,
-        x: Operand,
+        arrays: Arrays,
         statistics: Statistics,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
-        mask: Operand | None,
         gate: Gate,
         start: int,
     ) -> Nodes:
-        """Nodes (count, sum of dy, sum of dy * (x - mean)) of samples [start, start + N), dy behind its gate."""
+        """Nodes (count, sum of g, sum of g * (x - mean)) of samples [start, start + N), g being dy behind its gate."""
 
     def backward_apply(
         self,
         extents: Extents,
-        dy: Operand,
-        x: Operand,
-        dx: Operand,
-        dresidual: Operand | None,
+        arrays: Arrays,
         statistics: Statistics,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         sums: tuple[BackendArray, BackendArray] | None,
         *,
-        mask: Operand | None,
         gate: Gate,
     ) -> None:
-        """dx (and dresidual, the gated dy) from the global sums; with `sums` None the statistics were frozen: dx = dy
-        * scale.
+        """y, here dx, and r, here dresidual (the gated dy), from the global sums; with `sums` None the statistics were
+        frozen: dx = dy * scale.
         """
 
     def backward(
         self,
         extents: Extents,
-        dy: Operand,
-        x: Operand,
-        dx: Operand,
-        dresidual: Operand | None,
+        arrays: Arrays,
         statistics: Statistics,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
         frozen: bool,
-        mask: Operand | None,
         gate: Gate,
         parameters: tuple[Vector, Vector] | None = None,
     ) -> tuple[BackendArray, BackendArray]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cubn import reference
-from cubn.backends import Extents, Gate, Operand, Running, Vector
+from cubn.backends import Affine, Arrays, Extents, Gate, Operand, Running, Vector
 from cubn.backends.cuda.plan import VECTOR_BYTES
 from tests import oracle
 from tests.cuda_on_cpu import sanitized
@@ -117,20 +117,20 @@ def results(backend, layer):
     if not layer.residual:
         residual = dresidual = None
     keep = layer.relu and layer.residual
-    options = {"mask": mask, "residual": residual, "relu": layer.relu}
+    arrays, affine = Arrays(x, residual, y, mask=mask), Affine(gamma, beta)
     found = {}
 
     if layer.frozen:
-        backend.forward(extents, x, y, mean, var, EPS, gamma, beta, **options)
+        backend.forward(extents, arrays, (mean, var), EPS, affine, relu=layer.relu)
         found["y of forward"] = placed["y"].values()
-        statistics = backend.frozen_statistics(mean, var, C, EPS)
-        bits = backend.normalize(extents, x, y, statistics, gamma, beta, **options, keep_bits=keep)
+        statistics = backend.frozen_statistics((mean, var), C, EPS)
+        bits = backend.normalize(extents, arrays, statistics, affine, relu=layer.relu, keep_bits=keep)
     else:
         copies = [backend.new_vector(C) for _ in range(2)]
         later = [values.mean.copy(), values.var.copy()]  # of an update by itself
         running = Running((mean, var), (mean, var), *counters(backend, C), 0.1)
-        given = {"kept": tuple(vector for _, vector in copies), "running": running}
-        statistics, bits = backend.train(extents, x, y, EPS, gamma, beta, **options, keep_bits=keep, **given)
+        given = {"kept": Affine(*(vector for _, vector in copies)), "running": running}
+        statistics, bits = backend.train(extents, arrays, EPS, affine, relu=layer.relu, keep_bits=keep, **given)
         found |= {name: backend.to_host(getattr(statistics, name)) for name in ("count", "mean", "m2", "invstd")}
         found |= {name: backend.to_host(array) for name, (array, _) in zip(("gamma", "beta"), copies, strict=True)}
         found |= {name: backend.to_host(getattr(running, name)) for name in ("tracked", "skipped")}
@@ -138,27 +138,27 @@ def results(backend, layer):
         old = tuple(Vector(v.ctypes.data, "float32", 1) for v in later)
         backend.update(statistics, Running(old, old, *counters(backend, C), 0.1))
         found |= {"mean of update": later[0], "var of update": later[1]}
-        moments = [backend.to_host(part) for part in backend.root(backend.moments(extents, x, mask, 5))]
+        moments = [backend.to_host(part) for part in backend.root(backend.moments(extents, arrays, 5))]
         found |= dict(zip(("count from 5", "mean from 5", "m2 from 5"), moments, strict=True))
     found["y"] = placed["y"].values()
 
     outputs = ["dx", "dresidual"] if layer.residual else ["dx"]
-    gated = {"mask": mask, "gate": Gate("bits" if keep else "recompute" if layer.relu else "none", bits)}
-    given = (extents, dy, x, dx, dresidual, statistics, gamma, beta)
+    gate = Gate("bits" if keep else "recompute" if layer.relu else "none", bits)
+    given = (extents, Arrays(x, dy, dx, dresidual, mask), statistics, affine)
     gradients = {name: np.zeros(C, np.float32) for name in ("dgamma", "dbeta", "dgamma of sums", "dbeta of sums")}
     dgamma, dbeta, *of_sums = (Vector(g.ctypes.data, "float32", 1) for g in gradients.values())
-    sums = backend.backward(*given, frozen=layer.frozen, **gated, parameters=(dgamma, dbeta))
+    sums = backend.backward(*given, frozen=layer.frozen, gate=gate, parameters=(dgamma, dbeta))
     found |= {name: placed[name].values() for name in outputs}
     found |= {"sum_dy": backend.to_host(sums[0]), "sum_dy_xmu": backend.to_host(sums[1])}
     backend.parameter_gradients(statistics, sums, *of_sums)
     found |= gradients
-    parts = backend.root_sums(backend.backward_sums(extents, dy, x, statistics, gamma, beta, **gated, start=3))
+    parts = backend.root_sums(backend.backward_sums(*given, gate=gate, start=3))
     found |= {
         f"{name} from 3": backend.to_host(part) for name, part in zip(("sum_dy", "sum_dy_xmu"), parts, strict=True)
     }
     for name in outputs:
         placed[name].array[...] = 0
-    backend.backward_apply(*given, None if layer.frozen else sums, **gated)
+    backend.backward_apply(*given, None if layer.frozen else sums, gate=gate)
     found |= {f"{name} of sums": placed[name].values() for name in outputs}
     return found
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cubn.backends import Extents, Gate, Operand, Running, Vector
+from cubn.backends import Affine, Arrays, Extents, Gate, Operand, Running, Vector
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import ITEMSIZE, Launch, Limits
 
@@ -117,28 +117,27 @@ def run_everything(backend: CudaBackend, extents: Extents, layout: Layout, dtype
     x = layout.operand(extents, dtype)
     mask = Layout("nchw").operand(extents, "bool")._replace(channel_stride=0)
     vector = Vector(ADDRESS, "float32", 1)
-    parameters = (vector, vector)
+    parameters = Affine(vector, vector)
     backend.keep(vector, extents.C)
-    frozen = backend.frozen_statistics(vector, vector, extents.C, 1e-5)
+    frozen = backend.frozen_statistics(parameters, extents.C, 1e-5)
     zeros = backend.device.zeros((extents.C,), "float64")
     backend.update(frozen, Running(parameters, parameters, zeros, zeros, 0.1))
     for present in (None, mask):
-        backend.root(backend.moments(extents, x, present, 0))
+        backend.root(backend.moments(extents, Arrays(x, mask=present), 0))
         backend.statistics(np.int64(2), zeros, zeros, 1e-5)
         for residual, relu in itertools.product((None, x), (False, True)):
-            common = {"mask": present, "residual": residual, "relu": relu}
-            backend.forward(extents, x, x, vector, vector, 1e-5, *parameters, **common)
+            arrays = Arrays(x, residual, x, mask=present)
+            backend.forward(extents, arrays, parameters, 1e-5, parameters, relu=relu)
             keep = relu and residual is not None
-            statistics, bits = backend.train(extents, x, x, 1e-5, *parameters, **common, keep_bits=keep)
-            backend.normalize(extents, x, x, statistics, *parameters, **common, keep_bits=keep)
+            statistics, bits = backend.train(extents, arrays, 1e-5, parameters, relu=relu, keep_bits=keep)
+            backend.normalize(extents, arrays, statistics, parameters, relu=relu, keep_bits=keep)
             gate = Gate("none" if not relu else "bits" if keep else "recompute", bits)
-            gated = {"mask": present, "gate": gate}
-            given = (extents, x, x, x, residual, statistics, *parameters)
+            given = (extents, Arrays(x, x, x, residual, present), statistics, parameters)
             for is_frozen in (False, True):
-                sums = backend.backward(*given, frozen=is_frozen, **gated)
-                backend.backward_apply(*given, None if is_frozen else sums, **gated)
+                sums = backend.backward(*given, frozen=is_frozen, gate=gate)
+                backend.backward_apply(*given, None if is_frozen else sums, gate=gate)
             backend.parameter_gradients(statistics, sums, *parameters)
-            backend.root_sums(backend.backward_sums(extents, x, x, statistics, *parameters, **gated, start=0))
+            backend.root_sums(backend.backward_sums(*given, gate=gate, start=0))
 
 
 class Specialisation(NamedTuple):

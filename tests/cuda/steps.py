@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cubn import reference
-from cubn.backends import Extents, Gate, Operand, Running, Vector
+from cubn.backends import Affine, Arrays, Extents, Gate, Operand, Running, Vector
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import Limits
 from tests import oracle
@@ -98,37 +98,29 @@ def train_and_back(case):
 
     state = start(extents.C)
     old = vector(state.mean), vector(state.var)
+    affine = Affine(vector(gamma), vector(beta))
     copies = np.empty((2, extents.C))
     statistics, bits = backend.train(
         extents,
-        view(x),
-        view(y),
+        Arrays(view(x), view(residual) if case.residual else None, view(y)),
         EPS,
-        vector(gamma),
-        vector(beta),
-        mask=None,
-        residual=view(residual) if case.residual else None,
+        affine,
         relu=case.relu,
         keep_bits=case.relu and case.residual,
-        kept=tuple(map(vector, copies)),
+        kept=Affine(*map(vector, copies)),
         running=Running(old, old, state.tracked, state.skipped, MOMENTUM),
     )
     step = list(device.launched)
     if case.frozen:
-        statistics = backend.frozen_statistics(vector(statistics.mean), vector(statistics.var), extents.C, EPS)
+        statistics = backend.frozen_statistics((vector(statistics.mean), vector(statistics.var)), extents.C, EPS)
     device.launched.clear()
     dgamma, dbeta = np.empty((2, extents.C), np.float32)
     sums = backend.backward(
         extents,
-        view(dy),
-        view(x_kept),
-        view(dx),
-        view(dresidual) if case.residual else None,
+        Arrays(view(x_kept), view(dy), view(dx), view(dresidual) if case.residual else None),
         statistics,
-        vector(gamma),
-        vector(beta),
+        affine,
         frozen=case.frozen,
-        mask=None,
         gate=Gate("none") if not case.relu else Gate("bits", bits) if case.residual else Gate("recompute"),
         parameters=(vector(dgamma), vector(dbeta)),
     )

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cubn._tree import COLUMNS, TILE
-from cubn.backends import Extents, Gate, Operand
+from cubn.backends import Affine, Arrays, Extents, Gate, Operand
 from cubn.backends.cuda import parameters, plan
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import ITEMSIZE, OCTET, THREADS
@@ -43,10 +43,10 @@ def launches(layer, limits):
     residual = x if layer.residual else None
     device = Recorder(limits)
     backend = CudaBackend(device)
-    options = {"residual": residual, "relu": layer.residual, "keep_bits": layer.residual}
-    statistics, bits = backend.train(extents, x, x, 1e-5, None, None, mask=mask, **options)
+    arrays, affine, fused = Arrays(x, residual, x, mask=mask), Affine(None, None), layer.residual
+    statistics, bits = backend.train(extents, arrays, 1e-5, affine, relu=fused, keep_bits=fused)
     gate = Gate("bits" if layer.residual else "none", bits)
-    backend.backward(extents, x, x, x, residual, statistics, None, None, frozen=False, mask=mask, gate=gate)
+    backend.backward(extents, Arrays(x, x, x, residual, mask), statistics, affine, frozen=False, gate=gate)
     return device.launched
 
 

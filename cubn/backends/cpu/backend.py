@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cubn import _nodes
 from cubn._arrays.numpy import address_of
-from cubn.backends import Extents, Gate, Nodes, Operand, Running, Statistics, Vector
+from cubn.backends import Affine, Arrays, Extents, Gate, Nodes, Running, Statistics, Vector
 from cubn.backends.cpu import plan, prepare
 from cubn.backends.cpu.plan import LANES
 from cubn.backends.cpu.prepare import CODES, BitRows, launch
@@ -48,10 +48,14 @@ def addresses(s: Statistics) -> dict[str, Address]:
     return {"count": at(s.count), "mean": at(s.mean), "m2": at(s.m2), "var": at(s.var), "invstd": at(s.invstd)}
 
 
+def old(running: tuple[Vector, Vector]) -> dict[str, Vector]:
+    return dict(zip(("old_mean", "old_var"), running, strict=True))
+
+
 def moving(running: Running) -> dict[str, tuple[Any, ...]]:
     """The arguments of an update but for the statistics."""
-    vectors = dict(zip(("old_mean", "old_var", "new_mean", "new_var"), (*running.old, *running.new), strict=True))
-    return {**vectors, "tracked": at(running.tracked), "skipped": at(running.skipped)}
+    new = dict(zip(("new_mean", "new_var"), running.new, strict=True))
+    return {**old(running.old), **new, "tracked": at(running.tracked), "skipped": at(running.skipped)}
 
 
 def weight(running: Running) -> prepare.Numbers:
@@ -116,8 +120,8 @@ class CpuBackend:
         launch(prepare.per_channel, "keep", (), C, (), gamma=parameter, kept_gamma=(vector.pointer,))
         return values, vector
 
-    def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
-        return reduced((), ("moments",), extents, start, x=x, mask=mask)
+    def moments(self, extents: Extents, arrays: Arrays, start: int) -> Nodes:
+        return reduced((), ("moments",), extents, start, x=arrays.x, mask=arrays.mask)
 
     def root(self, nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]:
         return self._root("moments", nodes)
@@ -143,93 +147,66 @@ class CpuBackend:
         launch(prepare.per_channel, "statistics", (), len(mean), (("eps", eps),), **arguments)
         return found
 
-    def frozen_statistics(self, running_mean: Vector, running_var: Vector, C: int, eps: float) -> Statistics:
+    def frozen_statistics(self, running: tuple[Vector, Vector], C: int, eps: float) -> Statistics:
         found = new_statistics(C)
-        arguments = {"old_mean": running_mean, "old_var": running_var, **addresses(found)}
+        arguments: Any = {**old(running), **addresses(found)}
         launch(prepare.per_channel, "frozen", (), C, (("eps", eps),), **arguments)
         return found
 
     def normalize(
         self,
         extents: Extents,
-        x: Operand,
-        y: Operand,
+        arrays: Arrays,
         statistics: Statistics,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
-        mask: Operand | None,
-        residual: Operand | None,
         relu: bool,
         keep_bits: bool,
     ) -> Bits | None:
-        operands = {"x": x, "y": y, "g": residual, "mask": mask}
-        bits = new_bits(extents, prepare.kind(extents, **operands)) if keep_bits else None
+        given: Any = {**arrays._asdict(), **affine._asdict(), **addresses(statistics)}
+        bits = new_bits(extents, prepare.kind(extents, **arrays._asdict())) if keep_bits else None
         if 0 in extents:
             return bits
-        what = ("normalize", residual is not None, relu, keep_bits)
-        given = {"gamma": gamma, "beta": beta, "bits": rows_in(bits), **addresses(statistics)}
-        launch(prepare.elementwise, ("tabulate",), what, extents, (), **operands, **given)
+        what = ("normalize", arrays.g is not None, relu, keep_bits)
+        launch(prepare.elementwise, ("tabulate",), what, extents, (), **given, bits=rows_in(bits))
         return bits
 
     def forward(
         self,
         extents: Extents,
-        x: Operand,
-        y: Operand,
-        running_mean: Vector,
-        running_var: Vector,
+        arrays: Arrays,
+        running: tuple[Vector, Vector],
         eps: float,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
-        mask: Operand | None,
-        residual: Operand | None,
         relu: bool,
     ) -> None:
         if 0 in extents:
             return
-        launch(
-            prepare.elementwise,
-            ("tabulate_frozen",),
-            ("normalize", residual is not None, relu, False),
-            extents,
-            (("eps", eps),),
-            x=x,
-            y=y,
-            g=residual,
-            mask=mask,
-            old_mean=running_mean,
-            old_var=running_var,
-            gamma=gamma,
-            beta=beta,
-        )
+        given: Any = {**arrays._asdict(), **affine._asdict(), **old(running)}
+        what = ("normalize", arrays.g is not None, relu, False)
+        launch(prepare.elementwise, ("tabulate_frozen",), what, extents, (("eps", eps),), **given)
 
     def train(
         self,
         extents: Extents,
-        x: Operand,
-        y: Operand,
+        arrays: Arrays,
         eps: float,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
-        mask: Operand | None,
-        residual: Operand | None,
         relu: bool,
         keep_bits: bool,
-        kept: tuple[Vector | None, Vector | None] = (None, None),
+        kept: Affine | None = None,
         running: Running | None = None,
     ) -> tuple[Statistics, Bits | None]:
-        operands = {"x": x, "y": y, "g": residual, "mask": mask}
         found = new_statistics(extents.C)
-        bits = new_bits(extents, prepare.kind(extents, **operands)) if keep_bits else None
-        options = residual is not None, relu, keep_bits
+        given: Any = {**arrays._asdict(), **affine._asdict(), **addresses(found)}
+        bits = new_bits(extents, prepare.kind(extents, **arrays._asdict())) if keep_bits else None
+        given["bits"] = rows_in(bits)
+        options = arrays.g is not None, relu, keep_bits
         numbers: prepare.Numbers = (("eps", eps),)
-        given: Any = {**operands, "gamma": gamma, "beta": beta, "bits": rows_in(bits), **addresses(found)}
-        for name, vector in zip(("kept_gamma", "kept_beta"), kept, strict=True):
-            if vector:
-                given[name] = (vector.pointer,)
+        if kept:
+            given |= {f"kept_{name}": (copy.pointer,) for name, copy in kept._asdict().items() if copy}
         if running:
             given |= moving(running)
             numbers += weight(running)
@@ -244,58 +221,45 @@ class CpuBackend:
     def backward_sums(
         self,
         extents: Extents,
-        dy: Operand,
-        x: Operand,
+        arrays: Arrays,
         statistics: Statistics,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
-        mask: Operand | None,
         gate: Gate,
         start: int,
     ) -> Nodes:
-        given: Any = {"gamma": gamma, "beta": beta, "bits": rows_in(gate.bits), **addresses(statistics)}
-        return reduced(("tabulate",), ("sums", gate.kind), extents, start, x=x, g=dy, mask=mask, **given)
+        read: Any = {"x": arrays.x, "g": arrays.g, "mask": arrays.mask, "bits": rows_in(gate.bits)}
+        given: Any = {**read, **affine._asdict(), **addresses(statistics)}
+        return reduced(("tabulate",), ("sums", gate.kind), extents, start, **given)
 
     def backward_apply(
         self,
         extents: Extents,
-        dy: Operand,
-        x: Operand,
-        dx: Operand,
-        dresidual: Operand | None,
+        arrays: Arrays,
         statistics: Statistics,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         sums: Sums | None,
         *,
-        mask: Operand | None,
         gate: Gate,
     ) -> None:
         if 0 in extents:
             return
-        given: Any = {"x": x, "y": dx, "g": dy, "r": dresidual, "mask": mask, "bits": rows_in(gate.bits)}
-        given |= {"gamma": gamma, "beta": beta, **addresses(statistics)}
+        given: Any = {**arrays._asdict(), **affine._asdict(), "bits": rows_in(gate.bits), **addresses(statistics)}
         before: tuple[str, ...] = ("tabulate",)
         if sums is not None:
             before = ("tabulate", "tabulate_gradient")
             given |= {"first": at(sums[0]), "second": at(sums[1])}
-        what = ("input_gradient", gate.kind, sums is None, dresidual is not None)
+        what = ("input_gradient", gate.kind, sums is None, arrays.r is not None)
         launch(prepare.elementwise, before, what, extents, (), **given)
 
     def backward(
         self,
         extents: Extents,
-        dy: Operand,
-        x: Operand,
-        dx: Operand,
-        dresidual: Operand | None,
+        arrays: Arrays,
         statistics: Statistics,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
         frozen: bool,
-        mask: Operand | None,
         gate: Gate,
         parameters: tuple[Vector, Vector] | None = None,
     ) -> Sums:
@@ -305,11 +269,11 @@ class CpuBackend:
                 self.parameter_gradients(statistics, (first, second), *parameters)
             return first, second
         first, second = rows_of(2, extents.C)
-        given: Any = {"x": x, "y": dx, "g": dy, "r": dresidual, "mask": mask, "bits": rows_in(gate.bits)}
-        given |= {"gamma": gamma, "beta": beta, **addresses(statistics), "first": at(first), "second": at(second)}
+        given: Any = {**arrays._asdict(), **affine._asdict(), "bits": rows_in(gate.bits), **addresses(statistics)}
+        given |= {"first": at(first), "second": at(second)}
         if parameters:
             given |= zip(("dgamma", "dbeta"), parameters, strict=True)
-        launch(prepare.backward, (gate.kind, frozen, dresidual is not None), extents, **given)
+        launch(prepare.backward, (gate.kind, frozen, arrays.r is not None), extents, **given)
         return first, second
 
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:

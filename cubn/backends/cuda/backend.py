@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cubn._tree import aligned_blocks, stack_order
-from cubn.backends import BackendArray, Extents, Gate, Nodes, Operand, Running, Statistics, Vector
+from cubn.backends import Affine, Arrays, BackendArray, Extents, Gate, Nodes, Running, Statistics, Vector
 from cubn.backends.cuda import plan, prepare
 from cubn.backends.cuda.device import Device
 from cubn.backends.cuda.parameters import Fields as Addresses
 from cubn.backends.cuda.parameters import of_vector, pack
 from cubn.backends.cuda.plan import ITEMSIZE
-from cubn.backends.cuda.prepare import Arrays, Ready
+from cubn.backends.cuda.prepare import Ready
 
 Sums = tuple[BackendArray, BackendArray]
 
@@ -70,8 +70,8 @@ class CudaBackend:
 
     # --- statistics ---------------------------------------------------------------------------------------------------
 
-    def moments(self, extents: Extents, x: Operand, mask: Operand | None, start: int) -> Nodes:
-        return self._nodes("Moments", extents, x, None, mask, Gate("none"), {}, start)
+    def moments(self, extents: Extents, arrays: Arrays, start: int) -> Nodes:
+        return self._nodes("Moments", extents, Arrays(arrays.x, mask=arrays.mask), Gate("none"), {}, start)
 
     def root(self, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
         return self._root_of("Moments", nodes)
@@ -88,10 +88,9 @@ class CudaBackend:
         )
         return found
 
-    def frozen_statistics(self, running_mean: Vector, running_var: Vector, C: int, eps: float) -> Statistics:
+    def frozen_statistics(self, running: tuple[Vector, Vector], C: int, eps: float) -> Statistics:
         found = self._new_statistics(C)
-        running = {**of_vector("old_mean", running_mean), **of_vector("old_var", running_var), "eps": eps}
-        self._channelwise("frozen", C, {**self._statistics_fields(found), **running})
+        self._channelwise("frozen", C, {**self._statistics_fields(found), **_of_old(running), "eps": eps})
         return found
 
     def update(self, statistics: Statistics, running: Running) -> None:
@@ -103,38 +102,32 @@ class CudaBackend:
     def train(
         self,
         extents: Extents,
-        x: Operand,
-        y: Operand,
+        arrays: Arrays,
         eps: float,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
-        mask: Operand | None,
-        residual: Operand | None,
         relu: bool,
         keep_bits: bool,
-        kept: tuple[Vector | None, Vector | None] = (None, None),
+        kept: Affine | None = None,
         running: Running | None = None,
     ) -> tuple[Statistics, Bits | None]:
         found = self._new_statistics(extents.C)
         fields = {
             **self._statistics_fields(found),
-            **of_vector("gamma", gamma),
-            **of_vector("beta", beta),
-            **{name: copy.pointer for name, copy in zip(("kept_gamma", "kept_beta"), kept, strict=True) if copy},
+            **_of_affine(affine),
+            **{f"kept_{name}": copy.pointer for name, copy in (kept._asdict() if kept else {}).items() if copy},
             "eps": eps,
         }
-        arrays = Arrays(x, residual, y, None, mask)
-        options = _normalize_options(residual, relu, keep_bits)
-        resident = prepare.resident(extents, options, 1, keep_bits, "", self.device.limits, arrays.layouts)
+        options = _normalize_options(arrays, relu, keep_bits)
+        resident = prepare.resident(extents, options, 1, keep_bits, "", self.device.limits, prepare.layouts(arrays))
         if resident:
             bits = self._new_bits(extents, resident.kind) if keep_bits else None
             self._run(resident, arrays, bits, fields | (self._running_fields(running) if running else {}))
             return found, bits
-        coefficients = self._new_coefficients(extents.C, x.dtype)
+        coefficients = self._new_coefficients(extents.C, arrays.x.dtype)
         fields["coefficients"] = self._at(coefficients)
-        self._root("Moments", extents, Arrays(x, mask=mask), Gate("none"), {}, fields)
-        bits = self._normalize(extents, x, y, coefficients, mask, residual, relu, keep_bits)
+        self._root("Moments", extents, Arrays(arrays.x, mask=arrays.mask), Gate("none"), {}, fields)
+        bits = self._normalize(extents, arrays, coefficients, relu, keep_bits)
         if running:  # last: an error on the way leaves the state as it was
             self.update(found, running)
         return found, bits
@@ -142,63 +135,38 @@ class CudaBackend:
     def normalize(
         self,
         extents: Extents,
-        x: Operand,
-        y: Operand,
+        arrays: Arrays,
         statistics: Statistics,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
-        mask: Operand | None,
-        residual: Operand | None,
         relu: bool,
         keep_bits: bool,
     ) -> Bits | None:
-        coefficients = self._coefficients(extents.C, x.dtype, statistics, gamma, beta)
-        return self._normalize(extents, x, y, coefficients, mask, residual, relu, keep_bits)
+        coefficients = self._coefficients(extents.C, arrays.x.dtype, statistics, affine)
+        return self._normalize(extents, arrays, coefficients, relu, keep_bits)
 
     def forward(
         self,
         extents: Extents,
-        x: Operand,
-        y: Operand,
-        running_mean: Vector,
-        running_var: Vector,
+        arrays: Arrays,
+        running: tuple[Vector, Vector],
         eps: float,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
-        mask: Operand | None,
-        residual: Operand | None,
         relu: bool,
     ) -> None:
-        coefficients = self._new_coefficients(extents.C, x.dtype)
-        fields = {
-            **of_vector("old_mean", running_mean),
-            **of_vector("old_var", running_var),
-            **of_vector("gamma", gamma),
-            **of_vector("beta", beta),
-            "eps": eps,
-            "coefficients": self._at(coefficients),
-        }
-        self._channelwise("frozen", extents.C, fields, x.dtype)
-        self._normalize(extents, x, y, coefficients, mask, residual, relu, False)
+        coefficients = self._new_coefficients(extents.C, arrays.x.dtype)
+        fields = {**_of_old(running), **_of_affine(affine), "eps": eps, "coefficients": self._at(coefficients)}
+        self._channelwise("frozen", extents.C, fields, arrays.x.dtype)
+        self._normalize(extents, arrays, coefficients, relu, False)
 
     def _normalize(
-        self,
-        extents: Extents,
-        x: Operand,
-        y: Operand,
-        coefficients: BackendArray,
-        mask: Operand | None,
-        residual: Operand | None,
-        relu: bool,
-        keep_bits: bool,
+        self, extents: Extents, arrays: Arrays, coefficients: BackendArray, relu: bool, keep_bits: bool
     ) -> Bits | None:
         if 0 in extents:
             return None
-        arrays = Arrays(x, residual, y, None, mask)
-        options = _normalize_options(residual, relu, keep_bits)
-        ready = prepare.elementwise(extents, options, "", self.device.limits, arrays.layouts)
+        options = _normalize_options(arrays, relu, keep_bits)
+        ready = prepare.elementwise(extents, options, "", self.device.limits, prepare.layouts(arrays))
         bits = self._new_bits(extents, ready.kind) if keep_bits else None
         self._run(ready, arrays, bits, {"coefficients": self._at(coefficients)})
         return bits
@@ -208,72 +176,57 @@ class CudaBackend:
     def backward(
         self,
         extents: Extents,
-        dy: Operand,
-        x: Operand,
-        dx: Operand,
-        dresidual: Operand | None,
+        arrays: Arrays,
         statistics: Statistics,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
         frozen: bool,
-        mask: Operand | None,
         gate: Gate,
         parameters: tuple[Vector, Vector] | None = None,
     ) -> Sums:
         sums = first, second = tuple(self._parts(extents.C, extents.C))
-        dgamma, dbeta = parameters or (None, None)
         fields = {
             **self._statistics_fields(statistics),
-            **of_vector("dgamma", dgamma),
-            **of_vector("dbeta", dbeta),
+            **(_of_gradients(*parameters) if parameters else {}),
             "first": self._at(first),
             "second": self._at(second),
         }
-        arrays = Arrays(x, dy, dx, dresidual, mask)
-        options, kind = _gradient_options(dresidual, gate, frozen), gate.bits.kind if gate.bits else ""
-        resident = prepare.resident(extents, options, 2, False, kind, self.device.limits, arrays.layouts)
+        options, kind = _gradient_options(arrays, gate, frozen), gate.bits.kind if gate.bits else ""
+        resident = prepare.resident(extents, options, 2, False, kind, self.device.limits, prepare.layouts(arrays))
         if resident:
-            self._run(resident, arrays, gate.bits, {**fields, **of_vector("gamma", gamma), **of_vector("beta", beta)})
+            self._run(resident, arrays, gate.bits, {**fields, **_of_affine(affine)})
             return sums
-        coefficients = self._coefficients(extents.C, x.dtype, statistics, gamma, beta)
+        coefficients = self._coefficients(extents.C, arrays.x.dtype, statistics, affine)
         fields["coefficients"] = self._at(coefficients)
-        self._root("Sums", extents, Arrays(x, dy, mask=mask), gate, fields, fields)
-        self._input_gradient(extents, dy, x, dx, dresidual, coefficients, frozen, mask, gate)
+        self._root("Sums", extents, arrays._replace(y=None, r=None), gate, fields, fields)
+        self._input_gradient(extents, arrays, coefficients, frozen, gate)
         return sums
 
     def backward_sums(
         self,
         extents: Extents,
-        dy: Operand,
-        x: Operand,
+        arrays: Arrays,
         statistics: Statistics,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         *,
-        mask: Operand | None,
         gate: Gate,
         start: int,
     ) -> Nodes:
-        coefficients = self._coefficients(extents.C, x.dtype, statistics, gamma, beta)
-        return self._nodes("Sums", extents, x, dy, mask, gate, {"coefficients": self._at(coefficients)}, start)
+        coefficients = self._coefficients(extents.C, arrays.x.dtype, statistics, affine)
+        read = arrays._replace(y=None, r=None)
+        return self._nodes("Sums", extents, read, gate, {"coefficients": self._at(coefficients)}, start)
 
     def backward_apply(
         self,
         extents: Extents,
-        dy: Operand,
-        x: Operand,
-        dx: Operand,
-        dresidual: Operand | None,
+        arrays: Arrays,
         statistics: Statistics,
-        gamma: Vector | None,
-        beta: Vector | None,
+        affine: Affine,
         sums: Sums | None,
         *,
-        mask: Operand | None,
         gate: Gate,
     ) -> None:
-        coefficients = self._coefficients(extents.C, x.dtype, statistics, gamma, beta)
+        coefficients = self._coefficients(extents.C, arrays.x.dtype, statistics, affine)
         if sums is not None:
             first, second = sums
             fields = {
@@ -282,34 +235,23 @@ class CudaBackend:
                 "first": self._at(first),
                 "second": self._at(second),
             }
-            self._channelwise("gradient_coefficients", extents.C, fields, x.dtype)
-        self._input_gradient(extents, dy, x, dx, dresidual, coefficients, sums is None, mask, gate)
+            self._channelwise("gradient_coefficients", extents.C, fields, arrays.x.dtype)
+        self._input_gradient(extents, arrays, coefficients, sums is None, gate)
 
     def _input_gradient(
-        self,
-        extents: Extents,
-        dy: Operand,
-        x: Operand,
-        dx: Operand,
-        dresidual: Operand | None,
-        coefficients: BackendArray,
-        frozen: bool,
-        mask: Operand | None,
-        gate: Gate,
+        self, extents: Extents, arrays: Arrays, coefficients: BackendArray, frozen: bool, gate: Gate
     ) -> None:
         if 0 in extents:
             return
-        arrays = Arrays(x, dy, dx, dresidual, mask)
-        options, kind = _gradient_options(dresidual, gate, frozen), gate.bits.kind if gate.bits else ""
-        ready = prepare.elementwise(extents, options, kind, self.device.limits, arrays.layouts)
+        options, kind = _gradient_options(arrays, gate, frozen), gate.bits.kind if gate.bits else ""
+        ready = prepare.elementwise(extents, options, kind, self.device.limits, prepare.layouts(arrays))
         self._run(ready, arrays, gate.bits, {"coefficients": self._at(coefficients)})
 
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:
         first, second = sums
         fields = {
             **self._statistics_fields(statistics),
-            **of_vector("dgamma", dgamma),
-            **of_vector("dbeta", dbeta),
+            **_of_gradients(dgamma, dbeta),
             "first": self._at(first),
             "second": self._at(second),
         }
@@ -332,7 +274,7 @@ class CudaBackend:
     def _reduce(self, what: str, extents: Extents, arrays: Arrays, gate: Gate, fields: Addresses) -> tuple[Rows, Ready]:
         """Rows of nodes of a batch that has values, few enough for the launch that comes with them."""
         kind, limits = gate.bits.kind if gate.bits else "", self.device.limits
-        cut = prepare.reduction(extents, what, gate.kind, kind, limits, arrays.layouts)
+        cut = prepare.reduction(extents, what, gate.kind, kind, limits, prepare.layouts(arrays))
         rows = self._new_rows(cut.rows, extents.C)
         self._run(cut.reduce, arrays, gate.bits, {**fields, **self._rows_fields("node", rows)})
         for merge, left in cut.merges:
@@ -344,28 +286,18 @@ class CudaBackend:
         self._launch(merge, {**self._rows_fields("from", rows), **self._rows_fields("node", merged)})
         return merged
 
-    def _nodes(
-        self,
-        what: str,
-        extents: Extents,
-        x: Operand,
-        dy: Operand | None,
-        mask: Operand | None,
-        gate: Gate,
-        fields: Addresses,
-        start: int,
-    ) -> Nodes:
+    def _nodes(self, what: str, extents: Extents, arrays: Arrays, gate: Gate, fields: Addresses, start: int) -> Nodes:
         """One node for each maximal aligned block of samples: each is a batch of its own."""
         N, C, S = extents
         blocks = aligned_blocks(start, start + N) if S else ()
         nodes = Nodes(blocks, self.device.empty((len(blocks), 2 * C + 1), "float64"))
         for i, (lo, hi) in enumerate(blocks):
             at = lo - start
-            part = Arrays(_from_sample(at, x), dy and _from_sample(at, dy), mask=mask and _from_sample(at, mask))
+            part = _from_sample(at, arrays)
             bits = gate.bits and gate.bits._replace(first=gate.bits.first + at * gate.bits.steps[0])
             rows, _ = self._reduce(what, extents._replace(N=hi - lo), part, gate._replace(bits=bits), fields)
             count = len(rows.count)
-            row = Rows(*(part[i : i + 1] for part in (nodes.count, nodes.first, nodes.second)))
+            row = Rows(*(column[i : i + 1] for column in (nodes.count, nodes.first, nodes.second)))
             merge = prepare.merge_rows(C, what, count)
             self._launch(merge, {**self._rows_fields("from", rows), **self._rows_fields("node", row)})
         return nodes
@@ -405,12 +337,9 @@ class CudaBackend:
     def _channelwise(self, kernel: str, C: int, fields: Addresses, dtype: str = "float32") -> None:
         self._launch(prepare.channelwise(kernel, C, dtype), fields)
 
-    def _coefficients(
-        self, C: int, dtype: str, statistics: Statistics, gamma: Vector | None, beta: Vector | None
-    ) -> BackendArray:
+    def _coefficients(self, C: int, dtype: str, statistics: Statistics, affine: Affine) -> BackendArray:
         coefficients = self._new_coefficients(C, dtype)
-        parameters = {**of_vector("gamma", gamma), **of_vector("beta", beta)}
-        fields = {**self._statistics_fields(statistics), **parameters, "coefficients": self._at(coefficients)}
+        fields = {**self._statistics_fields(statistics), **_of_affine(affine), "coefficients": self._at(coefficients)}
         self._channelwise("coefficients", C, fields, dtype)
         return coefficients
 
@@ -446,16 +375,16 @@ class CudaBackend:
         return {name: self._at(array) for name, array in s._asdict().items()}
 
     def _running_fields(self, running: Running) -> dict[str, int | float]:
-        names = ("old_mean", "old_var", "new_mean", "new_var")
-        fields: dict[str, int | float] = {
+        mean, var = running.new
+        return {
+            **_of_old(running.old),
+            **of_vector("new_mean", mean),
+            **of_vector("new_var", var),
             "tracked": self._at(running.tracked),
             "skipped": self._at(running.skipped),
             "momentum": running.momentum or 0.0,
             "cumulative": int(running.momentum is None),
         }
-        for name, v in zip(names, (*running.old, *running.new), strict=True):
-            fields |= of_vector(name, v)
-        return fields
 
     def _rows_fields(self, name: str, rows: Rows) -> Addresses:
         return {f"{name}_{part}": self._at(array) for part, array in rows._asdict().items()}
@@ -467,15 +396,31 @@ class CudaBackend:
         return {"bits": self._at(bits.memory), "bits_first": bits.first, **steps}
 
 
-def _from_sample(n: int, o: Operand) -> Operand:
-    return o._replace(pointer=o.pointer + n * o.sample_stride * ITEMSIZE[o.dtype])
+def _from_sample(n: int, arrays: Arrays) -> Arrays:
+    """The arrays but for the n samples before."""
+    return Arrays(
+        *(o and o._replace(pointer=o.pointer + n * o.sample_stride * ITEMSIZE[o.dtype]) for o in arrays)  # type: ignore[arg-type]
+    )
 
 
-def _normalize_options(residual: Operand | None, relu: bool, keep_bits: bool) -> tuple[str, ...]:
-    return plan.option(OPERATION="NORMALIZE", RESIDUAL=residual is not None, RELU=relu, KEEP_BITS=keep_bits)
+def _of_affine(affine: Affine) -> Addresses:
+    return {**of_vector("gamma", affine.gamma), **of_vector("beta", affine.beta)}
 
 
-def _gradient_options(dresidual: Operand | None, gate: Gate, frozen: bool) -> tuple[str, ...]:
+def _of_gradients(dgamma: Vector, dbeta: Vector) -> Addresses:
+    return {**of_vector("dgamma", dgamma), **of_vector("dbeta", dbeta)}
+
+
+def _of_old(running: tuple[Vector, Vector]) -> Addresses:
+    mean, var = running
+    return {**of_vector("old_mean", mean), **of_vector("old_var", var)}
+
+
+def _normalize_options(arrays: Arrays, relu: bool, keep_bits: bool) -> tuple[str, ...]:
+    return plan.option(OPERATION="NORMALIZE", RESIDUAL=arrays.g is not None, RELU=relu, KEEP_BITS=keep_bits)
+
+
+def _gradient_options(arrays: Arrays, gate: Gate, frozen: bool) -> tuple[str, ...]:
     return plan.option(
-        OPERATION="GRADIENT", RESIDUAL=dresidual is not None, GATE=f"GATE_{gate.kind.upper()}", FROZEN=frozen
+        OPERATION="GRADIENT", RESIDUAL=arrays.r is not None, GATE=f"GATE_{gate.kind.upper()}", FROZEN=frozen
     )

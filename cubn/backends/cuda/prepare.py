@@ -8,33 +8,23 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from cubn.backends import Extents, Operand
+from cubn.backends import Arrays, Extents, Operand
 from cubn.backends.cuda import plan
 from cubn.backends.cuda.parameters import of_operand, of_scattered, pack
 from cubn.backends.cuda.plan import VECTOR_BYTES, Launch, Limits
 
 
-class Arrays(NamedTuple):
-    """What a kernel reads and writes, by the names of its parameters."""
-
-    x: Operand
-    g: Operand | None = None  # residual, or dy
-    y: Operand | None = None  # y, or dx
-    r: Operand | None = None  # dresidual
-    mask: Operand | None = None
-
-    @property
-    def layouts(self) -> Arrays:
-        return Arrays(*(o and _layout(o) for o in self))  # type: ignore[arg-type]
-
-    @property
-    def values(self) -> dict[str, Operand]:
-        """Those that are there, but for the mask."""
-        return {name: o for name, o in zip(self._fields[:4], self, strict=False) if o is not None}
+def layouts(arrays: Arrays) -> Arrays:
+    return Arrays(*(o and _layout(o) for o in arrays))  # type: ignore[arg-type]
 
 
 def _layout(o: Operand) -> Operand:
     return Operand(o.pointer % VECTOR_BYTES, *o[1:])
+
+
+def _values(arrays: Arrays) -> dict[str, Operand]:
+    """Those that are there, but for the mask."""
+    return {name: o for name, o in arrays._asdict().items() if o is not None and name != "mask"}
 
 
 class Ready(NamedTuple):
@@ -57,7 +47,7 @@ class Reduction(NamedTuple):
 def _ready(launch: Launch, arrays: Arrays | None = None, kind: str = "", **more: int) -> Ready:
     fields: dict[str, int | float] = {**dict(launch.fields), **more}
     if arrays:
-        for name, o in arrays.values.items():
+        for name, o in _values(arrays).items():
             steady = launch.octets and of_operand(name, o, plan.octets_are_vectors(launch, o))
             fields |= steady or of_scattered(name, o)
         if arrays.mask:
@@ -73,7 +63,7 @@ def channelwise(kernel: str, C: int, dtype: str) -> Ready:
 @functools.lru_cache(1024)
 def elementwise(extents: Extents, options: tuple[str, ...], bits: str, limits: Limits, arrays: Arrays) -> Ready:
     """`bits`: the kind of those to be read, if any."""
-    operands = tuple(arrays.values.values())
+    operands = tuple(_values(arrays).values())
     kind = "strided" if arrays.mask else plan.elementwise_kind(extents, operands)
     if bits and bits != kind:
         kind = "strided"
@@ -87,7 +77,7 @@ def resident(
     extents: Extents, options: tuple[str, ...], staged: int, keep_bits: bool, bits: str, limits: Limits, arrays: Arrays
 ) -> Ready | None:
     """One kernel for a whole training step or gradient, if there is. `bits`: the kind of those to be read, if any."""
-    operands = arrays.values
+    operands = _values(arrays)
     kind = plan.kind_of(extents, tuple(operands.values()))
     if arrays.mask or (bits and bits != kind):
         return None
@@ -103,7 +93,7 @@ def resident(
 @functools.lru_cache(1024)
 def reduction(extents: Extents, what: str, gate: str, bits: str, limits: Limits, arrays: Arrays) -> Reduction:
     """`bits`: the kind of those to be read, if any."""
-    operands = tuple(arrays.values.values())
+    operands = tuple(_values(arrays).values())
     kind = "strided" if arrays.mask else plan.kind_of(extents, operands)
     if bits and bits != kind:
         kind = "strided"
