@@ -26,6 +26,11 @@ def test_example_shows_what_it_claims(name, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith(LAST_LINES[name])
 
 
+def test_ranks_are_threads_where_mpi4py_is_there_for_something_else(capsys):
+    pytest.importorskip("mpi4py")
+    test_example_shows_what_it_claims("one_state_per_domain", capsys)
+
+
 def test_every_example_is_linked_from_the_readme():
     readme = (EXAMPLES.parent / "README.md").read_text()
     for name in LAST_LINES:
