@@ -46,7 +46,7 @@ def source(function: str, x: Any, channel_axis: int, num_features: int | None = 
     extents = _layout.extents(shape, axis)
     if not extents.C or num_features not in (None, extents.C):
         rule = f"have {num_features or '1 or more'} channels on axis {axis}"
-        raise ValueError(refusal(function, "x", rule, array))
+        raise ValueError(refusal(function, "x", rule, array, "channel_axis says which axis that is."))
     return Source(array, axis, extents, _layout.operand(array, axis), backend(array.device, array.library.name))
 
 

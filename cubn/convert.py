@@ -11,7 +11,7 @@ from cubn import _arrays
 from cubn._arguments import refusal, whole
 from cubn._arrays import Array
 from cubn.errors import message
-from cubn.state import BatchNormState
+from cubn.state import BatchNormState, checked_state
 
 Float64 = NDArray[np.float64]
 
@@ -107,9 +107,7 @@ def fold_into(
 
 def _folded(state: BatchNormState, function: str) -> tuple[Float64, Float64, Array]:
     """scale, shift, and the array they are like."""
-    if not isinstance(state, BatchNormState):
-        raise TypeError(message(function, "state", "be a BatchNormState", type(state).__name__))
-    if state.running_var is None:
+    if checked_state(state, function).running_var is None:
         raise ValueError(message(function, "state", "have running statistics", "a state with track=False"))
     held = state.to_dict()
     home = _arrays.describe(state.running_var, function, "running_var")
@@ -131,7 +129,7 @@ def _along_outputs(scale: Float64, weight: Array, output_axis: int, groups: int)
     outputs = shape[axis] * groups
     if outputs != scale.size:
         rule = f"have {scale.size} output channels on axis {axis}" + (f" in {groups} groups" if groups != 1 else "")
-        raise ValueError(refusal("fold_into", "weight", rule, weight))
+        raise ValueError(refusal("fold_into", "weight", rule, weight, "output_axis says which axis that is."))
     if groups == 1:
         return scale.reshape([-1 if i == axis else 1 for i in range(len(shape))])
     if axis == 0 or shape[0] % groups:

@@ -14,7 +14,7 @@ from cubn._layout import operand
 from cubn.backends import Affine, Arrays, BackendArray, Gate, Nodes, Running, Statistics, Vector
 from cubn.errors import message
 from cubn.moments import Moments, statistics_of
-from cubn.state import BatchNormState, Held, checked_eps, hold
+from cubn.state import BatchNormState, Held, checked_eps, checked_state, hold
 from cubn.sync import collective, communicator
 from cubn.sync.collective import Place, Shared, Started, Terms, check_sizes
 
@@ -534,8 +534,7 @@ def normalize(
 
 def _given(function: str, x: Any, state: BatchNormState, mask: Any, residual: Any) -> Given:
     """x, the state's arrays, mask and residual."""
-    if not isinstance(state, BatchNormState):
-        raise TypeError(message(function, "state", "be a BatchNormState", type(state).__name__))
+    checked_state(state, function)
     source = _arguments.source(function, x, state.channel_axis, state.num_features)
     return _beside(function, source, state.read(function, source.array), mask, residual)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cubn import _arguments, _nodes
 from cubn.backends import Arrays, Backend, Nodes, Statistics
 from cubn.errors import message
-from cubn.state import BatchNormState
+from cubn.state import BatchNormState, checked_state
 from cubn.sync import collective
 from cubn.sync.collective import Shared, Terms, check_sizes
 
@@ -242,8 +242,7 @@ def update(state: BatchNormState, moments: Moments) -> None:
     -----
     Computed in float64 and rounded once. Updates of one state from several threads take turns.
     """
-    if not isinstance(state, BatchNormState):
-        raise TypeError(message("update", "state", "be a BatchNormState", type(state).__name__))
+    checked_state(state, "update")
     if not isinstance(moments, Moments):
         remedy = "Use cubn.moments(x) to take them."
         raise TypeError(message("update", "moments", "be Moments", type(moments).__name__, remedy))

@@ -28,6 +28,7 @@ STATISTICS = ("running_mean", "running_var")
 ARRAYS = ("gamma", "beta", *STATISTICS)
 
 _OPTIONS = ("num_features", "eps", "momentum", "channel_axis")
+_COUNTERS = ("tracked", "skipped")
 _NAME = "BatchNormState"
 
 
@@ -103,6 +104,19 @@ class BatchNormState:
     A variance in 16 bits stalls at small momenta, so running statistics are float32 or float64, always.
     """
 
+    __slots__ = (  # what is not among them, `training` say, cannot be set by mistake
+        "__weakref__",
+        "_arrays",
+        "_channel_axis",
+        "_counters_device",
+        "_eps",
+        "_held",
+        "_lock",
+        "_momentum",
+        "_num_features",
+        "skipped",
+        "tracked",
+    )
     tracked: BackendArray | None
     skipped: BackendArray | None
     _arrays: dict[str, Any]
@@ -204,6 +218,9 @@ class BatchNormState:
             If an entry does not fit.
         """
         self = cls.__new__(cls)
+        if missing := [name for name in (*_OPTIONS, *ARRAYS, *_COUNTERS) if name not in d]:
+            remedy = "For arrays of another origin there is from_arrays."
+            raise KeyError(message("from_dict", "d", "have every entry of to_dict", f"no {', '.join(missing)}", remedy))
         plain = {name: _plain(value) for name, value in d.items()}
         self._begin(*(plain[name] for name in _OPTIONS))
         self._assign(**{name: np.array(plain[name]) for name in ARRAYS if plain[name] is not None})
@@ -377,7 +394,7 @@ class BatchNormState:
         """Counters of these values where the running statistics are."""
         place = None if device[0] == CPU else backend(device)
         counters = {}
-        for name in ("tracked", "skipped"):
+        for name in _COUNTERS:
             value = np.array(values[name], np.int64)
             if value.shape != (self.num_features,):
                 rule = f"have shape ({self.num_features},), one count per channel"
@@ -408,6 +425,14 @@ class BatchNormState:
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _OPTIONS}
+
+
+def checked_state(state: Any, function: str) -> BatchNormState:
+    """state, if it is one."""
+    if not isinstance(state, BatchNormState):
+        remedy = "BatchNormState.from_arrays makes one of the arrays of a module."
+        raise TypeError(message(function, "state", "be a BatchNormState", type(state).__name__, remedy))
+    return state
 
 
 def checked_eps(eps: float, function: str) -> float:

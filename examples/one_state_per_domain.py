@@ -48,7 +48,7 @@ def report(domain, states):
 
 
 def main():
-    if "mpi4py" in sys.modules:  # python -m mpi4py
+    if "mpi4py.run" in sys.modules:  # python -m mpi4py
         from mpi4py import MPI
 
         world = MPI.COMM_WORLD

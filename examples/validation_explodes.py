@@ -1,8 +1,11 @@
 """Validation explodes though training is fine: one bad batch has poisoned the running statistics.
 
 The usual update makes running_mean inf and running_var NaN for ever after a single overflow. cubn leaves a channel
-whose batch is not finite as it was, counts it, and keeps tiny variances as the subnormal numbers they are.
+whose batch is not finite as it was, counts it, and keeps tiny variances as the subnormal numbers they are. Running
+statistics that no longer describe the data are replaced by those of a data set.
 """
+
+from functools import reduce
 
 import numpy as np
 
@@ -32,6 +35,15 @@ def main():
     assert (state.running_var >= 0).all() and (state.running_var < 1e-38).all()
     assert np.isfinite(cubn.forward(x[:3], state)).all()
     print("inference stays finite")
+
+    batches = np.split(rng.normal(4, 2, (32, 4, 6, 6)).astype(np.float32), 4)  # data as it is now
+    moments = reduce(cubn.Moments.merge, (cubn.moments(batch, start=8 * i) for i, batch in enumerate(batches)))
+    state.momentum = 1  # all weight on the new value
+    cubn.update(state, moments)
+    assert np.array_equal(state.running_var, moments.var_unbiased().astype(np.float32))
+    y = np.concatenate([cubn.forward(batch, state) for batch in batches])
+    assert np.abs(y.mean((0, 2, 3))).max() < 1e-3 and np.abs(y.var((0, 2, 3)) - 1).max() < 1e-2
+    print("recalibrated: running mean", state.running_mean, "and variance", state.running_var)
 
 
 if __name__ == "__main__":

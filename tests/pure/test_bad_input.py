@@ -191,14 +191,17 @@ def test_6_shape_of_a_given_parameter(world, name):
     refused(world, ValueError, text, given(world, "normalize", **{name: np.ones(5, np.float32)}))
 
 
+AXIS = "channel_axis says which axis that is."
+
+
 @pytest.mark.parametrize("operation", NORMALIZING)
 def test_6_channels_of_x(world, operation):
-    text = f"{operation}: x must have 4 channels on axis 1; got a numpy array (shape=(3, 3, 2), {F32})."
+    text = f"{operation}: x must have 4 channels on axis 1; got a numpy array (shape=(3, 3, 2), {F32}). {AXIS}"
     refused(world, ValueError, text, each(world)[operation], world.x[:, :3])
 
 
 def test_6_no_channels(world):
-    text = f"moments: x must have 1 or more channels on axis 1; got a numpy array (shape=(3, 0, 2), {F32})."
+    text = f"moments: x must have 1 or more channels on axis 1; got a numpy array (shape=(3, 0, 2), {F32}). {AXIS}"
     refused(world, ValueError, text, cubn.moments, world.x[:, :0])
 
 
@@ -741,6 +744,22 @@ def test_the_number_of_channels_of_a_state_stays(world):
         world.state.num_features = 5
 
 
+@pytest.mark.parametrize("name", ["training", "weight", "running_variance"])
+def test_a_state_takes_no_other_attributes(world, name):
+    with pytest.raises(AttributeError):
+        setattr(world.state, name, True)
+
+
+def test_a_dictionary_that_is_not_of_a_state():
+    """The state_dict of a torch module, say."""
+    with pytest.raises(KeyError) as caught:
+        cubn.BatchNormState.from_dict({"weight": np.ones(4), "running_mean": np.ones(4), "running_var": np.ones(4)})
+    assert caught.value.args == (
+        "from_dict: d must have every entry of to_dict; got no num_features, eps, momentum, channel_axis, gamma, beta, "
+        "tracked, skipped. For arrays of another origin there is from_arrays.",
+    )
+
+
 @pytest.mark.parametrize("name", ["tracked", "skipped"])
 def test_counters_of_other_channels(world, name):
     text = f"BatchNormState: {name} must have shape (4,), one count per channel; got [1 2 3] (shape=(3,))."
@@ -810,10 +829,13 @@ def test_running_statistics_that_require_a_gradient(world):
     refused(world, ValueError, text, cubn.forward_train, torch.from_numpy(world.x), state)
 
 
+MAKE_ONE = "BatchNormState.from_arrays makes one of the arrays of a module."
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda w: cubn.forward(w.x, 3), "forward: state must be a BatchNormState; got int."),
+        (lambda w: cubn.forward(w.x, 3), f"forward: state must be a BatchNormState; got int. {MAKE_ONE}"),
         (
             lambda w: cubn.backward(w.dy, w.out),
             "backward: saved must be a Saved; got ndarray. "
@@ -827,9 +849,12 @@ def test_running_statistics_that_require_a_gradient(world):
             lambda w: cubn.update(w.state, w.x),
             "update: moments must be Moments; got ndarray. Use cubn.moments(x) to take them.",
         ),
-        (lambda w: cubn.update(w.x, w.moments), "update: state must be a BatchNormState; got ndarray."),
-        (lambda w: cubn.fold(w.x), "fold: state must be a BatchNormState; got ndarray."),
-        (lambda w: cubn.fold_into(w.x[0], None, w.x), "fold_into: state must be a BatchNormState; got ndarray."),
+        (lambda w: cubn.update(w.x, w.moments), f"update: state must be a BatchNormState; got ndarray. {MAKE_ONE}"),
+        (lambda w: cubn.fold(w.x), f"fold: state must be a BatchNormState; got ndarray. {MAKE_ONE}"),
+        (
+            lambda w: cubn.fold_into(w.x[0], None, w.x),
+            f"fold_into: state must be a BatchNormState; got ndarray. {MAKE_ONE}",
+        ),
         (
             lambda w: cubn.fold_into(w.x[0], None, w.state, groups=1.5),
             "fold_into: groups must be an integer; got 1.5.",

@@ -138,13 +138,14 @@ def test_the_layer_is_left_alone():
         (
             (5, 6),
             {},
-            "fold_into: weight must have 6 output channels on axis 0; got a numpy array (shape=(5, 6), FACTS).",
+            "fold_into: weight must have 6 output channels on axis 0; got a numpy array (shape=(5, 6), FACTS). "
+            "output_axis says which axis that is.",
         ),
         (
             (4, 3, 3),
             {"output_axis": 1, "groups": 3},
             "fold_into: weight must have 6 output channels on axis 1 in 3 groups; "
-            "got a numpy array (shape=(4, 3, 3), FACTS).",
+            "got a numpy array (shape=(4, 3, 3), FACTS). output_axis says which axis that is.",
         ),
         (
             (4, 2, 3),
