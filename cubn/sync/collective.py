@@ -330,8 +330,9 @@ class Exchange:
         group.exchanges += 1
         self._number = group.exchanges
         samples = self._declared or self._likely()
+        early = self._on_device or not self._sizes(samples)[group.rank]  # an empty record cannot tell of an error
         failure = error
-        if failure is None and self._on_device:
+        if failure is None and early:
             failure = self._compute(samples)
         headers = self._say(failure)
         if failure is not None:
@@ -339,7 +340,7 @@ class Exchange:
             if failure is not error:
                 raise self._heard(failure)
             return
-        if not self._on_device:
+        if not early:
             failure = self._compute(samples)
         lane = None if self._declared is None else self._lane(samples, agreed=False)
         if lane is None:

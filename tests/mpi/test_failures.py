@@ -252,6 +252,33 @@ def test_an_error_while_computing_reaches_the_others(outcomes, operation, declar
         assert str(error) == f"{operation}: ranks {SAME} an error on rank 1. Its own error says more."
 
 
+@pytest.mark.parametrize("operation", ["forward_train", "backward", "frozen"])
+def test_an_error_of_a_rank_without_a_record_reaches_the_others(outcomes, operation, monkeypatch):
+    """Rank 1 has no samples, or sums that nobody else needs."""
+    method = "moments" if operation == "forward_train" else "backward_sums"
+    honest, here, due = getattr(CpuBackend, method), 4 if operation == "frozen" else 0, []
+
+    def fails(backend, extents, *arguments, **options):
+        if due and here == extents.N:
+            raise due.pop()
+        return honest(backend, extents, *arguments, **options)
+
+    def body(comm, x, state):
+        x = x[: here if comm.rank == 1 else 3]
+        due.extend([MemoryError("no memory")] if comm.rank == 1 else [])
+        if operation == "forward_train":
+            return cubn.forward_train(x, state, comm=comm)
+        forward = cubn.forward_frozen if operation == "frozen" else cubn.forward_train
+        _, saved = forward(x, cubn.BatchNormState(C), comm=comm)
+        return cubn.backward(x, saved)
+
+    monkeypatch.setattr(CpuBackend, method, fails)
+    errors = refused(outcomes, 3, body)
+    assert type(errors[1]) is MemoryError
+    for error in (errors[0], errors[2]):
+        assert str(error).endswith(f"ranks {SAME} an error on rank 1. Its own error says more.")
+
+
 @pytest.mark.parametrize(
     ("method", "error"),
     [("moments", KeyboardInterrupt()), ("staging", MemoryError("no room for the records of all"))],
