@@ -164,8 +164,15 @@ _SAID: dict[str, Callable[[Any], str]] = {  # the fields in which ranks must agr
     "momentum": lambda h: f"momentum={None if h['momentum'] < 0 else h['momentum']}",
     "about": lambda h: f"start={h['about']}" if OPERATIONS[h["operation"]] == "moments" else f"of forward {h['about']}",
     "flags": lambda h: ", ".join(name for bit, name in enumerate(OPTIONS, 1) if h["flags"] >> bit & 1) or "no options",
-    "rest": lambda h: f"operations with hash {h['rest']:016x}",
+    "rest": lambda h: f"{_hashed(h)} with hash {h['rest']:016x}",
 }
+
+
+def _hashed(h: np.void) -> str:
+    """What of all that is in the hash no other field has said."""
+    if not h["flags"] & _DECLARED:
+        return "operations"
+    return "sizes" if h["operations"] == 1 else "operations or sizes"
 
 
 def _header(

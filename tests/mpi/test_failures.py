@@ -415,6 +415,19 @@ def test_sizes_must_be_one_number_for_each_rank(outcomes, sizes):
         assert type(error) is ValueError and str(error) == text
 
 
+@pytest.mark.parametrize(("operations", "what"), [(1, "sizes"), (2, "operations or sizes")])
+def test_ranks_that_declare_other_sizes_hear_so(outcomes, operations, what):
+    def body(comm):
+        x, state = Batch().x[: 4 - comm.rank], Batch().state()
+        with cubn.together(comm):
+            started = [cubn.forward_train_start(x, state, comm=comm, sizes=[4, len(x)]) for _ in range(operations)]
+        started[0].finish()
+
+    said = rf"got {what} with hash \w{{16}} on rank 0; {what} with hash \w{{16}} on rank 1\."
+    for _, error in outcomes(2, body):
+        assert re.search(said, str(error)), error
+
+
 @pytest.mark.parametrize("error", ["own", "mismatch", "undeclared"])
 def test_with_declared_sizes_a_disagreement_ends_the_communicator(outcomes, error):
     """The statistics went out before anybody knew; the communicator may be out of step, and says so."""
