@@ -96,7 +96,7 @@ class MPICommunicator(Communicator):
         for lane in self._lanes.values():
             lane.broken = self.broken
             lane.free()
-        in_use = self.broken is not None or any(pending.comm is self._comm for pending in _UNDER_WAY)
+        in_use = self.broken is not None or any(pending.comm is self._comm for pending in _UNDER_WAY.copy())
         if not in_use and self._comm != MPI.COMM_NULL and not MPI.Is_finalized():
             self._comm.Free()
 
