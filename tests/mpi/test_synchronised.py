@@ -59,9 +59,9 @@ def test_statistics_are_taken_once_where_the_cut_is_as_before(ranks, monkeypatch
     taken = []
     honest = CpuBackend.moments
 
-    def moments(backend, extents, x, mask, start):
+    def moments(backend, extents, arrays, start):
         taken.append((extents.N, start))
-        return honest(backend, extents, x, mask, start)
+        return honest(backend, extents, arrays, start)
 
     monkeypatch.setattr(CpuBackend, "moments", moments)
 
