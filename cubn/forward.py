@@ -314,7 +314,7 @@ class _Training:
     ) -> None:
         self.given = given = _given("forward_train", x, state, mask, residual)
         self.state = state
-        self.eps = state.eps  # which may have changed before `finish`
+        self.eps, self.momentum = state.eps, state.momentum  # which may have changed before `finish`
         self.updates = update and state.tracked is not None
         if self.updates:
             state.check_updatable("forward_train", given.held)
@@ -368,7 +368,7 @@ class _Begun(_Training):
 
     @cached_property
     def terms(self) -> Terms:
-        state, (array, _, (N, C, _), _, _) = self.state, self.given.source
+        array, _, (N, C, _), _, _ = self.given.source
         on = {"update": self.updates, "relu": self.then["relu"], "residual": self.given.residual is not None}
         return Terms(
             "forward_train",
@@ -376,7 +376,7 @@ class _Begun(_Training):
             N,
             array.dtype,
             self.eps,
-            state.momentum,
+            self.momentum,
             values=2 if self.values is None else self.values,
             options=frozenset(name for name in on if on[name]),
         )
@@ -393,7 +393,7 @@ class _Begun(_Training):
         bits = self.backend.normalize(extents, self.arrays, statistics, affine, **self.then)
         with self.moving() as running:
             if running:
-                self.backend.update(statistics, running)
+                self.backend.update(statistics, running._replace(momentum=self.momentum))
         return self.trained(statistics, bits, self.parameters, shared.place)
 
 

@@ -164,8 +164,15 @@ _SAID: dict[str, Callable[[Any], str]] = {  # the fields in which ranks must agr
     "momentum": lambda h: f"momentum={None if h['momentum'] < 0 else h['momentum']}",
     "about": lambda h: f"start={h['about']}" if OPERATIONS[h["operation"]] == "moments" else f"of forward {h['about']}",
     "flags": lambda h: ", ".join(name for bit, name in enumerate(OPTIONS, 1) if h["flags"] >> bit & 1) or "no options",
-    "rest": lambda h: f"operations with hash {h['rest']:016x}",
+    "rest": lambda h: f"{_hashed(h)} with hash {h['rest']:016x}",
 }
+
+
+def _hashed(h: np.void) -> str:
+    """What of all that is in the hash no other field has said."""
+    if not h["flags"] & _DECLARED:
+        return "operations"
+    return "sizes" if h["operations"] == 1 else "operations or sizes"
 
 
 def _header(
@@ -263,7 +270,7 @@ class Exchange:
         self._headers: _Headers | None = None  # not yet read
         self._payload: Pending | None = None
         self._begun = False
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._shared: list[Shared] = []
         self._results: dict[int, Any] = {}
 
@@ -291,14 +298,36 @@ class Exchange:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, Exception):
-            return
-        self._error = error
+        if error is None or isinstance(error, Exception):
+            self._error = error
+            with self._in_step():
+                self._begin(error)
+        else:
+            self._leave(error)
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """Where an error that the other ranks do not hear of leaves this one out of step with them."""
         try:
-            self._begin(error)
-        except Exception as found:
-            self._error = found
+            yield
+        except BaseException as error:
+            if error is not self._error:
+                self._leave(error)
             raise
+
+    def _heard(self, error: Exception) -> Exception:
+        """An error to raise of which all ranks hear: they end this exchange, and may begin the next."""
+        self._error = error
+        return error
+
+    def _leave(self, error: BaseException) -> None:
+        """An interrupt, too little memory for the records, an error of the MPI library: the others still wait."""
+        self._error = error
+        self._abandon(f"this rank left an exchange with {error!r}")
+
+    def _abandon(self, why: str) -> None:
+        if self.communicator.size > 1:
+            self.communicator.abandon(why)
 
     def _begin(self, error: Exception | None) -> None:
         """Say what this rank does, compute its part, send it. A rank with an error says so; the error goes on."""
@@ -308,16 +337,17 @@ class Exchange:
         group.exchanges += 1
         self._number = group.exchanges
         samples = self._declared or self._likely()
+        early = self._on_device or not self._sizes(samples)[group.rank]  # an empty record cannot tell of an error
         failure = error
-        if failure is None and self._on_device:
+        if failure is None and early:
             failure = self._compute(samples)
         headers = self._say(failure)
         if failure is not None:
             self._judge(headers)
             if failure is not error:
-                raise failure
+                raise self._heard(failure)
             return
-        if not self._on_device:
+        if not early:
             failure = self._compute(samples)
         lane = None if self._declared is None else self._lane(samples, agreed=False)
         if lane is None:
@@ -332,7 +362,7 @@ class Exchange:
                 self._judge(self._headers)
             if self._payload is not None and group.broken is None:
                 self._payload.wait()
-            raise failure
+            raise self._heard(failure)
 
     def _agree(
         self, headers: _Headers, samples: tuple[int, ...], failure: Exception | None
@@ -349,7 +379,7 @@ class Exchange:
             headers = self._say(failure)
             if failure is not None:
                 self._judge(headers)
-                raise failure
+                raise self._heard(failure)
             self._judged(headers)
         return agreed, failure
 
@@ -375,15 +405,13 @@ class Exchange:
 
     def result(self, index: int) -> Any:
         """What an operation returns, once the exchange is complete."""
-        if not self._begun:
+        if not self._begun and self._error is None:
             remedy = "Begin it with forward_train_start or backward_start inside."
             rule = "be finished after its `with together` block"
             raise ValueError(message("finish", "operation", rule, "inside it", remedy))
         if not self._shared and self._error is None:
-            try:
+            with self._in_step():
                 self._receive()
-            except Exception as error:
-                self._error = error
         if self._error is not None:
             raise self._error
         if index not in self._results:
@@ -483,7 +511,7 @@ class Exchange:
         marked = self._table.view(np.int64)[:, 0] < 0
         if marked.any():
             owners = np.repeat(np.arange(self.communicator.size), [len(blocks) for blocks in self._ranks_blocks])
-            raise _failure(self._function, np.unique(owners[marked]).tolist())
+            raise self._heard(_failure(self._function, np.unique(owners[marked]).tolist()))
 
     def _judge(self, headers: _Headers) -> tuple[Headers, CollectiveMismatch | None]:
         """What the ranks said, and the error if they do not agree.
@@ -494,19 +522,23 @@ class Exchange:
         said = headers.received.view(_HEADER)
         mismatch = _disagreement(self._function, said)
         if mismatch is not None and (said["flags"] & _DECLARED).any():
-            self.communicator.abandon(str(mismatch))
+            self._abandon(str(mismatch))
         return said, mismatch
 
     def _judged(self, headers: _Headers) -> Headers:
         said, mismatch = self._judge(headers)
         if mismatch is not None:
-            raise mismatch
+            raise self._heard(mismatch)
         return said
 
     def _accept(self, said: Headers) -> None:
         """Raise unless there are values enough; all ranks come to the same."""
-        for index, half in enumerate(self._halves):
-            half.accept(int((said["values"] >> np.uint64(2 * index) & np.uint64(3)).sum()))
+        try:
+            for index, half in enumerate(self._halves):
+                half.accept(int((said["values"] >> np.uint64(2 * index) & np.uint64(3)).sum()))
+        except ValueError as error:
+            self._heard(error)
+            raise
 
 
 @lru_cache(1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import itertools
 import weakref
@@ -55,6 +56,9 @@ class MPICommunicator(Communicator):
         return self._gather(record, received, sizes)
 
     def _gather(self, record: Any, received: Any, sizes: Sequence[int]) -> _Pending:
+        if self._comm == MPI.COMM_NULL or MPI.Is_finalized():
+            rule = "last until the last backward of its forwards"
+            raise ValueError(message("cubn", "comm", rule, "one that was freed, or an MPI that was finalised"))
         sending = [record, MPI.BYTE]
         if all(size == sizes[0] for size in sizes):
             request = self._comm.Iallgather(sending, [received, sizes[0], MPI.BYTE])
@@ -92,7 +96,7 @@ class MPICommunicator(Communicator):
         for lane in self._lanes.values():
             lane.broken = self.broken
             lane.free()
-        in_use = self.broken is not None or any(pending.comm is self._comm for pending in _UNDER_WAY)
+        in_use = self.broken is not None or any(pending.comm is self._comm for pending in _UNDER_WAY.copy())
         if not in_use and self._comm != MPI.COMM_NULL and not MPI.Is_finalized():
             self._comm.Free()
 
@@ -100,13 +104,21 @@ class MPICommunicator(Communicator):
 _NUMBERS = itertools.count()
 _ALIVE: weakref.WeakValueDictionary[int, MPICommunicator] = weakref.WeakValueDictionary()
 """In the order in which they were made: ranks free them in the same."""
-_KEY = MPI.Comm.Create_keyval(delete_fn=lambda comm, key, communicator: communicator.free())
+
+
+@functools.cache
+def _key() -> int:
+    """Of the attribute; an MPI that was not initialised has none."""
+    return MPI.Comm.Create_keyval(delete_fn=lambda comm, key, communicator: communicator.free())
 
 
 @atexit.register
 def _free_all() -> None:
+    """MPI is finalised after Python's objects are gone, and until then may write what was not waited for."""
     for communicator in list(_ALIVE.values()):
         communicator.free()
+    for pending in _UNDER_WAY:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pending))
 
 
 @functools.cache
@@ -133,16 +145,19 @@ def communicator(comm: MPI.Comm, *, device_memory: bool | None = None) -> MPICom
     Raises
     ------
     ValueError
-        If it does not connect a group with itself, or this process is not in the group.
+        If it does not connect a group with itself, this process is not in the group, or MPI is not running.
     """
+    if MPI.Is_finalized() or (comm in (MPI.COMM_WORLD, MPI.COMM_SELF) and not MPI.Is_initialized()):
+        got = "one after MPI.Finalize" if MPI.Is_finalized() else "one before MPI.Init"
+        raise ValueError(message("cubn", "comm", "be used between MPI.Init and MPI.Finalize", got))
     if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
         got = "COMM_NULL" if comm == MPI.COMM_NULL else type(comm).__name__
         remedy = "Merge an intercommunicator; pass no comm on ranks outside the group."
         raise ValueError(message("cubn", "comm", "be an intracommunicator this process is in", got, remedy))
-    found = cast("MPICommunicator | None", comm.Get_attr(_KEY))
+    found = cast("MPICommunicator | None", comm.Get_attr(_key()))
     if found is None:
         found = MPICommunicator(comm)
-        comm.Set_attr(_KEY, found)
+        comm.Set_attr(_key(), found)
     if device_memory is not None:
         found.device_memory = device_memory
     return found

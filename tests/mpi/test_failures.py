@@ -2,6 +2,7 @@
 
 import re
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -251,6 +252,107 @@ def test_an_error_while_computing_reaches_the_others(outcomes, operation, declar
         assert str(error) == f"{operation}: ranks {SAME} an error on rank 1. Its own error says more."
 
 
+@pytest.mark.parametrize("operation", ["forward_train", "backward", "frozen"])
+def test_an_error_of_a_rank_without_a_record_reaches_the_others(outcomes, operation, monkeypatch):
+    """Rank 1 has no samples, or sums that nobody else needs."""
+    method = "moments" if operation == "forward_train" else "backward_sums"
+    honest, here, due = getattr(CpuBackend, method), 4 if operation == "frozen" else 0, []
+
+    def fails(backend, extents, *arguments, **options):
+        if due and here == extents.N:
+            raise due.pop()
+        return honest(backend, extents, *arguments, **options)
+
+    def body(comm, x, state):
+        x = x[: here if comm.rank == 1 else 3]
+        due.extend([MemoryError("no memory")] if comm.rank == 1 else [])
+        if operation == "forward_train":
+            return cubn.forward_train(x, state, comm=comm)
+        forward = cubn.forward_frozen if operation == "frozen" else cubn.forward_train
+        _, saved = forward(x, cubn.BatchNormState(C), comm=comm)
+        return cubn.backward(x, saved)
+
+    monkeypatch.setattr(CpuBackend, method, fails)
+    errors = refused(outcomes, 3, body)
+    assert type(errors[1]) is MemoryError
+    for error in (errors[0], errors[2]):
+        assert str(error).endswith(f"ranks {SAME} an error on rank 1. Its own error says more.")
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [("moments", KeyboardInterrupt()), ("staging", MemoryError("no room for the records of all"))],
+    ids=["interrupt", "memory"],
+)
+def test_who_leaves_an_exchange_cannot_begin_another(outcomes, method, error, monkeypatch):
+    """Between header and record: what rank 1 sent next, the others would take for the record they wait for."""
+    honest, rank = getattr(CpuBackend, method), threading.local()
+
+    def fails(backend, *arguments, **options):
+        rows = arguments[0][0] if method == "staging" else 0  # one in a rank's own record
+        if rank.fails and rows != 1:
+            raise error
+        return honest(backend, *arguments, **options)
+
+    def body(comm):
+        comm, state = communicator(comm), Batch().state()
+        before, rank.fails, caught = contents(state), comm.rank == 1, None
+        try:
+            cubn.forward_train_start(Batch().x[:4], state, comm=comm)
+        except (KeyboardInterrupt, MemoryError) as found:
+            caught = found
+        np.testing.assert_equal(contents(state), before)
+        rank.fails = False
+        return caught and (repr(caught), str(raised(cubn.moments, Batch().x, comm=comm)))
+
+    monkeypatch.setattr(CpuBackend, method, fails)
+    why = f"this rank left an exchange with {error!r}"
+    heard = f"cubn: comm must be in step; got one that is not: {why}. Make a new communicator."
+    assert outcomes(2, body) == [(None, None), ((repr(error), heard), None)]
+
+
+def test_a_block_that_was_interrupted_ends_the_communicator():
+    def body(comm):
+        started = []
+
+        def block():
+            with cubn.together(comm):
+                started.append(cubn.forward_train_start(Batch().x[:4], Batch().state(), comm=comm))
+                if comm.rank:
+                    raise KeyboardInterrupt
+            return started[0].finish()
+
+        kind = KeyboardInterrupt if comm.rank else threads.RankEnded
+        with pytest.raises(kind):
+            block()
+        comm.end()
+        assert type(raised(cubn.moments, Batch().x, comm=comm)) is CollectiveMismatch
+        with pytest.raises(kind):
+            started[0].finish()
+
+    threads.run(2, body)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_rank_alone_is_always_in_step(outcomes, error, monkeypatch):
+    def fails(*arguments, **options):
+        raise error
+
+    def body(comm):
+        def moments(**mask):
+            return cubn.moments(Batch().x, comm=comm, sizes=[32], **mask).count
+
+        with monkeypatch.context() as patched:
+            patched.setattr(CpuBackend, "moments", fails)
+            with pytest.raises(error):
+                moments()
+        with pytest.raises(ValueError, match="mask must have x's shape"):
+            moments(mask=np.ones((9, 9), bool))
+        return moments()
+
+    assert outcomes(1, body) == [(Batch().x.size // C, None)]
+
+
 @pytest.mark.parametrize("declared", [False, True], ids=["agreed", "declared"])
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_values_over_all_ranks(outcomes, count, declared):
@@ -311,6 +413,19 @@ def test_sizes_must_be_one_number_for_each_rank(outcomes, sizes):
     text = f"moments: sizes must be the number of samples of each of the 2 ranks; got {sizes}."
     for error in refused(outcomes, 2, body):
         assert type(error) is ValueError and str(error) == text
+
+
+@pytest.mark.parametrize(("operations", "what"), [(1, "sizes"), (2, "operations or sizes")])
+def test_ranks_that_declare_other_sizes_hear_so(outcomes, operations, what):
+    def body(comm):
+        x, state = Batch().x[: 4 - comm.rank], Batch().state()
+        with cubn.together(comm):
+            started = [cubn.forward_train_start(x, state, comm=comm, sizes=[4, len(x)]) for _ in range(operations)]
+        started[0].finish()
+
+    said = rf"got {what} with hash \w{{16}} on rank 0; {what} with hash \w{{16}} on rank 1\."
+    for _, error in outcomes(2, body):
+        assert re.search(said, str(error)), error
 
 
 @pytest.mark.parametrize("error", ["own", "mismatch", "undeclared"])

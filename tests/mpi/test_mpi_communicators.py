@@ -40,6 +40,34 @@ def test_the_duplicate_goes_with_its_communicator(world):
     again.Free()
 
 
+def test_a_communicator_is_freed_while_another_thread_begins_a_gather(world, monkeypatch):
+    from mpi4py import MPI
+
+    from cubn.sync import mpi
+
+    class Begun:
+        @property
+        def comm(self):
+            mpi._UNDER_WAY.add(Begun())
+
+    mine = world.Dup()
+    ours = communicator(mine)
+    monkeypatch.setattr(mpi, "_UNDER_WAY", {Begun()})
+    mine.Free()
+    assert ours._comm == MPI.COMM_NULL
+
+
+def test_a_backward_needs_its_communicator(world):
+    mine = world.Dup()
+    batch = Batch()
+    _, saved = cubn.forward_train(batch.x, batch.state(), comm=mine)
+    mine.Free()
+    with pytest.raises(
+        ValueError, match="comm must last until the last backward of its forwards; got one that was freed"
+    ):
+        cubn.backward(batch.dy, saved)
+
+
 def test_a_copy_of_a_communicator_has_a_duplicate_of_its_own(world):
     first = communicator(world)
     copy = world.Dup()

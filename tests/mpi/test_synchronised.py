@@ -245,6 +245,26 @@ class Counting(Communicator):
         return self.inner.gather(record, received, sizes)
 
 
+def test_a_started_operation_keeps_the_options_it_began_with(ranks):
+    """They are what the ranks agreed on."""
+    batch = Batch()
+    expected = batch.state()
+    whole, _ = cubn.forward_train(batch.x, expected)
+
+    def body(comm):
+        state = batch.state()
+        lo, hi = batch.range([16, 16], comm.rank)
+        started = cubn.forward_train_start(batch.x[lo:hi], state, comm=comm)
+        state.eps, state.momentum = 0.5, None
+        y, _ = started.finish()
+        return y, state.running_mean, state.running_var
+
+    for part, (y, mean, var) in zip((whole[:16], whole[16:]), ranks(2, body), strict=True):
+        arrays.assert_same(y, part, "y")
+        arrays.assert_same(mean, expected.running_mean, "running_mean")
+        arrays.assert_same(var, expected.running_var, "running_var")
+
+
 def test_started_operations_may_be_finished_later_and_in_any_order(ranks):
     batches, cut = [Batch(seed=1), Batch(seed=2)], [20, 12]
 

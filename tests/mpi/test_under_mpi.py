@@ -102,6 +102,93 @@ def test_a_program_that_ends_well_leaves_no_complaint(mpi, tmp_path):
     assert (run.returncode, run.stderr) == (0, "")
 
 
+NOT_RUNNING = """
+import mpi4py
+mpi4py.rc.initialize = False
+import numpy as np
+from mpi4py import MPI
+import cubn
+
+def moments(comm):
+    try:
+        return int(cubn.moments(np.ones((4, 3)), comm=comm).count)
+    except ValueError as error:
+        return error
+
+print(moments(MPI.COMM_WORLD))
+MPI.Init()
+print(moments(MPI.COMM_WORLD))
+_, saved = cubn.forward_train(np.eye(4, 3), cubn.BatchNormState(3), comm=MPI.COMM_WORLD)
+MPI.Finalize()
+print(moments(MPI.COMM_WORLD))
+try:
+    cubn.backward(np.eye(4, 3), saved)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_an_mpi_that_is_not_running_is_refused(mpi, tmp_path):
+    """It would end the process."""
+    script = tmp_path / "program.py"
+    script.write_text(NOT_RUNNING)
+    run = mpi.run(1, str(script), timeout=200)
+    assert (run.returncode, run.stderr) == (0, "")
+    rule = "cubn: comm must be used between MPI.Init and MPI.Finalize; got one"
+    ended = "cubn: comm must last until the last backward of its forwards; got one that was freed, or an MPI that was"
+    before, between, after, backward = run.stdout.splitlines()
+    assert (before, between, after) == (f"{rule} before MPI.Init.", "4", f"{rule} after MPI.Finalize.")
+    assert backward.startswith(ended)
+
+
+SESSION = """
+import mpi4py
+mpi4py.rc.initialize = mpi4py.rc.finalize = False
+import numpy as np
+from mpi4py import MPI
+import cubn
+
+session = MPI.Session.Init()
+group = session.Create_group("mpi://WORLD")
+comm = MPI.Intracomm.Create_from_group(group, "cubn")
+count = cubn.moments(np.ones((4, 3)), comm=comm).count
+assert count == 4 * comm.size and not MPI.Is_initialized()
+comm.Free(), group.Free(), session.Finalize()
+"""
+
+
+def test_a_communicator_of_a_session(mpi, tmp_path):
+    """MPI runs without having been initialised as a whole."""
+    script = tmp_path / "program.py"
+    script.write_text(SESSION)
+    run = mpi.run(2, str(script), timeout=200)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+UNFINISHED = """
+import os
+import numpy as np
+from mpi4py import MPI
+from cubn.sync import communicator
+
+class Memory(np.ndarray):
+    def __del__(self, write=os.write):
+        write(2, b"given back")
+
+comm = communicator(MPI.COMM_WORLD)
+received = np.empty(8 * comm.size, np.uint8).view(Memory)
+comm.gather(np.zeros(8, np.uint8), received, [8] * comm.size)
+"""
+
+
+def test_memory_of_what_was_not_finished_outlives_python(mpi, tmp_path):
+    """MPI is finalised later, and may write there until then."""
+    script = tmp_path / "program.py"
+    script.write_text(UNFINISHED)
+    run = mpi.run(2, str(script), timeout=200)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def test_this_python_has_the_test_extra_s_mpi():
     """On the platforms with wheels of an MPI, its absence would skip everything above without a word."""
     if sys.platform == "linux":
