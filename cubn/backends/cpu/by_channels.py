@@ -25,6 +25,7 @@ from cubn.backends.cpu.nodes import (
     X_POSITION,
     X_SAMPLE,
     Source,
+    ask_for,
     counter,
     jit,
     pairwise,
@@ -38,13 +39,15 @@ from cubn.backends.cpu.simd import (
     LANES,
     Element,
     Value,
+    Values,
     by_cases,
     constant,
     first_lanes,
     get,
     instruction,
-    prefetch,
+    moved,
     put,
+    shifted,
     widen,
 )
 
@@ -57,92 +60,37 @@ def of_channels(source: Source) -> Any:
     push, count_up, settle = counter(element, what)
     to_double = widened(element, what)
 
-    def leaf(
-        rows: int,
-        px: Value,
-        pg: Value,
-        pb: Value,
-        steps: tuple[Value, Value, Value],
-        context: Value,
-        stride: Value,
-        mask: Value | None = None,
-    ) -> Node:
-        terms = []
-        for r in range(rows):
-            terms.append(
-                term_at(source, px + steps[0] * r, pg + steps[1] * r, pb + steps[2] * r, context, stride, mask)
-            )
-        return what.leaf(terms)
+    def down(at: Values, steps: Values, rows: int) -> list[Values]:
+        """One below the other."""
+        return [shifted(at, steps, COLUMNS * r) for r in range(rows)]
 
-    def block(
-        columns: int,
-        rows: int,
-        to: Value,
-        px: Value,
-        pg: Value,
-        pb: Value,
-        sx: Value,
-        sg: Value,
-        sb: Value,
-        context: Value,
-        stride: Value,
-    ) -> None:
+    def leaf(rows: int, at: Values, steps: Values, table: Values, mask: Value | None = None) -> Node:
+        return what.leaf([term_at(source, place, table, mask) for place in down(at, steps, rows)])
+
+    def block(columns: int, rows: int, to: Value, at: Values, steps: Values, table: Values) -> None:
         """`columns` neighbouring columns of `rows` rows, merged in registers; the next ones are asked for meanwhile."""
-        down = (sx * COLUMNS, sg * COLUMNS, sb * COLUMNS)
 
         def leaves() -> Iterator[Node]:
             for k in range(columns):
-                for r in range(rows):
-                    prefetch(px + down[0] * r + sx * (columns + k))
-                    if what is not Moments:
-                        prefetch(pg + down[1] * r + sg * (columns + k))
-                yield leaf(rows, px + sx * k, pg + sg * k, pb + sb * k, down, context, stride)
+                for place in down(shifted(at, steps, columns + k), steps, rows):
+                    ask_for(source, place)
+                yield leaf(rows, shifted(at, steps, k), steps, table)
 
         store_node(element, pairwise(what, leaves(), float(rows)), to)
 
     @instruction()
-    def four(
-        rows: Value,
-        to: Value,
-        px: Value,
-        pg: Value,
-        pb: Value,
-        sx: Value,
-        sg: Value,
-        sb: Value,
-        context: Value,
-        stride: Value,
-    ) -> None:
-        by_cases(rows, range(1, ROWS + 1), lambda r: block(4, r, to, px, pg, pb, sx, sg, sb, context, stride))
+    def four(rows: Value, to: Value, at: Values, steps: Values, table: Values) -> None:
+        by_cases(rows, range(1, ROWS + 1), lambda r: block(4, r, to, at, steps, table))
 
     @instruction()
-    def sixteen(
-        to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, context: Value, stride: Value
-    ) -> None:
-        block(16, 1, to, px, pg, pb, sx, sg, sb, context, stride)
+    def sixteen(to: Value, at: Values, steps: Values, table: Values) -> None:
+        block(16, 1, to, at, steps, table)
 
     @instruction()
-    def one(
-        rows: Value,
-        lanes: Value,
-        to: Value,
-        px: Value,
-        pg: Value,
-        pb: Value,
-        sx: Value,
-        sg: Value,
-        sb: Value,
-        context: Value,
-        stride: Value,
-    ) -> None:
+    def one(rows: Value, lanes: Value, to: Value, at: Values, steps: Values, table: Values) -> None:
         """A single column, of the first `lanes` channels."""
         mask = first_lanes(lanes)
-        down = (sx * COLUMNS, sg * COLUMNS, sb * COLUMNS)
-        by_cases(
-            rows,
-            range(1, ROWS + 1),
-            lambda r: store_node(element, leaf(r, px, pg, pb, down, context, stride, mask), to),
-        )
+        by_cases(rows, range(1, ROWS + 1), lambda r: store_node(element, leaf(r, at, steps, table, mask), to))
 
     @instruction()
     def set_pivot(to: Value, px: Value, lanes: Value) -> None:
@@ -153,18 +101,15 @@ def of_channels(source: Source) -> Any:
     vector, acc_vector = LANES * size, LANES * acc
 
     @jit
-    def tile(p, work, px, pg, pb, n, t, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
-        """Float64 nodes of one tile of `length` positions at (px, pg, pb), for `width` vectors from channel c0; its
-        count.
-        """
+    def tile(p, work, at, n, t, length, c0, width, nodes, following):  # type: ignore[no-untyped-def]
+        """Float64 nodes of one tile of `length` positions, for `width` vectors from channel c0; its count."""
         channels = min(get(p + CHANNELS) - c0, width * LANES)
-        sx, sg, sb = get(p + X_POSITION), get(p + G_POSITION), get(p + BITS_POSITION)
-        context, stride = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
-        step_context = acc_vector
+        steps = get(p + X_POSITION), get(p + G_POSITION), get(p + BITS_POSITION)
+        table = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
         if moments:
-            context, stride = work + get(p + AT_PIVOT), 0
+            table = work + get(p + AT_PIVOT), 0
             for lane in range(width):
-                set_pivot(context + lane * acc_vector, px + lane * vector, channels - lane * LANES)
+                set_pivot(table[0] + lane * acc_vector, at[0] + lane * vector, channels - lane * LANES)
         stack, counts, node = work + get(p + AT_COLUMNS), work + get(p + AT_COUNTS), work + get(p + AT_BUFFER)
         columns = min(length, COLUMNS)
         deepest = (length + COLUMNS - 1) // COLUMNS
@@ -179,26 +124,20 @@ def of_channels(source: Source) -> Any:
                 level = 2
             for k in range(level):
                 put(counts + 8 * k, rows << k)
-            ax, ag, ab = px + j * sx, pg + j * sg, pb + j * sb
-            at = context
+            place, entries = moved(at, steps, j), table
             for lane in range(width):
                 lanes = channels - lane * LANES
                 if lanes >= LANES and level:
                     if level == 4:
-                        sixteen(node, ax, ag, ab, sx, sg, sb, at, stride)
+                        sixteen(node, place, steps, entries)
                     else:
-                        four(rows, node, ax, ag, ab, sx, sg, sb, at, stride)
+                        four(rows, node, place, steps, entries)
                     push(node, rows << level, stack, counts, width, lane, level, j >> level)
                 else:
                     for k in range(1 << level):
-                        one(
-                            rows, min(lanes, LANES), node, ax + k * sx, ag + k * sg, ab + k * sb, sx, sg, sb, at, stride
-                        )
+                        one(rows, min(lanes, LANES), node, moved(place, steps, k), steps, entries)
                         push(node, rows, stack, counts, width, lane, 0, j + k)
-                ax += vector
-                ag += vector
-                ab += 2
-                at += step_context
+                place, entries = moved(place, (vector, vector, 2), 1), moved(entries, (acc_vector, 0), 1)
             count_up(rows << level, counts, level, j >> level)
             j += 1 << level
         base = settle(stack, counts, width, columns)
@@ -220,15 +159,13 @@ def of_single_positions(source: Source) -> Any:
 
     cannot_overflow = element.acc != DOUBLE
 
-    def node_at(
-        px: Value, pg: Value, pb: Value, context: Value, stride: Value, mask: Value | None = None, trusted: bool = False
-    ) -> Node:
+    def node_at(at: Values, table: Values, mask: Value | None = None, trusted: bool = False) -> Node:
         """The node of one value. Its mean is pivot + (x - pivot), NaN where x is not finite; `trusted` leaves that."""
         if what is Moments:
-            x = element.load(px, mask)
+            x = element.load(at[0], mask)
             wide = widen(x, DOUBLE)
             return wide if trusted else wide + widen(x - x, DOUBLE), constant(wide, 0.0)
-        g, t = term_at(source, px, pg, pb, context, stride, mask)
+        g, t = term_at(source, at, table, mask)
         return widen(g, DOUBLE), widen(t, DOUBLE)
 
     def doubted(node: Node) -> Node:
@@ -237,15 +174,11 @@ def of_single_positions(source: Source) -> Any:
         return mean + (m2 - m2), m2 + (m2 - m2)
 
     @instruction()
-    def sixteen(
-        to: Value, px: Value, pg: Value, pb: Value, sx: Value, sg: Value, sb: Value, context: Value, stride: Value
-    ) -> None:
+    def sixteen(to: Value, at: Values, steps: Values, table: Values) -> None:
         def nodes() -> Iterator[Node]:
             for i in range(LANES):
-                prefetch(px + sx * (LANES + i))
-                if what is not Moments:
-                    prefetch(pg + sg * (LANES + i))
-                yield node_at(px + sx * i, pg + sg * i, pb + sb * i, context, stride, trusted=cannot_overflow)
+                ask_for(source, shifted(at, steps, LANES + i))
+                yield node_at(shifted(at, steps, i), table, trusted=cannot_overflow)
 
         node = pairwise(what, nodes(), 1.0)
         if what is Moments and cannot_overflow:
@@ -253,39 +186,35 @@ def of_single_positions(source: Source) -> Any:
         store_node(Element("float64"), node, to)
 
     @instruction()
-    def one(to: Value, lanes: Value, px: Value, pg: Value, pb: Value, context: Value, stride: Value) -> None:
-        store_node(Element("float64"), node_at(px, pg, pb, context, stride, first_lanes(lanes)), to)
+    def one(to: Value, lanes: Value, at: Values, table: Values) -> None:
+        store_node(Element("float64"), node_at(at, table, first_lanes(lanes)), to)
 
     acc = element.acc_size
     vector, acc_vector = LANES * element.size, LANES * acc
 
     @jit
-    def samples(p, work, px, pg, pb, first, last, c0, width):  # type: ignore[no-untyped-def]
+    def samples(p, work, at, first, last, c0, width):  # type: ignore[no-untyped-def]
         """Push samples [first, last) of `width` vectors from channel c0 onto the counter of samples."""
         channels = min(get(p + CHANNELS) - c0, width * LANES)
-        sx, sg, sb = get(p + X_SAMPLE), get(p + G_SAMPLE), get(p + BITS_SAMPLE)
-        context, stride = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
+        steps = get(p + X_SAMPLE), get(p + G_SAMPLE), get(p + BITS_SAMPLE)
+        table = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
         stack, counts, node = work + get(p + AT_SAMPLES), work + get(p + AT_COUNTS) + 1024, work + get(p + AT_NODE)
         n, stop = 0, last - first
         while n < stop:
             level = 4 if n + LANES <= stop else 0
             for k in range(level):
                 put(counts + 8 * k, 1 << k)
-            ax, ag, ab = px + (first + n) * sx, pg + (first + n) * sg, pb + (first + n) * sb
-            at = context
+            place, entries = moved(at, steps, first + n), table
             for lane in range(width):
                 lanes = channels - lane * LANES
                 if lanes >= LANES and level:
-                    sixteen(node, ax, ag, ab, sx, sg, sb, at, stride)
+                    sixteen(node, place, steps, entries)
                     push(node, LANES, stack, counts, width, lane, 4, n >> 4)
                 else:
                     for k in range(1 << level):
-                        one(node, min(lanes, LANES), ax + k * sx, ag + k * sg, ab + k * sb, at, stride)
+                        one(node, min(lanes, LANES), moved(place, steps, k), entries)
                         push(node, 1, stack, counts, width, lane, 0, n + k)
-                ax += vector
-                ag += vector
-                ab += 2
-                at += acc_vector
+                place, entries = moved(place, (vector, vector, 2), 1), moved(entries, (acc_vector, 0), 1)
             count_up(1 << level, counts, level, n >> level)
             n += 1 << level
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cubn.backends.cpu.arithmetic import Moments, Node, Term
+from cubn.backends.cpu.arithmetic import Moments, Node
 from cubn.backends.cpu.nodes import (
     AT_BUFFER,
     AT_COLUMNS,
@@ -20,6 +20,7 @@ from cubn.backends.cpu.nodes import (
     TILE,
     X_CHANNEL,
     Source,
+    ask_for,
     jit,
     neighbours,
     store_node,
@@ -31,13 +32,15 @@ from cubn.backends.cpu.simd import (
     I32,
     LANES,
     Value,
+    Values,
     by_cases,
     first_lanes,
     get,
     instruction,
+    moved,
     pointer,
-    prefetch,
     select,
+    shifted,
     splat,
 )
 
@@ -52,50 +55,34 @@ def of_columns(source: Source) -> Any:
     acc, size = element.acc_size, element.size
     second = COLUMN_BUFFER  # the buffer of means (sums of dy), then that of m2 (sums of dy * (x - mean))
 
-    def down(rows: int, px: Value, pg: Value, pb: Value, context: Value, stride: Value) -> list[Term]:
-        step = COLUMNS * size
-        return [
-            term_at(source, px + step * r, pg + step * r, pb + COLUMNS // 8 * r, context, stride) for r in range(rows)
-        ]
+    def below(at: Values, rows: int) -> Values:
+        """The same columns, so many rows further down."""
+        at_x, at_g, at_bits = at
+        return at_x + COLUMNS * size * rows, at_g + COLUMNS * size * rows, at_bits + COLUMNS // 8 * rows
 
     def keep(node: Node, to: Value) -> None:
         element.store_acc(node[0], to)
         element.store_acc(node[1], to + second)
 
     @instruction()
-    def leaf(
-        rows: Value,
-        to: Value,
-        px: Value,
-        pg: Value,
-        pb: Value,
-        context: Value,
-        stride: Value,
-        ahead_x: Value,
-        ahead_g: Value,
-    ) -> None:
+    def leaf(rows: Value, to: Value, at: Values, table: Values, ahead: Values) -> None:
         """16 columns; ask for what comes `ahead`."""
 
         def body(r: int) -> None:
             for i in range(r):
-                prefetch(px + ahead_x + COLUMNS * size * i)
-                if not moments:
-                    prefetch(pg + ahead_g + COLUMNS * size * i)
-            keep(what.leaf(down(r, px, pg, pb, context, stride)), to)
+                ask_for(source, below(shifted(at, ahead, 1), i))
+            keep(what.leaf([term_at(source, below(at, i), table) for i in range(r)]), to)
 
         by_cases(rows, range(1, ROWS + 1), body)
 
     @instruction()
-    def mixed(
-        rows: Value, deeper: Value, to: Value, px: Value, pg: Value, pb: Value, context: Value, stride: Value
-    ) -> None:
+    def mixed(rows: Value, deeper: Value, to: Value, at: Values, table: Values) -> None:
         """As `leaf`, the first `deeper` columns having one row more; with no rows only those are columns at all."""
         mask = first_lanes(deeper)
 
         def body(r: int) -> None:
-            common = down(r, px, pg, pb, context, stride)
-            at = (px + COLUMNS * size * r, pg + COLUMNS * size * r, pb + COLUMNS // 8 * r)
-            node = what.leaf([*common, term_at(source, *at, context, stride, mask)])
+            common = [term_at(source, below(at, i), table) for i in range(r)]
+            node = what.leaf([*common, term_at(source, below(at, r), table, mask)])
             if r:
                 shallow = what.leaf(common)
                 node = (select(mask, node[0], shallow[0]), select(mask, node[1], shallow[1]))
@@ -171,27 +158,28 @@ def of_columns(source: Source) -> Any:
             element.store_acc(splat(Value(b, one)), to + LANES * acc * i)
 
     @jit
-    def one_channel(p, work, px, pg, pb, length, c0, node, next_x, next_g):  # type: ignore[no-untyped-def]
+    def one_channel(p, work, at, length, c0, node, following):  # type: ignore[no-untyped-def]
         """The float64 node of one channel, in all lanes."""
-        context, stride = work + get(p + AT_PIVOT), 0
-        ahead_x, ahead_g = next_x - px, next_g - pg
+        context = work + get(p + AT_PIVOT)
+        table = context, LANES * acc
+        ahead = moved(following, at, -1)
         if moments:
-            set_pivot(context, px)
+            set_pivot(context, at[0])
         else:
-            stride = LANES * acc
             spread_coefficients(context, get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW))
         buffer = work + get(p + AT_BUFFER)
         count = min(length, COLUMNS)
         deepest = (length + COLUMNS - 1) // COLUMNS
         high = length - (deepest - 1) * COLUMNS
         for j in range(0, count, LANES):
-            ax, ag, ab, to = px + j * size, pg + j * size, pb + j // 8, buffer + j * acc
+            to = buffer + j * acc
             if j + LANES <= high:
-                leaf(deepest, to, ax, ag, ab, context, stride, ahead_x, ahead_g)
+                leaf(deepest, to, at, table, ahead)
             elif j < high:
-                mixed(deepest - 1, high - j, to, ax, ag, ab, context, stride)
+                mixed(deepest - 1, high - j, to, at, table)
             else:
-                leaf(deepest - 1, to, ax, ag, ab, context, stride, ahead_x, ahead_g)
+                leaf(deepest - 1, to, at, table, ahead)
+            at = moved(at, (LANES * size, LANES * size, LANES // 8), 1)
         share = get(p + TABLES)
         if length < TILE:
             share = get(p + TAIL)
@@ -216,16 +204,15 @@ def of_columns(source: Source) -> Any:
         to_double(node, slot, context)
 
     @jit
-    def tile(p, work, px, pg, pb, n, t, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
-        step_x, step_g, step_b = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + BITS_CHANNEL)
+    def tile(p, work, at, n, t, length, c0, width, nodes, following):  # type: ignore[no-untyped-def]
+        steps = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + BITS_CHANNEL)
         for c in range(width):
-            ask_x, ask_g = px + step_x, pg + step_g
+            beside = moved(at, steps, 1)
+            then = beside
             if c + 1 == width:
-                ask_x, ask_g = next_x, next_g
-            one_channel(p, work, px, pg, pb, length, c0 + c, nodes + c * NODE, ask_x, ask_g)
-            px += step_x
-            pg += step_g
-            pb += step_b
+                then = following
+            one_channel(p, work, at, length, c0 + c, nodes + c * NODE, then)
+            at = beside
         return length
 
     return tile

@@ -17,6 +17,7 @@ from cubn.backends.cpu.nodes import (
     G_CHANNEL,
     X_CHANNEL,
     Source,
+    ask_for,
     at_most,
     bit_of,
     coefficients_at,
@@ -34,14 +35,16 @@ from cubn.backends.cpu.simd import (
     I16,
     LANES,
     Value,
+    Values,
     constant,
     first_lanes,
     get,
     instruction,
+    moved,
     pointer,
-    prefetch,
     scalar_at,
     select,
+    shifted,
     transposed,
 )
 
@@ -59,28 +62,14 @@ def of_rows(source: Source) -> Any:
     block = LANES * size
 
     def rows(
-        px: Value,
-        pg: Value,
-        pb: Value,
-        sx: Value,
-        sg: Value,
-        sb: Value,
-        last: Value,
-        context: Value,
-        stride: Value,
-        ahead_x: Value,
-        ahead_g: Value,
-        mask: Value | None = None,
+        at: Values, steps: Values, last: Value, table: Values, ahead: Values, mask: Value | None = None
     ) -> list[Term]:
         """Terms of 16 channels, 16 positions each; channels past the last repeat it. Ask for what comes `ahead`."""
         found = []
         for i in range(LANES):
-            prefetch(px + sx * i + ahead_x)
-            if not moments:
-                prefetch(pg + sg * i + ahead_g)
-            row = at_most(i, last)
-            at = (px + sx * row, pg + sg * row, pb + sb * row, context + acc * i)
-            found.append(term_at(source, *at, stride, mask, one_channel=True))
+            ask_for(source, shifted(shifted(at, steps, i), ahead, 1))
+            row = shifted(at, steps, at_most(i, last))
+            found.append(term_at(source, row, (table[0] + acc * i, table[1]), mask, one_channel=True))
         return found
 
     def merged_rows(nodes: list[Node]) -> Node:
@@ -92,67 +81,30 @@ def of_rows(source: Source) -> Any:
         return nodes[0]
 
     @instruction()
-    def sixteen(
-        to: Value,
-        px: Value,
-        pg: Value,
-        pb: Value,
-        sx: Value,
-        sg: Value,
-        sb: Value,
-        last: Value,
-        context: Value,
-        stride: Value,
-        ahead_x: Value,
-        ahead_g: Value,
-    ) -> None:
+    def sixteen(to: Value, at: Values, steps: Values, last: Value, table: Values, ahead: Values) -> None:
         """The node of 16 positions."""
-        terms = rows(px, pg, pb, sx, sg, sb, last, context, stride, ahead_x, ahead_g)
+        terms = rows(at, steps, last, table, ahead)
         store_node(element, merged_rows([what.leaf([t]) for t in terms]), to)
 
     @instruction()
     def fewer(
-        to: Value,
-        px: Value,
-        pg: Value,
-        pb: Value,
-        sx: Value,
-        sg: Value,
-        sb: Value,
-        last: Value,
-        positions: Value,
-        context: Value,
-        stride: Value,
-        ahead_x: Value,
-        ahead_g: Value,
+        to: Value, positions: Value, at: Values, steps: Values, last: Value, table: Values, ahead: Values
     ) -> None:
         """Leaves of fewer than 16 positions, in 16 slots."""
-        mask = first_lanes(positions)
-        terms = rows(px, pg, pb, sx, sg, sb, last, context, stride, ahead_x, ahead_g, mask)
+        terms = rows(at, steps, last, table, ahead, first_lanes(positions))
         parts = [transposed(part) for part in zip(*terms, strict=True)]
         for i, term in enumerate(zip(*parts, strict=True)):
             store_node(element, what.leaf([term]), to + NODE * i)
 
     @instruction()
-    def single(
-        to: Value,
-        px: Value,
-        pg: Value,
-        pb: Value,
-        sx: Value,
-        sg: Value,
-        sb: Value,
-        last: Value,
-        bit: Value,
-        context: Value,
-        stride: Value,
-    ) -> None:
+    def single(to: Value, bit: Value, at: Values, steps: Values, last: Value, table: Values) -> None:
         """The leaf of one position."""
+        (px, pg, pb), (sx, sg, sb) = at, steps
         x = element.from_stored(gathered(px, sx, last, element.stored, element.size))
         if what is Moments:
-            store_node(element, what.leaf([Moments.term(x, element.load_acc(context))]), to)
+            store_node(element, what.leaf([Moments.term(x, element.load_acc(table[0]))]), to)
             return
-        c = coefficients_at(element, context, stride)
+        c = coefficients_at(element, table)
         g = element.from_stored(gathered(pg, sg, last, element.stored, element.size))
         if source.gate == "recompute":
             g = gated(element, g, x, c)
@@ -168,30 +120,28 @@ def of_rows(source: Source) -> Any:
             place.b.store(element.from_stored(raw).v, pointer(place, element.acc))
 
     @jit
-    def group(p, work, px, pg, pb, length, c0, node_out, next_x, next_g):  # type: ignore[no-untyped-def]
+    def group(p, work, at, length, c0, node_out, following):  # type: ignore[no-untyped-def]
         """The float64 node of 16 channels."""
-        sx, sg, sb = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + BITS_CHANNEL)
+        steps = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + BITS_CHANNEL)
         last = min(get(p + CHANNELS) - c0, LANES) - 1
-        context, stride = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
-        ahead_x, ahead_g = next_x - px, next_g - pg
+        table = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
+        ahead = moved(following, at, -1)
         if moments:
-            context, stride = work + get(p + AT_PIVOT), 0
-            set_pivot(context, px, sx, last)
+            table = work + get(p + AT_PIVOT), 0
+            set_pivot(table[0], at[0], steps[0], last)
         stack, counts, node = work + get(p + AT_COLUMNS), work + get(p + AT_COUNTS), work + get(p + AT_BUFFER)
         whole = length // LANES
         for k in range(whole):
-            ax, ag, ab = px + k * block, pg + k * block, pb + 2 * k
-            sixteen(node, ax, ag, ab, sx, sg, sb, last, context, stride, ahead_x, ahead_g)
+            sixteen(node, at, steps, last, table, ahead)
+            at = moved(at, (block, block, 2), 1)
             push(node, LANES, stack, counts, 1, 0, 4, k)
             count_up(LANES, counts, 4, k)
         rest = length - whole * LANES
         if rest <= FEW:
             for i in range(rest):
-                at = (whole * LANES + i) * size
-                single(node + i * NODE, px + at, pg + at, pb + 2 * whole, sx, sg, sb, last, i, context, stride)
+                single(node + i * NODE, i, moved(at, (size, size, 0), i), steps, last, table)
         else:
-            ax, ag, ab = px + whole * block, pg + whole * block, pb + 2 * whole
-            fewer(node, ax, ag, ab, sx, sg, sb, last, rest, context, stride, ahead_x, ahead_g)
+            fewer(node, rest, at, steps, last, table, ahead)
         for i in range(rest):
             push(node + i * NODE, 1, stack, counts, 1, 0, 0, whole * LANES + i)
             count_up(1, counts, 0, whole * LANES + i)
@@ -199,16 +149,15 @@ def of_rows(source: Source) -> Any:
         to_double(node_out, stack + base * NODE, work + get(p + AT_PIVOT))
 
     @jit
-    def tile(p, work, px, pg, pb, n, t, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
-        step_x, step_g, step_b = LANES * get(p + X_CHANNEL), LANES * get(p + G_CHANNEL), LANES * get(p + BITS_CHANNEL)
+    def tile(p, work, at, n, t, length, c0, width, nodes, following):  # type: ignore[no-untyped-def]
+        steps = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + BITS_CHANNEL)
         for lane in range(width):
-            ask_x, ask_g = px + step_x, pg + step_g
+            beside = moved(at, steps, LANES)
+            then = beside
             if lane + 1 == width:
-                ask_x, ask_g = next_x, next_g
-            group(p, work, px, pg, pb, length, c0 + lane * LANES, nodes + lane * NODE, ask_x, ask_g)
-            px += step_x
-            pg += step_g
-            pb += step_b
+                then = following
+            group(p, work, at, length, c0 + lane * LANES, nodes + lane * NODE, then)
+            at = beside
         return length
 
     return tile

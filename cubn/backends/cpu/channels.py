@@ -2,7 +2,7 @@
 running statistics.
 
 An instruction takes the addresses of the first channel's numbers and how many channels there are, at most 16. Vectors
-of the backend's own are contiguous; a caller's have a stride in bytes.
+of the backend's own are contiguous; a caller's is (address, stride in bytes, code of its dtype).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from cubn.backends.cpu.simd import (
     LANES,
     Element,
     Value,
+    Values,
     by_cases,
     constant,
     convert,
@@ -90,10 +91,9 @@ def for_parameter(code: Value, present: Callable[[Element], None], absent: Calla
     by_cases(code, range(len(CODES) + 1), body)
 
 
-def load_parameter(
-    address: Value, stride: Value, code: Value, missing: float, to: Value, kind: ir.Type, mask: Value
-) -> None:
+def load_parameter(parameter: Values, missing: float, to: Value, kind: ir.Type, mask: Value) -> None:
     """Put a parameter of any dtype, or what stands for an absent one, into memory, rounded to `kind` once."""
+    address, stride, code = parameter
 
     def present(element: Element) -> None:
         raw = load_strided(address, stride, element.stored, mask)
@@ -107,25 +107,15 @@ def load_parameter(
 
 
 @instruction()
-def keep(parameter: Value, stride: Value, code: Value, kept: Value, lanes: Value) -> None:
+def keep(parameter: Values, kept: Value, lanes: Value) -> None:
     """A parameter of any dtype, in float64."""
-    load_parameter(parameter, stride, code, 0.0, kept, DOUBLE, first_lanes(lanes))
+    load_parameter(parameter, 0.0, kept, DOUBLE, first_lanes(lanes))
 
 
 @instruction()
-def statistics(
-    first: Value,
-    second: Value,
-    stride: Value,
-    count: Value,
-    eps: Value,
-    mean: Value,
-    m2: Value,
-    var: Value,
-    invstd: Value,
-    lanes: Value,
-) -> None:
-    """Mean, m2, var and invstd from root nodes."""
+def statistics(roots: Values, stride: Value, count: Value, eps: Value, to: Values, lanes: Value) -> None:
+    """Mean, m2, var and invstd from the two halves of root nodes."""
+    (first, second), (mean, m2, var, invstd) = roots, to
     mask = first_lanes(lanes)
     store(load_strided(first, stride, DOUBLE, mask), mean, mask)
     found = load_strided(second, stride, DOUBLE, mask)
@@ -136,52 +126,35 @@ def statistics(
 
 
 @instruction()
-def frozen_statistics(
-    running_mean: Value,
-    mean_stride: Value,
-    mean_code: Value,
-    running_var: Value,
-    var_stride: Value,
-    var_code: Value,
-    eps: Value,
-    mean: Value,
-    var: Value,
-    invstd: Value,
-    lanes: Value,
-) -> None:
+def frozen_statistics(running_mean: Values, running_var: Values, eps: Value, to: Values, lanes: Value) -> None:
     """Mean, var and invstd from running statistics."""
+    mean, var, invstd = to
     mask = first_lanes(lanes)
-    load_parameter(running_mean, mean_stride, mean_code, 0.0, mean, DOUBLE, mask)
-    load_parameter(running_var, var_stride, var_code, 0.0, var, DOUBLE, mask)
+    load_parameter(running_mean, 0.0, mean, DOUBLE, mask)
+    load_parameter(running_var, 0.0, var, DOUBLE, mask)
     store(inverse_deviation(load(var, mask), eps), invstd, mask)
+
+
+def entries(table: Values) -> Coefficients:
+    """Where a channel's coefficients are in a table (address, bytes from row to row)."""
+    address, row = table
+    return Coefficients(*(address + row * i for i in range(6)))
 
 
 def coefficients(acc: ir.Type) -> Any:
     """An instruction: high, low, scale and beta into the table."""
 
     @instruction()
-    def of_channels(
-        to: Value,
-        row: Value,
-        mean: Value,
-        invstd: Value,
-        gamma: Value,
-        gamma_stride: Value,
-        gamma_code: Value,
-        beta: Value,
-        beta_stride: Value,
-        beta_code: Value,
-        lanes: Value,
-    ) -> None:
+    def of_channels(table: Values, mean: Value, invstd: Value, gamma: Values, beta: Values, lanes: Value) -> None:
         mask = first_lanes(lanes)
-        places = Coefficients(*(to + row * i for i in range(6)))
+        places = entries(table)
         centre = load(mean, mask)
         high = cast(centre, acc)
         store(high, places.high, mask)
         store(cast(centre - double(high), acc), places.low, mask)
-        load_parameter(gamma, gamma_stride, gamma_code, 1.0, places.scale, acc, mask)
+        load_parameter(gamma, 1.0, places.scale, acc, mask)
         store(cast(load(invstd, mask), acc) * load(places.scale, mask, acc), places.scale, mask)
-        load_parameter(beta, beta_stride, beta_code, 0.0, places.beta, acc, mask)
+        load_parameter(beta, 0.0, places.beta, acc, mask)
 
     return of_channels
 
@@ -190,11 +163,10 @@ def gradient_coefficients(acc: ir.Type) -> Any:
     """An instruction: k1 and k2 into the table, from the sums."""
 
     @instruction()
-    def of_channels(
-        to: Value, row: Value, sum_dy: Value, sum_dy_xmu: Value, count: Value, invstd: Value, lanes: Value
-    ) -> None:
+    def of_channels(table: Values, sums: Values, count: Value, invstd: Value, lanes: Value) -> None:
+        sum_dy, sum_dy_xmu = sums
         mask = first_lanes(lanes)
-        places = Coefficients(*(to + row * i for i in range(6)))
+        places = entries(table)
         values, inverse = splat(convert(count, DOUBLE)), load(invstd, mask)
         store(cast(load(sum_dy, mask) / values, acc), places.k1, mask)
         store(cast((load(sum_dy_xmu, mask) / values) * (inverse * inverse), acc), places.k2, mask)
@@ -202,8 +174,9 @@ def gradient_coefficients(acc: ir.Type) -> Any:
     return of_channels
 
 
-def store_rounded(value: Value, address: Value, stride: Value, code: Value, mask: Value) -> None:
+def store_rounded(value: Value, vector: Values, mask: Value) -> None:
     """float64 to a vector's dtype, rounded to nearest even once."""
+    address, stride, code = vector
 
     def present(element: Element) -> None:
         rounded = element.to_stored(_rounded_to_odd(value)) if element.size == 2 else cast(value, element.acc)
@@ -233,45 +206,29 @@ def _rounded_to_odd(value: Value) -> Value:
 
 
 @instruction()
-def parameter_gradients(
-    sum_dy: Value,
-    sum_dy_xmu: Value,
-    invstd: Value,
-    dgamma: Value,
-    gamma_stride: Value,
-    gamma_code: Value,
-    dbeta: Value,
-    beta_stride: Value,
-    beta_code: Value,
-    lanes: Value,
-) -> None:
+def parameter_gradients(sums: Values, invstd: Value, dgamma: Values, dbeta: Values, lanes: Value) -> None:
+    sum_dy, sum_dy_xmu = sums
     mask = first_lanes(lanes)
-    store_rounded(load(sum_dy_xmu, mask) * load(invstd, mask), dgamma, gamma_stride, gamma_code, mask)
-    store_rounded(load(sum_dy, mask), dbeta, beta_stride, beta_code, mask)
+    store_rounded(load(sum_dy_xmu, mask) * load(invstd, mask), dgamma, mask)
+    store_rounded(load(sum_dy, mask), dbeta, mask)
 
 
 def _update(kind: ir.Type) -> Callable[..., None]:
     """Running mean and variance, stored in `kind`, with the guard and both counters."""
 
     def update(
-        old_mean: Value,
-        old_mean_stride: Value,
-        old_var: Value,
-        old_var_stride: Value,
-        new_mean: Value,
-        new_mean_stride: Value,
-        new_var: Value,
-        new_var_stride: Value,
-        mean: Value,
-        m2: Value,
-        var: Value,
+        old_mean: Values,
+        old_var: Values,
+        new_mean: Values,
+        new_var: Values,
+        batch: Values,
         count: Value,
         momentum: Value,
         cumulative: Value,
-        tracked: Value,
-        skipped: Value,
+        counters: Values,
         lanes: Value,
     ) -> None:
+        (mean, m2, var), (tracked, skipped) = batch, counters
         b, mask = count.b, first_lanes(lanes)
         batches, passed_over = load(tracked, mask, I64), load(skipped, mask, I64)
         batches = Value(b, b.add(batches.v, ir.Constant(batches.type, [1] * LANES)))
@@ -283,14 +240,12 @@ def _update(kind: ir.Type) -> Callable[..., None]:
         enough = b.select(b.icmp_signed(">=", count.v, I64(2)), mask.v, ir.Constant(mask.type, [0] * LANES))
         keep = b.and_(enough, finite(load(var, mask)).v)
         changed = []
-        for old, stride, value in ((old_mean, old_mean_stride, load(mean, mask)), (old_var, old_var_stride, unbiased)):
+        for (old, stride, _), value in ((old_mean, load(mean, mask)), (old_var, unbiased)):
             before = load_strided(old, stride, kind, mask)
             after = cast((one - weight) * double(before) + weight * value, kind)
             keep = b.and_(keep, b.and_(finite(value).v, finite(double(after)).v))
             changed.append((before, after))
-        for new, stride, (before, after) in zip(
-            (new_mean, new_var), (new_mean_stride, new_var_stride), changed, strict=True
-        ):
+        for (new, stride, _), (before, after) in zip((new_mean, new_var), changed, strict=True):
             store_strided(Value(b, b.select(keep, after.v, before.v)), new, stride, mask)
         store(batches, tracked, mask)
         store(passed_over + Value(b, b.zext(b.not_(keep), passed_over.type)), skipped, mask)

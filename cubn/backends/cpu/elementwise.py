@@ -21,14 +21,17 @@ from cubn.backends.cpu.simd import (
     LINE,
     Element,
     Value,
+    Values,
     constant,
     first_lanes,
     get,
     instruction,
+    moved,
     not_positive,
     pointer,
     prefetch,
     select,
+    shifted,
     splat,
 )
 
@@ -140,6 +143,29 @@ def vector_of(
     return functools.partial(backward, what)
 
 
+@jit
+def sample(p, n):  # type: ignore[no-untyped-def]
+    """Where sample n begins: addresses of y, x, g, r and bits, as everywhere in the passes."""
+    at = get(p + Y), get(p + X), get(p + G), get(p + R), get(p + BITS)
+    by_sample = get(p + Y_SAMPLE), get(p + X_SAMPLE), get(p + G_SAMPLE), get(p + R_SAMPLE), get(p + BITS_SAMPLE)
+    return moved(at, by_sample, n)
+
+
+@jit
+def channel_steps(p):  # type: ignore[no-untyped-def]
+    return get(p + Y_CHANNEL), get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + R_CHANNEL), get(p + BITS_CHANNEL)
+
+
+@jit
+def position_steps(p):  # type: ignore[no-untyped-def]
+    return get(p + Y_POSITION), get(p + X_POSITION), get(p + G_POSITION), get(p + R_POSITION), get(p + BITS_POSITION)
+
+
+def elements(size: int, count: int) -> tuple[int, ...]:
+    """Steps of `count` elements that lie side by side, with the bits of whole bytes."""
+    return (size * count,) * 4 + (count // 8,)
+
+
 def row_pass(element: Element, what: Pass, per_lane: bool, in_slab: bool = False) -> Any:
     """A numba function: one row of `length` elements, coefficients at `context` (a channel's, or with per_lane one a
     lane).
@@ -151,19 +177,10 @@ def row_pass(element: Element, what: Pass, per_lane: bool, in_slab: bool = False
     compute = vector_of(element, what)
 
     def steps(
-        count: int,
-        stream: bool,
-        py: Value,
-        px: Value,
-        pg: Value,
-        pr: Value,
-        pb: Value,
-        context: Value,
-        row: Value,
-        ahead: Value | None = None,
-        lanes: Value | None = None,
+        count: int, stream: bool, at: Values, table: Values, ahead: Value | None = None, lanes: Value | None = None
     ) -> None:
         """`count` vectors, loads before stores."""
+        (py, px, pg, pr, pb), (context, row) = at, table
         if in_slab and ahead is not None:
             for o in range(0, LANES * size * count, LINE):
                 prefetch(py + ahead + o, to_write=True)
@@ -172,14 +189,9 @@ def row_pass(element: Element, what: Pass, per_lane: bool, in_slab: bool = False
         xs = [element.load(px + o, mask) for o in offsets]
         gs = [element.load(pg + o, mask) if what.reads_g else None for o in offsets]
         if per_lane:
-            tables = [coefficients_at(element, context + LANES * acc * i, row) for i in range(count)]
+            tables = [coefficients_at(element, (context + LANES * acc * i, row)) for i in range(count)]
         else:
-            b = context.b
-            one = []
-            for i in range(6):
-                at = b.load(pointer(context + row * i, element.acc), typ=element.acc)
-                one.append(splat(Value(b, at)))
-            tables = [Coefficients(*one)] * count
+            tables = [coefficients_at(element, table, one_channel=True)] * count
         found = [compute(x, g, (pb + 2 * i,), c) for i, (x, g, c) in enumerate(zip(xs, gs, tables, strict=True))]
         for o, (y, dresidual) in zip(offsets, found, strict=True):
             element.store(y, py + o, mask, stream=stream)
@@ -187,69 +199,48 @@ def row_pass(element: Element, what: Pass, per_lane: bool, in_slab: bool = False
                 element.store(dresidual, pr + o, mask)
 
     @instruction()
-    def many(py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value, ahead: Value) -> None:
-        steps(UNROLL, False, py, px, pg, pr, pb, context, row, ahead)
+    def many(at: Values, table: Values, ahead: Value) -> None:
+        steps(UNROLL, False, at, table, ahead)
 
     @instruction()
-    def one(py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value, ahead: Value) -> None:
-        steps(1, False, py, px, pg, pr, pb, context, row, ahead)
+    def one(at: Values, table: Values, ahead: Value) -> None:
+        steps(1, False, at, table, ahead)
 
     @instruction()
-    def streamed(py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value) -> None:
-        steps(UNROLL, True, py, px, pg, pr, pb, context, row)
+    def streamed(at: Values, table: Values) -> None:
+        steps(UNROLL, True, at, table)
 
     @instruction()
-    def some(py: Value, px: Value, pg: Value, pr: Value, pb: Value, context: Value, row: Value, lanes: Value) -> None:
-        steps(1, False, py, px, pg, pr, pb, context, row, lanes=lanes)
+    def some(at: Values, table: Values, lanes: Value) -> None:
+        steps(1, False, at, table, lanes=lanes)
 
-    vector = LANES * size
-    step = UNROLL * vector
-    context_step = LANES * acc if per_lane else 0
+    vector, by_element, by_vector = LANES * size, elements(size, 1), elements(size, LANES)
+    entry = (acc, 0) if per_lane else (0, 0)
     has_bits = what.has_bits
 
     @jit
-    def pass_over(length, py, px, pg, pr, pb, context, row, stream, ahead):  # type: ignore[no-untyped-def]
+    def pass_over(length, at, table, stream, ahead):  # type: ignore[no-untyped-def]
         if stream and not has_bits:  # bits are cut in words from the row's start
-            head = (-py & (vector - 1)) // size
+            head = (-at[0] & (vector - 1)) // size
             if head and head < length:
-                some(py, px, pg, pr, pb, context, row, head)
+                some(at, table, head)
                 length -= head
-                py += head * size
-                px += head * size
-                pg += head * size
-                pr += head * size
-                if context_step:
-                    context += head * acc
-        if stream and not py & (vector - 1):
+                at, table = moved(at, by_element, head), moved(table, entry, head)
+        if stream and not at[0] & (vector - 1):
             while length >= UNROLL * LANES:
-                streamed(py, px, pg, pr, pb, context, row)
+                streamed(at, table)
                 length -= UNROLL * LANES
-                py += step
-                px += step
-                pg += step
-                pr += step
-                pb += 2 * UNROLL
-                context += UNROLL * context_step
+                at, table = moved(at, by_vector, UNROLL), moved(table, entry, UNROLL * LANES)
         while length >= UNROLL * LANES:
-            many(py, px, pg, pr, pb, context, row, ahead)
+            many(at, table, ahead)
             length -= UNROLL * LANES
-            py += step
-            px += step
-            pg += step
-            pr += step
-            pb += 2 * UNROLL
-            context += UNROLL * context_step
+            at, table = moved(at, by_vector, UNROLL), moved(table, entry, UNROLL * LANES)
         while length >= LANES:
-            one(py, px, pg, pr, pb, context, row, ahead)
+            one(at, table, ahead)
             length -= LANES
-            py += vector
-            px += vector
-            pg += vector
-            pr += vector
-            pb += 2
-            context += context_step
+            at, table = moved(at, by_vector, 1), moved(table, entry, LANES)
         if length:
-            some(py, px, pg, pr, pb, context, row, length)
+            some(at, table, length)
 
     return pass_over
 
@@ -263,28 +254,12 @@ def channel_pass(element: Element, what: Pass, in_slab: bool = False) -> Any:
 
     @jit
     def of_channels(p, n, c0, count):  # type: ignore[no-untyped-def]
-        sy, sx, sg, sr, sb = (
-            get(p + Y_CHANNEL),
-            get(p + X_CHANNEL),
-            get(p + G_CHANNEL),
-            get(p + R_CHANNEL),
-            get(p + BITS_CHANNEL),
-        )
-        py = get(p + Y) + n * get(p + Y_SAMPLE) + c0 * sy
-        px = get(p + X) + n * get(p + X_SAMPLE) + c0 * sx
-        pg = get(p + G) + n * get(p + G_SAMPLE) + c0 * sg
-        pr = get(p + R) + n * get(p + R_SAMPLE) + c0 * sr
-        pb = get(p + BITS) + n * get(p + BITS_SAMPLE) + c0 * sb
-        length, stream, stride = get(p + POSITIONS), get(p + STREAM), get(p + COEFFICIENT_ROW)
-        context = get(p + COEFFICIENTS) + c0 * acc
+        steps = channel_steps(p)
+        at = moved(sample(p, n), steps, c0)
+        table = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
         for _ in range(count):
-            row(length, py, px, pg, pr, pb, context, stride, stream, -get(p + Y_SAMPLE))
-            py += sy
-            px += sx
-            pg += sg
-            pr += sr
-            pb += sb
-            context += acc
+            row(get(p + POSITIONS), at, table, get(p + STREAM), -get(p + Y_SAMPLE))
+            at, table = moved(at, steps, 1), moved(table, (acc, 0), 1)
 
     return of_channels
 
@@ -296,124 +271,52 @@ def position_pass(element: Element, what: Pass) -> Any:
     row = row_pass(element, what, True)
     compute = vector_of(element, what)
     size, acc = element.size, element.acc_size
-    vector = LANES * size
+    vector, by_vector = LANES * size, elements(size, LANES)
 
-    def four(
-        stream: bool,
-        py: Value,
-        px: Value,
-        pg: Value,
-        pr: Value,
-        pb: Value,
-        sy: Value,
-        sx: Value,
-        sg: Value,
-        sr: Value,
-        sb: Value,
-        context: Value,
-        stride: Value,
-    ) -> None:
+    def four(stream: bool, at: Values, steps: Values, table: Values) -> None:
         """16 channels of four positions: coefficients are loaded once."""
-        c = coefficients_at(element, context, stride)
-        xs = [element.load(px + sx * i) for i in range(UNROLL)]
-        gs = [element.load(pg + sg * i) if what.reads_g else None for i in range(UNROLL)]
-        found = [compute(x, g, (pb + sb * i,), c) for i, (x, g) in enumerate(zip(xs, gs, strict=True))]
-        for i, (y, dresidual) in enumerate(found):
-            element.store(y, py + sy * i, stream=stream)
+        c = coefficients_at(element, table)
+        places = [shifted(at, steps, i) for i in range(UNROLL)]
+        xs = [element.load(px) for _, px, _, _, _ in places]
+        gs = [element.load(pg) if what.reads_g else None for _, _, pg, _, _ in places]
+        found = [compute(x, g, (pb,), c) for x, g, (*_, pb) in zip(xs, gs, places, strict=True)]
+        for (y, dresidual), (py, _, _, pr, _) in zip(found, places, strict=True):
+            element.store(y, py, stream=stream)
             if dresidual is not None:
-                element.store(dresidual, pr + sr * i)
+                element.store(dresidual, pr)
 
     @instruction()
-    def plain(
-        py: Value,
-        px: Value,
-        pg: Value,
-        pr: Value,
-        pb: Value,
-        sy: Value,
-        sx: Value,
-        sg: Value,
-        sr: Value,
-        sb: Value,
-        context: Value,
-        stride: Value,
-    ) -> None:
-        four(False, py, px, pg, pr, pb, sy, sx, sg, sr, sb, context, stride)
+    def plain(at: Values, steps: Values, table: Values) -> None:
+        four(False, at, steps, table)
 
     @instruction()
-    def streamed(
-        py: Value,
-        px: Value,
-        pg: Value,
-        pr: Value,
-        pb: Value,
-        sy: Value,
-        sx: Value,
-        sg: Value,
-        sr: Value,
-        sb: Value,
-        context: Value,
-        stride: Value,
-    ) -> None:
-        four(True, py, px, pg, pr, pb, sy, sx, sg, sr, sb, context, stride)
+    def streamed(at: Values, steps: Values, table: Values) -> None:
+        four(True, at, steps, table)
 
     @jit
     def of_positions(p, n, s0, count):  # type: ignore[no-untyped-def]
-        sy, sx, sg, sr, sb = (
-            get(p + Y_POSITION),
-            get(p + X_POSITION),
-            get(p + G_POSITION),
-            get(p + R_POSITION),
-            get(p + BITS_POSITION),
-        )
-        py = get(p + Y) + n * get(p + Y_SAMPLE) + s0 * sy
-        px = get(p + X) + n * get(p + X_SAMPLE) + s0 * sx
-        pg = get(p + G) + n * get(p + G_SAMPLE) + s0 * sg
-        pr = get(p + R) + n * get(p + R_SAMPLE) + s0 * sr
-        pb = get(p + BITS) + n * get(p + BITS_SAMPLE) + s0 * sb
-        length, stream, stride, context = (
-            get(p + CHANNELS),
-            get(p + STREAM),
-            get(p + COEFFICIENT_ROW),
-            get(p + COEFFICIENTS),
-        )
-        whole = length - length % LANES
-        streams = stream and not (py | sy) & (vector - 1)
+        steps = position_steps(p)
+        at = moved(sample(p, n), steps, s0)
+        length, stream = get(p + CHANNELS), get(p + STREAM)
+        table = get(p + COEFFICIENTS), get(p + COEFFICIENT_ROW)
+        vectors = length // LANES
+        streams = stream and not (at[0] | steps[0]) & (vector - 1)
         while count >= UNROLL:
-            for c in range(0, whole, LANES):
-                o = c * size
+            place, entries = at, table
+            for _ in range(vectors):
                 if streams:
-                    streamed(py + o, px + o, pg + o, pr + o, pb + c // 8, sy, sx, sg, sr, sb, context + c * acc, stride)
+                    streamed(place, steps, entries)
                 else:
-                    plain(py + o, px + o, pg + o, pr + o, pb + c // 8, sy, sx, sg, sr, sb, context + c * acc, stride)
-            if whole < length:
-                o = whole * size
+                    plain(place, steps, entries)
+                place, entries = moved(place, by_vector, 1), moved(entries, (acc, 0), LANES)
+            if length % LANES:
                 for i in range(UNROLL):
-                    row(
-                        length - whole,
-                        py + o + i * sy,
-                        px + o + i * sx,
-                        pg + o + i * sg,
-                        pr + o + i * sr,
-                        pb + whole // 8 + i * sb,
-                        context + whole * acc,
-                        stride,
-                        0,
-                        0,
-                    )
-            py += UNROLL * sy
-            px += UNROLL * sx
-            pg += UNROLL * sg
-            pr += UNROLL * sr
-            pb += UNROLL * sb
+                    row(length % LANES, moved(place, steps, i), entries, 0, 0)
+            at = moved(at, steps, UNROLL)
             count -= UNROLL
         for _ in range(count):
-            row(length, py, px, pg, pr, pb, context, stride, stream, 0)
-            py += sy
-            px += sx
-            pg += sg
-            pr += sr
-            pb += sb
+            row(length, at, table, stream, 0)
+            at = moved(at, steps, 1)
 
     return of_positions
 
@@ -424,20 +327,16 @@ def flat_pass(element: Element, what: Pass) -> Any:
     The table has the channels over and over, so that rows are long; see `repeat_channels`.
     """
     row = row_pass(element, what, True)
-    size = element.size
+    by_element = elements(element.size, 1)
 
     @jit
     def of_elements(p, first, count):  # type: ignore[no-untyped-def]
-        context, stride, stream = get(p + COEFFICIENTS), get(p + COEFFICIENT_ROW), get(p + STREAM)
-        py, px = get(p + Y) + first * size, get(p + X) + first * size
-        pg, pr = get(p + G) + first * size, get(p + R) + first * size
+        table, stream = (get(p + COEFFICIENTS), get(p + COEFFICIENT_ROW)), get(p + STREAM)
+        at = moved(sample(p, 0), by_element, first)
         while count > 0:
             length = min(count, get(p + PERIOD))
-            row(length, py, px, pg, pr, 0, context, stride, stream, 0)
-            py += length * size
-            px += length * size
-            pg += length * size
-            pr += length * size
+            row(length, at, table, stream, 0)
+            at = moved(at, by_element, length)
             count -= length
 
     return of_elements
@@ -496,17 +395,7 @@ def group_pass(element: Element, what: Pass) -> tuple[Any, Any]:
 
     @jit
     def of_group(p, table, n, c0, count):  # type: ignore[no-untyped-def]
-        row(
-            get(p + POSITIONS) * count,
-            get(p + Y) + n * get(p + Y_SAMPLE) + c0 * get(p + Y_CHANNEL),
-            get(p + X) + n * get(p + X_SAMPLE) + c0 * get(p + X_CHANNEL),
-            get(p + G) + n * get(p + G_SAMPLE) + c0 * get(p + G_CHANNEL),
-            get(p + R) + n * get(p + R_SAMPLE) + c0 * get(p + R_CHANNEL),
-            0,
-            table,
-            SPREAD_ROW,
-            get(p + STREAM),
-            -get(p + Y_SAMPLE),
-        )
+        at = moved(sample(p, n), channel_steps(p), c0)
+        row(get(p + POSITIONS) * count, at, (table, SPREAD_ROW), get(p + STREAM), -get(p + Y_SAMPLE))
 
     return spread, of_group

@@ -56,19 +56,12 @@ SCRATCH, SCRATCH_SIZE = OFFSET["scratch"], OFFSET["scratch_size"]
 AT_COUNTS, AT_SPREAD = OFFSET["at_counts"], OFFSET["at_spread"]
 COUNT, MEAN, M2, VAR, INVSTD = (OFFSET[name] for name in ("count", "mean", "m2", "var", "invstd"))
 FIRST, SECOND = OFFSET["first"], OFFSET["second"]
-GAMMA, GAMMA_CODE, GAMMA_STRIDE = OFFSET["gamma"], OFFSET["gamma_code"], OFFSET["gamma_stride"]
-BETA, BETA_CODE, BETA_STRIDE = OFFSET["beta"], OFFSET["beta_code"], OFFSET["beta_stride"]
-DGAMMA, DGAMMA_CODE, DGAMMA_STRIDE = OFFSET["dgamma"], OFFSET["dgamma_code"], OFFSET["dgamma_stride"]
-DBETA, DBETA_CODE, DBETA_STRIDE = OFFSET["dbeta"], OFFSET["dbeta_code"], OFFSET["dbeta_stride"]
+GAMMA, BETA, DGAMMA, DBETA = (OFFSET[name] for name in ("gamma", "beta", "dgamma", "dbeta"))
 KEPT_GAMMA, KEPT_BETA = OFFSET["kept_gamma"], OFFSET["kept_beta"]
+OLD_MEAN, OLD_VAR, NEW_MEAN, NEW_VAR = (OFFSET[name] for name in ("old_mean", "old_var", "new_mean", "new_var"))
+CODE, STRIDE = OFFSET["gamma_code"] - GAMMA, OFFSET["gamma_stride"] - GAMMA  # behind any vector's address
 EPS, MOMENTUM, CUMULATIVE = OFFSET["eps"], OFFSET["momentum"], OFFSET["cumulative"]
-TRACKED, SKIPPED, RUNNING_CODE = OFFSET["tracked"], OFFSET["skipped"], OFFSET["old_mean_code"]
-OLD_MEAN, OLD_MEAN_STRIDE, OLD_VAR, OLD_VAR_STRIDE = (
-    OFFSET[f"old_{k}"] for k in ("mean", "mean_stride", "var", "var_stride")
-)
-NEW_MEAN, NEW_MEAN_STRIDE, NEW_VAR, NEW_VAR_STRIDE = (
-    OFFSET[f"new_{k}"] for k in ("mean", "mean_stride", "var", "var_stride")
-)
+TRACKED, SKIPPED = OFFSET["tracked"], OFFSET["skipped"]
 STEPS, STEP_TABLE, NODE_ROW = OFFSET["steps"], OFFSET["step_table"], OFFSET["node_row"]
 
 
@@ -105,9 +98,7 @@ def reduce_rows(source: Source, kind: str) -> Function:
             slots = collect(
                 p,
                 work,
-                get(p + X) + c0 * get(p + X_CHANNEL),
-                get(p + G) + c0 * get(p + G_CHANNEL),
-                bits,
+                (get(p + X) + c0 * get(p + X_CHANNEL), get(p + G) + c0 * get(p + G_CHANNEL), bits),
                 get(row),
                 get(row + 8),
                 get(row + 16),
@@ -174,25 +165,28 @@ def merge_rows(what: Reduction) -> Function:
     return kernel
 
 
+@jit
+def vector(p, name, c):  # type: ignore[no-untyped-def]
+    """A caller's vector from channel c on: address, stride, code."""
+    stride = get(p + name + STRIDE)
+    return get(p + name) + c * stride, stride, get(p + name + CODE)
+
+
+@jit
+def sums(p, c):  # type: ignore[no-untyped-def]
+    """Roots, or sums, from channel c on."""
+    return get(p + FIRST) + 8 * c, get(p + SECOND) + 8 * c
+
+
 def table_of(element: Element) -> Any:
     """A numba function: the table's entries of some channels, from their mean and invstd."""
     of_channels, acc = channels.coefficients(element.acc), element.acc_size
 
     @jit
     def tabulate(p, c, lanes):  # type: ignore[no-untyped-def]
-        of_channels(
-            get(p + COEFFICIENTS) + c * acc,
-            get(p + COEFFICIENT_ROW),
-            get(p + MEAN) + 8 * c,
-            get(p + INVSTD) + 8 * c,
-            get(p + GAMMA) + c * get(p + GAMMA_STRIDE),
-            get(p + GAMMA_STRIDE),
-            get(p + GAMMA_CODE),
-            get(p + BETA) + c * get(p + BETA_STRIDE),
-            get(p + BETA_STRIDE),
-            get(p + BETA_CODE),
-            lanes,
-        )
+        table = get(p + COEFFICIENTS) + c * acc, get(p + COEFFICIENT_ROW)
+        mean, invstd = get(p + MEAN) + 8 * c, get(p + INVSTD) + 8 * c
+        of_channels(table, mean, invstd, vector(p, GAMMA, c), vector(p, BETA, c), lanes)
 
     return tabulate
 
@@ -203,60 +197,32 @@ def gradient_table_of(element: Element) -> Any:
 
     @jit
     def tabulate(p, c, lanes):  # type: ignore[no-untyped-def]
-        of_channels(
-            get(p + COEFFICIENTS) + c * acc,
-            get(p + COEFFICIENT_ROW),
-            get(p + FIRST) + 8 * c,
-            get(p + SECOND) + 8 * c,
-            get(get(p + COUNT)),
-            get(p + INVSTD) + 8 * c,
-            lanes,
-        )
+        table = get(p + COEFFICIENTS) + c * acc, get(p + COEFFICIENT_ROW)
+        of_channels(table, sums(p, c), get(get(p + COUNT)), get(p + INVSTD) + 8 * c, lanes)
 
     return tabulate
 
 
 @jit
-def finish(p, c, first, second, stride, count, lanes):  # type: ignore[no-untyped-def]
+def finish(p, c, roots, stride, count, lanes):  # type: ignore[no-untyped-def]
     """Statistics of some channels from their roots."""
     at = 8 * c
-    channels.statistics(
-        first,
-        second,
-        stride,
-        count,
-        p + EPS,
-        get(p + MEAN) + at,
-        get(p + M2) + at,
-        get(p + VAR) + at,
-        get(p + INVSTD) + at,
-        lanes,
-    )
+    to = get(p + MEAN) + at, get(p + M2) + at, get(p + VAR) + at, get(p + INVSTD) + at
+    channels.statistics(roots, stride, count, p + EPS, to, lanes)
 
 
 @jit
 def finish_root(p, c, lanes):  # type: ignore[no-untyped-def]
     """`finish`, where the roots are vectors."""
-    finish(p, c, get(p + FIRST) + 8 * c, get(p + SECOND) + 8 * c, 8, get(get(p + COUNT)), lanes)
+    finish(p, c, sums(p, c), 8, get(get(p + COUNT)), lanes)
 
 
 @jit
 def widen_running(p, c, lanes):  # type: ignore[no-untyped-def]
     """Mean, var and invstd of some channels from running statistics."""
     at = 8 * c
-    channels.frozen_statistics(
-        get(p + OLD_MEAN) + c * get(p + OLD_MEAN_STRIDE),
-        get(p + OLD_MEAN_STRIDE),
-        get(p + RUNNING_CODE),
-        get(p + OLD_VAR) + c * get(p + OLD_VAR_STRIDE),
-        get(p + OLD_VAR_STRIDE),
-        get(p + RUNNING_CODE),
-        p + EPS,
-        get(p + MEAN) + at,
-        get(p + VAR) + at,
-        get(p + INVSTD) + at,
-        lanes,
-    )
+    to = get(p + MEAN) + at, get(p + VAR) + at, get(p + INVSTD) + at
+    channels.frozen_statistics(vector(p, OLD_MEAN, c), vector(p, OLD_VAR, c), p + EPS, to, lanes)
 
 
 def slab_pass(element: Element, kind: str, what: Pass) -> Any:
@@ -307,15 +273,14 @@ def train_slab(element: Element, kind: str, what: Forward) -> Function:
             c0 = task * chunk
             few = min(chunk, c_all - c0)
             width = (few + in_slot - 1) // in_slot
-            slots = collect(
-                p, work, get(p + X) + c0 * get(p + X_CHANNEL), 0, 0, 0, get(p + SAMPLES), 0, tiles, c0, width
-            )
+            at = get(p + X) + c0 * get(p + X_CHANNEL), 0, 0
+            slots = collect(p, work, at, 0, get(p + SAMPLES), 0, tiles, c0, width)
             count = get(work + get(p + AT_COUNTS) + 2048)
             if task == 0:
                 put(get(p + COUNT), count)
             for i in range(0, few, at_once):
                 slot, lanes = slots + i // in_slot * NODE, min(few - i, at_once)
-                finish(p, c0 + i, slot, slot + HALF_NODE, between, count, lanes)
+                finish(p, c0 + i, (slot, slot + HALF_NODE), between, count, lanes)
                 tabulate(p, c0 + i, lanes)
             normalize(p, work + get(p + AT_SPREAD), c0, few)
             task = claim(p + TASK)
@@ -337,19 +302,13 @@ def backward_slab(element: Element, kind: str, what: Backward) -> Function:
         while task < get(p + TASKS):
             c0 = task * chunk
             few = min(chunk, c_all - c0)
-            slots = collect(
-                p,
-                work,
+            width = (few + in_slot - 1) // in_slot
+            at = (
                 get(p + X) + c0 * get(p + X_CHANNEL),
                 get(p + G) + c0 * get(p + G_CHANNEL),
                 get(p + BITS) + c0 * get(p + BITS_CHANNEL),
-                0,
-                get(p + SAMPLES),
-                0,
-                tiles,
-                c0,
-                (few + in_slot - 1) // in_slot,
             )
+            slots = collect(p, work, at, 0, get(p + SAMPLES), 0, tiles, c0, width)
             for c in range(0, few, in_slot):
                 to, slot = 8 * (c0 + c), slots + c // in_slot * NODE
                 store_lanes(get(p + FIRST) + to, slot, min(few - c, in_slot))
@@ -449,22 +408,15 @@ def update(code: int) -> Any:
     def update_running(p, c, lanes):  # type: ignore[no-untyped-def]
         at = 8 * c
         of_channels(
-            get(p + OLD_MEAN) + c * get(p + OLD_MEAN_STRIDE),
-            get(p + OLD_MEAN_STRIDE),
-            get(p + OLD_VAR) + c * get(p + OLD_VAR_STRIDE),
-            get(p + OLD_VAR_STRIDE),
-            get(p + NEW_MEAN) + c * get(p + NEW_MEAN_STRIDE),
-            get(p + NEW_MEAN_STRIDE),
-            get(p + NEW_VAR) + c * get(p + NEW_VAR_STRIDE),
-            get(p + NEW_VAR_STRIDE),
-            get(p + MEAN) + at,
-            get(p + M2) + at,
-            get(p + VAR) + at,
+            vector(p, OLD_MEAN, c),
+            vector(p, OLD_VAR, c),
+            vector(p, NEW_MEAN, c),
+            vector(p, NEW_VAR, c),
+            (get(p + MEAN) + at, get(p + M2) + at, get(p + VAR) + at),
             get(get(p + COUNT)),
             p + MOMENTUM,
             get(p + CUMULATIVE),
-            get(p + TRACKED) + at,
-            get(p + SKIPPED) + at,
+            (get(p + TRACKED) + at, get(p + SKIPPED) + at),
             lanes,
         )
 
@@ -475,29 +427,16 @@ def update(code: int) -> Any:
 def keep(p, c, lanes):  # type: ignore[no-untyped-def]
     """gamma and beta of some channels, where they are to be kept."""
     if get(p + KEPT_GAMMA):
-        gamma, to = get(p + GAMMA) + c * get(p + GAMMA_STRIDE), get(p + KEPT_GAMMA) + 8 * c
-        channels.keep(gamma, get(p + GAMMA_STRIDE), get(p + GAMMA_CODE), to, lanes)
+        channels.keep(vector(p, GAMMA, c), get(p + KEPT_GAMMA) + 8 * c, lanes)
     if get(p + KEPT_BETA):
-        beta, to = get(p + BETA) + c * get(p + BETA_STRIDE), get(p + KEPT_BETA) + 8 * c
-        channels.keep(beta, get(p + BETA_STRIDE), get(p + BETA_CODE), to, lanes)
+        channels.keep(vector(p, BETA, c), get(p + KEPT_BETA) + 8 * c, lanes)
 
 
 @jit
 def gradients(p, c, lanes):  # type: ignore[no-untyped-def]
     """dgamma and dbeta of some channels, each in its own dtype."""
-    at = 8 * c
-    channels.parameter_gradients(
-        get(p + FIRST) + at,
-        get(p + SECOND) + at,
-        get(p + INVSTD) + at,
-        get(p + DGAMMA) + c * get(p + DGAMMA_STRIDE),
-        get(p + DGAMMA_STRIDE),
-        get(p + DGAMMA_CODE),
-        get(p + DBETA) + c * get(p + DBETA_STRIDE),
-        get(p + DBETA_STRIDE),
-        get(p + DBETA_CODE),
-        lanes,
-    )
+    dgamma, dbeta = vector(p, DGAMMA, c), vector(p, DBETA, c)
+    channels.parameter_gradients(sums(p, c), get(p + INVSTD) + 8 * c, dgamma, dbeta, lanes)
 
 
 FOR_ALL = {"statistics": finish_root, "frozen": widen_running, "keep": keep, "parameter_gradients": gradients}

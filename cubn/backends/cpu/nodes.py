@@ -27,11 +27,13 @@ from cubn.backends.cpu.simd import (
     ODD,
     Element,
     Value,
+    Values,
     constant,
     convert,
     get,
     instruction,
     pointer,
+    prefetch,
     put,
     ratio,
     scalar_at,
@@ -69,9 +71,12 @@ class Source(NamedTuple):
     gate: str  # "none", "recompute" or "bits"
 
 
-def coefficients_at(element: Element, address: Value, stride: Value, one_channel: bool = False) -> Coefficients:
-    """Six vectors, `stride` bytes apart, or one channel's coefficients in all lanes; those not used cost nothing."""
-    return Coefficients(*(acc_at(element, address + stride * i, one_channel) for i in range(6)))
+def coefficients_at(element: Element, table: Values, one_channel: bool = False) -> Coefficients:
+    """Six vectors of a table (address, bytes from row to row), or one channel's coefficients in all lanes; those not
+    used cost nothing.
+    """
+    address, row = table
+    return Coefficients(*(acc_at(element, address + row * i, one_channel) for i in range(6)))
 
 
 def acc_at(element: Element, address: Value, one_channel: bool) -> Value:
@@ -111,31 +116,28 @@ def bit_of(words: Value, index: Value) -> Value:
     return Value(b, b.icmp_unsigned("!=", b.and_(words.v, bit.v), ir.Constant(words.type, [0] * LANES)))
 
 
-def term_at(
-    source: Source,
-    px: Value,
-    pg: Value,
-    pb: Value,
-    context: Value,
-    stride: Value,
-    mask: Value | None = None,
-    *,
-    one_channel: bool = False,
-) -> Term:
-    """The term of 16 elements: x at px, dy at pg, bits at pb; context holds the pivot (moments) or the coefficients
-    (sums), a lane each or one channel's for all.
+def term_at(source: Source, at: Values, table: Values, mask: Value | None = None, *, one_channel: bool = False) -> Term:
+    """The term of 16 elements of x, dy and bits; the table holds the pivot (moments) or the coefficients (sums), a lane
+    each or one channel's for all.
     """
     element = source.element
-    x = element.load(px, mask)
+    at_x, at_g, at_bits = at
+    x = element.load(at_x, mask)
     if source.what is Moments:
-        return Moments.term(x, acc_at(element, context, one_channel))
-    c = coefficients_at(element, context, stride, one_channel)
-    g = element.load(pg, mask)
+        return Moments.term(x, acc_at(element, table[0], one_channel))
+    c = coefficients_at(element, table, one_channel)
+    g = element.load(at_g, mask)
     if source.gate == "recompute":
         g = gated(element, g, x, c)
     elif source.gate == "bits":
-        g = select(load_bits(pb), g, constant(g, 0.0))
+        g = select(load_bits(at_bits), g, constant(g, 0.0))
     return g, g * centre(x, c)
+
+
+def ask_for(source: Source, at: Values) -> None:
+    """Prefetch x, and dy where it is read."""
+    for address in at[: 1 if source.what is Moments else 2]:
+        prefetch(address)
 
 
 def neighbours(a: Node, b: Node) -> tuple[Node, Node]:

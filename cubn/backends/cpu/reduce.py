@@ -29,6 +29,7 @@ from cubn.backends.cpu.simd import (
     LANES,
     Element,
     get,
+    moved,
     put,
 )
 from cubn.backends.cpu.strided import of_any
@@ -52,8 +53,8 @@ def gather(source: Source, kind: str) -> Any:
         samples = of_single_positions(source)
 
         @jit
-        def collect_single(p, work, px, pg, pb, first, last, tile_from, tile_to, c0, width):  # type: ignore[no-untyped-def]
-            samples(p, work, px, pg, pb, first, last, c0, width)
+        def collect_single(p, work, at, first, last, tile_from, tile_to, c0, width):  # type: ignore[no-untyped-def]
+            samples(p, work, at, first, last, c0, width)
             stack, counts = work + get(p + AT_SAMPLES), work + get(p + AT_COUNTS) + 1024
             level = settle(stack, counts, width, last - first)
             put(work + get(p + AT_COUNTS) + 2048, get(counts + 8 * level))
@@ -69,30 +70,25 @@ def gather(source: Source, kind: str) -> Any:
     rowwise, anyhow = kind in ("rows", "columns"), kind == "strided"  # strided arrays find positions by their tables
 
     @jit
-    def collect(p, work, px, pg, pb, first, last, tile_from, tile_to, c0, width):  # type: ignore[no-untyped-def]
+    def collect(p, work, at, first, last, tile_from, tile_to, c0, width):  # type: ignore[no-untyped-def]
         positions = get(p + POSITIONS)
         tiles, samples, node = work + get(p + AT_TILES), work + get(p + AT_SAMPLES), work + get(p + AT_NODE)
         tile_counts, sample_counts = work + get(p + AT_COUNTS) + 512, work + get(p + AT_COUNTS) + 1024
-        step_x, step_g, step_b = TILE * get(p + X_POSITION), TILE * get(p + G_POSITION), TILE * get(p + BITS_POSITION)
+        by_sample = get(p + X_SAMPLE), get(p + G_SAMPLE), get(p + BITS_SAMPLE)
+        by_tile = TILE * get(p + X_POSITION), TILE * get(p + G_POSITION), TILE * get(p + BITS_POSITION)
         if rowwise:
-            step_b = TILE // 8
+            by_tile = by_tile[0], by_tile[1], TILE // 8
         if anyhow:
-            step_x = step_g = step_b = 0
+            by_tile = 0, 0, 0
         whole = tile_to - tile_from == 1
         for n in range(first, last):
-            ax = px + n * get(p + X_SAMPLE)
-            ag = pg + n * get(p + G_SAMPLE)
-            ab = pb + n * get(p + BITS_SAMPLE)
+            sample = moved(at, by_sample, n)
             for t in range(tile_from, tile_to):
-                next_x, next_g = ax + (t + 1) * step_x, ag + (t + 1) * step_g
+                following = moved(sample, by_tile, t + 1)
                 if t + 1 == tile_to:
-                    next_x, next_g = (
-                        ax + get(p + X_SAMPLE) + tile_from * step_x,
-                        ag + get(p + G_SAMPLE) + tile_from * step_g,
-                    )
+                    following = moved(moved(sample, by_sample, 1), by_tile, tile_from)
                 length = min(positions - t * TILE, TILE)
-                at_x, at_g, at_b = ax + t * step_x, ag + t * step_g, ab + t * step_b
-                count = tile(p, work, at_x, at_g, at_b, n, t, length, c0, width, node, next_x, next_g)
+                count = tile(p, work, moved(sample, by_tile, t), n, t, length, c0, width, node, following)
                 stack, counts, index = tiles, tile_counts, t - tile_from
                 if whole:  # a sample of one tile is that tile
                     stack, counts, index = samples, sample_counts, n - first

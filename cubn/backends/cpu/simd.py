@@ -61,6 +61,15 @@ class Value:
         return Value(self.b, self.b.fdiv(self.v, other.v))
 
 
+Values = tuple[Value, ...]
+"""One of each array: addresses, or steps."""
+
+
+def shifted(at: Values, steps: Values, count: Value | int) -> Values:
+    """Addresses so many steps further on."""
+    return tuple(address + step * count for address, step in zip(at, steps, strict=True))
+
+
 def constant(like: Value, number: float) -> Value:
     """`number` in every lane of `like`'s type."""
     kind = like.type
@@ -273,8 +282,9 @@ def _full(kind: ir.Type, number: int) -> ir.Constant:
 
 
 def instruction(result: Any = types.void) -> Callable[[Callable[..., Any]], Any]:
-    """Make a numba-callable instruction of a function that emits IR: emit(*Values) -> Value or None, all 64-bit
-    integers.
+    """Make a numba-callable instruction of a function that emits IR: emit(*arguments) -> Value or None.
+
+    Values are 64-bit integers, arguments such values or tuples of them.
     """
 
     def decorate(emit: Callable[..., Value | None]) -> Any:
@@ -282,10 +292,10 @@ def instruction(result: Any = types.void) -> Callable[[Callable[..., Any]], Any]
 
         def typed(typing_context: Any, *args: Any) -> Any:
             def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-                out = emit(*(Value(builder, v) for v in values))
+                out = emit(*(_taken(builder, kind, v) for kind, v in zip(signature.args, values, strict=True)))
                 return context.get_dummy_value() if out is None else out.v
 
-            return result(*[types.intp] * len(args)), codegen
+            return result(*map(_kind, args)), codegen
 
         # numba reads arity and argument names off the signature, and cannot lower *args.
         context = inspect.Parameter("typing_context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -293,6 +303,36 @@ def instruction(result: Any = types.void) -> Callable[[Callable[..., Any]], Any]
         return intrinsic(typed)
 
     return decorate
+
+
+def _kind(argument: Any) -> Any:
+    """The numba type an instruction takes an argument as."""
+    if isinstance(argument, types.BaseTuple):
+        return types.UniTuple(types.intp, len(argument))  # type: ignore[no-untyped-call]
+    return types.intp
+
+
+def _taken(builder: ir.IRBuilder, kind: Any, value: ir.Value) -> Value | Values:
+    return _unpacked(builder, kind, value) if isinstance(kind, types.UniTuple) else Value(builder, value)
+
+
+def _unpacked(builder: ir.IRBuilder, kind: Any, value: ir.Value) -> Values:
+    return tuple(Value(builder, builder.extract_value(value, i)) for i in range(len(kind)))
+
+
+def _moved(typing_context: Any, at: Any, steps: Any, count: Any) -> Any:
+    places, step_kinds = _kind(at), _kind(steps)
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        where, by, n = values
+        further = shifted(_unpacked(builder, places, where), _unpacked(builder, step_kinds, by), Value(builder, n))
+        return context.make_tuple(builder, places, [v.v for v in further])
+
+    return places(places, step_kinds, types.intp), codegen
+
+
+moved: Any = intrinsic(_moved)
+"""moved(at, steps, count): `shifted`, for kernels."""
 
 
 def transposed(rows: Sequence[Value]) -> list[Value]:

@@ -12,7 +12,13 @@ from llvmlite import ir
 from numba import types
 
 from cubn.backends.cpu.arithmetic import Moments, gated
-from cubn.backends.cpu.elementwise import Pass, store_bits, vector_of
+from cubn.backends.cpu.elementwise import (
+    Pass,
+    channel_steps,
+    sample,
+    store_bits,
+    vector_of,
+)
 from cubn.backends.cpu.launch import OFFSET
 from cubn.backends.cpu.nodes import (
     AT_BUFFER,
@@ -41,12 +47,14 @@ from cubn.backends.cpu.simd import (
     LANES,
     Element,
     Value,
+    Values,
     by_cases,
     constant,
     first_lanes,
     get,
     instruction,
     load_raw,
+    moved,
     pointer,
     select,
     store_raw,
@@ -165,29 +173,20 @@ def of_any(source: Source) -> Any:
         element.store_acc(load_lanes(element, px, step, last), to)
 
     @instruction()
-    def stage_dy(
-        to: Value,
-        x: Value,
-        pg: Value,
-        step: Value,
-        pb: Value,
-        bits_step: Value,
-        last: Value,
-        position: Value,
-        context: Value,
-        row: Value,
-    ) -> None:
-        g = load_lanes(element, pg, step, last)
+    def stage_dy(to: Value, x: Value, at: Values, steps: Values, last: Value, position: Value, table: Values) -> None:
+        """dy behind its gate, from where dy and bits are."""
+        (pg, pb), (sg, sb) = at, steps
+        g = load_lanes(element, pg, sg, last)
         if source.gate == "recompute":
-            g = gated(element, g, element.load_acc(x), coefficients_at(element, context, row))
+            g = gated(element, g, element.load_acc(x), coefficients_at(element, table))
         elif source.gate == "bits":
-            g = select(bits_at(pb, bits_step, last, position), g, constant(g, 0.0))
+            g = select(bits_at(pb, sb, last, position), g, constant(g, 0.0))
         element.store_acc(g, to)
 
     @instruction()
-    def leaf(count: Value, to: Value, xs: Value, gs: Value, context: Value, row: Value) -> None:
+    def leaf(count: Value, to: Value, xs: Value, gs: Value, table: Values) -> None:
         def body(rows: int) -> None:
-            terms = [term_at(staged, xs + acc_vector * r, gs + acc_vector * r, xs, context, row) for r in range(rows)]
+            terms = [term_at(staged, (xs + acc_vector * r, gs + acc_vector * r, xs), table) for r in range(rows)]
             store_node(element, what.leaf(terms), to)
 
         by_cases(count, range(1, ROWS + 1), body)
@@ -195,16 +194,16 @@ def of_any(source: Source) -> Any:
     moments, acc = what is Moments, element.acc_size
 
     @jit
-    def tile(p, work, px, pg, pb, n, t, length, c0, width, nodes, next_x, next_g):  # type: ignore[no-untyped-def]
+    def tile(p, work, at, n, t, length, c0, width, nodes, following):  # type: ignore[no-untyped-def]
         last = min(get(p + CHANNELS) - c0, LANES) - 1
-        x_step, g_step, b_step = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + BITS_CHANNEL)
+        (px, pg, pb), x_step, steps = at, get(p + X_CHANNEL), (get(p + G_CHANNEL), get(p + BITS_CHANNEL))
         x_offsets, g_offsets = get(p + X_OFFSETS), get(p + G_OFFSETS)
-        table, table_row = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
-        context, row = table, table_row
+        coefficients = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
+        table = coefficients
         pivot = work + get(p + AT_PIVOT)
         start = t * TILE
         if moments:
-            context, row = pivot, 0
+            table = pivot, 0
             first = start
             while first < start + length and not present(p, n, first):
                 first += 1
@@ -223,23 +222,14 @@ def of_any(source: Source) -> Any:
                     stage_x(xs + count * acc_vector, px + get(x_offsets + 8 * position), x_step, last)
                     if not moments:
                         at_bits = pb
-                        if b_step == 0:
+                        if steps[1] == 0:
                             at_bits += c0 // 8 + position * get(p + BITS_POSITION)
-                        stage_dy(
-                            gs + count * acc_vector,
-                            xs + count * acc_vector,
-                            pg + get(g_offsets + 8 * position),
-                            g_step,
-                            at_bits,
-                            b_step,
-                            last,
-                            position,
-                            table,
-                            table_row,
-                        )
+                        dy = pg + get(g_offsets + 8 * position), at_bits
+                        to = count * acc_vector
+                        stage_dy(gs + to, xs + to, dy, steps, last, position, coefficients)
                     count += 1
             if count:
-                leaf(count, node, xs, gs, context, row)
+                leaf(count, node, xs, gs, table)
             push(node, count, stack, counts, 1, 0, 0, j)
             count_up(count, counts, 0, j)
             total += count
@@ -255,25 +245,11 @@ def strided_pass(element: Element, what: Pass) -> Any:
     compute = vector_of(element, what, bits_at, keep_bits_at)
 
     @instruction()
-    def one(
-        py: Value,
-        px: Value,
-        pg: Value,
-        pr: Value,
-        pb: Value,
-        sy: Value,
-        sx: Value,
-        sg: Value,
-        sr: Value,
-        sb: Value,
-        last: Value,
-        position: Value,
-        context: Value,
-        row: Value,
-    ) -> None:
+    def one(at: Values, steps: Values, last: Value, position: Value, table: Values) -> None:
+        (py, px, pg, pr, pb), (sy, sx, sg, sr, sb) = at, steps
         x = load_lanes(element, px, sx, last)
         g = load_lanes(element, pg, sg, last) if what.reads_g else None
-        y, dresidual = compute(x, g, (pb, sb, last, position), coefficients_at(element, context, row))
+        y, dresidual = compute(x, g, (pb, sb, last, position), coefficients_at(element, table))
         store_lanes(element, y, py, sy, last)
         if dresidual is not None:
             store_lanes(element, dresidual, pr, sr, last)
@@ -289,27 +265,16 @@ def strided_pass(element: Element, what: Pass) -> Any:
         )
 
     acc, writes_r, keeps = element.acc_size, what.writes_r, what.keeps_bits
-    X, Y, G, R = (OFFSET[k] for k in "xygr")
-    X_SAMPLE, Y_SAMPLE, G_SAMPLE, R_SAMPLE = (OFFSET[f"{k}_sample"] for k in "xygr")
 
     @jit
     def of_channels(p, n, c0):  # type: ignore[no-untyped-def]
         last = min(get(p + CHANNELS) - c0, LANES) - 1
-        sx, sy, sg, sr, sb = (
-            get(p + X_CHANNEL),
-            get(p + Y_CHANNEL),
-            get(p + G_CHANNEL),
-            get(p + R_CHANNEL),
-            get(p + BITS_CHANNEL),
-        )
-        px = get(p + X) + n * get(p + X_SAMPLE) + c0 * sx
-        py = get(p + Y) + n * get(p + Y_SAMPLE) + c0 * sy
-        pg = get(p + G) + n * get(p + G_SAMPLE) + c0 * sg
-        pr = get(p + R) + n * get(p + R_SAMPLE) + c0 * sr
-        pb = get(p + BITS) + n * get(p + BITS_SAMPLE) + c0 * sb
+        steps = channel_steps(p)
+        sy, _, _, sr, sb = steps
+        py, px, pg, pr, pb = moved(sample(p, n), steps, c0)
         if sb == 0:
             pb += c0 // 8
-        context, row = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
+        table = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
         ox, oy, og, outr = get(p + X_OFFSETS), get(p + Y_OFFSETS), get(p + G_OFFSETS), get(p + R_OFFSETS)
         for position in range(get(p + POSITIONS)):
             ay = py + get(oy + 8 * position)
@@ -321,7 +286,7 @@ def strided_pass(element: Element, what: Pass) -> Any:
                 ag = pg
                 if og:
                     ag += get(og + 8 * position)
-                one(ay, px + get(ox + 8 * position), ag, ar, ab, sy, sx, sg, sr, sb, last, position, context, row)
+                one((ay, px + get(ox + 8 * position), ag, ar, ab), steps, last, position, table)
             else:
                 nothing(ay, sy, last)
                 if writes_r:
