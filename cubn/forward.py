@@ -31,7 +31,7 @@ class Given(NamedTuple):
         """As kernels see them, and where y goes."""
         source, _, mask, residual = self
         written = operand(y.array, source.axis)
-        return Arrays(source.operand, residual and residual.operand, written, mask=mask and mask.operand)
+        return Arrays(source.operand, residual and residual.operand, written, None, mask and mask.operand)
 
 
 class Kept(NamedTuple):

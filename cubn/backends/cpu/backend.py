@@ -19,6 +19,14 @@ Sums = tuple[Doubles, Doubles]
 Address = tuple[int]
 
 
+FROZEN = ("old_mean", "old_var", *Statistics._fields)
+INFERENCE = (*Arrays._fields, *Affine._fields, "old_mean", "old_var")
+PASS = (*Arrays._fields, *Affine._fields, *Statistics._fields, "bits")
+SUMS = ("first", "second")
+UPDATE = ("old_mean", "old_var", "new_mean", "new_var", "tracked", "skipped")
+"""Names of arguments, in the order in which they are given."""
+
+
 class Bits(NamedTuple):
     """Which y passed a residual ReLU: one bit an element, in 16-bit words along channels (per_position) or along
     positions.
@@ -44,18 +52,14 @@ def new_statistics(C: int) -> Statistics:
     return Statistics(np.zeros((), np.int64), *rows_of(4, C))
 
 
-def addresses(s: Statistics) -> dict[str, Address]:
-    return {"count": at(s.count), "mean": at(s.mean), "m2": at(s.m2), "var": at(s.var), "invstd": at(s.invstd)}
+def pass_over(arrays: Arrays, affine: Affine, s: Statistics, bits: Bits | None) -> tuple[Any, ...]:
+    """The arguments of a pass over all elements."""
+    return (*arrays, *affine, *map(at, s), rows_in(bits))
 
 
-def old(running: tuple[Vector, Vector]) -> dict[str, Vector]:
-    return dict(zip(("old_mean", "old_var"), running, strict=True))
-
-
-def moving(running: Running) -> dict[str, tuple[Any, ...]]:
+def moving(running: Running) -> tuple[Any, ...]:
     """The arguments of an update but for the statistics."""
-    new = dict(zip(("new_mean", "new_var"), running.new, strict=True))
-    return {**old(running.old), **new, "tracked": at(running.tracked), "skipped": at(running.skipped)}
+    return (*running.old, *running.new, at(running.tracked), at(running.skipped))
 
 
 def weight(running: Running) -> prepare.Numbers:
@@ -79,17 +83,18 @@ def reduced(
     what: tuple[str, ...],
     extents: Extents,
     start: int,
-    **arguments: tuple[Any, ...] | None,
+    names: tuple[str, ...],
+    arguments: tuple[Any, ...],
 ) -> Nodes:
     """Node rows, merged to maximal aligned blocks."""
     C = extents.C
     if 0 in extents:
         return Nodes((), np.zeros((0, 2 * C + 1)))
-    cut = plan.reduction(extents, prepare.kind(extents, **arguments), start)
+    cut = plan.reduction(extents, prepare.kind(extents, names, arguments), start)
     rows = len(cut.table)
     parts: tuple[Any, ...] = np.empty(rows, np.int64), np.empty((rows, C)), np.empty((rows, C))
-    into = dict(zip(("node_count", "node_first", "node_second"), map(at, parts), strict=True))
-    launch(prepare.reduction, before, what, extents, start, **arguments, **into)
+    names += ("node_count", "node_first", "node_second")
+    launch(prepare.reduction, (before, what, extents, start), names, (*arguments, *map(at, parts)))
     return _nodes.joined(cut.blocks, *(part[list(cut.kept)] if len(cut.kept) < rows else part for part in parts))
 
 
@@ -117,11 +122,11 @@ class CpuBackend:
 
     def keep(self, parameter: Vector, C: int) -> tuple[Doubles, Vector]:
         values, vector = self.new_vector(C)
-        launch(prepare.per_channel, "keep", (), C, (), gamma=parameter, kept_gamma=(vector.pointer,))
+        launch(prepare.per_channel, ("keep", (), C, ()), ("gamma", "kept_gamma"), (parameter, (vector.pointer,)))
         return values, vector
 
     def moments(self, extents: Extents, arrays: Arrays, start: int) -> Nodes:
-        return reduced((), ("moments",), extents, start, x=arrays.x, mask=arrays.mask)
+        return reduced((), ("moments",), extents, start, ("x", "mask"), (arrays.x, arrays.mask))
 
     def root(self, nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]:
         return self._root("moments", nodes)
@@ -135,22 +140,23 @@ class CpuBackend:
         count, (first, second) = np.zeros((), np.int64), np.zeros((2, C))
         if nodes.blocks:
             counts = nodes.count.copy()
-            into = {"count": at(count), "first": at(first), "second": at(second)}
-            given = {"node_count": at(counts), "node_first": at(nodes.first), "node_second": at(nodes.second)}
-            launch(prepare.root, what, C, nodes.blocks, nodes.table.strides[0], **given, **into)
+            options = what, C, nodes.blocks, nodes.table.strides[0]
+            arrays = counts, nodes.first, nodes.second, count, first, second
+            launch(
+                prepare.root, options, ("node_count", "node_first", "node_second", "count", *SUMS), [*map(at, arrays)]
+            )
         return count, first, second
 
     def statistics(self, count: NDArray[np.int64], mean: Doubles, m2: Doubles, eps: float) -> Statistics:
         found = new_statistics(len(mean))
         found.count[...] = count
-        arguments = {"first": at(mean), "second": at(m2), **addresses(found)}
-        launch(prepare.per_channel, "statistics", (), len(mean), (("eps", eps),), **arguments)
+        options, names = ("statistics", (), len(mean), (("eps", eps),)), (*SUMS, *Statistics._fields)
+        launch(prepare.per_channel, options, names, (at(mean), at(m2), *map(at, found)))
         return found
 
     def frozen_statistics(self, running: tuple[Vector, Vector], C: int, eps: float) -> Statistics:
         found = new_statistics(C)
-        arguments: Any = {**old(running), **addresses(found)}
-        launch(prepare.per_channel, "frozen", (), C, (("eps", eps),), **arguments)
+        launch(prepare.per_channel, ("frozen", (), C, (("eps", eps),)), FROZEN, (*running, *map(at, found)))
         return found
 
     def normalize(
@@ -163,12 +169,12 @@ class CpuBackend:
         relu: bool,
         keep_bits: bool,
     ) -> Bits | None:
-        given: Any = {**arrays._asdict(), **affine._asdict(), **addresses(statistics)}
-        bits = new_bits(extents, prepare.kind(extents, **arrays._asdict())) if keep_bits else None
+        bits = new_bits(extents, prepare.kind(extents, Arrays._fields, arrays)) if keep_bits else None
         if 0 in extents:
             return bits
         what = ("normalize", arrays.g is not None, relu, keep_bits)
-        launch(prepare.elementwise, ("tabulate",), what, extents, (), **given, bits=rows_in(bits))
+        given = pass_over(arrays, affine, statistics, bits)
+        launch(prepare.elementwise, (("tabulate",), what, extents, ()), PASS, given)
         return bits
 
     def forward(
@@ -183,9 +189,8 @@ class CpuBackend:
     ) -> None:
         if 0 in extents:
             return
-        given: Any = {**arrays._asdict(), **affine._asdict(), **old(running)}
-        what = ("normalize", arrays.g is not None, relu, False)
-        launch(prepare.elementwise, ("tabulate_frozen",), what, extents, (("eps", eps),), **given)
+        options = ("tabulate_frozen",), ("normalize", arrays.g is not None, relu, False), extents, (("eps", eps),)
+        launch(prepare.elementwise, options, INFERENCE, (*arrays, *affine, *running))
 
     def train(
         self,
@@ -200,23 +205,23 @@ class CpuBackend:
         running: Running | None = None,
     ) -> tuple[Statistics, Bits | None]:
         found = new_statistics(extents.C)
-        given: Any = {**arrays._asdict(), **affine._asdict(), **addresses(found)}
-        bits = new_bits(extents, prepare.kind(extents, **arrays._asdict())) if keep_bits else None
-        given["bits"] = rows_in(bits)
-        options = arrays.g is not None, relu, keep_bits
+        bits = new_bits(extents, prepare.kind(extents, Arrays._fields, arrays)) if keep_bits else None
+        names: tuple[str, ...] = PASS
+        given = pass_over(arrays, affine, found, bits)
         numbers: prepare.Numbers = (("eps", eps),)
-        if kept:
-            given |= {f"kept_{name}": (copy.pointer,) for name, copy in kept._asdict().items() if copy}
+        if kept and any(kept):
+            names += ("kept_gamma", "kept_beta")
+            given += tuple(copy and (copy.pointer,) for copy in kept)
         if running:
-            given |= moving(running)
+            names += UPDATE
+            given += moving(running)
             numbers += weight(running)
-        launch(prepare.train, options, extents, numbers, **given)
+        launch(prepare.train, ((arrays.g is not None, relu, keep_bits), extents, numbers), names, given)
         return found, bits
 
     def update(self, statistics: Statistics, running: Running) -> None:
-        arguments: Any = {**moving(running), **addresses(statistics)}
-        option = ("", CODES[running.old[0].dtype])
-        launch(prepare.per_channel, "update", option, len(running.tracked), weight(running), **arguments)
+        options = "update", ("", CODES[running.old[0].dtype]), len(running.tracked), weight(running)
+        launch(prepare.per_channel, options, (*UPDATE, *Statistics._fields), (*moving(running), *map(at, statistics)))
 
     def backward_sums(
         self,
@@ -228,9 +233,8 @@ class CpuBackend:
         gate: Gate,
         start: int,
     ) -> Nodes:
-        read: Any = {"x": arrays.x, "g": arrays.g, "mask": arrays.mask, "bits": rows_in(gate.bits)}
-        given: Any = {**read, **affine._asdict(), **addresses(statistics)}
-        return reduced(("tabulate",), ("sums", gate.kind), extents, start, **given)
+        given = pass_over(arrays._replace(y=None, r=None), affine, statistics, gate.bits)
+        return reduced(("tabulate",), ("sums", gate.kind), extents, start, PASS, given)
 
     def backward_apply(
         self,
@@ -244,13 +248,15 @@ class CpuBackend:
     ) -> None:
         if 0 in extents:
             return
-        given: Any = {**arrays._asdict(), **affine._asdict(), "bits": rows_in(gate.bits), **addresses(statistics)}
+        names: tuple[str, ...] = PASS
+        given = pass_over(arrays, affine, statistics, gate.bits)
         before: tuple[str, ...] = ("tabulate",)
         if sums is not None:
-            before = ("tabulate", "tabulate_gradient")
-            given |= {"first": at(sums[0]), "second": at(sums[1])}
+            before += ("tabulate_gradient",)
+            names += SUMS
+            given += (*map(at, sums),)
         what = ("input_gradient", gate.kind, sums is None, arrays.r is not None)
-        launch(prepare.elementwise, before, what, extents, (), **given)
+        launch(prepare.elementwise, (before, what, extents, ()), names, given)
 
     def backward(
         self,
@@ -269,14 +275,14 @@ class CpuBackend:
                 self.parameter_gradients(statistics, (first, second), *parameters)
             return first, second
         first, second = rows_of(2, extents.C)
-        given: Any = {**arrays._asdict(), **affine._asdict(), "bits": rows_in(gate.bits), **addresses(statistics)}
-        given |= {"first": at(first), "second": at(second)}
+        names: tuple[str, ...] = (*PASS, *SUMS)
+        given = (*pass_over(arrays, affine, statistics, gate.bits), at(first), at(second))
         if parameters:
-            given |= zip(("dgamma", "dbeta"), parameters, strict=True)
-        launch(prepare.backward, (gate.kind, frozen, arrays.r is not None), extents, **given)
+            names += ("dgamma", "dbeta")
+            given += parameters
+        launch(prepare.backward, ((gate.kind, frozen, arrays.r is not None), extents), names, given)
         return first, second
 
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:
-        vectors = {"dgamma": dgamma, "dbeta": dbeta}
-        arguments = {**vectors, "first": at(sums[0]), "second": at(sums[1]), **addresses(statistics)}
-        launch(prepare.per_channel, "parameter_gradients", (), len(sums[0]), (), **arguments)
+        options, names = ("parameter_gradients", (), len(sums[0]), ()), ("dgamma", "dbeta", *SUMS, *Statistics._fields)
+        launch(prepare.per_channel, options, names, (dgamma, dbeta, *map(at, sums), *map(at, statistics)))

@@ -10,7 +10,7 @@ import functools
 import math
 import struct
 from array import array
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,10 +75,12 @@ class Launch(NamedTuple):
             pool.run(kernel, address, count)
 
 
-def launch(prepare: Callable[..., Launch], *options: Any, **arguments: Argument | None) -> None:
-    """Run what `prepare` makes of options and layouts."""
-    layouts = [argument and argument[1:] for argument in arguments.values()]
-    prepare(*options, threads.get_num_threads(), tuple(arguments), *layouts).run(arguments.values())
+def launch(
+    prepare: Callable[..., Launch], options: tuple[Any, ...], names: tuple[str, ...], arguments: Sequence[Any]
+) -> None:
+    """Run what `prepare` makes of options and of the layouts of named arguments, some of which may be None."""
+    layouts = [argument and argument[1:] for argument in arguments]
+    prepare(*options, threads.get_num_threads(), names, *layouts).run(arguments)
 
 
 @functools.cache
@@ -119,9 +121,9 @@ _short_table = functools.lru_cache(64)(_table_of_positions)
 _long_table = functools.lru_cache(len(OPERANDS))(_table_of_positions)
 
 
-def kind(extents: Extents, **arguments: Argument | None) -> str:
+def kind(extents: Extents, names: tuple[str, ...], arguments: Sequence[Any]) -> str:
     """Which kernels can read and write these arguments."""
-    return kind_of(extents, tuple(arguments), *[argument and argument[1:] for argument in arguments.values()])
+    return kind_of(extents, names, *[argument and argument[1:] for argument in arguments])
 
 
 def _operands(layouts: dict[str, Any]) -> list[Operand]:
