@@ -317,7 +317,7 @@ class _Training:
         self.eps, self.momentum = state.eps, state.momentum  # which may have changed before `finish`
         self.updates = update and state.tracked is not None
         if self.updates:
-            state.check_updatable("forward_train", given.held)
+            state._check_updatable("forward_train", given.held)
         self.output = _destination("forward_train", out, given)
         self.overwrites = _overwrites(out, self.output, given.source)
         self.kind = _gate_kind(relu, given)
@@ -346,7 +346,7 @@ class _Training:
 
     def moving(self, held: Held | None = None) -> AbstractContextManager[Running | None]:
         """The running statistics (those held a moment ago), if they are to move."""
-        return self.state.moving("forward_train", held) if self.updates else nullcontext()
+        return self.state._moving("forward_train", held) if self.updates else nullcontext()
 
     def trained(
         self, statistics: Statistics, bits: Any, parameters: Parameters, place: Place | None = None
@@ -536,7 +536,7 @@ def _given(function: str, x: Any, state: BatchNormState, mask: Any, residual: An
     """x, the state's arrays, mask and residual."""
     checked_state(state, function)
     source = _arguments.source(function, x, state.channel_axis, state.num_features)
-    return _beside(function, source, state.read(function, source.array), mask, residual)
+    return _beside(function, source, state._read(function, source.array), mask, residual)
 
 
 def _beside(function: str, source: Source, held: Held, mask: Any, residual: Any) -> Given:

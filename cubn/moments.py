@@ -249,10 +249,10 @@ def update(state: BatchNormState, moments: Moments) -> None:
     if moments.num_features != state.num_features:
         rule = f"have {state.num_features} channels, as the state has"
         raise ValueError(message("update", "moments", rule, moments.num_features))
-    state.check_updatable("update")
-    place = state.place("update")
+    state._check_updatable("update")
+    place = state._place("update")
     statistics = statistics_of(moments, state.eps, place)
-    with state.moving("update") as running:
+    with state._moving("update") as running:
         place.update(statistics, running)
 
 

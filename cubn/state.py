@@ -285,7 +285,7 @@ class BatchNormState:
     def channel_axis(self, channel_axis: int) -> None:
         self._channel_axis = whole(channel_axis, _NAME, "channel_axis")
 
-    def read(self, function: str, x: Array) -> Held:
+    def _read(self, function: str, x: Array) -> Held:
         """The arrays, for an operation on x; they stay alive with the result.
 
         A framework may have moved or converted them since they were assigned.
@@ -296,7 +296,7 @@ class BatchNormState:
             raise ValueError(refusal(function, "x", rule, x, "Move one of them to the other's device."))
         return held
 
-    def check_updatable(self, function: str, held: Held | None = None) -> None:
+    def _check_updatable(self, function: str, held: Held | None = None) -> None:
         """Raise unless the running statistics (those held) can be written, or replaced."""
         if self.tracked is None:
             remedy = "Make the state with track=True."
@@ -309,16 +309,16 @@ class BatchNormState:
             if not array.library.immutable:
                 _arrays.check_writable(array, function, name)
 
-    def place(self, function: str) -> Backend:
+    def _place(self, function: str) -> Backend:
         """Where the running statistics are updated when there is no x to say so."""
         mean = self._current(function).arrays["running_mean"]
         return backend(mean.device, mean.library.name)
 
     @contextmanager
-    def moving(self, function: str, held: Held | None = None) -> Iterator[Running]:
+    def _moving(self, function: str, held: Held | None = None) -> Iterator[Running]:
         """The running statistics (those held, if they still are), for a backend to move while nobody else does.
 
-        `check_updatable` has passed. What was written becomes the state's unless an error is raised.
+        `_check_updatable` has passed. What was written becomes the state's unless an error is raised.
         """
         with self._lock:
             if held is None or held is not self._held:
