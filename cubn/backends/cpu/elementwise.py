@@ -167,8 +167,8 @@ def elements(size: int, count: int) -> tuple[int, ...]:
 
 
 def row_pass(element: Element, what: Pass, per_lane: bool, in_slab: bool = False) -> Any:
-    """A numba function: one row of `length` elements, coefficients at `context` (a channel's, or with per_lane one a
-    lane).
+    """A numba function: one row of `length` elements, by the entries of a coefficient table (a channel's, or with
+    per_lane one a lane).
 
     In a slab x and dy are in cache, and the output's next row is too far away for the processor to see it coming: it is
     asked for, `ahead` bytes from this one.
