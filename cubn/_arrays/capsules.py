@@ -9,10 +9,11 @@ import numpy as np
 
 from cubn import _layout
 from cubn._arrays import dlpack
-from cubn._arrays.library import HOST, ITEMSIZE, Array, Library, Shape, Strides
+from cubn._arrays.library import HOST, ITEMSIZE, Array, Library
 from cubn._arrays.memory import in_bytes, storage, view
 from cubn._arrays.numpy import address_of
 from cubn._arrays.refusals import facts, refuse_device, refuse_dtype, refuse_misaligned
+from cubn._layout import Shape, Strides
 from cubn.backends import CPU, CUDA
 from cubn.errors import message
 

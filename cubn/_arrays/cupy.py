@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from cubn._arrays.library import Array, Output, Shape, Strides
+from cubn._arrays.library import Array, Output
 from cubn._arrays.memory import in_bytes
 from cubn._arrays.numpy import layout_of
 from cubn._arrays.refusals import refuse_device, refuse_dtype, refuse_misaligned
+from cubn._layout import Shape, Strides
 from cubn.backends import CUDA
 
 

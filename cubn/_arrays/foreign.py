@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from cubn._arrays.capsules import host_copy, new_output, read
-from cubn._arrays.library import Array, Output, Shape, Strides
+from cubn._arrays.library import Array, Output
 from cubn._arrays.numpy import NUMPY
+from cubn._layout import Shape, Strides
 from cubn.errors import message
 
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from cubn._arrays import dlpack
 from cubn._arrays.capsules import new_output, read
-from cubn._arrays.library import Array, Output, Shape, Strides
+from cubn._arrays.library import Array, Output
 from cubn._arrays.numpy import dtype_name
 from cubn._arrays.refusals import refuse, refuse_dtype
+from cubn._layout import Shape, Strides
 
 
 class Jax:

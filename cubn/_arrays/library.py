@@ -8,10 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from cubn._arrays import dlpack
+from cubn._layout import Shape, Strides
 from cubn.backends import CPU
-
-Shape = tuple[int, ...]
-Strides = tuple[int, ...]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 BOOL = ("bool",)

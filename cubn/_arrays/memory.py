@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 
 from cubn import _layout
-from cubn._arrays.library import ITEMSIZE, Array, Strides
+from cubn._arrays.library import ITEMSIZE, Array
+from cubn._layout import Strides
 
 
 def overlap(a: Array, b: Array) -> Literal["none", "same", "partial"]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cubn._arrays.library import HOST, ITEMSIZE, Array, Output, Shape, Strides
+from cubn._arrays.library import HOST, ITEMSIZE, Array, Output
 from cubn._arrays.memory import in_bytes
 from cubn._arrays.refusals import refuse, refuse_dtype, refuse_misaligned
+from cubn._layout import Shape, Strides
 
 _read_address = ctypes.c_size_t.from_address
 _DATA = object.__basicsize__

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from cubn._arrays import dlpack
-from cubn._arrays.library import HOST, ITEMSIZE, Array, Output, Shape, Strides
+from cubn._arrays.library import HOST, ITEMSIZE, Array, Output
 from cubn._arrays.refusals import refuse, refuse_device, refuse_dtype, refuse_misaligned, refuse_stand_in
+from cubn._layout import Shape, Strides
 from cubn.backends import CUDA
 
 _HUGE = 4 << 20  # bytes from which huge pages pay; NumPy asks for them itself, from the same size
