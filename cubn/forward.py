@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -337,7 +336,7 @@ class _Training:
     def run(self) -> tuple[Any, Saved]:
         """The whole step at once."""
         source, held = self.given.source, self.given.held
-        kept = _kept_parameters(self.given, lambda _, C: self.backend.new_vector(C))
+        kept = _new_parameters(self.given)
         with self.moving(held) as running:
             statistics, bits = self.backend.train(
                 source.extents, self.arrays, self.eps, held.affine, **self.then, kept=kept.affine, running=running
@@ -364,7 +363,7 @@ class _Begun(_Training):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.parameters = _kept_parameters(self.given, self.backend.keep)
+        self.parameters = _kept_parameters(self.given)
 
     @cached_property
     def terms(self) -> Terms:
@@ -448,7 +447,7 @@ def forward_frozen(
     source = given.source
     running = _running(given.held, "forward_frozen")
     output = _destination("forward_frozen", out, given)
-    parameters = _kept_parameters(given, source.backend.keep)
+    parameters = _kept_parameters(given)
     kind = _gate_kind(relu, given)
     statistics = source.backend.frozen_statistics(running, source.extents.C, state.eps)
     then = {"relu": bool(relu), "keep_bits": kind == "bits"}
@@ -593,14 +592,23 @@ def _gate_kind(relu: bool, given: Given) -> str:
     return "recompute" if given.residual is None else "bits"
 
 
-def _kept_parameters(given: Given, keep: Callable[[Vector, int], tuple[BackendArray, Vector]]) -> Parameters:
-    """gamma and beta, each in the vector that `keep` makes of it."""
-    held, C = given.held, given.source.extents.C
+def _new_parameters(given: Given) -> Parameters:
+    """Room for gamma and beta as they are now, still to be written."""
+    source, held, _, _ = given
 
-    def kept(name: str, parameter: Vector | None) -> Kept | None:
+    def new(name: str, parameter: Vector | None) -> Kept | None:
         if parameter is None:
             return None
-        values, vector = keep(parameter, C)
+        values, vector = source.backend.new_vector(source.extents.C)
         return Kept(vector, values, held.arrays[name])
 
-    return Parameters(kept("gamma", held.affine.gamma), kept("beta", held.affine.beta))
+    return Parameters(new("gamma", held.affine.gamma), new("beta", held.affine.beta))
+
+
+def _kept_parameters(given: Given) -> Parameters:
+    """gamma and beta as they are now."""
+    source, held, _, _ = given
+    parameters = _new_parameters(given)
+    if any(parameters):
+        source.backend.keep(held.affine, parameters.affine, source.extents.C)
+    return parameters

@@ -154,8 +154,8 @@ class Backend(Protocol):
     def new_vector(self, C: int) -> tuple[BackendArray, Vector]:
         """A float64 per-channel array that is still to be written, and the same as a kernel sees it."""
 
-    def keep(self, parameter: Vector, C: int) -> tuple[BackendArray, Vector]:
-        """A per-channel array as it is now, widened to float64, and the same as a kernel sees it."""
+    def keep(self, affine: Affine, kept: Affine, C: int) -> None:
+        """Copy gamma and beta, where there are any, into vectors of `new_vector`."""
 
     def moments(self, extents: Extents, arrays: Arrays, start: int) -> Nodes:
         """Nodes (count, mean, m2) of samples [start, start + N) of x where the mask is True; of count 0, or none, with

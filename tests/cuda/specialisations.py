@@ -118,7 +118,7 @@ def run_everything(backend: CudaBackend, extents: Extents, layout: Layout, dtype
     mask = Layout("nchw").operand(extents, "bool")._replace(channel_stride=0)
     vector = Vector(ADDRESS, "float32", 1)
     parameters = Affine(vector, vector)
-    backend.keep(vector, extents.C)
+    backend.keep(parameters, parameters, extents.C)
     frozen = backend.frozen_statistics(parameters, extents.C, 1e-5)
     zeros = backend.device.zeros((extents.C,), "float64")
     backend.update(frozen, Running(parameters, parameters, zeros, zeros, 0.1))

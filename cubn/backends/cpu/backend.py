@@ -23,6 +23,7 @@ FROZEN = ("old_mean", "old_var", *Statistics._fields)
 INFERENCE = (*Arrays._fields, *Affine._fields, "old_mean", "old_var")
 PASS = (*Arrays._fields, *Affine._fields, *Statistics._fields, "bits")
 SUMS = ("first", "second")
+KEPT = ("kept_gamma", "kept_beta")
 UPDATE = ("old_mean", "old_var", "new_mean", "new_var", "tracked", "skipped")
 """Names of arguments, in the order in which they are given."""
 
@@ -55,6 +56,11 @@ def new_statistics(C: int) -> Statistics:
 def pass_over(arrays: Arrays, affine: Affine, s: Statistics, bits: Bits | None) -> tuple[Any, ...]:
     """The arguments of a pass over all elements."""
     return (*arrays, *affine, *map(at, s), rows_in(bits))
+
+
+def places(kept: Affine) -> tuple[Address | None, ...]:
+    """Where copies of gamma and beta go."""
+    return tuple(copy and (copy.pointer,) for copy in kept)
 
 
 def moving(running: Running) -> tuple[Any, ...]:
@@ -120,10 +126,8 @@ class CpuBackend:
         values = np.empty(C)
         return values, Vector(address_of(values), "float64", 1)
 
-    def keep(self, parameter: Vector, C: int) -> tuple[Doubles, Vector]:
-        values, vector = self.new_vector(C)
-        launch(prepare.per_channel, ("keep", (), C, ()), ("gamma", "kept_gamma"), (parameter, (vector.pointer,)))
-        return values, vector
+    def keep(self, affine: Affine, kept: Affine, C: int) -> None:
+        launch(prepare.per_channel, ("keep", (), C, ()), (*Affine._fields, *KEPT), (*affine, *places(kept)))
 
     def moments(self, extents: Extents, arrays: Arrays, start: int) -> Nodes:
         return reduced((), ("moments",), extents, start, ("x", "mask"), (arrays.x, arrays.mask))
@@ -210,8 +214,8 @@ class CpuBackend:
         given = pass_over(arrays, affine, found, bits)
         numbers: prepare.Numbers = (("eps", eps),)
         if kept and any(kept):
-            names += ("kept_gamma", "kept_beta")
-            given += tuple(copy and (copy.pointer,) for copy in kept)
+            names += KEPT
+            given += places(kept)
         if running:
             names += UPDATE
             given += moving(running)

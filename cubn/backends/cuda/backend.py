@@ -63,10 +63,8 @@ class CudaBackend:
         values = self.device.empty((C,), "float64")
         return values, Vector(self._at(values), "float64", 1)
 
-    def keep(self, parameter: Vector, C: int) -> tuple[BackendArray, Vector]:
-        values, vector = self.new_vector(C)
-        self._channelwise("keep", C, {**of_vector("gamma", parameter), "kept_gamma": vector.pointer})
-        return values, vector
+    def keep(self, affine: Affine, kept: Affine, C: int) -> None:
+        self._channelwise("keep", C, {**_of_affine(affine), **_of_kept(kept)})
 
     # --- statistics ---------------------------------------------------------------------------------------------------
 
@@ -115,7 +113,7 @@ class CudaBackend:
         fields = {
             **self._statistics_fields(found),
             **_of_affine(affine),
-            **{f"kept_{name}": copy.pointer for name, copy in (kept._asdict() if kept else {}).items() if copy},
+            **(_of_kept(kept) if kept else {}),
             "eps": eps,
         }
         options = _normalize_options(arrays, relu, keep_bits)
@@ -405,6 +403,10 @@ def _from_sample(n: int, arrays: Arrays) -> Arrays:
 
 def _of_affine(affine: Affine) -> Addresses:
     return {**of_vector("gamma", affine.gamma), **of_vector("beta", affine.beta)}
+
+
+def _of_kept(kept: Affine) -> Addresses:
+    return {f"kept_{name}": copy.pointer for name, copy in kept._asdict().items() if copy}
 
 
 def _of_gradients(dgamma: Vector, dbeta: Vector) -> Addresses:
