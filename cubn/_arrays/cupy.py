@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cubn._arrays.library import Array, Output
+from cubn._arrays.library import Array, Library, Output
 from cubn._arrays.memory import in_bytes
 from cubn._arrays.numpy import layout_of
 from cubn._arrays.refusals import refuse_device, refuse_dtype, refuse_misaligned
@@ -15,11 +15,10 @@ from cubn._layout import Shape, Strides
 from cubn.backends import CUDA
 
 
-class Cupy:
+class Cupy(Library):
     """CuPy, through its arrays' own attributes."""
 
     name = "cupy"
-    immutable = False
     fixed = True
 
     def __init__(self, cupy: Any) -> None:
@@ -56,9 +55,3 @@ class Cupy:
 
     def unchanged(self, array: Array) -> bool:
         return True
-
-    def version(self, array: Array) -> int | None:
-        return None
-
-    def mark_written(self, array: Array) -> None:
-        pass

@@ -8,17 +8,14 @@ from typing import Any
 import numpy as np
 
 from cubn._arrays.capsules import host_copy, new_output, read
-from cubn._arrays.library import Array, Output
+from cubn._arrays.library import Array, Library, Output
 from cubn._arrays.numpy import NUMPY
 from cubn._layout import Shape, Strides
 from cubn.errors import message
 
 
-class Foreign:
+class Foreign(Library):
     """A library cubn has never heard of, by `__dlpack__` and `from_dlpack`."""
-
-    immutable = False
-    fixed = False
 
     def __init__(self, name: str, from_dlpack: Callable[[Any], Any] | None) -> None:
         self.name = name
@@ -44,12 +41,3 @@ class Foreign:
         if array.dtype == "bfloat16":
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values
-
-    def unchanged(self, array: Array) -> bool:
-        return False
-
-    def version(self, array: Array) -> int | None:
-        return None
-
-    def mark_written(self, array: Array) -> None:
-        pass

@@ -8,18 +8,17 @@ import numpy as np
 
 from cubn._arrays import dlpack
 from cubn._arrays.capsules import new_output, read
-from cubn._arrays.library import Array, Output
+from cubn._arrays.library import Array, Library, Output
 from cubn._arrays.numpy import dtype_name
 from cubn._arrays.refusals import refuse, refuse_dtype
 from cubn._layout import Shape, Strides
 
 
-class Jax:
+class Jax(Library):
     """JAX, through its arrays' capsules. An array is never written: others may hold its memory."""
 
     name = "jax"
     immutable = True
-    fixed = False
 
     def __init__(self, jax: Any) -> None:
         self._jax = jax
@@ -59,12 +58,6 @@ class Jax:
 
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         return np.array(array.owner, "float32" if array.dtype == "bfloat16" else None)
-
-    def unchanged(self, array: Array) -> bool:
-        return False
-
-    def version(self, array: Array) -> int | None:
-        return None
 
     def mark_written(self, array: Array) -> None:
         raise TypeError("a JAX array is never written")

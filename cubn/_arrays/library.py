@@ -39,11 +39,11 @@ class Output(NamedTuple):
 
 
 class Library(Protocol):
-    """What cubn asks of an array library. `like` is always one of the library's own arrays."""
+    """What cubn asks of an array library, and what most answer. `like` is always one of the library's own arrays."""
 
     name: str
-    immutable: bool
-    fixed: bool  # an array is the same memory, shape and type for life
+    immutable: bool = False
+    fixed: bool = False  # an array is the same memory, shape and type for life
 
     def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         """See `describe`."""
@@ -59,9 +59,12 @@ class Library(Protocol):
 
     def unchanged(self, array: Array) -> bool:
         """Whether the owner is as it was described: a yes is quick, a no may mean that one has to describe it again."""
+        return False
 
     def version(self, array: Array) -> int | None:
         """A number that grows when the array is written in place, where the library counts that."""
+        return None
 
     def mark_written(self, array: Array) -> None:
         """Tell the library that the array was written behind its back."""
+        return

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cubn._arrays.library import HOST, ITEMSIZE, Array, Output
+from cubn._arrays.library import HOST, ITEMSIZE, Array, Library, Output
 from cubn._arrays.memory import in_bytes
 from cubn._arrays.refusals import refuse, refuse_dtype, refuse_misaligned
 from cubn._layout import Shape, Strides
@@ -17,11 +17,10 @@ _read_address = ctypes.c_size_t.from_address
 _DATA = object.__basicsize__
 
 
-class NumPy:
+class NumPy(Library):
     """NumPy, through its arrays' own attributes."""
 
     name = "numpy"
-    immutable = False
     fixed = True
 
     def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
@@ -53,12 +52,6 @@ class NumPy:
 
     def unchanged(self, array: Array) -> bool:
         return bool(array.owner.flags.writeable) is array.writable
-
-    def version(self, array: Array) -> int | None:
-        return None
-
-    def mark_written(self, array: Array) -> None:
-        pass
 
 
 def address_of(x: np.ndarray[Any, Any]) -> int:

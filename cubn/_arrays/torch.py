@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cubn._arrays import dlpack
-from cubn._arrays.library import HOST, ITEMSIZE, Array, Output
+from cubn._arrays.library import HOST, ITEMSIZE, Array, Library, Output
 from cubn._arrays.refusals import refuse, refuse_device, refuse_dtype, refuse_misaligned, refuse_stand_in
 from cubn._layout import Shape, Strides
 from cubn.backends import CUDA
@@ -18,12 +18,10 @@ from cubn.backends import CUDA
 _HUGE = 4 << 20  # bytes from which huge pages pay; NumPy asks for them itself, from the same size
 
 
-class Torch:
+class Torch(Library):
     """PyTorch, through its tensors' own methods."""
 
     name = "torch"
-    immutable = False
-    fixed = False
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 CPU, CUDA = 1, 2  # DLPack device types
 
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "bool": 1}  # bytes of an element
+
 BackendArray = Any
 """An array of the backend's own library, dense and C-contiguous."""
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cubn.backends import Affine, Arrays, Extents, Gate, Operand, Running, Vector
+from cubn.backends import ITEMSIZE, Affine, Arrays, Extents, Gate, Operand, Running, Vector
 from cubn.backends.cuda.backend import CudaBackend
-from cubn.backends.cuda.plan import ITEMSIZE, Launch, Limits
+from cubn.backends.cuda.plan import Launch, Limits
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 

@@ -8,8 +8,9 @@ import math
 
 import pytest
 
+from cubn.backends import ITEMSIZE
 from cubn.backends.cuda.backend import CudaBackend
-from cubn.backends.cuda.plan import ITEMSIZE, VECTOR_BYTES
+from cubn.backends.cuda.plan import VECTOR_BYTES
 from tests.conftest import CUDA_ON_CPU
 from tests.cuda import calls
 from tests.cuda_on_cpu.build import unavailable

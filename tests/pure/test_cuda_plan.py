@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cubn._tree import COLUMNS, TILE
-from cubn.backends import Affine, Arrays, Extents, Gate, Operand
+from cubn.backends import ITEMSIZE, Affine, Arrays, Extents, Gate, Operand
 from cubn.backends.cuda import parameters, plan
 from cubn.backends.cuda.backend import CudaBackend
-from cubn.backends.cuda.plan import ITEMSIZE, OCTET, THREADS
+from cubn.backends.cuda.plan import OCTET, THREADS
 from cubn.backends.cuda.plan.launch import power_above
 from cubn.backends.cuda.plan.passes import _divisor
 from cubn.backends.cuda.source import folder

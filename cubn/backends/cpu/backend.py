@@ -11,21 +11,22 @@ from cubn import _nodes
 from cubn._arrays.numpy import address_of
 from cubn.backends import Affine, Arrays, Extents, Gate, Nodes, Running, Statistics, Vector
 from cubn.backends.cpu import plan, prepare
+from cubn.backends.cpu.launch import CODES
 from cubn.backends.cpu.plan import LANES
-from cubn.backends.cpu.prepare import CODES, BitRows, launch
+from cubn.backends.cpu.prepare import BitRows, launch
 
 Doubles = NDArray[np.float64]
 Sums = tuple[Doubles, Doubles]
 Address = tuple[int]
 
-
-FROZEN = ("old_mean", "old_var", *Statistics._fields)
-INFERENCE = (*Arrays._fields, *Affine._fields, "old_mean", "old_var")
+# Names of arguments, in the order in which they are given.
+OLD = ("old_mean", "old_var")
+FROZEN = (*OLD, *Statistics._fields)
+INFERENCE = (*Arrays._fields, *Affine._fields, *OLD)
 PASS = (*Arrays._fields, *Affine._fields, *Statistics._fields, "bits")
 SUMS = ("first", "second")
 KEPT = ("kept_gamma", "kept_beta")
-UPDATE = ("old_mean", "old_var", "new_mean", "new_var", "tracked", "skipped")
-"""Names of arguments, in the order in which they are given."""
+UPDATE = (*OLD, "new_mean", "new_var", "tracked", "skipped")
 
 
 class Bits(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any
 from llvmlite import ir
 
 from cubn.backends.cpu.arithmetic import Coefficients
+from cubn.backends.cpu.launch import CODES
 from cubn.backends.cpu.simd import (
     DOUBLE,
     FLOAT,
@@ -36,8 +37,6 @@ from cubn.backends.cpu.simd import (
     vector_of,
 )
 
-CODES = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
-"""How kernels are told a vector's dtype; 0 is an absent vector."""
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 OPERANDS = ("x", "y", "g", "r", "mask")  # y: y or dx; g: residual or dy; r: dresidual
 VECTORS = ("gamma", "beta", "old_mean", "old_var", "new_mean", "new_var", "dgamma", "dbeta")
+CODES = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}  # of a vector's dtype; 0 is an absent vector
 
 FIELDS = (
     "task",

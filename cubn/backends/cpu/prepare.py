@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 
 from cubn._arrays.numpy import address_of
 from cubn._tree import TILE, Block, root_order
-from cubn.backends import Extents, Operand, Vector, threads
+from cubn.backends import ITEMSIZE, Extents, Operand, Vector, threads
 from cubn.backends.cpu import plan, pool
 from cubn.backends.cpu.compile import Kernel, compiled
-from cubn.backends.cpu.launch import FIELDS, OPERANDS, PLACE, VECTORS
+from cubn.backends.cpu.launch import CODES, FIELDS, OPERANDS, PLACE, VECTORS
 
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "bool": 1}
-CODES = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}  # as in channels.py
 ALIGNMENT = 128  # bytes: a cache line, and its neighbour that is fetched along
 SHORT_TABLE = 1 << 16  # positions: half a megabyte
 

@@ -16,13 +16,14 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from cubn.backends import ITEMSIZE
+
 LANES = 16
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 STORED = {"float16": HALF, "bfloat16": I16, "float32": FLOAT, "float64": DOUBLE}
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Value:

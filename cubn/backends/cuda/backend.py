@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cubn._tree import aligned_blocks, stack_order
-from cubn.backends import Affine, Arrays, BackendArray, Extents, Gate, Nodes, Running, Statistics, Vector
+from cubn.backends import ITEMSIZE, Affine, Arrays, BackendArray, Extents, Gate, Nodes, Running, Statistics, Vector
 from cubn.backends.cuda import plan, prepare
 from cubn.backends.cuda.device import Device
 from cubn.backends.cuda.parameters import Fields as Addresses
 from cubn.backends.cuda.parameters import of_vector, pack
-from cubn.backends.cuda.plan import ITEMSIZE
 from cubn.backends.cuda.prepare import Ready
 
 Sums = tuple[BackendArray, BackendArray]

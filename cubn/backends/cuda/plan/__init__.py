@@ -4,14 +4,13 @@ No result depends on what is chosen here. A plan says which kernel of `kernels/`
 grid, and the parameters that follow from shapes alone; `backend.py` adds the addresses.
 """
 
-from cubn.backends.cuda.plan.launch import ITEMSIZE, OCTET, THREADS, VECTOR_BYTES, Launch, Limits, option
+from cubn.backends.cuda.plan.launch import OCTET, THREADS, VECTOR_BYTES, Launch, Limits, option
 from cubn.backends.cuda.plan.layouts import elementwise_kind, is_dense, kind_of, octets_are_vectors, position_step
 from cubn.backends.cuda.plan.passes import channelwise, elementwise
 from cubn.backends.cuda.plan.reductions import finish, merge_rows, reduction, root, vector_of
 from cubn.backends.cuda.plan.resident import slab, slab_channels
 
 __all__ = [
-    "ITEMSIZE",
     "OCTET",
     "THREADS",
     "VECTOR_BYTES",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from cubn.backends import Extents
 
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "bool": 1}
 ELEMENTS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
 
 THREADS = 256

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cubn.backends import Extents, Operand
-from cubn.backends.cuda.plan.launch import ITEMSIZE, OCTET, VECTOR_BYTES, Launch
+from cubn.backends import ITEMSIZE, Extents, Operand
+from cubn.backends.cuda.plan.launch import OCTET, VECTOR_BYTES, Launch
 
 
 def kind_of(extents: Extents, operands: Sequence[Operand]) -> str:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from cubn._tree import COLUMNS
-from cubn.backends import Extents, Operand
+from cubn.backends import ITEMSIZE, Extents, Operand
 from cubn.backends.cuda.plan.launch import (
     ELEMENTS,
-    ITEMSIZE,
     NODE_BYTES,
     OCTET,
     THREADS,

@@ -8,10 +8,9 @@ from itertools import product
 from typing import NamedTuple
 
 from cubn._tree import COLUMNS, TILE
-from cubn.backends import Extents, Operand
+from cubn.backends import ITEMSIZE, Extents, Operand
 from cubn.backends.cuda.plan.launch import (
     ELEMENTS,
-    ITEMSIZE,
     NODE_BYTES,
     OCTET,
     THREADS,
