@@ -61,10 +61,10 @@ from cubn.backends.cpu.simd import (
 )
 
 CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
-X_CHANNEL, Y_CHANNEL, G_CHANNEL, R_CHANNEL = (OFFSET[f"{k}_channel"] for k in "xygr")
+X_CHANNEL, G_CHANNEL = OFFSET["x_channel"], OFFSET["g_channel"]
 X_OFFSETS, Y_OFFSETS, G_OFFSETS, R_OFFSETS = (OFFSET[f"{k}_offsets"] for k in "xygr")
 MASK, MASK_SAMPLE, MASK_OFFSETS = OFFSET["mask"], OFFSET["mask_sample"], OFFSET["mask_offsets"]
-BITS, BITS_SAMPLE, BITS_CHANNEL, BITS_POSITION = (OFFSET[f"bits{k}"] for k in ("", "_sample", "_channel", "_position"))
+BITS_CHANNEL, BITS_POSITION = OFFSET["bits_channel"], OFFSET["bits_position"]
 COEFFICIENTS, COEFFICIENT_ROW = OFFSET["coefficients"], OFFSET["coefficient_row"]
 
 
