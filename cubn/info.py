@@ -44,7 +44,7 @@ def availability(device_type: int) -> tuple[bool, str]:
 
 def _cpu_settings() -> dict[str, str]:
     from cubn import get_num_threads
-    from cubn.backends.cpu.compile import cache_folder
+    from cubn.backends.cpu.cache import cache_folder
 
     folder = cache_folder()
     if folder is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cubn.backends.cpu import compile
+from cubn.backends.cpu import cache, compile
 
 
 def build():
@@ -63,11 +63,11 @@ def test_without_a_folder_every_kernel_is_compiled(place, monkeypatch):
 
 
 def test_an_edited_source_is_another_kernel(tmp_path, monkeypatch):
-    shutil.copytree(Path(compile.__file__).parent, tmp_path / "cpu")
-    monkeypatch.setattr(compile, "__file__", str(tmp_path / "cpu" / "compile.py"))
-    fingerprint = compile._fingerprint.__wrapped__
+    shutil.copytree(Path(cache.__file__).parent, tmp_path / "cpu")
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "cpu" / "cache.py"))
+    fingerprint = cache.fingerprint.__wrapped__
     before = fingerprint()
-    assert before == compile._fingerprint()
+    assert before == cache.fingerprint()
     with (tmp_path / "cpu" / "nodes.py").open("a") as file:
         file.write("# an edit\n")
     assert fingerprint() != before

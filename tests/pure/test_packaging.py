@@ -92,9 +92,9 @@ def test_a_numba_that_left_llvmlite_behind_is_missed(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    monkeypatch.delitem(sys.modules, "cubn.backends.cpu.compile", raising=False)
+    monkeypatch.delitem(sys.modules, "cubn.backends.cpu.cache", raising=False)
     with pytest.raises(ImportError, match=re.escape("pip install 'cubn[cpu]'")):
-        runpy.run_module("cubn.backends.cpu.compile")
+        runpy.run_module("cubn.backends.cpu.cache")
 
 
 def test_info_runs_with_numpy_alone_and_says_what_to_install():
