@@ -10,20 +10,15 @@ from cubn.backends.cpu.nodes import (
     AT_BUFFER,
     AT_COLUMNS,
     AT_COUNTS,
-    AT_NODE,
     AT_PIVOT,
-    AT_SAMPLES,
     BITS_POSITION,
-    BITS_SAMPLE,
     CHANNELS,
     COEFFICIENT_ROW,
     COEFFICIENTS,
     COLUMNS,
     G_POSITION,
-    G_SAMPLE,
     ROWS,
     X_POSITION,
-    X_SAMPLE,
     Source,
     ask_for,
     counter,
@@ -35,20 +30,16 @@ from cubn.backends.cpu.nodes import (
 )
 from cubn.backends.cpu.plan import NODE
 from cubn.backends.cpu.simd import (
-    DOUBLE,
     LANES,
-    Element,
     Value,
     Values,
     by_cases,
-    constant,
     first_lanes,
     get,
     instruction,
     moved,
     put,
     shifted,
-    widen,
 )
 
 
@@ -148,74 +139,3 @@ def of_channels(source: Source) -> Any:
         return length
 
     return tile
-
-
-def of_single_positions(source: Source) -> Any:
-    """samples(): one position a sample (2-D input), lanes are channels; every merge is in float64, 16 samples in
-    registers.
-    """
-    element, what = source.element, source.what
-    push, count_up, _ = counter(Element("float64"), what)
-
-    cannot_overflow = element.acc != DOUBLE
-
-    def node_at(at: Values, table: Values, mask: Value | None = None, trusted: bool = False) -> Node:
-        """The node of one value. Its mean is pivot + (x - pivot), NaN where x is not finite; `trusted` leaves that."""
-        if what is Moments:
-            x = element.load(at[0], mask)
-            wide = widen(x, DOUBLE)
-            return wide if trusted else wide + widen(x - x, DOUBLE), constant(wide, 0.0)
-        g, t = term_at(source, at, table, mask)
-        return widen(g, DOUBLE), widen(t, DOUBLE)
-
-    def doubted(node: Node) -> Node:
-        """NaNs where a value was not finite: m2 is not finite then, and is otherwise where float64 cannot overflow."""
-        mean, m2 = node
-        return mean + (m2 - m2), m2 + (m2 - m2)
-
-    @instruction()
-    def sixteen(to: Value, at: Values, steps: Values, table: Values) -> None:
-        def nodes() -> Iterator[Node]:
-            for i in range(LANES):
-                ask_for(source, shifted(at, steps, LANES + i))
-                yield node_at(shifted(at, steps, i), table, trusted=cannot_overflow)
-
-        node = pairwise(what, nodes(), 1.0)
-        if what is Moments and cannot_overflow:
-            node = doubted(node)
-        store_node(Element("float64"), node, to)
-
-    @instruction()
-    def one(to: Value, lanes: Value, at: Values, table: Values) -> None:
-        store_node(Element("float64"), node_at(at, table, first_lanes(lanes)), to)
-
-    acc = element.acc_size
-    vector, acc_vector = LANES * element.size, LANES * acc
-
-    @jit
-    def samples(p, work, at, first, last, c0, width):  # type: ignore[no-untyped-def]
-        """Push samples [first, last) of `width` vectors from channel c0 onto the counter of samples."""
-        channels = min(get(p + CHANNELS) - c0, width * LANES)
-        steps = get(p + X_SAMPLE), get(p + G_SAMPLE), get(p + BITS_SAMPLE)
-        table = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
-        stack, counts, node = work + get(p + AT_SAMPLES), work + get(p + AT_COUNTS) + 1024, work + get(p + AT_NODE)
-        n, stop = 0, last - first
-        while n < stop:
-            level = 4 if n + LANES <= stop else 0
-            for k in range(level):
-                put(counts + 8 * k, 1 << k)
-            place, entries = moved(at, steps, first + n), table
-            for lane in range(width):
-                lanes = channels - lane * LANES
-                if lanes >= LANES and level:
-                    sixteen(node, place, steps, entries)
-                    push(node, LANES, stack, counts, width, lane, 4, n >> 4)
-                else:
-                    for k in range(1 << level):
-                        one(node, min(lanes, LANES), moved(place, steps, k), entries)
-                        push(node, 1, stack, counts, width, lane, 0, n + k)
-                place, entries = moved(place, (vector, vector, 2), 1), moved(entries, (acc_vector, 0), 1)
-            count_up(1 << level, counts, level, n >> level)
-            n += 1 << level
-
-    return samples

@@ -22,7 +22,7 @@ def without_numba(error: ImportError) -> ImportError:
     """What to say where numba, or llvmlite below it, is not installed or does not suit the other packages."""
     return ImportError(
         f"cubn: the CPU backend needs numba, which cannot be imported ({error}). "
-        "Install it with: pip install 'cubn[cpu]'"
+        "Install what is missing with: pip install numba llvmlite"
     )
 
 

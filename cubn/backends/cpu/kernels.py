@@ -22,7 +22,7 @@ from cubn.backends.cpu.elementwise import (
     repeat_channels,
 )
 from cubn.backends.cpu.launch import OFFSET
-from cubn.backends.cpu.nodes import HALF_NODE, Source, jit
+from cubn.backends.cpu.nodes import AT_SPREAD, HALF_NODE, Source, jit
 from cubn.backends.cpu.plan import NODE
 from cubn.backends.cpu.reduce import channels_of_a_slot, gather
 from cubn.backends.cpu.simd import (
@@ -53,7 +53,7 @@ COEFFICIENTS, COEFFICIENT_ROW = OFFSET["coefficients"], OFFSET["coefficient_row"
 ROW_TABLE, CHUNK, CHUNKS, BLOCK = OFFSET["rows"], OFFSET["chunk"], OFFSET["chunks"], OFFSET["block"]
 NODE_FIRST, NODE_SECOND, NODE_COUNT = OFFSET["node_first"], OFFSET["node_second"], OFFSET["node_count"]
 SCRATCH, SCRATCH_SIZE = OFFSET["scratch"], OFFSET["scratch_size"]
-AT_COUNTS, AT_SPREAD = OFFSET["at_counts"], OFFSET["at_spread"]
+AT_COUNTS = OFFSET["at_counts"]
 COUNT, MEAN, M2, VAR, INVSTD = (OFFSET[name] for name in ("count", "mean", "m2", "var", "invstd"))
 FIRST, SECOND = OFFSET["first"], OFFSET["second"]
 GAMMA, BETA, DGAMMA, DBETA = (OFFSET[name] for name in ("gamma", "beta", "dgamma", "dbeta"))
@@ -82,7 +82,8 @@ def clear(slot: Value) -> None:
 def reduce_rows(source: Source, kind: str) -> Function:
     """One node a row and channel. Task: a row of the plan's table, a chunk of channels."""
     collect, in_slot = gather(source, kind), channels_of_a_slot(kind)
-    bits_by_position = kind in ("channels", "single")  # then a word is 16 channels, and strided.py finds its own
+    # then a word is 16 channels, and strided.py finds its own
+    bits_by_position = kind in ("channels", "single", "narrow")
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         work = get(p + SCRATCH) + worker * get(p + SCRATCH_SIZE)

@@ -60,6 +60,7 @@ AT_PIVOT, AT_COUNTS, AT_COLUMNS, AT_BUFFER = (
     OFFSET["at_buffer"],
 )
 AT_NODE, AT_TILES, AT_SAMPLES = OFFSET["at_node"], OFFSET["at_tiles"], OFFSET["at_samples"]
+AT_SPREAD = OFFSET["at_spread"]
 TABLES, TAIL = OFFSET["tables"], OFFSET["tail"]
 
 

@@ -22,6 +22,8 @@ SPREAD = 6 * SPREAD_ROW  # bytes of such a row's coefficient table
 TASKS = 32  # enough to keep a few threads evenly busy, few enough that a node a task is nothing
 WIDEST = 512  # channels side by side: long enough for memory to stream, short enough for the counters to stay in cache
 SAMPLES_A_ROW = 256
+VALUES_A_ROW = 1 << 16  # of narrow 2-D arrays
+RUNS = LANES * LANES  # samples that a narrow array is taken by
 SERIAL_BYTES = 1 << 18  # below this waking a thread costs more than it saves
 STREAM_BYTES = 32 << 20  # above this an output would only push other data out of the caches
 BLOCK_BYTES = 1 << 16
@@ -36,7 +38,7 @@ def kind_of(extents: Extents, operands: list[Operand]) -> str:
     """Which kernels can read and write all operands.
 
     "columns", "rows": dense positions (nchw), long and short. "channels", "single": dense channels (nhwc), several
-    positions and one. "strided": anything else.
+    positions and one. "strided": anything else. (A reduction knows "narrow" too, see `is_narrow`.)
     """
     _, C, S = extents
     if S > 1 and all(o.position_strides == (1,) for o in operands):
@@ -101,13 +103,13 @@ def reduction(extents: Extents, kind: str, start: int) -> Reduction:
     """The rows of a reduction over samples [start, start + N)."""
     N, C, S = extents
     slot = 1 if kind == "columns" else LANES
-    chunk = min(C, WIDEST) if kind in ("channels", "single") else slot
+    chunk = min(C, WIDEST) if kind in ("channels", "single", "narrow") else slot
     if kind in ("rows", "columns"):
         while chunk < 8 * slot and 4 * chunk * S < STRETCH_BYTES:
             chunk *= 2
     chunks = -(-C // chunk)
     tiles = -(-S // TILE)
-    longest, part = _row_extent(N, chunks, tiles, kind)
+    longest, part = _row_extent(extents, chunks, tiles, kind)
     samples = []
     for lo, hi in aligned_blocks(start, start + N):
         samples += [(a, min(a + longest, hi)) for a in range(lo, hi, longest)]
@@ -123,7 +125,8 @@ def reduction(extents: Extents, kind: str, start: int) -> Reduction:
     steps += [(first_rows[a], first_rows[b]) for a, b in pairs]
     rows = [first_rows[i] for i in kept]
     to_root = (*steps, *((rows[a], rows[b]) for a, b in root_order(blocks)))
-    offsets, scratch = scratch_offsets(-(-chunk // slot), part, longest)
+    spread = 2 * 8 * RUNS * C if kind == "narrow" else 0
+    offsets, scratch = scratch_offsets(-(-chunk // slot), part, longest, spread)
     return Reduction(
         np.array(table, np.int64).reshape(-1, 4),
         chunk,
@@ -137,14 +140,15 @@ def reduction(extents: Extents, kind: str, start: int) -> Reduction:
     )
 
 
-def _row_extent(N: int, chunks: int, tiles: int, kind: str) -> tuple[int, int]:
+def _row_extent(extents: Extents, chunks: int, tiles: int, kind: str) -> tuple[int, int]:
     """(samples a row at most, tiles a row): powers of two that leave about TASKS tasks."""
+    N, C, _ = extents
     wanted = max(1, TASKS // chunks)
     if wanted <= N:
-        samples = 1
-        while samples < SAMPLES_A_ROW and N // (2 * samples) >= wanted:
+        samples, most = 1, max(SAMPLES_A_ROW, VALUES_A_ROW // C if kind == "narrow" else 0)
+        while samples < most and N // (2 * samples) >= wanted:
             samples *= 2
-        return (max(samples, LANES) if kind == "single" else samples), tiles
+        return max(samples, {"single": LANES, "narrow": RUNS}.get(kind, 1)), tiles
     part = 1
     while tiles // (2 * part) * N >= wanted:
         part *= 2
@@ -212,6 +216,11 @@ def is_flat(extents: Extents, operands: list[Operand]) -> bool:
     _, C, S = extents
     dense = (S * C, C)
     return C <= FEW_CHANNELS and all((o.sample_stride, *(o.position_strides or (C,))) == dense for o in operands)
+
+
+def is_narrow(extents: Extents, operands: list[Operand]) -> bool:
+    """Whether 2-D arrays are dense and have too few channels for a vector."""
+    return extents.C < LANES and is_flat(extents, operands)
 
 
 def flat_tasks(extents: Extents, itemsize: int) -> tuple[int, int, int]:

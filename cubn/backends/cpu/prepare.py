@@ -141,6 +141,14 @@ def kind_of(extents: Extents, names: tuple[str, ...], *layouts: Layout | None) -
     return kind
 
 
+def reduced_kind(extents: Extents, names: tuple[str, ...], layouts: Sequence[Layout | None]) -> str:
+    """`kind_of` for a reduction, which takes narrow 2-D arrays in a way of its own."""
+    kind = kind_of(extents, names, *layouts)
+    if kind == "single" and plan.is_narrow(extents, _operands(dict(zip(names, layouts, strict=True)))):
+        return "narrow"
+    return kind
+
+
 def _prepared(
     kernels: Kernels,
     names: tuple[str, ...],
@@ -279,7 +287,7 @@ def _reduction(
     layouts: tuple[Layout | None, ...],
 ) -> tuple[str, Part]:
     """Node rows and their merges, as `plan.reduction` cuts it, and the kind; without a start of a whole batch."""
-    dtype, kind = _dtype(names, layouts), kind_of(extents, names, *layouts)
+    dtype, kind = _dtype(names, layouts), reduced_kind(extents, names, layouts)
     cut = plan.reduction(extents, kind, start or 0)
     steps = np.array(cut.to_root if start is None else cut.steps, np.int64).reshape(-1, 2)
     tasks = len(cut.table) * cut.chunks
@@ -413,11 +421,11 @@ def train(
         return _joined((run, rest), extents, names, layouts, numbers)
     kind, pass_ = _pass(("normalize", *options), extents, limit, names, layouts)
     read = _only(("x", "mask"), names, layouts)
-    reduced_kind, reduced = _reduction(("moments",), extents, None, limit, *read)
+    read_as, reduced = _reduction(("moments",), extents, None, limit, *read)
     finish = Part(
         _over_channels(("finish",), _dtype(names, layouts)), {}, _vectors(extents.C, names, ("first", "second"))
     )
-    strided = "strided" in (kind, reduced_kind)
+    strided = "strided" in (kind, read_as)
     return _joined((reduced, finish, pass_, rest), extents, names, layouts, numbers, strided=strided)
 
 
@@ -448,9 +456,9 @@ def backward(
         return _joined((tabulate, run, gradients), extents, names, layouts)
     kind, pass_ = _pass(("input_gradient", *options), extents, limit, names, layouts)
     read = _only(("x", "g", "mask", "bits"), names, layouts)
-    reduced_kind, reduced = _reduction(("sums", gate), extents, None, limit, *read)
+    read_as, reduced = _reduction(("sums", gate), extents, None, limit, *read)
     gradient = Part(_over_channels(() if frozen else ("tabulate_gradient",), dtype), {}, {})
-    strided = "strided" in (kind, reduced_kind)
+    strided = "strided" in (kind, read_as)
     return _joined((tabulate, reduced, gradient, pass_, gradients), extents, names, layouts, strided=strided)
 
 

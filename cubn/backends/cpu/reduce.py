@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from cubn.backends.cpu.by_channels import of_channels, of_single_positions
+from cubn.backends.cpu.by_channels import of_channels
 from cubn.backends.cpu.by_columns import of_columns
 from cubn.backends.cpu.by_rows import of_rows
+from cubn.backends.cpu.by_samples import of_single_positions
 from cubn.backends.cpu.nodes import (
     AT_COUNTS,
     AT_NODE,
@@ -49,8 +50,8 @@ def gather(source: Source, kind: str) -> Any:
     """
     push, count_up, settle = counter(Element("float64"), source.what)
 
-    if kind == "single":
-        samples = of_single_positions(source)
+    if kind in ("single", "narrow"):
+        samples = of_single_positions(source, kind == "narrow")
 
         @jit
         def collect_single(p, work, at, first, last, tile_from, tile_to, c0, width):  # type: ignore[no-untyped-def]
