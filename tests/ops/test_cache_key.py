@@ -127,6 +127,9 @@ def code(self, name):
     return None if sys.argv[1] == "nothing" else compile(Path(self.path).read_bytes(), name, "exec")
 
 SourceFileLoader.get_data, SourceFileLoader.get_code = hidden, code
+if sys.argv[1] == "no list":
+    import pkgutil
+    pkgutil.iter_modules = lambda *arguments: iter(())
 cache.store("kernel", b"code")
 print(cache.fingerprint(), cache.load("kernel"), cache.state(), sep="; ")
 """
@@ -141,9 +144,10 @@ def test_code_that_only_a_loader_has_is_in_the_key(copied, monkeypatch):
     assert run(copied, FROZEN, "code") != before
 
 
-def test_code_that_nobody_has_is_never_kept(copied, monkeypatch):
+@pytest.mark.parametrize("missing", ["nothing", "no list"])
+def test_code_that_nobody_has_is_never_kept(missing, copied, monkeypatch):
     monkeypatch.setenv("CUBN_CACHE_DIR", str(copied / "cache"))
-    assert run(copied, FROZEN, "nothing").startswith("; None; not used, as neither the source nor the bytecode")
+    assert run(copied, FROZEN, missing).startswith("; None; not used, as neither the source nor the bytecode")
     assert not (copied / "cache").exists()
 
 

@@ -78,6 +78,8 @@ def _software() -> str:
     """The source of all kernels, the compilers and the processor; "" if some of the source cannot be found."""
     folder = cubn.backends.cpu
     modules = [*SHARED, *sorted(found.name for found in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."))]
+    if f"{folder.__name__}.kernels" not in modules:  # a loader that cannot list them
+        return ""
     digest = hashlib.sha256()
     try:
         for module in modules:
@@ -93,10 +95,9 @@ def _settings() -> str:
     """What numba is told by variables and by its file, both of which it reads anew whenever it compiles."""
     told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NUMBA_")]
     told = [setting for setting in told if not WITHOUT_EFFECT.match(setting.partition("=")[0])]
-    file = Path(".numba_config.yaml")
-    if file.is_file():
+    if os.path.isfile(".numba_config.yaml"):
         with contextlib.suppress(OSError):
-            told.append(file.read_text(errors="surrogateescape"))
+            told.append(Path(".numba_config.yaml").read_text(errors="surrogateescape"))
     return "\n".join(told)
 
 

@@ -43,7 +43,7 @@ class _Named(NamedTuple):
 
 def _home() -> str | None:
     home = os.path.expanduser("~")  # "~" itself if there is neither HOME nor an entry in the password database
-    return home if os.path.isabs(home) else None
+    return home if os.path.isabs(home) and os.environ.get("HOME") != "" else None
 
 
 def _users_cache() -> str | None:
@@ -239,6 +239,7 @@ def examined(name: str) -> str:
     if folder is None:
         return f"switched off by an empty CUBN_CACHE_DIR: {anew}"
     places = (folder / name, folder, *folder.parents)
-    if os.access(next(place for place in places if os.path.exists(place)), os.W_OK | os.X_OK):
+    existing = next(place for place in places if os.path.exists(place))
+    if os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         return f"{shown} (writable)"
     return f"{shown} (not writable: kernels that are not there are compiled anew by every process)"
