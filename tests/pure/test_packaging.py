@@ -99,7 +99,7 @@ def test_a_numba_that_left_llvmlite_behind_is_missed(monkeypatch):
 
 
 def test_info_runs_with_numpy_alone_and_says_what_to_install():
-    absent = ("numba", "llvmlite", "torch", "jax", "sklearn", "tqdm", "cupy", "mpi4py")
+    absent = ("numba", "llvmlite", "platformdirs", "torch", "jax", "sklearn", "tqdm", "cupy", "mpi4py")
     code = (
         f"import sys; sys.modules |= dict.fromkeys({absent}); from cubn.__main__ import main; sys.exit(main(['info']))"
     )
