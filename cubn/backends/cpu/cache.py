@@ -73,12 +73,17 @@ def _source(module: str) -> bytes:
     return content
 
 
+def _modules() -> list[str]:
+    """Every module that kernels are made from, and more."""
+    package = cubn.backends.cpu
+    return [*SHARED, *sorted(found.name for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."))]
+
+
 @functools.cache
 def _software() -> str:
     """The source of all kernels, the compilers and the processor; "" if some of the source cannot be found."""
-    folder = cubn.backends.cpu
-    modules = [*SHARED, *sorted(found.name for found in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."))]
-    if f"{folder.__name__}.kernels" not in modules:  # a loader that cannot list them
+    modules = _modules()
+    if modules == [*SHARED]:  # this package's loader cannot list them
         return ""
     digest = hashlib.sha256()
     try:
