@@ -44,18 +44,11 @@ def availability(device_type: int) -> tuple[bool, str]:
 
 def _cpu_settings() -> dict[str, str]:
     from cubn import get_num_threads
-    from cubn.backends.cpu.cache import cache_folder
+    from cubn.backends.cpu import cache
 
-    folder = cache_folder()
-    if folder is None:
-        cache = "switched off by an empty CUBN_CACHE_DIR: every process compiles its kernels anew"
-    else:
-        existing = next(place for place in (folder, *folder.parents) if os.path.exists(place))
-        writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-        cache = f"{folder} ({'writable' if writable else 'not writable: every process compiles its kernels anew'})"
     return {
         "threads": f"{get_num_threads()}, a pool of cubn's own; numba's threading layers are not used",
-        "kernel cache": cache,
+        "kernel cache": cache.state(),
     }
 
 

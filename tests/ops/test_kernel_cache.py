@@ -2,15 +2,13 @@
 
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
-from cubn.backends.cpu import cache, compile
+from cubn.backends.cpu import compile
 
 
 def build():
@@ -60,17 +58,6 @@ def test_without_a_folder_every_kernel_is_compiled(place, monkeypatch):
     assert answer(build) == 42
     with pytest.raises(AssertionError, match="should have been found"):
         answer(built_before)
-
-
-def test_an_edited_source_is_another_kernel(tmp_path, monkeypatch):
-    shutil.copytree(Path(cache.__file__).parent, tmp_path / "cpu")
-    monkeypatch.setattr(cache, "__file__", str(tmp_path / "cpu" / "cache.py"))
-    fingerprint = cache.fingerprint.__wrapped__
-    before = fingerprint()
-    assert before == cache.fingerprint()
-    with (tmp_path / "cpu" / "nodes.py").open("a") as file:
-        file.write("# an edit\n")
-    assert fingerprint() != before
 
 
 def test_a_process_that_finds_its_kernels_imports_no_numba(folder):

@@ -60,7 +60,7 @@ def test_version_is_of_the_first_distribution_there_is():
 
 
 @pytest.mark.parametrize(
-    ("folder", "expected"), [("", "switched off"), ("{file}/new", "not writable"), ("{tmp}/new", "(writable)")]
+    ("folder", "expected"), [("", "switched off"), ("{file}/new", "is not a folder"), ("{tmp}/new", "(writable)")]
 )
 def test_info_says_whether_kernels_can_be_cached(folder, expected, monkeypatch, tmp_path):
     monkeypatch.setenv("CUBN_CACHE_DIR", folder.format(tmp=tmp_path, file=__file__))
@@ -96,6 +96,7 @@ def test_a_numba_that_left_llvmlite_behind_is_missed(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "cubn.backends.cpu.cache", raising=False)
     with pytest.raises(ImportError, match="pip install numba llvmlite"):
         runpy.run_module("cubn.backends.cpu.cache")

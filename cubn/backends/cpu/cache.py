@@ -9,13 +9,31 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
+import importlib.util
+import logging
+import marshal
 import os
+import pkgutil
+import re
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-__all__ = ["cache_folder", "fingerprint", "llvm", "load", "store", "without_numba"]
+import cubn.backends.cpu
+from cubn.backends.cpu.folder import Refused, cache_folder, examined, opened
+
+__all__ = ["cache_folder", "fingerprint", "llvm", "load", "state", "store", "without_numba"]
+
+logger = logging.getLogger("cubn")
+
+
+SHARED = ("cubn.backends", "cubn._tree")
+"""The modules outside this package that kernels take constants from."""
+
+WITHOUT_EFFECT = re.compile("NUMBA_(CUDA_|THREADING_|CACHE_|(NUM_THREADS|DISABLE_(CUDA|JIT)|FULL_TRACEBACKS)$)")
+"""Variables of numba that change nothing in the code it makes for this package."""
 
 
 def without_numba(error: ImportError) -> ImportError:
@@ -26,62 +44,119 @@ def without_numba(error: ImportError) -> ImportError:
     )
 
 
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:  # as in a frozen application, which has the modules alone
+        return str(importlib.import_module(distribution).__version__)
+
+
 try:
     import llvmlite.binding as llvm
 
-    _VERSIONS = [sys.version, *(f"{name} {metadata.version(name)}" for name in ("numba", "llvmlite"))]
+    VERSIONS = [sys.version, *(f"{name} {_version(name)}" for name in ("numba", "llvmlite"))]
 except ImportError as error:
     raise without_numba(error) from error
 
 
-def cache_folder() -> Path | None:
-    """Where object files are kept: $CUBN_CACHE_DIR, else the user's cache folder; None if that is switched off with
-    ''.
-    """
-    asked = os.environ.get("CUBN_CACHE_DIR")
-    if asked is not None:
-        return Path(asked) if asked else None
+def _source(module: str) -> bytes:
+    """What a module is made of: the file it was loaded from, source or bytecode, or the code its loader has."""
+    spec = importlib.util.find_spec(module)
+    loader: Any = spec and spec.loader
     try:
-        import platformdirs
-    except ImportError:
-        return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cubn"
-    return Path(platformdirs.user_cache_dir("cubn", appauthor=False))
+        content: bytes = loader.get_data(spec and spec.origin)
+    except (AttributeError, OSError, TypeError):
+        code = loader.get_code(module)
+        if code is None:
+            raise ImportError(f"nothing is known of {module}") from None
+        content = marshal.dumps(code)
+    return content
+
+
+def _modules() -> list[str]:
+    """Every module that kernels are made from, and more."""
+    package = cubn.backends.cpu
+    return [*SHARED, *sorted(found.name for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."))]
 
 
 @functools.cache
-def fingerprint() -> str:
-    """Everything all object files depend on: the source of this package, the compilers, the processor."""
+def _software() -> str:
+    """The source of all kernels, the compilers and the processor; "" if some of the source cannot be found."""
+    modules = _modules()
+    if modules == [*SHARED]:  # this package's loader cannot list them
+        return ""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
+    try:
+        for module in modules:
+            digest.update(f"{module} ".encode() + hashlib.sha256(_source(module)).digest())
+    except (AttributeError, ImportError, ValueError):
+        return ""
     machine = [llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
-    digest.update("\n".join(_VERSIONS + machine).encode())
-    return digest.hexdigest()[:20]
+    digest.update("\n".join([*VERSIONS, str(llvm.llvm_version_info), *machine]).encode())
+    return digest.hexdigest()
 
 
-def _path(name: str) -> Path | None:
-    folder = cache_folder()
-    return folder / fingerprint() / f"{name}.o" if folder else None
+def _settings() -> str:
+    """What numba is told by variables and by its file, both of which it reads anew whenever it compiles."""
+    told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NUMBA_")]
+    told = [setting for setting in told if not WITHOUT_EFFECT.match(setting.partition("=")[0])]
+    if os.path.isfile(".numba_config.yaml"):
+        with contextlib.suppress(OSError):
+            told.append(Path(".numba_config.yaml").read_text(errors="surrogateescape"))
+    return "\n".join(told)
+
+
+def fingerprint() -> str:
+    """Everything all object files depend on: the source of this package, the compilers, their settings, the processor.
+
+    "" if the source cannot be found, nor bytecode in its stead: nothing may be kept then.
+    """
+    software = _software()
+    key = f"{software}\n{_settings()}".encode(errors="surrogateescape")
+    return software and hashlib.sha256(key).hexdigest()[:20]
+
+
+def _digest(key: str, name: str, code: bytes) -> bytes:
+    """What an object file begins with: no other file, be it whole, can stand in its place."""
+    return hashlib.sha256(f"{key}/{name}\n".encode() + code).digest()
+
+
+@functools.cache
+def _tell(reason: str) -> None:
+    """Say once why the cache is not used."""
+    logger.warning("cubn: compiled anew, not taken from the kernel cache: %s", reason)
 
 
 def load(name: str) -> bytes | None:
-    """The object file, or None if there is none or it is not whole."""
-    path = _path(name)
+    """The object file, or None if there is none, or none that is whole and may be run."""
+    key = fingerprint()
     try:
-        content = path.read_bytes() if path else b""
+        with opened(key) as folder:
+            content = folder and folder.read(f"{name}.o")
+    except Refused as reason:
+        _tell(str(reason))
+        return None
     except OSError:
         return None
-    digest, code = content[:32], content[32:]
-    return code if code and hashlib.sha256(code).digest() == digest else None
+    digest, code = (content or b"")[:32], (content or b"")[32:]
+    return code if code and _digest(key, name, code) == digest else None
 
 
 def store(name: str, code: bytes) -> None:
     """Keep an object file, if there is a place to."""
-    path = _path(name)
-    if path is None:
+    if _software.__wrapped__() != _software():  # another version was installed while this process ran
         return
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
+    key = fingerprint()
+    try:
+        with opened(key, make=True) as folder:
+            if folder:
+                folder.write(f"{name}.o", _digest(key, name, code) + code)
+    except Refused as reason:
+        _tell(str(reason))
+    except OSError:
+        pass
+
+
+def state() -> str:
+    """Where kernels are kept, and whether they can be, in words."""
+    return examined(fingerprint())
