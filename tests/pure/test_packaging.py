@@ -25,7 +25,7 @@ def names(requirements):
 
 
 def test_what_is_always_installed_computes_on_the_cpu():
-    assert names(PROJECT["dependencies"]) == ["numpy", "numba", "platformdirs"]
+    assert names(PROJECT["dependencies"]) == ["numpy", "numba"]
 
 
 def test_readme_has_two_commands_of_one_line_whose_extras_exist():
@@ -103,7 +103,7 @@ def test_a_numba_that_left_llvmlite_behind_is_missed(monkeypatch):
 
 
 def test_info_runs_with_numpy_alone_and_says_what_to_install():
-    absent = ("numba", "llvmlite", "platformdirs", "torch", "jax", "sklearn", "tqdm", "cupy", "mpi4py")
+    absent = ("numba", "llvmlite", "torch", "jax", "sklearn", "tqdm", "cupy", "mpi4py")
     code = (
         f"import sys; sys.modules |= dict.fromkeys({absent}); from cubn.__main__ import main; sys.exit(main(['info']))"
     )
