@@ -14,11 +14,10 @@ EPS = 1e-5
 C = 19
 
 
-def fresh(momentum, dtype="float32", library="numpy", running_mean=None, running_var=None):
+def fresh(momentum, dtype="float32", library="numpy", running_mean=None):
     """A state of running statistics alone, and the oracle's idea of it."""
     mean = np.zeros(C, dtype) if running_mean is None else running_mean
-    var = np.ones(C, dtype) if running_var is None else running_var
-    none = np.zeros(C, np.int64)
+    var, none = np.ones(C, dtype), np.zeros(C, np.int64)
     state = cubn.BatchNormState.from_arrays(
         running_mean=arrays.carry(mean.copy(), library),
         running_var=arrays.carry(var.copy(), library),
@@ -60,19 +59,20 @@ def test_many_batches(backend, seed, momentum, dtype, data, scales, wild):
 MOMENTA = [0.0, 0.25, 1.0, None]
 
 
-def half_broken(dtype):
-    """Mean and variance of which either is broken, both, or neither, in all ways, over the channels."""
-    mean, var = (
-        a.reshape(-1)[:C] for a in np.meshgrid([3.0, np.nan, np.inf, -np.inf], [2.0, np.nan, np.inf, 0, 1e-42])
-    )
-    return mean.astype(dtype), var.astype(dtype)
+def half_broken(momentum, dtype="float32"):
+    """`fresh`, its mean or variance or both of them broken in some channels, in all ways."""
+    state, expected = fresh(momentum, dtype)
+    every = np.meshgrid([3.0, np.nan, np.inf, -np.inf], [2.0, np.nan, np.inf, 0.0, 1e-42])
+    expected.mean[:], expected.var[:] = (values.reshape(-1)[:C] for values in every)
+    state.running_mean[:], state.running_var[:] = expected.mean, expected.var
+    return state, expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("momentum", MOMENTA)
 def test_a_usable_batch_heals_what_is_broken(backend, momentum, dtype):
     rng = np.random.default_rng(8)
-    state, expected = fresh(momentum, dtype, running_mean=(old := half_broken(dtype))[0], running_var=old[1])
+    state, expected = half_broken(momentum, dtype)
     batches = [arrays.normal(rng, (4, C, 3), centre=2.0) for _ in range(5)]
     batches[0][1, ::2, 0] = np.nan  # every other channel cannot be healed yet
     batches[3][:, 4] *= np.float32(1e20)
@@ -85,15 +85,14 @@ def test_a_usable_batch_heals_what_is_broken(backend, momentum, dtype):
 
 
 def test_a_broken_channel_takes_both_values_of_the_batch(backend):
-    old = half_broken("float32")
-    broken = ~(np.isfinite(old[0]) & np.isfinite(old[1]))
     x = arrays.normal(np.random.default_rng(8), (4, C, 3), centre=2.0)
-    whole = oracle.batch_statistics(x, EPS)
+    batch = oracle.batch_statistics(x, EPS)
     for momentum in (0.25, 1.0, None):
-        state, _ = fresh(momentum, running_mean=old[0], running_var=old[1])
+        state, old = half_broken(momentum)
+        broken = ~(np.isfinite(old.mean) & np.isfinite(old.var))
         cubn.update(state, cubn.moments(x))
-        arrays.assert_same(state.running_mean[broken], whole.mean[broken].astype(np.float32))
-        arrays.assert_same(state.running_var[broken], (whole.m2 / 11)[broken].astype(np.float32))
+        arrays.assert_same(state.running_mean[broken], batch.mean[broken].astype(np.float32))
+        arrays.assert_same(state.running_var[broken], (batch.m2 / 11)[broken].astype(np.float32))
 
 
 def test_a_broken_channel_begins_its_cumulative_average_anew(backend):
