@@ -29,6 +29,8 @@ def without_numba(error: ImportError) -> ImportError:
 try:
     import llvmlite.binding as llvm
 
+    from cubn.backends.cpu.target import target
+
     _VERSIONS = [sys.version, *(f"{name} {metadata.version(name)}" for name in ("numba", "llvmlite"))]
 except ImportError as error:
     raise without_numba(error) from error
@@ -54,7 +56,7 @@ def fingerprint() -> str:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    machine = [llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
+    machine = [llvm.get_default_triple(), *target()]
     digest.update("\n".join(_VERSIONS + machine).encode())
     return digest.hexdigest()[:20]
 
