@@ -249,7 +249,6 @@ def forward_train(
     -----
     The same bits for every layout, number of threads and array library. A channel whose statistics are not finite
     leaves its running statistics as they were, and is counted in `state.skipped`; its y is what IEEE arithmetic gives.
-    Running statistics that were not finite take the values of the first batch that is, as in `update`.
     Reads x (and residual) twice from memory at most, and writes y once.
 
     With `comm`, statistics, running statistics and y are to the bit what one process computes from the ranks' samples

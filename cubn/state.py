@@ -89,8 +89,7 @@ class BatchNormState:
     tracked, skipped : array of int64, shape (C,), or None
         NumPy's; once running statistics on a CUDA device have been updated, CuPy's beside them.
         Per channel: updates seen; and how many of these left the running statistics as they were, because the batch's
-        statistics or the new values were not finite, or the channel had fewer than two values. 1 and 0 again where a
-        cumulative average begins anew because the running statistics were not finite.
+        statistics or the new values were not finite, or the channel had fewer than two values.
 
     Raises
     ------
