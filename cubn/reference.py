@@ -47,6 +47,15 @@ class Gradients(NamedTuple):
     dresidual: Float64
 
 
+class RunningStatistics(NamedTuple):
+    """Mean, variance and both counters of every channel, each of shape (C,)."""
+
+    mean: Float
+    var: Float
+    tracked: Int64
+    skipped: Int64
+
+
 def moments(x: ArrayLike, *, channel_axis: int = 1, mask: ArrayLike | None = None) -> BatchStatistics:
     """Count, mean and variance of the present values of each channel, in two passes."""
     x, present = _described(x, channel_axis, mask)
@@ -112,13 +121,18 @@ def forward_train(
 
 
 def update(
-    running_mean: ArrayLike, running_var: ArrayLike, batch: BatchStatistics, momentum: float
+    running_mean: ArrayLike,
+    running_var: ArrayLike,
+    batch: BatchStatistics,
+    momentum: float,
+    *,
+    biased: bool = False,
 ) -> tuple[Float64, Float64]:
-    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance (divided by count - 1)."""
-    var_unbiased = batch.var * batch.count / (batch.count - 1)
+    """running = (1 - momentum) * running + momentum * batch, the variance divided by count - 1, or biased by count."""
+    var = batch.var if biased else batch.var * batch.count / (batch.count - 1)
     return (
         (1.0 - momentum) * np.asarray(running_mean, np.float64) + momentum * batch.mean,
-        (1.0 - momentum) * np.asarray(running_var, np.float64) + momentum * var_unbiased,
+        (1.0 - momentum) * np.asarray(running_var, np.float64) + momentum * var,
     )
 
 
@@ -407,22 +421,36 @@ def parameter_gradients(invstd: Float64, sum_dy: Float64, sum_dy_xmu: Float64, d
 
 
 @np.errstate(all="ignore")
-def running(old: Float, value: Float64, momentum: float | None, tracked: Int64, skipped: Int64) -> Float:
-    """New running values: (1 - w) * old + w * value in float64, rounded once to old's dtype.
+def running(
+    old: RunningStatistics, count: Int64, mean: Float64, m2: Float64, momentum: float | None, *, biased: bool = False
+) -> RunningStatistics:
+    """Running statistics after one more batch: (1 - w) * old + w * value in float64, rounded once to old's dtype.
 
-    value is the batch's mean, or its unbiased variance m2 / (count - 1). w = momentum, or with momentum None
-    1 / (tracked - skipped), where both counters are as if this batch were kept.
+    value is the batch's mean, or its variance: m2 / (count - 1), or m2 / count if biased. w = momentum, or with
+    momentum None 1 / (tracked - skipped), where both counters are as if this batch were kept. The value stands alone,
+    rounded once, where w is 1, and where the old mean or variance is not finite (is broken) and w is not 0. Where such
+    a channel has a cumulative average, that begins anew with this batch.
+
+    A channel is kept if it has two values or more and both results are finite, as they are only if the batch's
+    statistics are. The others stay as they were and are counted as skipped.
     """
-    w = np.float64(momentum) if momentum is not None else 1.0 / (tracked - skipped).astype(np.float64)
-    return ((1.0 - w) * old.astype(np.float64) + w * value).astype(old.dtype)
-
-
-def keep(count: Int64, mean: Float64, var: Float64, new_mean: Float, new_var: Float) -> Mask:
-    """Channels whose running statistics change: two values or more, and everything finite, the rounded results too.
-
-    The others stay as they were and are counted as skipped.
-    """
-    return (count >= 2) & np.isfinite(mean) & np.isfinite(var) & np.isfinite(new_mean) & np.isfinite(new_var)
+    tracked = old.tracked + 1
+    w = np.float64(momentum) if momentum is not None else 1.0 / (tracked - old.skipped).astype(np.float64)
+    var = m2 / (count if biased else count - 1)
+    broken = ~(np.isfinite(old.mean) & np.isfinite(old.var))
+    alone = (w == 1.0) | (broken & (w != 0.0))
+    new_mean, new_var = (
+        np.where(alone, value, (1.0 - w) * before.astype(np.float64) + w * value).astype(before.dtype)
+        for before, value in ((old.mean, mean), (old.var, var))
+    )
+    kept = (count >= 2) & np.isfinite(new_mean) & np.isfinite(new_var)
+    anew = kept & broken & (w != 1.0) & (momentum is None)
+    return RunningStatistics(
+        mean=np.where(kept, new_mean, old.mean),
+        var=np.where(kept, new_var, old.var),
+        tracked=np.where(anew, 1, tracked),
+        skipped=np.where(anew, 0, old.skipped + ~kept),
+    )
 
 
 @np.errstate(all="ignore")

@@ -2,7 +2,8 @@
 
 The usual update makes running_mean inf and running_var NaN for ever after a single overflow. cubn leaves a channel
 whose batch is not finite as it was, counts it, and keeps tiny variances as the subnormal numbers they are. Running
-statistics that no longer describe the data are replaced by those of a data set.
+statistics that were poisoned elsewhere are healed by the next good batch, channel by channel. Those that no longer
+describe the data are replaced by those of a data set.
 """
 
 from functools import reduce
@@ -36,10 +37,20 @@ def main():
     assert np.isfinite(cubn.forward(x[:3], state)).all()
     print("inference stays finite")
 
+    state.running_mean[1], state.running_var[1] = np.inf, np.nan  # as other libraries leave them
+    assert np.isnan(cubn.forward(x[:3], state)[:, 1]).all()
+    good = rng.standard_normal((8, 4, 6, 6), dtype=np.float32)
+    cubn.forward_train(good, state)
+    assert state.running_mean[1] == np.float32(cubn.moments(good).mean[1])
+    assert np.isfinite(cubn.forward(x[:3], state)).all()
+    print("one good batch heals a poisoned channel")
+
+    state.running_mean[:], state.running_var[:] = np.nan, np.inf
     batches = np.split(rng.normal(4, 2, (32, 4, 6, 6)).astype(np.float32), 4)  # data as it is now
     moments = reduce(cubn.Moments.merge, (cubn.moments(batch, start=8 * i) for i, batch in enumerate(batches)))
     state.momentum = 1  # all weight on the new value
     cubn.update(state, moments)
+    assert np.array_equal(state.running_mean, moments.mean.astype(np.float32))
     assert np.array_equal(state.running_var, moments.var_unbiased().astype(np.float32))
     y = np.concatenate([cubn.forward(batch, state) for batch in batches])
     assert np.abs(y.mean((0, 2, 3))).max() < 1e-3 and np.abs(y.var((0, 2, 3)) - 1).max() < 1e-2

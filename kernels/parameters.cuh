@@ -100,6 +100,7 @@ struct Parameters {
     long long skipped;
     double momentum;
     long long cumulative;
+    long long ddof; // of the variance, m2 / (count - ddof)
     // the grid
     long long blocks_across; // blocks side by side over the channels: the grid is numbered in one dimension
     long long lanes;         // threads side by side over the channels

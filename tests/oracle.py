@@ -209,17 +209,10 @@ class State:
     skipped: np.ndarray
 
 
-@np.errstate(all="ignore")
-def update(state, stats, momentum):
-    """The state after one more batch; channels that are not kept stay as they were and are counted as skipped."""
-    tracked = state.tracked + 1
-    unbiased = stats.m2 / (np.float64(stats.count) - 1.0)
-    mean, var = (
-        reference.running(old, value, momentum, tracked, state.skipped)
-        for old, value in ((state.mean, stats.mean), (state.var, unbiased))
-    )
-    kept = reference.keep(stats.count, stats.mean, stats.var, mean, var)
-    return State(np.where(kept, mean, state.mean), np.where(kept, var, state.var), tracked, state.skipped + ~kept)
+def update(state, stats, momentum, *, biased=False):
+    """The state after one more batch."""
+    old = reference.RunningStatistics(state.mean, state.var, state.tracked, state.skipped)
+    return State(*reference.running(old, stats.count, stats.mean, stats.m2, momentum, biased=biased))
 
 
 # --- any shape ------------------------------------------------------------------------------------------------------

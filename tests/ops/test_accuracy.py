@@ -1,6 +1,8 @@
 """The distance of the one answer from float64: the only tests with tolerances, and each follows from eps."""
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +60,43 @@ def test_mean_of_squares_would_not_pass():
     mean = x.mean((0, 2))
     of_var, _ = errors(x, mean, (x * x).mean((0, 2)) - mean * mean)
     assert of_var > 1e-4
+
+
+# --- the least deviations of float32 arithmetic, as docs/numerics.md states them ------------------------------------
+
+
+def stated():
+    """(standard deviation, error of var) by row of the document's table."""
+    text = (Path(__file__).parents[2] / "docs" / "numerics.md").read_text()
+    table = text.split("| standard deviation | error of var |\n|---|---|\n")[1].split("\n\n")[0]
+    for sigma, error in re.findall(r"^\| (\S+) \| (.+?) \|$", table, re.MULTILINE):
+        yield (
+            float(sigma),
+            float(error.removesuffix(" %")) / 100 if "%" in error else float(error.replace("all of it", "1")),
+        )
+
+
+def draws(sigma, shape, dtype=np.float32):
+    """Error of var, in how much there is of it, for four draws."""
+    for seed in range(4):
+        x = np.random.default_rng(seed).normal(0.0, sigma, shape).astype(dtype)
+        yield np.abs(cubn.moments(x).var() / reference.moments(x).var - 1.0).max()
+
+
+@pytest.mark.parametrize(("sigma", "error"), list(stated()))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_variance_of_tiny_values_is_as_far_off_as_the_document_says(backend, shape, sigma, error):
+    assert max(draws(sigma, shape)) <= error
+
+
+def test_the_lower_limit_is_there(backend):
+    """What the document's last rows speak of can be seen."""
+    assert max(draws(1e-22, SHAPES[0])) > 0.01 and min(draws(1e-23, SHAPES[0])) > 0.9
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((4096, 4), np.float32), ((32, 4, 49), np.float64)], ids=str)
+def test_arithmetic_in_float64_has_no_lower_limit(backend, shape, dtype):
+    assert max(draws(1e-23, shape, dtype)) <= 1e-12
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------

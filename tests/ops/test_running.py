@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cubn
+from cubn.backends import Affine, Arrays, Extents, Operand, Running, Vector, cpu
 from tests import oracle
 from tests.ops import arrays
 
@@ -51,6 +52,101 @@ def test_many_batches(backend, seed, momentum, dtype, data, scales, wild):
         expected = oracle.update(expected, oracle.batch_statistics(x, EPS), momentum)
         assert_state(state, expected)
         assert (state.running_var >= 0).all()
+
+
+# --- statistics that are not finite, and batches that heal them ------------------------------------------------------
+
+MOMENTA = [0.0, 0.25, 1.0, None]
+
+
+def half_broken(momentum, dtype="float32"):
+    """`fresh`, its mean or variance or both of them broken in some channels, in all ways."""
+    state, expected = fresh(momentum, dtype)
+    every = np.meshgrid([3.0, np.nan, np.inf, -np.inf], [2.0, np.nan, np.inf, 0.0, 1e-42])
+    expected.mean[:], expected.var[:] = (values.reshape(-1)[:C] for values in every)
+    state.running_mean[:], state.running_var[:] = expected.mean, expected.var
+    return state, expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_a_usable_batch_heals_what_is_broken(backend, momentum, dtype):
+    rng = np.random.default_rng(8)
+    state, expected = half_broken(momentum, dtype)
+    batches = [arrays.normal(rng, (4, C, 3), centre=2.0) for _ in range(5)]
+    batches[0][1, ::2, 0] = np.nan  # every other channel cannot be healed yet
+    batches[3][:, 4] *= np.float32(1e20)
+    for x in batches:
+        cubn.forward_train(x, state)
+        expected = oracle.update(expected, oracle.batch_statistics(x, EPS), momentum)
+        assert_state(state, expected)
+    healed = np.isfinite(state.running_mean) & np.isfinite(state.running_var)
+    assert healed.all() == (momentum != 0.0)
+
+
+def test_a_broken_channel_takes_both_values_of_the_batch(backend):
+    x = arrays.normal(np.random.default_rng(8), (4, C, 3), centre=2.0)
+    batch = oracle.batch_statistics(x, EPS)
+    for momentum in (0.25, 1.0, None):
+        state, old = half_broken(momentum)
+        broken = ~(np.isfinite(old.mean) & np.isfinite(old.var))
+        cubn.update(state, cubn.moments(x))
+        arrays.assert_same(state.running_mean[broken], batch.mean[broken].astype(np.float32))
+        arrays.assert_same(state.running_var[broken], (batch.m2 / 11)[broken].astype(np.float32))
+
+
+def test_a_broken_channel_begins_its_cumulative_average_anew(backend):
+    rng = np.random.default_rng(9)
+    batches = [arrays.normal(rng, (4, C, 3), "float64", centre=k) for k in range(5)]
+    state, _ = fresh(None, "float64")
+    for x in batches[:2]:
+        cubn.forward_train(x, state)
+    state.running_var[3] = np.inf
+    for x in batches[2:]:
+        cubn.forward_train(x, state)
+    assert np.asarray(state.tracked).tolist() == [3 if c == 3 else 5 for c in range(C)]
+    for c, since in ((3, 2), (4, 0)):
+        assert state.running_mean[c] == pytest.approx(np.mean([x[:, c].mean() for x in batches[since:]]), rel=1e-12)
+        variances = [x[:, c].var(ddof=1) for x in batches[since:]]
+        assert state.running_var[c] == pytest.approx(np.mean(variances), rel=1e-12)
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_biased_running_variance_is_divided_by_the_count(backend, momentum, dtype):
+    """In training and by itself; two values are needed as for the unbiased variance."""
+    x = arrays.normal(np.random.default_rng(10), (4, C, 3), wild=0.01)
+    works = cpu.backend()
+    for values in (x, x[:1, :, :1].copy()):
+        _, state = fresh(momentum, dtype)
+        extents = Extents(values.shape[0], C, values.shape[2])
+        y = np.empty_like(values)
+        operands = (
+            Operand(a.ctypes.data, "float32", C * extents.S, extents.S, (extents.S,), (1,)) for a in (values, y)
+        )
+        statistics, _ = works.train(
+            extents,
+            Arrays(next(operands), y=next(operands)),
+            EPS,
+            Affine(None, None),
+            relu=False,
+            keep_bits=False,
+            running=biased(state, momentum, works),
+        )
+        expected = oracle.update(fresh(momentum, dtype)[1], oracle.batch_statistics(values, EPS), momentum, biased=True)
+        arrays.assert_same(state.mean, expected.mean)
+        arrays.assert_same(state.var, expected.var)
+        _, later = fresh(momentum, dtype)
+        works.update(statistics, biased(later, momentum, works))
+        arrays.assert_same(later.var, expected.var)
+
+
+def biased(state, momentum, works):
+    """An oracle's state that a backend moves, its variance divided by the count."""
+    old = tuple(Vector(a.ctypes.data, str(a.dtype), 1) for a in (state.mean, state.var))
+    return Running(
+        old, old, *(works.from_host(a.copy()) for a in (state.tracked, state.skipped)), momentum, biased=True
+    )
 
 
 @pytest.mark.parametrize("library", arrays.LIBRARIES)

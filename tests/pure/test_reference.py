@@ -174,28 +174,69 @@ def test_infinities_and_nan_are_no_warning():
 # --- running statistics ---------------------------------------------------------------------------------------------
 
 
+def running(mean=0.0, var=1.0, tracked=0, skipped=0, dtype=np.float64):
+    """Running statistics of one channel."""
+    return reference.RunningStatistics(
+        np.array([mean], dtype), np.array([var], dtype), np.array([tracked]), np.array([skipped])
+    )
+
+
+def after(old, mean, m2, momentum, count=3, **options):
+    """The four numbers of a channel after a batch."""
+    new = reference.running(old, np.int64(count), np.array([mean]), np.array([m2]), momentum, **options)
+    assert [a.dtype for a in new] == [a.dtype for a in old]
+    return tuple(a[0] for a in new)
+
+
 def test_a_channel_is_kept_when_everything_about_it_is_finite():
-    count = np.array([2, 1, 2, 2, 2, 2])
-    mean = np.array([0.0, 0.0, np.inf, 0.0, 0.0, 0.0])
-    var = np.array([1.0, 0.0, 1.0, np.nan, 1.0, 1.0])
-    new_mean = np.array([0.0, 0.0, 0.0, 0.0, np.inf, 0.0], np.float32)
-    new_var = np.array([0.0, 0.0, 0.0, 0.0, 0.0, np.inf], np.float32)
-    kept = reference.keep(count, mean, var, new_mean, new_var)
-    assert kept.tolist() == [True, False, False, False, False, False]
+    old = running(5.0, 7.0, tracked=3, skipped=1, dtype=np.float32)
+    assert after(old, 1.0, 2.0, 0.5) == (3.0, 4.0, 4, 1)
+    for batch in ((np.inf, 2.0), (1.0, np.nan), (1e40, 2.0), (1.0, 1e40)):
+        for momentum in (0.5, 1.0, None):
+            assert after(old, *batch, momentum) == (5.0, 7.0, 4, 2)
+    assert after(old, 1.0, 0.0, 0.5, count=1) == after(old, np.nan, np.nan, 0.5, count=0) == (5.0, 7.0, 4, 2)
+
+
+BROKEN = [(np.nan, 7.0), (5.0, np.inf), (-np.inf, np.nan)]
+
+
+@pytest.mark.parametrize(("mean", "var"), BROKEN)
+def test_a_usable_batch_replaces_both_statistics_of_a_broken_channel(mean, var):
+    old = running(mean, var, tracked=9, skipped=2)
+    assert after(old, 2.0, 8.0, 0.1) == after(old, 2.0, 8.0, 1.0) == (2.0, 4.0, 10, 2)
+    assert after(old, 2.0, 8.0, None) == (2.0, 4.0, 1, 0)
+    for momentum in (0.1, None):
+        np.testing.assert_array_equal(after(old, np.inf, np.nan, momentum), (mean, var, 10, 3))
+        np.testing.assert_array_equal(after(old, 2.0, 0.0, momentum, count=1), (mean, var, 10, 3))
+
+
+@pytest.mark.parametrize(("mean", "var"), BROKEN)
+def test_a_weight_of_zero_changes_nothing(mean, var):
+    np.testing.assert_array_equal(after(running(mean, var), 2.0, 8.0, 0.0), (mean, var, 1, 1))
+    assert after(running(5.0, 7.0), 2.0, 8.0, 0.0) == (5.0, 7.0, 1, 0)
+
+
+def test_the_first_batch_of_a_cumulative_average_leaves_the_counters_of_a_broken_channel():
+    """Its weight is 1: nothing begins anew, since nothing was there."""
+    assert after(running(np.nan, np.nan, tracked=4, skipped=4), 2.0, 8.0, None) == (2.0, 4.0, 5, 4)
 
 
 def test_cumulative_momentum_is_the_average_of_what_was_kept():
-    old, values = np.zeros(1, np.float64), [3.0, 5.0, 10.0]
-    for k, value in enumerate(values, start=1):
-        old = reference.running(old, np.array([value]), None, np.array([k + 2]), np.array([2]))
-    assert old[0] == pytest.approx(6.0)
+    old = running(tracked=2, skipped=2)
+    for value in (3.0, 5.0, 10.0):
+        old = reference.running(old, np.int64(2), np.array([value]), np.array([value]), None)
+    assert old.mean[0] == pytest.approx(6.0) and old.var[0] == pytest.approx(6.0)
+
+
+def test_a_biased_running_variance_is_divided_by_the_count():
+    assert after(running(), 2.0, 8.0, 1.0, count=4) == (2.0, 8 / 3, 1, 0)
+    assert after(running(), 2.0, 8.0, 1.0, count=4, biased=True) == (2.0, 2.0, 1, 0)
+    assert after(running(), 2.0, 0.0, 1.0, count=1, biased=True) == (0.0, 1.0, 1, 1)
 
 
 def test_running_values_are_rounded_once_to_their_own_dtype():
-    new = reference.running(np.array([1.0], np.float32), np.array([2.0**-30]), 1.0, np.array([1]), np.array([0]))
-    assert new.dtype == np.float32 and new[0] == np.float32(2.0**-30)
-    over = reference.running(np.array([1.0], np.float32), np.array([1e39]), 1.0, np.array([1]), np.array([0]))
-    assert np.isinf(over[0])
+    assert after(running(1.0, dtype=np.float32), 2.0**-30, 2.0, 1.0)[0] == np.float32(2.0**-30)
+    assert after(running(np.inf, dtype=np.float32), 1 / 3, 2.0, 0.5)[0] == np.float32(1 / 3)
 
 
 # --- the textbook ---------------------------------------------------------------------------------------------------
@@ -269,11 +310,12 @@ def test_gradients_are_the_slopes_of_the_forward(case, frozen):
         np.testing.assert_allclose(gradient, slope, rtol=1e-6, atol=1e-7)
 
 
-def test_running_variance_is_unbiased():
+@pytest.mark.parametrize("biased", [False, True])
+def test_running_variance_is_unbiased_unless_asked_for(biased):
     x = np.random.default_rng(0).normal(size=(6, 2))
-    mean, var = reference.update([0.0, 0.0], [1.0, 1.0], reference.moments(x), 0.25)
+    mean, var = reference.update([0.0, 0.0], [1.0, 1.0], reference.moments(x), 0.25, biased=biased)
     np.testing.assert_allclose(mean, 0.25 * x.mean(0))
-    np.testing.assert_allclose(var, 0.75 + 0.25 * x.var(0, ddof=1))
+    np.testing.assert_allclose(var, 0.75 + 0.25 * x.var(0, ddof=int(not biased)))
 
 
 def test_folded_is_normalised():

@@ -71,7 +71,8 @@ def moving(running: Running) -> tuple[Any, ...]:
 
 def weight(running: Running) -> prepare.Numbers:
     """The numbers of an update."""
-    return ("momentum", running.momentum or 0.0), ("cumulative", int(running.momentum is None))
+    numbers = {"momentum": running.momentum or 0.0, "cumulative": int(running.momentum is None)}
+    return (*numbers.items(), ("ddof", int(not running.biased)))
 
 
 def new_bits(extents: Extents, kind: str) -> Bits:

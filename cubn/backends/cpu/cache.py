@@ -54,6 +54,8 @@ def _version(distribution: str) -> str:
 try:
     import llvmlite.binding as llvm
 
+    from cubn.backends.cpu.target import target
+
     VERSIONS = [sys.version, *(f"{name} {_version(name)}" for name in ("numba", "llvmlite"))]
 except ImportError as error:
     raise without_numba(error) from error
@@ -91,7 +93,7 @@ def _software() -> str:
             digest.update(f"{module} ".encode() + hashlib.sha256(_source(module)).digest())
     except (AttributeError, ImportError, ValueError):
         return ""
-    machine = [llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
+    machine = [llvm.get_default_triple(), *target()]
     digest.update("\n".join([*VERSIONS, str(llvm.llvm_version_info), *machine]).encode())
     return digest.hexdigest()
 

@@ -31,6 +31,7 @@ from cubn.backends.cpu.simd import (
     load_raw,
     load_strided,
     scalar_at,
+    select,
     splat,
     store_raw,
     store_strided,
@@ -213,7 +214,11 @@ def parameter_gradients(sums: Values, invstd: Value, dgamma: Values, dbeta: Valu
 
 
 def _update(kind: ir.Type) -> Callable[..., None]:
-    """Running mean and variance, stored in `kind`, with the guard and both counters."""
+    """Running mean and variance, stored in `kind`, with the guard and both counters.
+
+    Old values that are not finite give way to new ones, as does everything at a weight of 1. The variance is
+    m2 / (count - ddof).
+    """
 
     def update(
         old_mean: Values,
@@ -222,32 +227,39 @@ def _update(kind: ir.Type) -> Callable[..., None]:
         new_var: Values,
         batch: Values,
         count: Value,
+        ddof: Value,
         momentum: Value,
         cumulative: Value,
         counters: Values,
         lanes: Value,
     ) -> None:
-        (mean, m2, var), (tracked, skipped) = batch, counters
+        (mean, m2), (tracked, skipped) = batch, counters
         b, mask = count.b, first_lanes(lanes)
+        none = ir.Constant(mask.type, [0] * LANES)
         batches, passed_over = load(tracked, mask, I64), load(skipped, mask, I64)
-        batches = Value(b, b.add(batches.v, ir.Constant(batches.type, [1] * LANES)))
+        batches += constant(batches, 1)
         one = constant(load(mean, mask), 1.0)
         average = one / Value(b, b.sitofp((batches - passed_over).v, one.type))
         is_cumulative = b.icmp_signed("!=", cumulative.v, I64(0))
         weight = Value(b, b.select(is_cumulative, average.v, number(momentum).v))
-        unbiased = load(m2, mask) / splat(convert(count - 1, DOUBLE))
-        enough = b.select(b.icmp_signed(">=", count.v, I64(2)), mask.v, ir.Constant(mask.type, [0] * LANES))
-        keep = b.and_(enough, finite(load(var, mask)).v)
-        changed = []
-        for (old, stride, _), value in ((old_mean, load(mean, mask)), (old_var, unbiased)):
-            before = load_strided(old, stride, kind, mask)
-            after = cast((one - weight) * double(before) + weight * value, kind)
-            keep = b.and_(keep, b.and_(finite(value).v, finite(double(after)).v))
-            changed.append((before, after))
-        for (new, stride, _), (before, after) in zip((new_mean, new_var), changed, strict=True):
-            store_strided(Value(b, b.select(keep, after.v, before.v)), new, stride, mask)
-        store(batches, tracked, mask)
-        store(passed_over + Value(b, b.zext(b.not_(keep), passed_over.type)), skipped, mask)
+        before = [load_strided(old, stride, kind, mask) for old, stride, _ in (old_mean, old_var)]
+        broken = b.not_(b.and_(*(finite(double(old)).v for old in before)))
+        full = b.fcmp_ordered("==", weight.v, one.v)
+        heals = b.and_(broken, b.fcmp_unordered("!=", weight.v, constant(one, 0.0).v))
+        alone = Value(b, b.or_(full, heals))
+        values = load(mean, mask), load(m2, mask) / splat(convert(count - ddof, DOUBLE))
+        after = [
+            cast(select(alone, value, (one - weight) * double(old) + weight * value), kind)
+            for old, value in zip(before, values, strict=True)
+        ]
+        enough = b.select(b.icmp_signed(">=", count.v, I64(2)), mask.v, none)
+        keep = b.and_(enough, b.and_(*(finite(double(new)).v for new in after)))
+        for (to, stride, _), old, new in zip((new_mean, new_var), before, after, strict=True):
+            store_strided(select(Value(b, keep), new, old), to, stride, mask)
+        anew = Value(b, b.and_(b.and_(keep, heals), b.select(is_cumulative, b.not_(full), none)))
+        passed_over += Value(b, b.zext(b.not_(keep), passed_over.type))
+        store(select(anew, constant(batches, 1), batches), tracked, mask)
+        store(select(anew, constant(batches, 0), passed_over), skipped, mask)
 
     return update
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from cubn.backends.cpu import cache
 from cubn.backends.cpu.cache import llvm, without_numba
+from cubn.backends.cpu.target import target
 
 logger = logging.getLogger("cubn")
 _SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
@@ -39,10 +40,10 @@ class Kernel(NamedTuple):
 def _machine() -> llvm.TargetMachine:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    target = llvm.Target.from_default_triple()
-    return target.create_target_machine(
-        cpu=llvm.get_host_cpu_name(),
-        features=llvm.get_host_cpu_features().flatten(),
+    name, features = target()
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=name,
+        features=features,
         opt=3,
         reloc="pic",
         codemodel="jitdefault",

@@ -60,7 +60,7 @@ GAMMA, BETA, DGAMMA, DBETA = (OFFSET[name] for name in ("gamma", "beta", "dgamma
 KEPT_GAMMA, KEPT_BETA = OFFSET["kept_gamma"], OFFSET["kept_beta"]
 OLD_MEAN, OLD_VAR, NEW_MEAN, NEW_VAR = (OFFSET[name] for name in ("old_mean", "old_var", "new_mean", "new_var"))
 CODE, STRIDE = OFFSET["gamma_code"] - GAMMA, OFFSET["gamma_stride"] - GAMMA  # behind any vector's address
-EPS, MOMENTUM, CUMULATIVE = OFFSET["eps"], OFFSET["momentum"], OFFSET["cumulative"]
+EPS, MOMENTUM, CUMULATIVE, DDOF = (OFFSET[name] for name in ("eps", "momentum", "cumulative", "ddof"))
 TRACKED, SKIPPED = OFFSET["tracked"], OFFSET["skipped"]
 STEPS, STEP_TABLE, NODE_ROW = OFFSET["steps"], OFFSET["step_table"], OFFSET["node_row"]
 
@@ -413,8 +413,9 @@ def update(code: int) -> Any:
             vector(p, OLD_VAR, c),
             vector(p, NEW_MEAN, c),
             vector(p, NEW_VAR, c),
-            (get(p + MEAN) + at, get(p + M2) + at, get(p + VAR) + at),
+            (get(p + MEAN) + at, get(p + M2) + at),
             get(get(p + COUNT)),
+            get(p + DDOF),
             p + MOMENTUM,
             get(p + CUMULATIVE),
             (get(p + TRACKED) + at, get(p + SKIPPED) + at),

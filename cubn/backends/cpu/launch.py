@@ -61,6 +61,7 @@ FIELDS = (
     "eps",
     "momentum",
     "cumulative",  # float64 bits; 1: momentum is 1 / (batches kept)
+    "ddof",  # of the running variance, m2 / (count - ddof)
     "tracked",
     "skipped",  # int64[C] counters
     "block",  # rows of the elementwise pass a task takes; or elements, where coefficients repeat after `period`

@@ -17,13 +17,16 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from cubn.backends import ITEMSIZE
+from cubn.backends.cpu.conversions import narrowed_bfloat, narrowed_half, widened_bfloat, widened_half
 
 LANES = 16
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
 
-STORED = {"float16": HALF, "bfloat16": I16, "float32": FLOAT, "float64": DOUBLE}
+STORED = {"float16": I16, "bfloat16": I16, "float32": FLOAT, "float64": DOUBLE}
+WIDENED = {"float16": widened_half, "bfloat16": widened_bfloat}
+NARROWED = {"float16": narrowed_half, "bfloat16": narrowed_bfloat}
 
 
 class Value:
@@ -169,11 +172,11 @@ def store_raw(value: Value, address: Value, align: int, mask: Value | None = Non
 
 
 def _mangle(element: ir.Type) -> str:
-    return {HALF: "f16", FLOAT: "f32", DOUBLE: "f64"}.get(element) or f"i{element.width}"
+    return {FLOAT: "f32", DOUBLE: "f64"}.get(element) or f"i{element.width}"
 
 
 def _width(element: ir.Type) -> int:
-    return {HALF: 16, FLOAT: 32, DOUBLE: 64}.get(element) or int(element.width)
+    return {FLOAT: 32, DOUBLE: 64}.get(element) or int(element.width)
 
 
 def _declare(b: ir.IRBuilder, name: str, kind: ir.FunctionType) -> ir.Function:
@@ -231,29 +234,13 @@ class Element:
 
     def from_stored(self, raw: Value) -> Value:
         """Stored lanes (or one stored element) in acc: exact."""
-        b = raw.b
-        if self.dtype == "bfloat16":
-            wide, acc = _like(raw, I32), _like(raw, FLOAT)
-            bits = b.shl(b.zext(raw.v, wide), _full(wide, 16))
-            return Value(b, b.bitcast(bits, acc))
-        if self.dtype == "float16":
-            return Value(b, b.fpext(raw.v, _like(raw, FLOAT)))
-        return raw
+        widened = WIDENED.get(self.dtype)
+        return Value(raw.b, widened(raw.b, raw.v)) if widened else raw
 
     def to_stored(self, value: Value) -> Value:
         """Rounded to nearest even, once. A NaN stays a NaN."""
-        b = value.b
-        if self.dtype == "bfloat16":
-            wide = _like(value, I32)
-            bits = b.bitcast(value.v, wide)
-            half = b.and_(b.lshr(bits, _full(wide, 16)), _full(wide, 1))
-            rounded = b.add(bits, b.add(half, _full(wide, 0x7FFF)))
-            nan = b.fcmp_unordered("uno", value.v, value.v)
-            rounded = b.select(nan, _full(wide, 0x7FC00000), rounded)
-            return Value(b, b.trunc(b.lshr(rounded, _full(wide, 16)), _like(value, I16)))
-        if self.dtype == "float16":
-            return Value(b, b.fptrunc(value.v, _like(value, HALF)))
-        return value
+        narrowed = NARROWED.get(self.dtype)
+        return Value(value.b, narrowed(value.b, value.v)) if narrowed else value
 
     def rounded(self, value: Value) -> Value:
         """acc lanes rounded to the dtype, in acc again."""
@@ -272,14 +259,6 @@ class Element:
 
     def store_acc(self, value: Value, address: Value) -> None:
         store_raw(value, address, self.acc_size)
-
-
-def _like(value: Value, element: ir.Type) -> ir.Type:
-    return ir.VectorType(element, LANES) if isinstance(value.type, ir.VectorType) else element
-
-
-def _full(kind: ir.Type, number: int) -> ir.Constant:
-    return ir.Constant(kind, [number] * LANES) if isinstance(kind, ir.VectorType) else ir.Constant(kind, number)
 
 
 def instruction(result: Any = types.void) -> Callable[[Callable[..., Any]], Any]:

@@ -381,6 +381,7 @@ class CudaBackend:
             "skipped": self._at(running.skipped),
             "momentum": running.momentum or 0.0,
             "cumulative": int(running.momentum is None),
+            "ddof": int(not running.biased),
         }
 
     def _rows_fields(self, name: str, rows: Rows) -> Addresses:
