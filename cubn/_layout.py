@@ -75,8 +75,11 @@ def is_dense(shape: Shape, strides: Strides) -> bool:
 
 @lru_cache(maxsize=1024)
 def output_strides(shape: Shape, strides: Strides) -> Strides:
-    """Strides of an output beside an input: the input's own where it is dense, else C-contiguous."""
-    return strides if math.prod(shape) and is_dense(shape, strides) else c_strides(shape)
+    """Strides of an output beside an input: the input's own where it is dense, else C-contiguous.
+
+    Without elements, as if there were one along every axis that has none: torch's rule.
+    """
+    return strides if is_dense(shape, strides) else c_strides(shape)
 
 
 @lru_cache(maxsize=1024)

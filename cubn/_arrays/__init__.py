@@ -116,35 +116,67 @@ def _describer(x: Any, function: str, argument: str) -> _Describer:
     if isinstance(x, np.ndarray):
         _refuse_subclass(x, function, argument)
     if torch and isinstance(x, torch.Tensor):
-        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-            refuse_stand_in(x, function, argument)
+        _check_plain(torch, x, function, argument)
         found = _torch(torch).describe
-    elif jax and isinstance(x, jax.Array):
-        if isinstance(x, jax.core.Tracer):
-            refuse_stand_in(x, function, argument)
+    elif jax and isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
         found = _jax(jax).describe
+    elif (jax and isinstance(x, (jax.Array, jax.ShapeDtypeStruct))) or (torch and isinstance(x, torch.fx.Proxy)):
+        refuse_stand_in(x, function, argument)
     elif cupy and isinstance(x, cupy.ndarray):
         found = _cupy(cupy).describe
     elif hasattr(kind, "__dlpack__"):
         found = _foreign(*_home(x)).describe
     else:
-        remedy = f"Pass numpy.asarray({argument})."
-        refuse(x, function, argument, TypeError, "be an array with __dlpack__", f"a {type_name(x)}", remedy)
+        rule, remedy = "be an array with __dlpack__", _to_numpy(x, argument)
+        refuse(x, function, argument, TypeError, rule, f"a {type_name(x)}", remedy)
     _DESCRIBERS[kind] = found
     return found
 
 
 def _refuse_subclass(x: Any, function: str, argument: str) -> NoReturn:
     """Subclasses of NumPy's array mean more, or other, than their numbers: masks, units, matrix products."""
-    masked = isinstance(x, np.ma.MaskedArray)
-    plain = f"{argument}.data, and the valid positions as mask" if masked else f"numpy.asarray({argument})"
-    refuse(x, function, argument, TypeError, "be a plain numpy.ndarray", f"a {type_name(x)}", f"Pass {plain}.")
+    remedy = f"Pass numpy.asarray({argument})."
+    if isinstance(x, np.ma.MaskedArray):
+        mask = f"mask=~numpy.ma.getmaskarray({argument}).any(channel_axis)"
+        remedy = f"Pass {argument}.filled(0), or what else shall be where it is masked."
+        if argument == "x":  # the only one that has a mask beside it
+            remedy = f"Pass x.filled(0), with {mask}: a position is present in all channels or in none."
+    refuse(x, function, argument, TypeError, "be a plain numpy.ndarray", f"a {type_name(x)}", remedy)
+
+
+_SUBCLASS_REMEDIES = {
+    "DTensor": "Pass {0}.to_local() or {0}.full_tensor().",
+    "MaskedTensor": "Pass {0}.get_data().",
+}
+
+
+def _check_plain(torch: Any, x: Any, function: str, argument: str) -> None:
+    """Raise unless a tensor of x's type holds numbers, and nothing more."""
+    kind = type(x)
+    if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
+        remedy = "Run its module once, or materialize it."
+        refuse(x, function, argument, TypeError, "be initialized", f"a {type_name(x)}", remedy)
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        remedy = _SUBCLASS_REMEDIES.get(kind.__name__, "").format(argument)
+        refuse_stand_in(x, function, argument, remedy=remedy)
+
+
+def _to_numpy(x: Any, argument: str) -> str:
+    """How x, which is no array, becomes one, if it does."""
+    for method in ("toarray", "todense"):  # sparse matrices
+        if hasattr(type(x), method):
+            return f"Pass {argument}.{method}()."
+    is_like = isinstance(x, (list, tuple, memoryview)) or hasattr(type(x), "__array__")
+    return f"Pass numpy.asarray({argument})." if is_like else ""
 
 
 def _home(x: Any) -> tuple[str, Callable[[Any], Any] | None]:
     """The name of x's library, and its from_dlpack."""
     name = type(x).__module__.partition(".")[0]
-    namespace = x.__array_namespace__() if hasattr(x, "__array_namespace__") else sys.modules.get(name)
+    try:
+        namespace = x.__array_namespace__()
+    except Exception:  # it has none, or none to show
+        namespace = sys.modules.get(name)
     return name, getattr(namespace, "from_dlpack", None)
 
 

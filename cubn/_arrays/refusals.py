@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NoReturn
 
 from cubn._arrays.library import Array
@@ -9,6 +10,7 @@ from cubn.backends import CPU, CUDA
 from cubn.errors import message
 
 _DEVICE_TYPES = {"cpu": CPU, "cuda": CUDA}
+_LIBRARY = re.compile(r"^\w+\.(?=\w+$)")  # in torch.float32
 
 
 def refuse(
@@ -18,24 +20,30 @@ def refuse(
     raise error(message(function, argument, rule, got, remedy, **facts(x)))
 
 
-def refuse_dtype(x: Any, dtype: str, dtypes: tuple[str, ...], function: str, argument: str) -> NoReturn:
+def refuse_dtype(
+    x: Any, dtype: str, dtypes: tuple[str, ...], function: str, argument: str, conversion: str = ""
+) -> NoReturn:
+    """`conversion` is how x's library converts `{0}` to dtype `{1}`, or what else to say."""
     *most, last = dtypes
     rule = f"have dtype {', '.join(most)} or {last}" if most else f"have dtype {last}"
-    refuse(x, function, argument, TypeError, rule, dtype, "Convert it first.")
+    if dtype.startswith("complex"):
+        conversion = "Pass {0}.real and {0}.imag apart."
+    remedy = conversion.format(argument, "float32" if "float32" in dtypes else last)
+    refuse(x, function, argument, TypeError, rule, dtype, remedy or "Convert it first.")
 
 
-def refuse_stand_in(x: Any, function: str, argument: str) -> NoReturn:
+def refuse_stand_in(x: Any, function: str, argument: str, where: str = "", remedy: str = "") -> NoReturn:
     rule = "hold numbers in memory, not stand for them"
-    remedy = "Call it outside tracing, vmap and the like."
-    refuse(x, function, argument, TypeError, rule, f"a {type_name(x)}", remedy)
+    remedy = remedy or "Call it outside tracing, vmap and the like."
+    refuse(x, function, argument, TypeError, rule, f"a {type_name(x)}{where}", remedy)
 
 
 def refuse_misaligned(x: Any, function: str, argument: str, got: str) -> NoReturn:
     refuse(x, function, argument, ValueError, "be aligned to its elements", got, "Pass a copy.")
 
 
-def refuse_device(x: Any, device: str, function: str, argument: str) -> NoReturn:
-    refuse(x, function, argument, NotImplementedError, "be on a CPU or CUDA device", device, "Move it there first.")
+def refuse_device(x: Any, device: str, function: str, argument: str, remedy: str = "Move it there first.") -> NoReturn:
+    refuse(x, function, argument, NotImplementedError, "be on a CPU or CUDA device", device, remedy)
 
 
 def facts(x: Any) -> dict[str, Any]:
@@ -46,7 +54,7 @@ def facts(x: Any) -> dict[str, Any]:
         device = (_DEVICE_TYPES[kind], int(index or 0)) if kind in _DEVICE_TYPES else None
     return {
         "shape": tuple(shape) if isinstance(shape, tuple) else None,
-        "dtype": None if dtype is None else str(dtype).rpartition(".")[2],  # torch.float32
+        "dtype": None if dtype is None else _LIBRARY.sub("", str(dtype)),
         "device": device,
     }
 
