@@ -76,9 +76,9 @@ class _Versioned(ctypes.Structure):
     )
 
 
-_is_valid = ctypes.pythonapi.PyCapsule_IsValid
+_is_valid = ctypes.pythonapi["PyCapsule_IsValid"]  # by index: as attributes, others would set their argument types too
 _is_valid.argtypes, _is_valid.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_int
-_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer = ctypes.pythonapi["PyCapsule_GetPointer"]
 _pointer.argtypes, _pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
 
 
