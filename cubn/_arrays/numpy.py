@@ -43,8 +43,8 @@ class NumPy(Library):
 
     def _conversion(self, dtype: np.dtype[Any]) -> str:
         if dtype.names:
-            return f"Pass one of its fields, as {{0}}['{dtype.names[0]}']."
-        return "It holds no numbers." if dtype.kind in "SUTVMm" and dtype.isbuiltin == 1 else self.conversion
+            return "Pass {0}[{0}.dtype.names[0]] or another of its fields."
+        return "It holds no numbers." if dtype.kind in "SUTVMm" and dtype.isbuiltin != 2 else self.conversion
 
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
         memory = _NO_MEMORY if 0 in shape else None  # NumPy drops the strides of an array that it finds no memory for

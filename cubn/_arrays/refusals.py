@@ -48,6 +48,8 @@ def refuse_device(x: Any, device: str, function: str, argument: str, remedy: str
 
 def facts(x: Any) -> dict[str, Any]:
     """Shape, dtype and device, as far as x has them and they mean that."""
+    if isinstance(x, type):
+        return {}
     shape, dtype, device = (_attribute(x, name) for name in ("shape", "dtype", "device"))
     if not isinstance(x, Array):
         kind, _, index = str(device).partition(":")

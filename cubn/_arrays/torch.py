@@ -103,17 +103,15 @@ class Torch(Library):
 
     def _device(self, x: Any, function: str, argument: str) -> tuple[int, int]:
         if not x.is_cuda or self._torch.version.hip:
-            made = f"It holds no numbers: fill torch.empty_like({argument}, device='cpu') and pass that."
-            remedy = made if x.is_meta else f"Pass {argument}.cpu()."
-            refuse_device(x, "rocm" if x.is_cuda else x.device.type, function, argument, remedy)
+            name = "rocm" if x.is_cuda else x.device.type
+            filled = f"It holds no numbers: fill torch.empty_like({argument}, device='cpu') and pass that."
+            refuse_device(x, name, function, argument, filled if name == "meta" else f"Pass {argument}.cpu().")
         return CUDA, x.device.index
 
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
         y = self._torch.empty_strided(shape, strides, dtype=self._dtypes[dtype], device=like.owner.device)
-        pointer = _address(y)
-        if type(y) is not self._torch.Tensor or (
-            not pointer and y.numel()
-        ):  # a transformation makes tensors of its own
+        pointer = _address(y) if type(y) is self._torch.Tensor else 0
+        if not pointer and 0 not in shape:  # a mode or a transformation makes tensors of its own
             refuse_stand_in(y, "cubn", "an output")
         if y.nbytes >= _HUGE and like.device == HOST:
             _advise_huge_pages(pointer, y.nbytes)

@@ -145,7 +145,7 @@ def test_no_strides_and_no_memory_where_none_is_needed():
     array = described(Exporter(shape=(0, 3), strides=NULL, data=NULL))
     assert (array.shape, array.strides) == ((0, 3), (3, 1))
     assert cubn.moments(Exporter(shape=(0, 3), data=NULL)).count == 0
-    with pytest.raises(ValueError, match="^forward: x must have 2 axes or more; got"):
+    with pytest.raises(ValueError, match=r"^forward: x must have 2 axes or more; got"):
         cubn.forward(Exporter(shape=NULL, strides=NULL), cubn.BatchNormState(3))
 
 
