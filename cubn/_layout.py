@@ -77,9 +77,11 @@ def is_dense(shape: Shape, strides: Strides) -> bool:
 def output_strides(shape: Shape, strides: Strides) -> Strides:
     """Strides of an output beside an input: the input's own where it is dense, else C-contiguous.
 
-    Without elements, as if there were one along every axis that has none: torch's rule.
+    Without elements, it is dense if it were with one along every empty axis; steps of 0 then say nothing, for torch
+    takes them over what is empty, and NumPy everywhere.
     """
-    return strides if is_dense(shape, strides) else c_strides(shape)
+    steps = [(n, step) for n, step in zip(shape, strides, strict=True) if step or 0 not in shape]
+    return strides if is_dense(tuple(n for n, _ in steps), tuple(step for _, step in steps)) else c_strides(shape)
 
 
 @lru_cache(maxsize=1024)

@@ -134,12 +134,17 @@ def test_outputs_are_dense_whatever_the_input(memory):
         ((3, 5, 0, 2), (10, 1, 10, 5), (10, 1, 10, 5)),
         ((0, 0, 2), (1, 2, 1), (1, 2, 1)),
         ((2, 0), (1, 5), (1, 5)),
+        ((2, 3), (0, 1), (3, 1)),
         ((2, 0, 3), (-1, 7, 0), (3, 3, 1)),
-        ((0, 5, 2, 2), (0, 0, 0, 0), (20, 4, 2, 1)),
+        ((2, 0, 3), (3, 7, 1), (3, 7, 1)),
+        ((0, 5, 2, 2), (0, 0, 0, 0), (0, 0, 0, 0)),
+        ((4, 5, 0, 2), (0, 1, 10, 5), (0, 1, 10, 5)),
+        ((4, 5, 2, 0), (0, 1, 0, 5), (0, 1, 0, 5)),
+        ((0, 5, 4), (0, 8, 2), (20, 4, 1)),
         ((0, 5, 4), (40, 8, 2), (20, 4, 1)),
     ],
 )
-def test_outputs_without_elements_have_the_layout_of_one_element_along_their_empty_axes(shape, strides, out):
+def test_outputs_without_elements_keep_a_layout_that_would_be_dense(shape, strides, out):
     assert _layout.output_strides(shape, strides) == out
 
 
