@@ -96,10 +96,14 @@ def check_writable(array: Array, function: str, argument: str) -> None:
     wrong = partial(refuse, array, function, argument)
     if array.library.immutable:
         wrong(TypeError, "be an array that can be written", f"an immutable {array.library.name} array", "Leave it out.")
-    if not array.writable and getattr(array.owner, "requires_grad", False):
-        wrong(ValueError, "be writable", "a tensor that requires a gradient", "Pass it detached.")
     if not array.writable:
-        wrong(ValueError, "be writable", "a read-only array", "Pass a copy.")
+        got, remedy = "a read-only array", "Pass a copy."
+        if getattr(array.owner, "requires_grad", False):
+            got, remedy = "a tensor that requires a gradient", f"Pass {argument}.detach()."
+        elif array.capsule is not None:
+            got = "one whose capsule does not say that it may be"
+            remedy = "Leave it out." if argument == "out" else f"Pass numpy.from_dlpack({argument}).copy()."
+        wrong(ValueError, "be writable", got, remedy)
     if not _layout.is_distinct(array.shape, array.strides):
         got = f"elements that share memory, strides={array.strides}"
         wrong(ValueError, "have memory of its own for every element", got, "Pass a copy.")

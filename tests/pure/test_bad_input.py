@@ -827,7 +827,7 @@ def test_running_statistics_that_require_a_gradient(world):
     state = cubn.BatchNormState.from_arrays(running_mean=mean, running_var=var)
     text = (
         "forward_train: running_mean must be writable; got a tensor that requires a gradient "
-        f"(shape=(4,), {F32}). Pass it detached."
+        f"(shape=(4,), {F32}). Pass running_mean.detach()."
     )
     refused(world, ValueError, text, cubn.forward_train, torch.from_numpy(world.x), state)
 
