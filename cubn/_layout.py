@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 Strides = tuple[int, ...]
 
+_MOST = 1 << 60  # elements, and steps between them, whose bytes an int64 counts
+
+
+class Unaddressable(ValueError):
+    """A shape or strides of no array in memory."""
+
 
 def channel_position(ndim: int, channel_axis: int, function: str) -> int:
     """The channel axis counted from the front; a NumPy AxisError if there is no such axis."""
@@ -86,8 +92,18 @@ def output_strides(shape: Shape, strides: Strides) -> Strides:
 
 @lru_cache(maxsize=1024)
 def span(shape: Shape, strides: Strides) -> tuple[int, int]:
-    """Elements from the first one, in memory: the lowest, and one past the highest. (0, 0) without elements."""
-    if not math.prod(shape):
+    """Elements from the first one, in memory: the lowest, and one past the highest. (0, 0) without elements.
+
+    Raises
+    ------
+    Unaddressable
+        If an extent is negative, or bytes could not be counted.
+    """
+    if min(shape, default=0) < 0 or math.prod(max(extent, 1) for extent in shape) >= _MOST:
+        raise Unaddressable(f"shape {shape}")
+    if any(abs(stride) >= _MOST for stride in strides):
+        raise Unaddressable(f"strides {strides}")
+    if 0 in shape:
         return 0, 0
     reach = [stride * (extent - 1) for stride, extent in zip(strides, shape, strict=True)]
     return sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + 1

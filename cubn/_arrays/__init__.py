@@ -59,14 +59,18 @@ def describe(x: Any, function: str, argument: str, dtypes: tuple[str, ...] = FLO
         Not an array; not of these dtypes; one that stands for numbers without holding them (a tracer), or that holds
         more than numbers (a mask, a unit, a gradient to come).
     ValueError
-        A misaligned, deleted or multi-device array.
+        A misaligned, deleted or multi-device array, or one that reaches beyond its memory, as far as that is told.
     NotImplementedError
         A device that is neither a CPU nor CUDA's.
     BufferError
-        The array's library would not export it.
+        The array's library would not export it, or its capsule makes no sense.
     """
     read = _DESCRIBERS.get(type(x)) or _describer(x, function, argument)
-    return read(x, function, argument, dtypes, detach)
+    try:
+        return read(x, function, argument, dtypes, detach)
+    except _layout.Unaddressable as error:
+        reason = str(error)
+    refuse(x, function, argument, ValueError, "fit in memory", reason, "")
 
 
 def empty_like(x: Array) -> Output:

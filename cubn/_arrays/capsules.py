@@ -13,7 +13,7 @@ from cubn._arrays.library import HOST, ITEMSIZE, Array, Library
 from cubn._arrays.memory import in_bytes, storage, view
 from cubn._arrays.numpy import address_of
 from cubn._arrays.refusals import facts, refuse_device, refuse_dtype, refuse_misaligned
-from cubn._layout import Shape, Strides
+from cubn._layout import Shape, Strides, Unaddressable
 from cubn.backends import CPU, CUDA
 from cubn.errors import device_name, message
 
@@ -45,7 +45,7 @@ def read(x: Any, function: str, argument: str, dtypes: tuple[str, ...], library:
             claimed = device = HOST  # a library may count its own parts of it
         if device != claimed:
             raise dlpack.Malformed(f"one of {device_name(device)} beside a __dlpack_device__ of {device_name(claimed)}")
-    except dlpack.Malformed as error:
+    except (dlpack.Malformed, Unaddressable) as error:
         raise BufferError(message(function, argument, rule, error, **facts(x))) from None
     except Exception as error:
         raise BufferError(message(function, argument, rule, _said(error), **facts(x))) from error

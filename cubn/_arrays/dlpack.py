@@ -7,13 +7,11 @@ strides, a dtype and a flag. Layouts are those of dlpack.h, version 1.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 from cubn import _layout
-from cubn._layout import Shape, Strides
 
 CODES = {
     "float16": (2, 16),
@@ -29,7 +27,6 @@ _NAMES = {code: name for name, code in CODES.items()}
 _KINDS = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 5: "complex", 6: "bool"}
 _READ_ONLY, _IS_COPIED = 1, 2
 _MOST_AXES = 64  # as in NumPy
-_MOST_ELEMENTS = 1 << 60  # whose bytes an int64 counts
 _LIMIT = 1 << 63
 
 
@@ -103,8 +100,8 @@ def read(capsule: object) -> Tensor:
 
     Raises
     ------
-    Malformed
-        If it is not one, or is beyond what an array can be.
+    Malformed, Unaddressable
+        If it is not one, or tells of no array that can be.
     """
     tensor, writable = _open(capsule)
     axes = tensor.ndim
@@ -114,7 +111,7 @@ def read(capsule: object) -> Tensor:
         raise Malformed("a NULL shape")
     shape = tuple(tensor.shape[:axes])
     strides = tuple(tensor.strides[:axes]) if tensor.strides else _layout.c_strides(shape)
-    low, high = _reach(shape, strides)
+    low, high = _layout.span(shape, strides)
     if high > low and not tensor.data:
         raise Malformed("a NULL data pointer")
     pointer = (tensor.data or 0) + tensor.byte_offset
@@ -123,16 +120,6 @@ def read(capsule: object) -> Tensor:
         raise Malformed(f"elements beyond the end of memory, strides={strides}, byte_offset={tensor.byte_offset}")
     device = tensor.device.type, tensor.device.index
     return Tensor(capsule, pointer, shape, strides, _dtype_name(tensor.dtype), device, writable)
-
-
-@lru_cache(maxsize=1024)
-def _reach(shape: Shape, strides: Strides) -> tuple[int, int]:
-    """`_layout.span`, if an array can have this shape and strides."""
-    if any(extent < 0 for extent in shape) or math.prod(max(extent, 1) for extent in shape) >= _MOST_ELEMENTS:
-        raise Malformed(f"shape {shape}")
-    if any(abs(stride) >= _MOST_ELEMENTS for stride in strides):
-        raise Malformed(f"strides {strides}")
-    return _layout.span(shape, strides)
 
 
 def _open(capsule: object) -> tuple[_Tensor, bool]:

@@ -11,7 +11,7 @@ import numpy as np
 from cubn._arrays.library import HOST, ITEMSIZE, Array, Library, Output
 from cubn._arrays.memory import in_bytes
 from cubn._arrays.refusals import refuse, refuse_dtype, refuse_misaligned
-from cubn._layout import Shape, Strides
+from cubn._layout import Shape, Strides, span
 
 _read_address = ctypes.c_size_t.from_address
 _DATA = object.__basicsize__
@@ -78,7 +78,9 @@ def layout_of(shape: Shape, strides: Strides, dtype: np.dtype[Any]) -> tuple[Str
     size = dtype.itemsize or 1
     if any(extent > 1 and stride % size for extent, stride in zip(shape, strides, strict=True)):
         return None, name
-    return tuple(stride // size for stride in strides), name
+    steps = tuple(stride // size for stride in strides)
+    span(shape, steps)  # an error where they are Unaddressable
+    return steps, name
 
 
 @lru_cache

@@ -114,6 +114,23 @@ def test_a_malformed_capsule(case):
     refused(Exporter(**fields), BufferError, f"have a valid DLPack capsule; got {got}")
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("shape", "strides", "got"),
+    [
+        ((1, 3), (1 << 60, 1), f"strides ({1 << 60}, 1)"),
+        ((1 << 31, 1 << 29), (0, 0), "shape (2147483648, 536870912)"),
+    ],
+)
+def test_an_array_beyond_what_can_be_counted(library, shape, strides, got):
+    store = np.ones(6, np.float16)
+    if library == "torch":
+        x = pytest.importorskip("torch").from_numpy(store).as_strided(shape, strides)
+    else:
+        x = np.lib.stride_tricks.as_strided(store, shape, [2 * step for step in strides])
+    refused(x, ValueError, f"fit in memory; got {got} (shape={shape}")
+
+
 @pytest.mark.parametrize(
     ("code", "bits", "lanes", "name"),
     [
