@@ -26,7 +26,7 @@ class Jax(Library):
 
     def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         if x.is_deleted():
-            refuse(x, function, argument, ValueError, "not be deleted", "a deleted array", "Was it donated?")
+            refuse(x, function, argument, ValueError, "not be deleted", "a deleted array", "Donate a copy instead.")
         devices = len(x.sharding.device_set)
         if devices > 1:
             self._refuse_several(x, devices, function, argument)

@@ -356,7 +356,7 @@ def test_a_deleted_jax_array():
     refused(
         x,
         ValueError,
-        "forward: x must not be deleted; got a deleted array (shape=(2, 3), dtype=float32). Was it donated?",
+        "forward: x must not be deleted; got a deleted array (shape=(2, 3), dtype=float32). Donate a copy instead.",
     )
 
 

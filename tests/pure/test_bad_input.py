@@ -610,7 +610,9 @@ def test_21_deleted(world):
     jnp = pytest.importorskip("jax.numpy")
     x = jnp.array(world.x)
     x.delete()
-    text = "forward: x must not be deleted; got a deleted array (shape=(3, 4, 2), dtype=float32). Was it donated?"
+    text = (
+        "forward: x must not be deleted; got a deleted array (shape=(3, 4, 2), dtype=float32). Donate a copy instead."
+    )
     refused(world, ValueError, text, cubn.forward, x, world.state)
 
 
