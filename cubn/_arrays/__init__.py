@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from cubn._arrays.jax import Jax
 from cubn._arrays.library import BOOL, FLOATS, Array, Library, Output
 from cubn._arrays.memory import addresses, overlap
 from cubn._arrays.numpy import NUMPY
-from cubn._arrays.refusals import refuse, refuse_stand_in, type_name
+from cubn._arrays.refusals import a_type, refuse, refuse_non_array, refuse_stand_in, refuse_subclass
 from cubn._arrays.torch import Torch
 
 __all__ = [
@@ -122,7 +122,7 @@ def _describer(x: Any, function: str, argument: str) -> _Describer:
     kind = type(x)
     torch, jax, cupy = (sys.modules.get(name) for name in ("torch", "jax", "cupy"))
     if isinstance(x, np.ndarray):
-        _refuse_subclass(x, function, argument)
+        refuse_subclass(x, function, argument)
     if torch and isinstance(x, torch.Tensor):
         _check_plain(torch, x, function, argument)
         found = _torch(torch).describe
@@ -135,26 +135,15 @@ def _describer(x: Any, function: str, argument: str) -> _Describer:
     elif hasattr(kind, "__dlpack__"):
         found = _foreign(*_home(x)).describe
     else:
-        rule, remedy = "be an array with __dlpack__", _to_numpy(x, argument)
-        refuse(x, function, argument, TypeError, rule, f"a {type_name(x)}", remedy)
+        refuse_non_array(x, function, argument)
     _DESCRIBERS[kind] = found
     return found
-
-
-def _refuse_subclass(x: Any, function: str, argument: str) -> NoReturn:
-    """Subclasses of NumPy's array mean more, or other, than their numbers: masks, units, matrix products."""
-    remedy = f"Pass numpy.asarray({argument})."
-    if isinstance(x, np.ma.MaskedArray):
-        mask = f"mask=~numpy.ma.getmaskarray({argument}).any(channel_axis)"
-        remedy = f"Pass {argument}.filled(0), or what else shall be where it is masked."
-        if argument == "x":  # the only one that has a mask beside it
-            remedy = f"Pass x.filled(0), with {mask}: a position is present in all channels or in none."
-    refuse(x, function, argument, TypeError, "be a plain numpy.ndarray", f"a {type_name(x)}", remedy)
 
 
 _SUBCLASS_REMEDIES = {
     "DTensor": "Pass {0}.to_local() or {0}.full_tensor().",
     "MaskedTensor": "Pass {0}.get_data().",
+    "NestedTensor": "Pass torch.nested.to_padded_tensor({0}, 0).",
 }
 
 
@@ -163,19 +152,10 @@ def _check_plain(torch: Any, x: Any, function: str, argument: str) -> None:
     kind = type(x)
     if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
         remedy = "Run its module once, or materialize it."
-        refuse(x, function, argument, TypeError, "be initialized", f"a {type_name(x)}", remedy)
+        refuse(x, function, argument, TypeError, "be initialized", a_type(x), remedy)
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         remedy = _SUBCLASS_REMEDIES.get(kind.__name__, "").format(argument)
         refuse_stand_in(x, function, argument, remedy=remedy)
-
-
-def _to_numpy(x: Any, argument: str) -> str:
-    """How x, which is no array, becomes one, if it does."""
-    for method in ("toarray", "todense"):  # sparse matrices
-        if hasattr(type(x), method):
-            return f"Pass {argument}.{method}()."
-    is_like = isinstance(x, (list, tuple, memoryview)) or hasattr(type(x), "__array__")
-    return f"Pass numpy.asarray({argument})." if is_like else ""
 
 
 def _home(x: Any) -> tuple[str, Callable[[Any], Any] | None]:

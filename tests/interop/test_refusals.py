@@ -1,5 +1,6 @@
 """What is no array of plain numbers is refused in words, and left as it was."""
 
+import array
 import re
 import warnings
 
@@ -26,7 +27,9 @@ def refused(x, error, text, *options):
     [
         ([[1.0, 2.0]], "a list. Pass numpy.asarray(x)."),
         (memoryview(b"12"), "a memoryview (shape=(2,)). Pass numpy.asarray(x)."),
-        (np.float32(1), "a numpy.float32 (shape=(), dtype=float32, device=cpu). Pass numpy.asarray(x)."),
+        (array.array("f", [1, 2]), "an array.array. Pass numpy.asarray(x)."),
+        (np.float32(1), "a numpy.float32 (shape=(), dtype=float32, device=cpu)."),
+        (1, "an int."),
         (1.0, "a float."),
         (None, "a NoneType."),
         ("x", "a str."),
@@ -417,3 +420,14 @@ def test_misaligned_in_another_library(library):
         ValueError,
         f"forward: x must be aligned to its elements; got address {pointer:#x} ({HERE}). Pass a copy.",
     )
+
+
+class Unfriendly:
+    """Raises whatever it is asked for."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+def test_an_object_that_answers_nothing():
+    refused(Unfriendly(), TypeError, "forward: x must be an array with __dlpack__; got a tests.Unfriendly.")

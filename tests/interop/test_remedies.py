@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import types
 import warnings
 
 import numpy as np
@@ -65,6 +66,11 @@ def frozen():
 
 X = {
     "a list": (F32.tolist, "numpy.asarray(x)"),
+    "a buffer": (lambda: memoryview(F32), "numpy.asarray(x)"),
+    "an array interface": (
+        lambda: types.SimpleNamespace(__array_interface__=F32.__array_interface__),
+        "numpy.asarray(x)",
+    ),
     "NumPy's integers": (lambda: F32.astype(int), "x.astype('float32')"),
     "NumPy's objects": (lambda: F32.astype(object), "x.astype('float32')"),
     "NumPy's complex numbers": (lambda: F32.astype("complex64"), "x.real"),
@@ -89,6 +95,10 @@ X = {
     "a sparse tensor": (of_torch(lambda torch: torch.ones(2, 3).to_sparse()), "x.to_dense()"),
     "sparse rows": (of_torch(lambda torch: torch.ones(2, 3).to_sparse_csr()), "x.to_dense()"),
     "a nested tensor": (of_torch(nested), "torch.nested.to_padded_tensor(x, 0)"),
+    "a jagged tensor": (
+        of_torch(lambda torch: torch.nested.nested_tensor([torch.ones(3)] * 2, layout=torch.jagged)),
+        "torch.nested.to_padded_tensor(x, 0)",
+    ),
     "a masked tensor": (of_torch(masked), "x.get_data()"),
     "a tensor that wants a gradient": (of_torch(lambda torch: torch.ones(2, 3, requires_grad=True)), "x.detach()"),
     "a parameter": (of_torch(lambda torch: torch.nn.Parameter(torch.ones(2, 3))), "x.detach()"),
