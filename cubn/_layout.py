@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 Strides = tuple[int, ...]
 
+_MOST = 1 << 60  # elements, and steps between them, whose bytes an int64 counts
+
+
+class Unaddressable(ValueError):
+    """A shape or strides of no array in memory."""
+
 
 def channel_position(ndim: int, channel_axis: int, function: str) -> int:
     """The channel axis counted from the front; a NumPy AxisError if there is no such axis."""
@@ -75,14 +81,29 @@ def is_dense(shape: Shape, strides: Strides) -> bool:
 
 @lru_cache(maxsize=1024)
 def output_strides(shape: Shape, strides: Strides) -> Strides:
-    """Strides of an output beside an input: the input's own where it is dense, else C-contiguous."""
-    return strides if math.prod(shape) and is_dense(shape, strides) else c_strides(shape)
+    """Strides of an output beside an input: the input's own where it is dense, else C-contiguous.
+
+    Without elements, it is dense if it were with one along every empty axis; steps of 0 then say nothing, for torch
+    takes them over what is empty, and NumPy everywhere.
+    """
+    steps = [(n, step) for n, step in zip(shape, strides, strict=True) if step or 0 not in shape]
+    return strides if is_dense(tuple(n for n, _ in steps), tuple(step for _, step in steps)) else c_strides(shape)
 
 
 @lru_cache(maxsize=1024)
 def span(shape: Shape, strides: Strides) -> tuple[int, int]:
-    """Elements from the first one, in memory: the lowest, and one past the highest. (0, 0) without elements."""
-    if not math.prod(shape):
+    """Elements from the first one, in memory: the lowest, and one past the highest. (0, 0) without elements.
+
+    Raises
+    ------
+    Unaddressable
+        If an extent is negative, or bytes could not be counted.
+    """
+    if min(shape, default=0) < 0 or math.prod(max(extent, 1) for extent in shape) >= _MOST:
+        raise Unaddressable(f"shape {shape}")
+    if any(abs(stride) >= _MOST for stride in strides):
+        raise Unaddressable(f"strides {strides}")
+    if 0 in shape:
         return 0, 0
     reach = [stride * (extent - 1) for stride, extent in zip(strides, shape, strict=True)]
     return sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + 1

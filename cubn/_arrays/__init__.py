@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from cubn._arrays.jax import Jax
 from cubn._arrays.library import BOOL, FLOATS, Array, Library, Output
 from cubn._arrays.memory import addresses, overlap
 from cubn._arrays.numpy import NUMPY
-from cubn._arrays.refusals import refuse, refuse_stand_in, type_name
+from cubn._arrays.refusals import a_type, refuse, refuse_non_array, refuse_stand_in, refuse_subclass
 from cubn._arrays.torch import Torch
 
 __all__ = [
@@ -59,14 +59,18 @@ def describe(x: Any, function: str, argument: str, dtypes: tuple[str, ...] = FLO
         Not an array; not of these dtypes; one that stands for numbers without holding them (a tracer), or that holds
         more than numbers (a mask, a unit, a gradient to come).
     ValueError
-        A misaligned, deleted or multi-device array.
+        A misaligned, deleted or multi-device array, or one that reaches beyond its memory, as far as that is told.
     NotImplementedError
         A device that is neither a CPU nor CUDA's.
     BufferError
-        The array's library would not export it.
+        The array's library would not export it, or its capsule makes no sense.
     """
     read = _DESCRIBERS.get(type(x)) or _describer(x, function, argument)
-    return read(x, function, argument, dtypes, detach)
+    try:
+        return read(x, function, argument, dtypes, detach)
+    except _layout.Unaddressable as error:
+        reason = str(error)
+    refuse(x, function, argument, ValueError, "fit in memory", reason, "")
 
 
 def empty_like(x: Array) -> Output:
@@ -96,10 +100,14 @@ def check_writable(array: Array, function: str, argument: str) -> None:
     wrong = partial(refuse, array, function, argument)
     if array.library.immutable:
         wrong(TypeError, "be an array that can be written", f"an immutable {array.library.name} array", "Leave it out.")
-    if not array.writable and getattr(array.owner, "requires_grad", False):
-        wrong(ValueError, "be writable", "a tensor that requires a gradient", "Pass it detached.")
     if not array.writable:
-        wrong(ValueError, "be writable", "a read-only array", "Pass a copy.")
+        got, remedy = "a read-only array", "Pass a copy."
+        if getattr(array.owner, "requires_grad", False):
+            got, remedy = "a tensor that requires a gradient", f"Pass {argument}.detach()."
+        elif array.capsule is not None:
+            got = "one whose capsule does not say that it may be"
+            remedy = "Leave it out." if argument == "out" else f"Pass numpy.from_dlpack({argument}).copy()."
+        wrong(ValueError, "be writable", got, remedy)
     if not _layout.is_distinct(array.shape, array.strides):
         got = f"elements that share memory, strides={array.strides}"
         wrong(ValueError, "have memory of its own for every element", got, "Pass a copy.")
@@ -114,37 +122,49 @@ def _describer(x: Any, function: str, argument: str) -> _Describer:
     kind = type(x)
     torch, jax, cupy = (sys.modules.get(name) for name in ("torch", "jax", "cupy"))
     if isinstance(x, np.ndarray):
-        _refuse_subclass(x, function, argument)
+        refuse_subclass(x, function, argument)
     if torch and isinstance(x, torch.Tensor):
-        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-            refuse_stand_in(x, function, argument)
+        _check_plain(torch, x, function, argument)
         found = _torch(torch).describe
-    elif jax and isinstance(x, jax.Array):
-        if isinstance(x, jax.core.Tracer):
-            refuse_stand_in(x, function, argument)
+    elif jax and isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
         found = _jax(jax).describe
+    elif (jax and isinstance(x, (jax.Array, jax.ShapeDtypeStruct))) or (torch and isinstance(x, torch.fx.Proxy)):
+        refuse_stand_in(x, function, argument)
     elif cupy and isinstance(x, cupy.ndarray):
         found = _cupy(cupy).describe
     elif hasattr(kind, "__dlpack__"):
         found = _foreign(*_home(x)).describe
     else:
-        remedy = f"Pass numpy.asarray({argument})."
-        refuse(x, function, argument, TypeError, "be an array with __dlpack__", f"a {type_name(x)}", remedy)
+        refuse_non_array(x, function, argument)
     _DESCRIBERS[kind] = found
     return found
 
 
-def _refuse_subclass(x: Any, function: str, argument: str) -> NoReturn:
-    """Subclasses of NumPy's array mean more, or other, than their numbers: masks, units, matrix products."""
-    masked = isinstance(x, np.ma.MaskedArray)
-    plain = f"{argument}.data, and the valid positions as mask" if masked else f"numpy.asarray({argument})"
-    refuse(x, function, argument, TypeError, "be a plain numpy.ndarray", f"a {type_name(x)}", f"Pass {plain}.")
+_SUBCLASS_REMEDIES = {
+    "DTensor": "Pass {0}.to_local() or {0}.full_tensor().",
+    "MaskedTensor": "Pass {0}.get_data().",
+    "NestedTensor": "Pass torch.nested.to_padded_tensor({0}, 0).",
+}
+
+
+def _check_plain(torch: Any, x: Any, function: str, argument: str) -> None:
+    """Raise unless a tensor of x's type holds numbers, and nothing more."""
+    kind = type(x)
+    if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
+        remedy = "Run its module once, or materialize it."
+        refuse(x, function, argument, TypeError, "be initialized", a_type(x), remedy)
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        remedy = _SUBCLASS_REMEDIES.get(kind.__name__, "").format(argument)
+        refuse_stand_in(x, function, argument, remedy=remedy)
 
 
 def _home(x: Any) -> tuple[str, Callable[[Any], Any] | None]:
     """The name of x's library, and its from_dlpack."""
     name = type(x).__module__.partition(".")[0]
-    namespace = x.__array_namespace__() if hasattr(x, "__array_namespace__") else sys.modules.get(name)
+    try:
+        namespace = x.__array_namespace__()
+    except Exception:  # it has none, or none to show
+        namespace = sys.modules.get(name)
     return name, getattr(namespace, "from_dlpack", None)
 
 

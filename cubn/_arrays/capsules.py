@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import numpy as np
 
-from cubn import _layout
 from cubn._arrays import dlpack
 from cubn._arrays.library import HOST, ITEMSIZE, Array, Library
 from cubn._arrays.memory import in_bytes, storage, view
 from cubn._arrays.numpy import address_of
 from cubn._arrays.refusals import facts, refuse_device, refuse_dtype, refuse_misaligned
-from cubn._layout import Shape, Strides
+from cubn._layout import Shape, Strides, Unaddressable
 from cubn.backends import CPU, CUDA
-from cubn.errors import message
+from cubn.errors import device_name, message
 
 _ALIGNMENT = 64
 _LEGACY_STREAM = 1  # DLPack's number for CUDA's legacy default stream, where the CUDA backend works on such arrays
@@ -32,23 +32,43 @@ _OTHER_DEVICES = {
 
 def read(x: Any, function: str, argument: str, dtypes: tuple[str, ...], library: Library) -> Array:
     """Describe x by its capsule."""
-    kind = int(x.__dlpack_device__()[0])
+    claimed = _device(x, function, argument)
+    kind = claimed[0]
     if kind not in (CPU, CUDA):
         refuse_device(x, _OTHER_DEVICES.get(kind, f"DLPack device type {kind}"), function, argument)
+    rule = "be an array its library can export"
     try:
-        tensor = dlpack.read(x, None if kind == CPU else _LEGACY_STREAM)
-    except BufferError as error:
-        rule = "be an array its library can export"
-        raise BufferError(message(function, argument, rule, f"'{error}'", **facts(x))) from error
-    capsule, pointer, shape, strides, dtype, device, writable = tensor
-    if strides is None:
-        strides = _layout.c_strides(shape)
-    array = Array(pointer, shape, strides, dtype, HOST if kind == CPU else device, writable, x, library, capsule)
+        capsule = dlpack.export(x, None if kind == CPU else _LEGACY_STREAM)
+        rule = "have a valid DLPack capsule"
+        _, pointer, shape, strides, dtype, device, writable = dlpack.read(capsule)
+        if kind == CPU and device[0] == CPU:
+            claimed = device = HOST  # a library may count its own parts of it
+        if device != claimed:
+            raise dlpack.Malformed(f"one of {device_name(device)} beside a __dlpack_device__ of {device_name(claimed)}")
+    except (dlpack.Malformed, Unaddressable) as error:
+        raise BufferError(message(function, argument, rule, error, **facts(x))) from None
+    except Exception as error:
+        raise BufferError(message(function, argument, rule, _said(error), **facts(x))) from error
+    array = Array(pointer, shape, strides, dtype, device, writable, x, library, capsule)
     if dtype not in dtypes:
-        refuse_dtype(array, dtype, dtypes, function, argument)
+        refuse_dtype(array, dtype, dtypes, function, argument, library.conversion)
     if pointer % ITEMSIZE[dtype]:
         refuse_misaligned(array, function, argument, f"address {pointer:#x}")
     return array
+
+
+def _device(x: Any, function: str, argument: str) -> tuple[int, int]:
+    """What x says of its device."""
+    try:
+        kind, index = x.__dlpack_device__()
+        return operator.index(kind), operator.index(index)
+    except Exception as error:
+        rule = "have a __dlpack_device__ of two integers"
+        raise TypeError(message(function, argument, rule, _said(error), **facts(x))) from error
+
+
+def _said(error: Exception) -> str:
+    return f"'{error}'" if str(error) else type(error).__name__
 
 
 def new_output(

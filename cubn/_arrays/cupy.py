@@ -9,7 +9,7 @@ import numpy as np
 
 from cubn._arrays.library import Array, Library, Output
 from cubn._arrays.memory import in_bytes
-from cubn._arrays.numpy import layout_of
+from cubn._arrays.numpy import NUMPY, layout_of
 from cubn._arrays.refusals import refuse_device, refuse_dtype, refuse_misaligned
 from cubn._layout import Shape, Strides
 from cubn.backends import CUDA
@@ -20,6 +20,7 @@ class Cupy(Library):
 
     name = "cupy"
     fixed = True
+    conversion = NUMPY.conversion
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
@@ -30,7 +31,7 @@ class Cupy(Library):
             refuse_device(x, "rocm", function, argument)
         strides, name = layout_of(x.shape, x.strides, x.dtype)
         if name not in dtypes:
-            refuse_dtype(x, name, dtypes, function, argument)
+            refuse_dtype(x, name, dtypes, function, argument, self.conversion)
         if strides is None:
             refuse_misaligned(x, function, argument, f"strides of {x.strides} bytes")
         pointer = x.data.ptr

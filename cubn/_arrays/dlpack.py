@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+from cubn import _layout
+
 CODES = {
     "float16": (2, 16),
     "bfloat16": (4, 16),
@@ -24,6 +26,8 @@ CODES = {
 _NAMES = {code: name for name, code in CODES.items()}
 _KINDS = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 5: "complex", 6: "bool"}
 _READ_ONLY, _IS_COPIED = 1, 2
+_MOST_AXES = 64  # as in NumPy
+_LIMIT = 1 << 63
 
 
 class Tensor(NamedTuple):
@@ -32,7 +36,7 @@ class Tensor(NamedTuple):
     capsule: object
     pointer: int
     shape: tuple[int, ...]
-    strides: tuple[int, ...] | None
+    strides: tuple[int, ...]
     dtype: str
     device: tuple[int, int]
     writable: bool
@@ -69,33 +73,53 @@ class _Versioned(ctypes.Structure):
     )
 
 
-_is_valid = ctypes.pythonapi.PyCapsule_IsValid
+_is_valid = ctypes.pythonapi["PyCapsule_IsValid"]  # by index: as attributes, others would set their argument types too
 _is_valid.argtypes, _is_valid.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_int
-_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer = ctypes.pythonapi["PyCapsule_GetPointer"]
 _pointer.argtypes, _pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
 
 
-def read(x: Any, stream: int | None = None) -> Tensor:
-    """What x's capsule says, without consuming it. A capsule without flags, or of a copy, is not writable.
+class Malformed(ValueError):
+    """What a capsule says can be said of no array. The text says what that is."""
+
+
+def export(x: Any, stream: int | None = None) -> object:
+    """x's capsule.
 
     `stream` is where x will be read, on a CUDA device: the exporter makes that stream wait for its own work on x.
     """
     ordered = {} if stream is None else {"stream": stream}
     try:
-        capsule = x.__dlpack__(max_version=(1, 0), **ordered)
+        return x.__dlpack__(max_version=(1, 0), **ordered)
     except (TypeError, NotImplementedError):  # an exporter older than DLPack 1
-        capsule = x.__dlpack__(**ordered)
+        return x.__dlpack__(**ordered)
+
+
+def read(capsule: object) -> Tensor:
+    """What a capsule says, without consuming it. A capsule without flags, or of a copy, is not writable.
+
+    Raises
+    ------
+    Malformed, Unaddressable
+        If it is not one, or tells of no array that can be.
+    """
     tensor, writable = _open(capsule)
-    shape = tuple(tensor.shape[: tensor.ndim])
-    return Tensor(
-        capsule,
-        (tensor.data or 0) + tensor.byte_offset,
-        shape,
-        tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None,
-        _dtype_name(tensor.dtype),
-        (tensor.device.type, tensor.device.index),
-        writable,
-    )
+    axes = tensor.ndim
+    if not 0 <= axes <= _MOST_AXES:
+        raise Malformed(f"{axes} axes")
+    if axes and not tensor.shape:
+        raise Malformed("a NULL shape")
+    shape = tuple(tensor.shape[:axes])
+    strides = tuple(tensor.strides[:axes]) if tensor.strides else _layout.c_strides(shape)
+    low, high = _layout.span(shape, strides)
+    if high > low and not tensor.data:
+        raise Malformed("a NULL data pointer")
+    pointer = (tensor.data or 0) + tensor.byte_offset
+    size = -(-tensor.dtype.bits // 8)
+    if pointer + low * size < 0 or pointer + high * size > _LIMIT:
+        raise Malformed(f"elements beyond the end of memory, strides={strides}, byte_offset={tensor.byte_offset}")
+    device = tensor.device.type, tensor.device.index
+    return Tensor(capsule, pointer, shape, strides, _dtype_name(tensor.dtype), device, writable)
 
 
 def _open(capsule: object) -> tuple[_Tensor, bool]:
@@ -103,11 +127,11 @@ def _open(capsule: object) -> tuple[_Tensor, bool]:
     if _is_valid(capsule, b"dltensor_versioned"):
         versioned = _Versioned.from_address(_pointer(capsule, b"dltensor_versioned"))
         if versioned.major != 1:
-            raise BufferError(f"cubn reads DLPack 1, not {versioned.major}.{versioned.minor}")
+            raise Malformed(f"version {versioned.major}.{versioned.minor}, and cubn reads 1")
         return versioned.tensor, not versioned.flags & (_READ_ONLY | _IS_COPIED)
     if _is_valid(capsule, b"dltensor"):
         return _Tensor.from_address(_pointer(capsule, b"dltensor")), False
-    raise BufferError("__dlpack__ returned no unused DLPack capsule")
+    raise Malformed("a used capsule" if type(capsule).__name__ == "PyCapsule" else f"a {type(capsule).__name__}")
 
 
 def _dtype_name(dtype: _DataType) -> str:

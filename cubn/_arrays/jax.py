@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from cubn._arrays import dlpack
 from cubn._arrays.capsules import new_output, read
 from cubn._arrays.library import Array, Library, Output
-from cubn._arrays.numpy import dtype_name
+from cubn._arrays.numpy import NUMPY, dtype_name
 from cubn._arrays.refusals import refuse, refuse_dtype
 from cubn._layout import Shape, Strides
 
@@ -19,21 +19,33 @@ class Jax(Library):
 
     name = "jax"
     immutable = True
+    conversion = NUMPY.conversion
 
     def __init__(self, jax: Any) -> None:
         self._jax = jax
 
     def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         if x.is_deleted():
-            refuse(x, function, argument, ValueError, "not be deleted", "a deleted array", "Was it donated?")
+            refuse(x, function, argument, ValueError, "not be deleted", "a deleted array", "Donate a copy instead.")
         devices = len(x.sharding.device_set)
         if devices > 1:
-            remedy = "Call it on each shard."
-            refuse(x, function, argument, ValueError, "be on one device", f"one on {devices} devices", remedy)
+            self._refuse_several(x, devices, function, argument)
+        if not isinstance(x.dtype, np.dtype):  # a type of JAX's own, such as that of random keys
+            refuse_dtype(x, str(x.dtype), dtypes, function, argument, "It holds no numbers.")
         dtype = dtype_name(x.dtype)
         if dtype not in dtypes:  # some have no capsule
-            refuse_dtype(x, dtype, dtypes, function, argument)
+            refuse_dtype(x, dtype, dtypes, function, argument, self.conversion)
         return read(x, function, argument, dtypes, self)
+
+    def _refuse_several(self, x: Any, devices: int, function: str, argument: str) -> NoReturn:
+        remedy = f"Pass {argument}.addressable_data(0)"
+        if x.is_fully_replicated:
+            remedy += ", which is the whole of it."
+        elif x.is_fully_addressable:
+            remedy = f"Pass jax.device_put({argument}, jax.devices()[0]), or one shard, {argument}.addressable_data(0)."
+        else:
+            remedy += ", the first shard that this process has."
+        refuse(x, function, argument, ValueError, "be on one device", f"one on {devices} devices", remedy)
 
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
         output, exporter = new_output(shape, strides, dtype, like.device, self)

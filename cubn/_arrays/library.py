@@ -44,6 +44,7 @@ class Library(Protocol):
     name: str
     immutable: bool = False
     fixed: bool = False  # an array is the same memory, shape and type for life
+    conversion: str = ""  # a sentence that says how `{0}` becomes an array of dtype `{1}`
 
     def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         """See `describe`."""

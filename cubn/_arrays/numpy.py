@@ -11,10 +11,11 @@ import numpy as np
 from cubn._arrays.library import HOST, ITEMSIZE, Array, Library, Output
 from cubn._arrays.memory import in_bytes
 from cubn._arrays.refusals import refuse, refuse_dtype, refuse_misaligned
-from cubn._layout import Shape, Strides
+from cubn._layout import Shape, Strides, span
 
 _read_address = ctypes.c_size_t.from_address
 _DATA = object.__basicsize__
+_NO_MEMORY = np.empty(0, np.uint8)
 
 
 class NumPy(Library):
@@ -22,6 +23,7 @@ class NumPy(Library):
 
     name = "numpy"
     fixed = True
+    conversion = "Pass {0}.astype('{1}')."
 
     def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         shape = x.shape
@@ -31,7 +33,7 @@ class NumPy(Library):
             if not dtype.isnative:
                 remedy = f"Pass {argument}.astype({argument}.dtype.newbyteorder('='))."
                 refuse(x, function, argument, TypeError, "have this machine's byte order", name, remedy)
-            refuse_dtype(x, name, dtypes, function, argument)
+            refuse_dtype(x, name, dtypes, function, argument, self._conversion(dtype))
         pointer = address_of(x)
         if strides is None:
             refuse_misaligned(x, function, argument, f"strides of {x.strides} bytes")
@@ -39,8 +41,14 @@ class NumPy(Library):
             refuse_misaligned(x, function, argument, f"address {pointer:#x}")
         return Array(pointer, shape, strides, name, HOST, x.flags.writeable, x, self)
 
+    def _conversion(self, dtype: np.dtype[Any]) -> str:
+        if dtype.names:
+            return "Pass {0}[{0}.dtype.names[0]] or another of its fields."
+        return "It holds no numbers." if dtype.kind in "SUTVMm" and dtype.isbuiltin != 2 else self.conversion
+
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
-        y: np.ndarray[Any, Any] = np.ndarray(shape, dtype, None, 0, in_bytes(strides, ITEMSIZE[dtype]))
+        memory = _NO_MEMORY if 0 in shape else None  # NumPy drops the strides of an array that it finds no memory for
+        y: np.ndarray[Any, Any] = np.ndarray(shape, dtype, memory, 0, in_bytes(strides, ITEMSIZE[dtype]))
         pointer = address_of(y)
         return Output(Array(pointer, shape, strides, dtype, HOST, True, y, self), lambda: y)
 
@@ -70,7 +78,9 @@ def layout_of(shape: Shape, strides: Strides, dtype: np.dtype[Any]) -> tuple[Str
     size = dtype.itemsize or 1
     if any(extent > 1 and stride % size for extent, stride in zip(shape, strides, strict=True)):
         return None, name
-    return tuple(stride // size for stride in strides), name
+    steps = tuple(stride // size for stride in strides)
+    span(shape, steps)  # an error where they are Unaddressable
+    return steps, name
 
 
 @lru_cache

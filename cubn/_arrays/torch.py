@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from cubn._arrays import dlpack
 from cubn._arrays.library import HOST, ITEMSIZE, Array, Library, Output
 from cubn._arrays.refusals import refuse, refuse_device, refuse_dtype, refuse_misaligned, refuse_stand_in
-from cubn._layout import Shape, Strides
+from cubn._layout import Shape, Strides, span
 from cubn.backends import CUDA
 
 _HUGE = 4 << 20  # bytes from which huge pages pay; NumPy asks for them itself, from the same size
@@ -22,58 +22,97 @@ class Torch(Library):
     """PyTorch, through its tensors' own methods."""
 
     name = "torch"
+    conversion = "Pass {0}.to(torch.{1})."
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
         self._strided = torch.strided
         self._names = {getattr(torch, name): name for name in dlpack.CODES}
         self._dtypes = {name: dtype for dtype, name in self._names.items()}
-        self._unpack_dual = torch.autograd.forward_ad.unpack_dual
+        self._forward_ad = torch.autograd.forward_ad
+        self._tracing_state = torch._C._get_tracing_state
+        self._dispatch_modes = torch._C._len_torch_dispatch_stack
+        self._function_modes = torch._C._len_torch_function_stack
 
     def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         if x.layout is not self._strided or x.is_nested:
-            kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
-            refuse(x, function, argument, TypeError, "be a dense tensor", f"a {kind} one", "Convert it first.")
+            self._refuse_layout(x, function, argument)
+        if self._tracing_state() or self._dispatch_modes() or self._function_modes():
+            self._check_modes(x, function, argument)
         device = HOST if x.is_cpu else self._device(x, function, argument)
-        try:
-            pointer = x.data_ptr()
-        except RuntimeError:
-            pointer = 0
+        pointer = _address(x)
         if not pointer and x.numel():
-            refuse_stand_in(x, function, argument)
+            self._refuse_without_memory(x, function, argument)
         dtype = self._names.get(x.dtype)
         if dtype not in dtypes:
-            refuse_dtype(x, dtype or str(x.dtype).removeprefix("torch."), dtypes, function, argument)
+            conversion = "Pass {0}.dequantize()." if x.is_quantized else self.conversion
+            refuse_dtype(x, dtype or str(x.dtype).removeprefix("torch."), dtypes, function, argument, conversion)
         own = not x.requires_grad
-        if not detach:
-            self._check_detached(x, function, argument)
+        if not (own or detach):
+            remedy = f"Pass {argument}.detach()."
+            refuse(x, function, argument, TypeError, "not require a gradient", "requires_grad=True", remedy)
+        if self._forward_ad._current_level >= 0 and self._is_dual(x):
+            remedy = f"Pass {argument}.detach()."
+            refuse(x, function, argument, TypeError, "have no forward-mode tangent", "a dual tensor", remedy)
         if x.is_neg():  # a view whose memory holds the numbers with the other sign
             x, own = x.resolve_neg(), False
             pointer = x.data_ptr()
-        if pointer % ITEMSIZE[dtype]:
+        size = ITEMSIZE[dtype]
+        if pointer % size:
             refuse_misaligned(x, function, argument, f"address {pointer:#x}")
-        return Array(pointer, tuple(x.shape), x.stride(), dtype, device, own, x, self)
+        shape, strides = tuple(x.shape), x.stride()
+        if (x.storage_offset() + span(shape, strides)[1]) * size > x.untyped_storage().nbytes():
+            self._refuse_without_memory(x, function, argument)
+        return Array(pointer, shape, strides, dtype, device, own, x, self)
 
-    def _check_detached(self, x: Any, function: str, argument: str) -> None:
-        """A gradient asked for in either direction would be lost without a word."""
-        if x.requires_grad:
-            got = "requires_grad=True"
-        elif self._unpack_dual(x).tangent is not None:
-            got = "a forward-mode dual tensor"
-        else:
-            return
-        refuse(x, function, argument, TypeError, "not require a gradient", got, f"Pass {argument}.detach().")
+    def _refuse_layout(self, x: Any, function: str, argument: str) -> NoReturn:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        dense = f"torch.nested.to_padded_tensor({argument}, 0)" if x.is_nested else f"{argument}.to_dense()"
+        refuse(x, function, argument, TypeError, "be a dense tensor", f"a {kind} one", f"Pass {dense}.")
+
+    def _check_modes(self, x: Any, function: str, argument: str) -> None:
+        """Raise where operations are recorded or faked: the numbers would be constants of the recording.
+
+        Modes that watch what torch does, or say where it does it, are none of cubn's business.
+        """
+        c = self._torch._C
+        recorders = {"FAKE": "FakeTensorMode", "FUNCTIONAL": "functionalization", "PROXY": "make_fx or torch.export"}
+        active = [
+            name for key, name in recorders.items() if c._get_dispatch_mode(getattr(c._TorchDispatchModeKey, key))
+        ]
+        if self._torch._ops._len_torch_dispatch_stack_pre_dispatch():
+            active.append(recorders["PROXY"])
+        if self._tracing_state():
+            active.append("torch.jit.trace")
+        if active:
+            refuse_stand_in(x, function, argument, f" under {active[-1]}")
+
+    def _is_dual(self, x: Any) -> bool:
+        return self._forward_ad.unpack_dual(x).tangent is not None
+
+    def _refuse_without_memory(self, x: Any, function: str, argument: str) -> NoReturn:
+        """x has elements where there is no memory of its own: it is no plain tensor, or its storage was freed."""
+        try:
+            held = x.untyped_storage().nbytes()
+        except NotImplementedError:
+            held = None
+        if held is None or x._is_zerotensor() or self._torch._is_functional_tensor(x):
+            refuse_stand_in(x, function, argument)
+        got, remedy = f"a storage of {held} bytes", "It was freed or cut: restore it first, as FSDP's unshard does."
+        refuse(x, function, argument, ValueError, "lie inside its storage", got, remedy)
 
     def _device(self, x: Any, function: str, argument: str) -> tuple[int, int]:
         if not x.is_cuda or self._torch.version.hip:
-            refuse_device(x, "rocm" if x.is_cuda else x.device.type, function, argument)
+            name = "rocm" if x.is_cuda else x.device.type
+            filled = f"It holds no numbers: fill torch.empty_like({argument}, device='cpu') and pass that."
+            refuse_device(x, name, function, argument, filled if name == "meta" else f"Pass {argument}.cpu().")
         return CUDA, x.device.index
 
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
         y = self._torch.empty_strided(shape, strides, dtype=self._dtypes[dtype], device=like.owner.device)
-        if type(y) is not self._torch.Tensor:  # a mode is on that makes tensors of its own
+        pointer = _address(y) if type(y) is self._torch.Tensor else 0
+        if not pointer and 0 not in shape:  # a mode or a transformation makes tensors of its own
             refuse_stand_in(y, "cubn", "an output")
-        pointer = y.data_ptr()
         if y.nbytes >= _HUGE and like.device == HOST:
             _advise_huge_pages(pointer, y.nbytes)
         return Output(Array(pointer, shape, strides, dtype, like.device, True, y, self), lambda: y)
@@ -93,6 +132,7 @@ class Torch(Library):
             and x.shape == array.shape
             and x.stride() == array.strides
             and x.requires_grad is not array.writable
+            and (self._forward_ad._current_level < 0 or not self._is_dual(x))
         )
 
     def version(self, array: Array) -> int | None:
@@ -100,6 +140,15 @@ class Torch(Library):
 
     def mark_written(self, array: Array) -> None:
         self._torch.autograd.graph.increment_version(array.owner)
+
+
+def _address(x: Any) -> int:
+    """The address of x's first element; 0 where it has none."""
+    try:
+        address: int = x.data_ptr()
+    except RuntimeError:
+        return 0
+    return address
 
 
 def _advise_huge_pages(address: int, size: int) -> None:

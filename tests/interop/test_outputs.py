@@ -53,6 +53,20 @@ def test_outputs_of_none_and_one(library, shape):
     assert (libraries.memory(described(y)) == 7).all()
 
 
+@pytest.mark.parametrize("library", libraries.LIBRARIES)
+@pytest.mark.parametrize("part", [np.s_[:0], np.s_[:, :, :0], np.s_[:, :, :, 2:]])
+def test_an_empty_output_has_the_layout_of_x(library, part):
+    store = arrays.in_memory(np.ones((3, 4, 5, 2), np.float32), "channels_last", 1)
+    x = libraries.carry(store[part], library)
+    array = described(x)
+    output = _arrays.empty_like(array)
+    y = output.finish()
+    assert type(y) is type(x) and tuple(y.shape) == tuple(x.shape)
+    assert described(y).strides == output.array.strides
+    if not array.shape[0]:
+        assert output.array.strides == array.strides
+
+
 def test_where_the_layout_is_ambiguous_outputs_follow_the_strides():
     torch = pytest.importorskip("torch")
     x = torch.ones(2, 1, 3, 4).to(memory_format=torch.channels_last)

@@ -1,5 +1,6 @@
 """What is no array of plain numbers is refused in words, and left as it was."""
 
+import array
 import re
 import warnings
 
@@ -24,15 +25,19 @@ def refused(x, error, text, *options):
 @pytest.mark.parametrize(
     ("x", "got"),
     [
-        ([[1.0, 2.0]], "a list"),
-        (1.0, "a float"),
-        (None, "a NoneType"),
-        ("x", "a str"),
-        (np.float32(1), "a numpy.float32 (shape=(), dtype=float32, device=cpu)"),
+        ([[1.0, 2.0]], "a list. Pass numpy.asarray(x)."),
+        (memoryview(b"12"), "a memoryview (shape=(2,)). Pass numpy.asarray(x)."),
+        (array.array("f", [1, 2]), "an array.array. Pass numpy.asarray(x)."),
+        (np.float32(1), "a numpy.float32 (shape=(), dtype=float32, device=cpu)."),
+        (1, "an int."),
+        (1.0, "a float."),
+        (None, "a NoneType."),
+        ("x", "a str."),
+        (np.ndarray, "a type."),
     ],
 )
 def test_not_an_array(x, got):
-    refused(x, TypeError, f"forward: x must be an array with __dlpack__; got {got}. Pass numpy.asarray(x).")
+    refused(x, TypeError, f"forward: x must be an array with __dlpack__; got {got}")
 
 
 def test_sparse_jax():
@@ -43,8 +48,7 @@ def test_sparse_jax():
     refused(
         x,
         TypeError,
-        "forward: x must be an array with __dlpack__; got a jax.BCOO (shape=(2, 3), dtype=float32). "
-        "Pass numpy.asarray(x).",
+        "forward: x must be an array with __dlpack__; got a jax.BCOO (shape=(2, 3), dtype=float32). Pass x.todense().",
     )
 
 
@@ -52,8 +56,16 @@ def test_sparse_jax():
 
 FLOATS = (
     "forward: x must have dtype float16, bfloat16, float32 or float64; got {0} (shape=(2, 3), dtype={0}, device=cpu). "
-    "Convert it first."
 )
+AS_FLOATS = {
+    "numpy": "Pass x.astype('float32').",
+    "torch": "Pass x.to(torch.float32).",
+    "jax": "Pass x.astype('float32').",
+}
+
+
+def conversion(library, dtype):
+    return "Pass x.real and x.imag apart." if dtype.startswith("complex") else AS_FLOATS[library]
 
 
 @pytest.mark.parametrize(
@@ -61,14 +73,33 @@ FLOATS = (
 )
 def test_numpy_dtypes(dtype):
     x = np.zeros((2, 3), dtype)
-    refused(x, TypeError, FLOATS.format(x.dtype.name))
+    refused(x, TypeError, FLOATS.format(x.dtype.name) + conversion("numpy", dtype))
 
 
 def test_numpy_strings_and_times():
-    for dtype in ("U4", "datetime64[s]", [("a", "f4")]):
+    for dtype in ("U4", "S4", "V4", "datetime64[s]", "timedelta64[s]", np.dtypes.StringDType()):
         x = np.zeros((2, 3), dtype)
         text = FLOATS.replace("dtype={0}", "dtype={1}").format(x.dtype.name, x.dtype)
-        refused(x, TypeError, text)
+        refused(x, TypeError, text + "It holds no numbers.")
+
+
+def test_numpy_structures():
+    x = np.zeros((2, 3), [("a", "f4"), ("b", "f4")])
+    text = FLOATS.replace("dtype={0}", "dtype={1}").format(x.dtype.name, x.dtype)
+    refused(x, TypeError, text + "Pass x[x.dtype.names[0]] or another of its fields.")
+
+
+def test_random_keys_of_jax():
+    jax = pytest.importorskip("jax")
+    for x, shape in ((jax.random.key(0), ()), (jax.random.split(jax.random.key(0), 3), (3,))):
+        facts = f"got key<fry> (shape={shape}, dtype=key<fry>, device=cpu). It holds no numbers."
+        refused(x, TypeError, f"forward: x must have dtype float16, bfloat16, float32 or float64; {facts}")
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int4"])
+def test_dtypes_that_numpy_has_from_ml_dtypes(dtype):
+    x = np.zeros((2, 3), getattr(pytest.importorskip("ml_dtypes"), dtype))
+    refused(x, TypeError, FLOATS.format(dtype) + AS_FLOATS["numpy"])
 
 
 @pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "float8_e4m3fn", "float8_e5m2"])
@@ -77,26 +108,26 @@ def test_dtypes_of_torch_and_jax(library, dtype):
     module = pytest.importorskip(library)
     make = module.zeros if library == "torch" else module.numpy.zeros
     x = make((2, 3), dtype=getattr(module if library == "torch" else module.numpy, dtype))
-    refused(x, TypeError, FLOATS.format(dtype))
+    refused(x, TypeError, FLOATS.format(dtype) + conversion(library, dtype))
 
 
 def test_four_bit_jax():
     jax = pytest.importorskip("jax")
-    refused(jax.numpy.zeros((2, 3), "int4"), TypeError, FLOATS.format("int4"))
+    refused(jax.numpy.zeros((2, 3), "int4"), TypeError, FLOATS.format("int4") + AS_FLOATS["jax"])
 
 
 @pytest.mark.parametrize("library", ["array_api_strict", "tvm_ffi"])
 def test_dtypes_of_other_libraries(library):
     module = pytest.importorskip(library)
     x = module.from_dlpack(np.zeros((2, 3), np.int32))
-    refused(x, TypeError, FLOATS.format("int32"))
+    refused(x, TypeError, FLOATS.format("int32") + "Convert it first.")
 
 
 def test_a_mask_is_bool():
     refused(
         np.ones((2, 3), np.float32),
         TypeError,
-        f"forward: x must have dtype bool; got float32 ({HERE}). Convert it first.",
+        f"forward: x must have dtype bool; got float32 ({HERE}). Pass x.astype('bool').",
         _arrays.BOOL,
     )
 
@@ -125,7 +156,8 @@ def test_meta():
     refused(
         torch.ones(2, 3, device="meta"),
         NotImplementedError,
-        "forward: x must be on a CPU or CUDA device; got meta (shape=(2, 3), dtype=float32). Move it there first.",
+        "forward: x must be on a CPU or CUDA device; got meta (shape=(2, 3), dtype=float32). "
+        "It holds no numbers: fill torch.empty_like(x, device='cpu') and pass that.",
     )
 
 
@@ -193,7 +225,7 @@ def test_a_forward_mode_dual_tensor():
         refused(
             x,
             TypeError,
-            f"forward: x must not require a gradient; got a forward-mode dual tensor ({HERE}). Pass x.detach().",
+            f"forward: x must have no forward-mode tangent; got a dual tensor ({HERE}). Pass x.detach().",
         )
 
 
@@ -272,7 +304,8 @@ def test_masked_arrays_and_matrices():
         x,
         TypeError,
         f"forward: x must be a plain numpy.ndarray; got a numpy.MaskedArray ({HERE}). "
-        "Pass x.data, and the valid positions as mask.",
+        "Pass x.filled(0), with mask=~numpy.ma.getmaskarray(x).any(channel_axis): a position is present in all "
+        "channels or in none.",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PendingDeprecationWarning)
@@ -293,7 +326,8 @@ def test_torch_layouts(kind):
             x, facts = torch.nested.nested_tensor([torch.ones(2, 3)]), "dtype=float32, device=cpu"
         else:
             x, facts = torch.ones(2, 3).to_sparse(layout=getattr(torch, kind)), HERE
-    refused(x, TypeError, f"forward: x must be a dense tensor; got a {kind} one ({facts}). Convert it first.")
+    remedy = "torch.nested.to_padded_tensor(x, 0)" if kind == "nested" else "x.to_dense()"
+    refused(x, TypeError, f"forward: x must be a dense tensor; got a {kind} one ({facts}). Pass {remedy}.")
 
 
 def test_quantised_tensors():
@@ -301,7 +335,7 @@ def test_quantised_tensors():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates them
         x = torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.quint8)
-    refused(x, TypeError, FLOATS.format("quint8"))
+    refused(x, TypeError, FLOATS.format("quint8") + "Pass x.dequantize().")
 
 
 def test_masked_tensors():
@@ -311,7 +345,8 @@ def test_masked_tensors():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a prototype
         x = masked_tensor(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool))
-    refused(x, TypeError, stand_in("torch.MaskedTensor"))
+    outside = "Call it outside tracing, vmap and the like."
+    refused(x, TypeError, stand_in("torch.MaskedTensor").replace(outside, "Pass x.get_data()."))
 
 
 # --- row 21: JAX arrays that are gone or in pieces ------------------------------------------------------------------
@@ -324,7 +359,7 @@ def test_a_deleted_jax_array():
     refused(
         x,
         ValueError,
-        "forward: x must not be deleted; got a deleted array (shape=(2, 3), dtype=float32). Was it donated?",
+        "forward: x must not be deleted; got a deleted array (shape=(2, 3), dtype=float32). Donate a copy instead.",
     )
 
 
@@ -343,7 +378,8 @@ except ValueError as error:
     print(error)
 """
     assert run(program, XLA_FLAGS="--xla_force_host_platform_device_count=2") == (
-        "forward: x must be on one device; got one on 2 devices (shape=(2, 3), dtype=float32). Call it on each shard."
+        "forward: x must be on one device; got one on 2 devices (shape=(2, 3), dtype=float32). "
+        "Pass jax.device_put(x, jax.devices()[0]), or one shard, x.addressable_data(0)."
     )
 
 
@@ -384,3 +420,14 @@ def test_misaligned_in_another_library(library):
         ValueError,
         f"forward: x must be aligned to its elements; got address {pointer:#x} ({HERE}). Pass a copy.",
     )
+
+
+class Unfriendly:
+    """Raises whatever it is asked for."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+def test_an_object_that_answers_nothing():
+    refused(Unfriendly(), TypeError, "forward: x must be an array with __dlpack__; got a tests.Unfriendly.")

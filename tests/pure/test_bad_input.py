@@ -126,9 +126,10 @@ def test_3_channel_axis_that_is_no_integer(world):
 @pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "object"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_4_dtype_of_x(world, operation, dtype):
+    remedy = "Pass x.real and x.imag apart." if dtype == "complex64" else "Pass x.astype('float32')."
     text = (
         f"{operation}: x must have dtype float16, bfloat16, float32 or float64; "
-        f"got {dtype} (shape=(3, 4, 2), dtype={dtype}, device=cpu). Convert it first."
+        f"got {dtype} (shape=(3, 4, 2), dtype={dtype}, device=cpu). {remedy}"
     )
     refused(world, TypeError, text, each(world)[operation], world.x.astype(dtype))
 
@@ -137,7 +138,7 @@ def test_4_eight_bits(world):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     text = (
         "forward: x must have dtype float16, bfloat16, float32 or float64; "
-        "got float8_e4m3fn (shape=(3, 4, 2), dtype=float8_e4m3fn, device=cpu). Convert it first."
+        "got float8_e4m3fn (shape=(3, 4, 2), dtype=float8_e4m3fn, device=cpu). Pass x.astype('float32')."
     )
     refused(world, TypeError, text, cubn.forward, world.x.astype(ml_dtypes.float8_e4m3fn), world.state)
 
@@ -145,7 +146,8 @@ def test_4_eight_bits(world):
 @pytest.mark.parametrize("operation", NORMALIZING)
 def test_4_dtype_of_mask(world, operation):
     text = (
-        f"{operation}: mask must have dtype bool; got int64 (shape=(3, 2), dtype=int64, device=cpu). Convert it first."
+        f"{operation}: mask must have dtype bool; got int64 (shape=(3, 2), dtype=int64, device=cpu). "
+        "Pass mask.astype('bool')."
     )
     refused(world, TypeError, text, given(world, operation, mask=np.ones((3, 2), np.int64)))
 
@@ -298,7 +300,7 @@ def test_9_device_without_memory(world, operation):
     torch = pytest.importorskip("torch")
     text = (
         f"{operation}: x must be on a CPU or CUDA device; got meta (shape=(3, 4, 2), dtype=float32). "
-        "Move it there first."
+        "It holds no numbers: fill torch.empty_like(x, device='cpu') and pass that."
     )
     refused(world, NotImplementedError, text, each(world)[operation], torch.zeros(3, 4, 2, device="meta"))
 
@@ -581,7 +583,8 @@ def test_19_vmap(world):
         (
             np.ma.array,
             "got a numpy.MaskedArray (shape=(3, 4, 2), dtype=float32, device=cpu). "
-            "Pass x.data, and the valid positions as mask.",
+            "Pass x.filled(0), with mask=~numpy.ma.getmaskarray(x).any(channel_axis): a position is present in all "
+            "channels or in none.",
         ),
         (
             lambda x: np.matrix(x[0]),
@@ -599,7 +602,7 @@ def test_20_more_than_numbers(world, wrap, text):
 
 def test_20_sparse(world):
     torch = pytest.importorskip("torch")
-    text = f"forward: x must be a dense tensor; got a sparse_coo one (shape=(3, 4, 2), {F32}). Convert it first."
+    text = f"forward: x must be a dense tensor; got a sparse_coo one (shape=(3, 4, 2), {F32}). Pass x.to_dense()."
     refused(world, TypeError, text, cubn.forward, torch.zeros(3, 4, 2).to_sparse(), world.state)
 
 
@@ -607,7 +610,9 @@ def test_21_deleted(world):
     jnp = pytest.importorskip("jax.numpy")
     x = jnp.array(world.x)
     x.delete()
-    text = "forward: x must not be deleted; got a deleted array (shape=(3, 4, 2), dtype=float32). Was it donated?"
+    text = (
+        "forward: x must not be deleted; got a deleted array (shape=(3, 4, 2), dtype=float32). Donate a copy instead."
+    )
     refused(world, ValueError, text, cubn.forward, x, world.state)
 
 
@@ -687,7 +692,7 @@ def test_25_alignment(world, operation):
 def test_statistics_in_16_bits(world, name):
     text = (
         f"BatchNormState: {name} must have dtype float32 or float64; got float16 "
-        "(shape=(4,), dtype=float16, device=cpu). Convert it first."
+        f"(shape=(4,), dtype=float16, device=cpu). Pass {name}.astype('float32')."
     )
     refused(world, TypeError, text, setattr, world.state, name, np.ones(4, np.float16))
 
@@ -699,7 +704,7 @@ def test_statistics_that_a_framework_halved(world, operation):
     state.running_var.data = state.running_var.data.half()
     text = (
         f"{operation}: running_var must have dtype float32 or float64; got float16 "
-        "(shape=(4,), dtype=float16, device=cpu). Convert it first."
+        "(shape=(4,), dtype=float16, device=cpu). Pass running_var.to(torch.float32)."
     )
     refused(world, TypeError, text, getattr(cubn, operation), world.x, state)
 
@@ -824,7 +829,7 @@ def test_running_statistics_that_require_a_gradient(world):
     state = cubn.BatchNormState.from_arrays(running_mean=mean, running_var=var)
     text = (
         "forward_train: running_mean must be writable; got a tensor that requires a gradient "
-        f"(shape=(4,), {F32}). Pass it detached."
+        f"(shape=(4,), {F32}). Pass running_mean.detach()."
     )
     refused(world, ValueError, text, cubn.forward_train, torch.from_numpy(world.x), state)
 

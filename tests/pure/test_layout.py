@@ -126,9 +126,37 @@ def test_outputs_are_dense_whatever_the_input(memory):
     assert out == (strides if _layout.is_dense(x.shape, strides) else _layout.c_strides(x.shape))
 
 
-def test_outputs_without_elements_are_c_contiguous():
-    assert _layout.output_strides((2, 0, 3), (-1, 7, 0)) == (3, 3, 1)
-    assert _layout.output_strides((2, 0), (1, 5)) == (1, 1)
+@pytest.mark.parametrize(
+    ("shape", "strides", "out"),
+    [
+        ((0, 5, 2, 2), (20, 1, 10, 5), (20, 1, 10, 5)),
+        ((3, 0, 2, 2), (4, 1, 2, 1), (4, 1, 2, 1)),
+        ((3, 5, 0, 2), (10, 1, 10, 5), (10, 1, 10, 5)),
+        ((0, 0, 2), (1, 2, 1), (1, 2, 1)),
+        ((2, 0), (1, 5), (1, 5)),
+        ((2, 3), (0, 1), (3, 1)),
+        ((2, 0, 3), (-1, 7, 0), (3, 3, 1)),
+        ((2, 0, 3), (3, 7, 1), (3, 7, 1)),
+        ((0, 5, 2, 2), (0, 0, 0, 0), (0, 0, 0, 0)),
+        ((4, 5, 0, 2), (0, 1, 10, 5), (0, 1, 10, 5)),
+        ((4, 5, 2, 0), (0, 1, 0, 5), (0, 1, 0, 5)),
+        ((0, 5, 4), (0, 8, 2), (20, 4, 1)),
+        ((0, 5, 4), (40, 8, 2), (20, 4, 1)),
+    ],
+)
+def test_outputs_without_elements_keep_a_layout_that_would_be_dense(shape, strides, out):
+    assert _layout.output_strides(shape, strides) == out
+
+
+@given(memories, st.integers(0, 4))
+def test_an_empty_output_is_laid_out_as_torch_would(memory, axis):
+    torch = pytest.importorskip("torch")
+    x = view(*memory)
+    strides = [max(s // 8, 1) for s in x.strides]
+    shape = [0 if i == axis % x.ndim else extent for i, extent in enumerate(x.shape)]
+    x = torch.empty_strided(shape, strides)
+    if _layout.is_dense(x.shape, x.stride()):
+        assert _layout.output_strides(tuple(shape), tuple(strides)) == torch.empty_like(x).stride()
 
 
 def test_is_dense_at_the_edges():
