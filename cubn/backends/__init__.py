@@ -120,6 +120,7 @@ class Running(NamedTuple):
     tracked: BackendArray  # int64 (C,) counters
     skipped: BackendArray
     momentum: float | None  # weight of the new value; None for the cumulative average
+    biased: bool = False  # running_var averages m2 / count instead of m2 / (count - 1)
 
 
 class Gate(NamedTuple):
