@@ -244,7 +244,7 @@ class BatchNormState(Holding):
         """
         arguments = _modules.of_torch(bn)
         arrays = _present(**{name: arguments.pop(name) for name in ARRAYS})
-        counters = _present(tracked=arguments.pop("tracked")) if "running_mean" in arrays else {}
+        counters = _present(tracked=arguments.pop("tracked"))
         return cls._of(arrays, arguments.pop("num_features"), counters, check, **arguments)
 
     @classmethod
@@ -399,7 +399,7 @@ class BatchNormState(Holding):
             return {"arrays": copy.deepcopy(self._arrays), **self._options._asdict(), **self._counts()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        options = checked_options(*(state[name] for name in _OPTIONS))
+        options = checked_options(*(({"running_variance": "unbiased"} | state)[name] for name in _OPTIONS))
         counters = _present(**{name: state.get(name) for name in Counters._fields})
         self._begin(options, _present(**{name: state["arrays"].get(name) for name in ARRAYS}), counters, check=False)
 
