@@ -100,9 +100,10 @@ class BatchNormState(Holding):
         place where their library allows it, and else replaced by new arrays.
     tracked, skipped : numpy.ndarray of int64, shape (C,), or None
         Per channel: updates seen; and how many of these left the running statistics as they were, because the batch's
-        statistics or the new values were not finite, or the channel had fewer than two values. What is read is a
-        read-only copy; on a CUDA device, reading waits for it. An int, or an int64 array of any library, may be
-        assigned, and is copied.
+        statistics or the new values were not finite, or the channel had fewer than two values. 1 and 0 again where a
+        cumulative average begins anew because the running statistics were not finite. What is read is a read-only copy;
+        on a CUDA device, reading waits for it. An int, or an int64 array of any library, may be assigned, and is
+        copied.
 
     Raises
     ------
