@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cubn import _arrays
 from cubn._arguments import backend, refusal
 from cubn._arrays import Array
+from cubn._arrays.library import HOST
 from cubn._layout import vector
 from cubn._state_arrays import ARRAYS, STATISTICS, Held, check_together, check_values, described, hold
 from cubn._state_options import DTYPES, STATE, Options, check_counts, checked_momentum, counts
@@ -26,11 +27,15 @@ Int64 = NDArray[np.int64]
 NO_STATISTICS = "a state with track=False"
 
 
+COUNTERS = ("tracked", "skipped")
+
+
 class Counters(NamedTuple):
     """Per channel, int64: where the running statistics are, and nobody else's."""
 
     tracked: BackendArray
     skipped: BackendArray
+    device: tuple[int, int]
 
 
 class Holding:
@@ -40,14 +45,12 @@ class Holding:
         "__weakref__",
         "_arrays",
         "_counters",
-        "_counters_device",
         "_held",
         "_lock",
         "_options",
     )
     _arrays: dict[str, Any]
     _counters: Counters | None
-    _counters_device: tuple[int, int]
     _held: Held | None  # as last described, where that may be true for longer
     _lock: threading.RLock
     _options: Options
@@ -63,7 +66,7 @@ class Holding:
         """Options, arrays, and counters where they are not 0."""
         self._options = options
         self._arrays = dict.fromkeys(ARRAYS)
-        self._counters, self._counters_device = None, (CPU, 0)
+        self._counters = None
         self._held = hold({}, STATE)
         self._lock = threading.RLock()
         _STATES.add(self)
@@ -88,7 +91,7 @@ class Holding:
             self._arrays = arrays
             self._keep(held)
             if held.running and self._counters is None:
-                self._counters = Counters(**self._no_counts())
+                self._counters = Counters(**self._no_counts(), device=HOST)
 
     def _count(self, changes: Mapping[str, Any]) -> None:
         """Take counters."""
@@ -102,23 +105,24 @@ class Holding:
             counters = self._counts()
             counters |= {name: counts(value, name, self._options.num_features) for name, value in changes.items()}
             check_counts(**counters)
-            self._place_counters(self._counters_device, counters)
+            self._place_counters(self._counters.device, counters)
 
     def _counts(self) -> dict[str, Int64]:
         """Copies of the counters in NumPy, where there are any."""
-        if self._counters is None:
+        counters = self._counters
+        if counters is None:
             return {}
-        place = None if self._counters_device[0] == CPU else backend(self._counters_device)
-        return {name: place.to_host(c) if place else c.copy() for name, c in self._counters._asdict().items()}
+        place = None if counters.device[0] == CPU else backend(counters.device)
+        return {name: place.to_host(c) if place else c.copy() for name, c in zip(COUNTERS, counters, strict=False)}
 
     def _no_counts(self) -> dict[str, Int64]:
-        return {name: np.zeros(self._options.num_features, np.int64) for name in Counters._fields}
+        return {name: np.zeros(self._options.num_features, np.int64) for name in COUNTERS}
 
     def _place_counters(self, device: tuple[int, int], values: Mapping[str, Int64]) -> None:
         """Counters of these values, which are nobody else's, where the running statistics are."""
         place = None if device[0] == CPU else backend(device)
-        self._counters = Counters(*(place.from_host(values[n]) if place else values[n] for n in Counters._fields))
-        self._counters_device = device
+        tracked, skipped = (place.from_host(values[name]) if place else values[name] for name in COUNTERS)
+        self._counters = Counters(tracked, skipped, device)
 
     def _read(self, function: str, x: Array) -> Held:
         """The arrays, for an operation on x; they stay alive with the result.
@@ -179,12 +183,14 @@ class Holding:
         fresh = [_arrays.empty_vector(a.shape[0], a.dtype, a) if a.library.immutable else None for a in arrays]
         mean, var = (vector(array) for array in arrays)
         new_mean, new_var = (vector((f and f.array) or a) for f, a in zip(fresh, arrays, strict=True))
-        if self._counters_device != held.device:
-            self._place_counters(arrays[0].device, self._counts())
         assert self._counters
-        counters = Counters(*(c.copy() for c in self._counters)) if any(fresh) else self._counters
-        biased = self._options.running_variance == "biased"
-        yield Running((mean, var), (new_mean, new_var), *counters, self._options.momentum, biased)
+        if self._counters.device != held.device:
+            self._place_counters(arrays[0].device, self._counts())
+        counters = self._counters
+        if any(fresh):
+            counters = counters._replace(tracked=counters.tracked.copy(), skipped=counters.skipped.copy())
+        momentum, biased = self._options.momentum, self._options.running_variance == "biased"
+        yield Running((mean, var), (new_mean, new_var), counters.tracked, counters.skipped, momentum, biased)
         changed = {name: output.finish() for name, output in zip(STATISTICS, fresh, strict=True) if output}
         if changed:
             self._arrays, self._counters = self._arrays | changed, counters

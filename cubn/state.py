@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cubn import _arrays, _modules
 from cubn._arguments import flag
 from cubn._arrays import Array
-from cubn._holding import Counters, Holding
+from cubn._holding import COUNTERS, Holding
 from cubn._state_arrays import ARRAYS, Held, described, filled, hold, on_host, placed, summary
 from cubn._state_options import (
     STATE,
@@ -275,16 +275,16 @@ class BatchNormState(Holding):
         if not isinstance(d, Mapping):
             raise TypeError(message("from_dict", "d", "be a mapping, as from to_dict", type(d).__name__))
         found = {name: value for name in d if (value := _plain(d[name])) is not None}
-        needed = _NEEDED + (Counters._fields if "running_mean" in found else ())
+        needed = _NEEDED + (COUNTERS if "running_mean" in found else ())
         if missing := [name for name in needed if name not in found]:
             remedy = "For arrays of another origin there is from_arrays."
             raise KeyError(message("from_dict", "d", "have the entries of to_dict", f"no {', '.join(missing)}", remedy))
-        if other := [str(name) for name in found if name not in (*_OPTIONS, *ARRAYS, *Counters._fields)]:
+        if other := [str(name) for name in found if name not in (*_OPTIONS, *ARRAYS, *COUNTERS)]:
             remedy = "A misspelt entry would be one that is left out."
             raise ValueError(message("from_dict", "d", "have no other entries", ", ".join(other), remedy))
         beside = _beside(like, "from_dict")
         arrays = {name: placed(on_host(found[name], name), beside) for name in ARRAYS if name in found}
-        counters = {name: on_host(found[name], name) for name in Counters._fields if name in found}
+        counters = {name: on_host(found[name], name) for name in COUNTERS if name in found}
         options = (found.get("momentum"), found["channel_axis"], found.get("running_variance", "unbiased"))
         return cls._of(arrays, found["num_features"], counters, check, found["eps"], *options)
 
@@ -340,8 +340,8 @@ class BatchNormState(Holding):
             self._check_updatable("reset")
             if statistics:
                 self._move_to_zero_and_one()
-            if counters:
-                self._place_counters(self._counters_device, self._no_counts())
+            if counters and self._counters:
+                self._place_counters(self._counters.device, self._no_counts())
 
     @property
     def num_features(self) -> int:
@@ -391,7 +391,7 @@ class BatchNormState(Holding):
         if variance != "unbiased":
             options.append(f"running_variance={variance!r}")
         holds = summary(self._arrays)
-        if self._counters and self._counters_device[0] == CPU:
+        if self._counters and self._counters.device[0] == CPU:
             holds += [f"{name} {_span(counts)}" for name, counts in self._counts().items()]
         return f"{STATE}({', '.join(options)}; {'; '.join(holds) or 'no arrays'})"
 
@@ -401,7 +401,7 @@ class BatchNormState(Holding):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         options = checked_options(*(({"running_variance": "unbiased"} | state)[name] for name in _OPTIONS))
-        counters = _present(**{name: state.get(name) for name in Counters._fields})
+        counters = _present(**{name: state.get(name) for name in COUNTERS})
         self._begin(options, _present(**{name: state["arrays"].get(name) for name in ARRAYS}), counters, check=False)
 
     @classmethod
