@@ -181,16 +181,16 @@ class Holding:
                 raise ValueError(refusal(function, "running_mean", "stay on x's device meanwhile", moved))
         arrays = [held.arrays[name] for name in STATISTICS]
         fresh = [_arrays.empty_vector(a.shape[0], a.dtype, a) if a.library.immutable else None for a in arrays]
-        mean, var = (vector(array) for array in arrays)
-        new_mean, new_var = (vector((f and f.array) or a) for f, a in zip(fresh, arrays, strict=True))
         assert self._counters
+        assert held.running
+        new_mean, new_var = (vector(f.array) if f else old for f, old in zip(fresh, held.running, strict=True))
         if self._counters.device != held.device:
             self._place_counters(arrays[0].device, self._counts())
         counters = self._counters
         if any(fresh):
             counters = counters._replace(tracked=counters.tracked.copy(), skipped=counters.skipped.copy())
         momentum, biased = self._options.momentum, self._options.running_variance == "biased"
-        yield Running((mean, var), (new_mean, new_var), counters.tracked, counters.skipped, momentum, biased)
+        yield Running(held.running, (new_mean, new_var), counters.tracked, counters.skipped, momentum, biased)
         changed = {name: output.finish() for name, output in zip(STATISTICS, fresh, strict=True) if output}
         if changed:
             self._arrays, self._counters = self._arrays | changed, counters
