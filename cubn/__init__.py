@@ -7,7 +7,7 @@ training, `forward_frozen` is fine-tuning. `Moments` are the statistics of any s
 from cubn.backends.threads import get_num_threads, set_num_threads
 from cubn.backward import Gradients, backward, backward_start
 from cubn.convert import fold, fold_into
-from cubn.errors import BackendUnavailable, CollectiveMismatch
+from cubn.errors import BackendUnavailable, CollectiveMismatch, StateWarning
 from cubn.forward import Saved, forward, forward_frozen, forward_train, forward_train_start, normalize
 from cubn.moments import Moments, moments, update
 from cubn.state import BatchNormState
@@ -25,6 +25,7 @@ __all__ = [
     "Moments",
     "Saved",
     "Started",
+    "StateWarning",
     "backward",
     "backward_start",
     "fold",

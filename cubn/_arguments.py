@@ -120,9 +120,28 @@ def values_per_channel(x: Source, mask: Companion | None) -> int | None:
     return int(np.count_nonzero(mask.array.library.to_numpy(mask.array))) * repeats
 
 
+def flag(value: bool, function: str, argument: str) -> bool:
+    """True or False, of Python or NumPy: what else is true may be meant as a no."""
+    if value is True or value is False:
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    raise TypeError(message(function, argument, "be True or False", repr(value)))
+
+
+def one_of(choices: tuple[str, ...], value: str, function: str, argument: str) -> str:
+    """One of a few words."""
+    if isinstance(value, str) and value in choices:
+        return value
+    rule = f"be {' or '.join(map(repr, choices))}"
+    raise (ValueError if isinstance(value, str) else TypeError)(message(function, argument, rule, repr(value)))
+
+
 def whole(value: int, function: str, argument: str) -> int:
-    """An integer of any library's kind."""
+    """An integer of any library's kind; True and False are none."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise TypeError(message(function, argument, "be an integer", repr(value))) from None

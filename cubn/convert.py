@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from cubn import _arrays
 from cubn._arguments import refusal, whole
 from cubn._arrays import Array
+from cubn._state_arrays import check_variance
 from cubn.errors import message
 from cubn.state import BatchNormState, checked_state
 
@@ -36,7 +37,7 @@ def fold(state: BatchNormState) -> tuple[Any, Any]:
     TypeError
         If state is not a BatchNormState.
     ValueError
-        If the state has no running statistics.
+        If the state has no running statistics, or a running_var is negative.
 
     Notes
     -----
@@ -83,7 +84,7 @@ def fold_into(
     TypeError
         If weight or bias is not an array of these dtypes, or state is not a BatchNormState.
     ValueError
-        If a shape does not fit, or the state has no running statistics.
+        If a shape does not fit, or the state has no running statistics, or a running_var is negative.
     numpy.exceptions.AxisError
         If weight has no such output_axis.
 
@@ -111,8 +112,9 @@ def _folded(state: BatchNormState, function: str) -> tuple[Float64, Float64, Arr
         raise ValueError(message(function, "state", "have running statistics", "a state with track=False"))
     held = state.to_dict()
     home = _arrays.describe(state.running_var, function, "running_var")
-    gamma = 1.0 if held["gamma"] is None else held["gamma"].astype(np.float64)
-    beta = 0.0 if held["beta"] is None else held["beta"].astype(np.float64)
+    check_variance(held["running_var"], home, function)
+    gamma = held["gamma"].astype(np.float64) if "gamma" in held else 1.0
+    beta = held["beta"].astype(np.float64) if "beta" in held else 0.0
     scale = gamma / np.sqrt(held["running_var"].astype(np.float64) + state.eps)
     return scale, beta - held["running_mean"] * scale, home
 

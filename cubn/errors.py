@@ -14,6 +14,10 @@ class CollectiveMismatch(ValueError):
     """
 
 
+class StateWarning(UserWarning):
+    """Running statistics hold a NaN or an infinity: raised where they come into a state."""
+
+
 def message(
     function: str,
     argument: str,

@@ -314,7 +314,8 @@ class _Training:
         self.given = given = _given("forward_train", x, state, mask, residual)
         self.state = state
         self.eps, self.momentum = state.eps, state.momentum  # which may have changed before `finish`
-        self.updates = update and state.tracked is not None
+        self.biased = state.running_variance == "biased"
+        self.updates = update and state._counters is not None
         if self.updates:
             state._check_updatable("forward_train", given.held)
         self.output = _destination("forward_train", out, given)
@@ -337,11 +338,15 @@ class _Training:
         """The whole step at once."""
         source, held = self.given.source, self.given.held
         kept = _new_parameters(self.given)
-        with self.moving(held) as running:
+        with self.turn(), self.moving(held) as running:
             statistics, bits = self.backend.train(
                 source.extents, self.arrays, self.eps, held.affine, **self.then, kept=kept.affine, running=running
             )
         return self.trained(statistics, bits, kept)
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """What keeps other threads from the running statistics, if they are to move."""
+        return self.state._turn("forward_train") if self.updates else nullcontext()
 
     def moving(self, held: Held | None = None) -> AbstractContextManager[Running | None]:
         """The running statistics (those held a moment ago), if they are to move."""
@@ -369,6 +374,7 @@ class _Begun(_Training):
     def terms(self) -> Terms:
         array, _, (N, C, _), _, _ = self.given.source
         on = {"update": self.updates, "relu": self.then["relu"], "residual": self.given.residual is not None}
+        on["biased"] = self.updates and self.biased
         return Terms(
             "forward_train",
             C,
@@ -390,9 +396,9 @@ class _Begun(_Training):
         statistics = self.backend.statistics(*self.backend.root(shared.nodes), self.eps)
         extents, affine = self.given.source.extents, self.parameters.affine
         bits = self.backend.normalize(extents, self.arrays, statistics, affine, **self.then)
-        with self.moving() as running:
+        with self.turn(), self.moving(self.given.held) as running:
             if running:
-                self.backend.update(statistics, running._replace(momentum=self.momentum))
+                self.backend.update(statistics, running._replace(momentum=self.momentum, biased=self.biased))
         return self.trained(statistics, bits, self.parameters, shared.place)
 
 

@@ -253,7 +253,7 @@ def update(state: BatchNormState, moments: Moments) -> None:
     state._check_updatable("update")
     place = state._place("update")
     statistics = statistics_of(moments, state.eps, place)
-    with state._moving("update") as running:
+    with state._turn("update"), state._moving("update") as running:
         place.update(statistics, running)
 
 

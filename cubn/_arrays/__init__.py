@@ -17,16 +17,18 @@ from cubn import _layout
 from cubn._arrays.cupy import Cupy
 from cubn._arrays.foreign import Foreign
 from cubn._arrays.jax import Jax
-from cubn._arrays.library import BOOL, FLOATS, Array, Library, Output
+from cubn._arrays.library import BOOL, COUNTS, FLOATS, Array, Library, Output
 from cubn._arrays.memory import addresses, overlap
-from cubn._arrays.numpy import NUMPY
+from cubn._arrays.numpy import NUMPY, Headers
 from cubn._arrays.refusals import a_type, refuse, refuse_non_array, refuse_stand_in, refuse_subclass
 from cubn._arrays.torch import Torch
 
 __all__ = [
     "BOOL",
+    "COUNTS",
     "FLOATS",
     "Array",
+    "Headers",
     "Library",
     "Output",
     "addresses",

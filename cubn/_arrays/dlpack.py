@@ -19,6 +19,7 @@ CODES = {
     "float32": (2, 32),
     "float64": (2, 64),
     "bool": (6, 8),
+    "int32": (0, 32),
     "int64": (0, 64),
 }
 """(DLPack type code, bits) of the dtypes cubn works with."""

@@ -65,7 +65,7 @@ class Jax(Library):
             return self._jax.dlpack.from_dlpack(exporter)
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
-        with self._jax.enable_x64(dtype == "float64"):
+        with self._jax.enable_x64(dtype in ("float64", "int64")):
             return self._jax.device_put(values.astype(dtype), like.owner.device)
 
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:

@@ -13,6 +13,7 @@ from cubn.backends import CPU
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 BOOL = ("bool",)
+COUNTS = ("int32", "int64")
 ITEMSIZE = {name: bits // 8 for name, (_, bits) in dlpack.CODES.items()}
 HOST = (CPU, 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -16,13 +17,15 @@ from cubn._layout import Shape, Strides, span
 _read_address = ctypes.c_size_t.from_address
 _DATA = object.__basicsize__
 _NO_MEMORY = np.empty(0, np.uint8)
+_WORD = ctypes.sizeof(ctypes.c_void_p)
+_join = b"".join
 
 
 class NumPy(Library):
     """NumPy, through its arrays' own attributes."""
 
     name = "numpy"
-    fixed = True
+    fixed = True  # but for what `Headers` see
     conversion = "Pass {0}.astype('{1}')."
 
     def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
@@ -59,7 +62,33 @@ class NumPy(Library):
         return np.array(array.owner, "float32" if array.dtype == "bfloat16" else None)
 
     def unchanged(self, array: Array) -> bool:
-        return bool(array.owner.flags.writeable) is array.writable
+        return True
+
+
+class Headers:
+    """The headers of NumPy arrays of one axis, which must outlive this.
+
+    A PyArrayObject has, after the object's header: data, number of axes, addresses of extents and strides, base, dtype
+    and flags. All of them can be changed in place: `x.resize(...)`, `x.dtype = ...`, `x.flags.writeable = False`.
+    """
+
+    __slots__ = ("_axes", "_headers", "_seen")
+
+    def __init__(self, arrays: Iterable[np.ndarray[Any, Any]]) -> None:
+        starts = [id(x) + _DATA for x in arrays]
+        self._headers = tuple(_memory(start, 6 * _WORD + ctypes.sizeof(ctypes.c_int)) for start in starts)
+        pointers = [_read_address(start + i * _WORD).value for start in starts for i in (2, 3)]
+        self._axes = tuple(_memory(pointer, _WORD) for pointer in pointers)
+        self._seen = _join(self._headers), _join(self._axes)
+
+    def unchanged(self) -> bool:
+        """Whether all arrays are the same memory, shape, type and as writable as they were; takes 0.1 microseconds."""
+        headers, axes = self._seen
+        return _join(self._headers) == headers and _join(self._axes) == axes
+
+
+def _memory(address: int, size: int) -> memoryview:
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
 
 
 def address_of(x: np.ndarray[Any, Any]) -> int:

@@ -37,7 +37,10 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 OPERATIONS = ("nothing", "several operations", "moments", "forward_train", "backward")
-OPTIONS = ("with sizes", "update", "relu", "residual", "frozen", "global parameter gradients", "device memory")
+OPTIONS = (
+    *("with sizes", "update", "biased", "relu", "residual", "frozen", "global parameter gradients"),
+    "device memory",
+)
 DTYPES = ("none", "float16", "bfloat16", "float32", "float64")
 MOST = 32
 """Operations in one exchange: the header has two bits for each."""
@@ -137,9 +140,9 @@ _HEADER = np.dtype(
     [
         ("operation", "<u1"),
         ("dtype", "<u1"),
-        ("operations", "<u1"),
-        ("flags", "<u1"),
-        ("exchange", "<u4"),
+        ("operations", "<u2"),
+        ("flags", "<u2"),
+        ("exchange", "<u2"),
         ("C", "<i8"),
         ("N", "<i8"),
         ("eps", "<f8"),
@@ -189,7 +192,7 @@ def _header(
         DTYPES.index(first.dtype),
         len(all_terms),
         _FAILED * failed | sum(1 << bit for bit, name in enumerate(OPTIONS, 1) if name in on),
-        exchange & 0xFFFFFFFF,
+        exchange & 0xFFFF,
         sum(terms.C for terms in all_terms),
         first.N,
         first.eps,

@@ -75,6 +75,8 @@ def differing(name):
                 state.eps = 1e-3 if odd else 1e-5
             case "momentum":
                 state.momentum = None if odd else 0.1
+            case "variance":
+                state.running_variance = "biased" if odd else "unbiased"
             case "relu" | "update":
                 return cubn.forward_train(x, state, comm=comm, **{name: odd})
             case "residual":
@@ -110,6 +112,7 @@ def differing(name):
         ("dtype", "dtype=float32 on ranks 0, 2; dtype=float64 on rank 1"),
         ("eps", "eps=1e-05 on ranks 0, 2; eps=0.001 on rank 1"),
         ("momentum", "momentum=0.1 on ranks 0, 2; momentum=None on rank 1"),
+        ("variance", "update on ranks 0, 2; update, biased on rank 1"),
         ("start", "start=0 on ranks 0, 2; start=7 on rank 1"),
         ("number", "1 operations, C=6 on ranks 0, 2; 2 operations, C=12 on rank 1"),
         ("order", "of forward 1 on ranks 0, 2; of forward 2 on rank 1"),

@@ -28,8 +28,8 @@ def textbook(y, state, axis=1):
     """Batch norm by running statistics, in float64."""
     held = state.to_dict()
     shape = [C if i == axis % y.ndim else 1 for i in range(y.ndim)]
-    gamma = np.ones(C) if held["gamma"] is None else held["gamma"].astype(np.float64)
-    beta = np.zeros(C) if held["beta"] is None else held["beta"].astype(np.float64)
+    gamma = held["gamma"].astype(np.float64) if "gamma" in held else np.ones(C)
+    beta = held["beta"].astype(np.float64) if "beta" in held else np.zeros(C)
     mean, var = held["running_mean"].astype(np.float64), held["running_var"].astype(np.float64)
     out = (y - mean.reshape(shape)) / np.sqrt(var.reshape(shape) + state.eps)
     return out * gamma.reshape(shape) + beta.reshape(shape)

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -68,8 +69,8 @@ def test_beside_a_parameter():
 
 
 def test_repr():
-    text = "BatchNormState(4, eps=1e-05, momentum=0.1, gamma=True, beta=True, track=False, channel_axis=1)"
-    assert repr(cubn.BatchNormState(4, track=False)) == text
+    options = "BatchNormState(4, eps=1e-05, momentum=0.1, channel_axis=1"
+    assert repr(cubn.BatchNormState(4, track=False)) == f"{options}; gamma, beta: numpy float32 on cpu)"
 
 
 @pytest.mark.parametrize("names", [("gamma",), ("beta",), ("running_mean", "running_var"), ARRAYS])
@@ -216,6 +217,132 @@ def test_running_variance_is_unbiased():
     x = batch()
     cubn.forward_train(x, state)
     np.testing.assert_allclose(state.running_var, x.astype(np.float64).var((0, 2), ddof=1), rtol=1e-6)
+
+
+# --- where an average stands, and beginning anew ----------------------------------------------------------------------
+
+QUARTERS = np.array([[0.25], [-0.75], [1.25], [0.25]], np.float32)  # of mean 0.25
+
+
+@pytest.mark.parametrize("tracked", ["int", "array", "tensor"])
+def test_a_cumulative_average_goes_on(tracked):
+    """999 batches of mean 10, then one of mean 0.25."""
+    given = {"int": 999, "array": np.array([999])}.get(tracked)
+    if given is None:
+        given = pytest.importorskip("torch").tensor(999)
+    held = {"running_mean": np.full(1, 10.0), "running_var": np.full(1, 4.0)}
+    state = cubn.BatchNormState.from_arrays(**held, momentum=None, tracked=given)
+    cubn.forward_train(QUARTERS, state)
+    assert state.running_mean[0] == pytest.approx(9.99025, rel=1e-14)
+    assert state.tracked.tolist() == [1000] and state.skipped.tolist() == [0]
+
+
+def test_skipped_batches_have_no_weight_in_an_average_that_goes_on():
+    held = {"running_mean": np.full(1, 10.0), "running_var": np.full(1, 4.0)}
+    state = cubn.BatchNormState.from_arrays(**held, momentum=None, tracked=1000, skipped=1)
+    cubn.forward_train(QUARTERS, state)
+    assert state.running_mean[0] == pytest.approx(9.99025, rel=1e-14)
+
+
+def test_a_recalibration_begins_anew():
+    state = cubn.BatchNormState(1, momentum=None)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        cubn.forward_train(rng.standard_normal((8, 1), dtype=np.float32), state)
+    state.reset()
+    batches = (5 + rng.standard_normal((4, 8, 1))).astype(np.float32)
+    for batch in batches:
+        cubn.forward_train(batch, state)
+    assert state.running_mean[0] == pytest.approx(batches.mean(), rel=1e-6) and state.running_mean[0] > 4
+    assert state.tracked.tolist() == [4]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_reset_is_a_new_state(library, dtype):
+    pytest.importorskip(library)
+    state = cubn.BatchNormState(4, momentum=None, dtype=dtype, like=carry(batch(), library))
+    new = state.copy()
+    cubn.update(state, cubn.moments(batch()))
+    mean, var = state.running_mean, state.running_var
+    state.reset()
+    assert same_states(state, new)
+    assert (state.running_mean is mean and state.running_var is var) == (library != "jax")
+    cubn.update(state, cubn.moments(batch(1)))
+    cubn.update(new, cubn.moments(batch(1)))
+    assert same_states(state, new)
+
+
+def test_reset_of_one_half():
+    state = trained(momentum=None)
+    before, new = state.to_dict(), cubn.BatchNormState(4, momentum=None).to_dict()
+    state.reset(counters=False)
+    assert same_states(state, cubn.BatchNormState.from_dict(new | {n: before[n] for n in ("tracked", "skipped")}))
+    state = trained(momentum=None)
+    state.reset(statistics=False)
+    np.testing.assert_equal(state.to_dict(), before | {name: new[name] for name in ("tracked", "skipped")})
+
+
+def test_reset_is_known_to_torch():
+    torch = pytest.importorskip("torch")
+    state = cubn.BatchNormState(4, like=torch.zeros(1))
+    version = state.running_mean._version
+    state.reset()
+    assert state.running_mean._version == version + 1
+
+
+def test_reset_without_statistics():
+    state = cubn.BatchNormState(4, track=False)
+    with pytest.raises(ValueError, match="reset: state must have running statistics; got a state with track=False"):
+        state.reset()
+
+
+# --- options of a state -----------------------------------------------------------------------------------------------
+
+
+def test_a_state_without_arrays_has_a_number_of_channels():
+    state = cubn.BatchNormState.from_arrays(num_features=4)
+    assert same_states(state, cubn.BatchNormState(4, affine=False, track=False))
+    with pytest.raises(ValueError, match=r"gamma must have shape \(5,\)"):
+        cubn.BatchNormState.from_arrays(gamma=np.ones(4), num_features=5)
+
+
+@pytest.mark.parametrize("how", ["forward_train", "update"])
+@pytest.mark.parametrize("variance", ["unbiased", "biased"])
+def test_backends_are_told_which_variance(variance, how, monkeypatch):
+    from cubn._holding import Holding
+
+    seen, moving = [], Holding._moving
+
+    @contextmanager
+    def watched(*arguments):
+        with moving(*arguments) as running:
+            seen.append(running.biased)
+            yield running
+
+    monkeypatch.setattr(Holding, "_moving", watched)
+    state = cubn.BatchNormState(4, running_variance=variance)
+    if how == "update":
+        cubn.update(state, cubn.moments(batch()))
+    else:
+        cubn.forward_train(batch(), state)
+    assert seen == [variance == "biased"]
+
+
+@pytest.mark.parametrize("how", ["copy()", "copy", "deepcopy", "pickle", "dict"])
+def test_the_running_variance_is_kept(how):
+    state = trained(running_variance="biased")
+    assert COPIES[how](state).running_variance == "biased"
+    state.running_variance = "unbiased"
+    assert COPIES[how](state).running_variance == "unbiased"
+
+
+def test_what_was_pickled_before_there_was_a_choice_is_unbiased():
+    written = trained().__getstate__()
+    del written["running_variance"]
+    state = cubn.BatchNormState.__new__(cubn.BatchNormState)
+    state.__setstate__(written)
+    assert same_states(state, trained())
 
 
 # --- copies ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,141 @@
+"""The numbers and words of a state: what each may be."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cubn import _arrays
+from cubn._arguments import one_of, whole
+from cubn._arrays import COUNTS
+from cubn.errors import message
+
+STATE = "BatchNormState"
+RUNNING_VARIANCES = ("unbiased", "biased")
+DTYPES = ("float32", "float64")
+
+_MOST_CHANNELS = 1 << 48  # more have no addresses
+_MOST_BATCHES = 1 << 62  # so that no counter wraps
+
+
+class Options(NamedTuple):
+    """What a state holds besides arrays and counters."""
+
+    num_features: int
+    eps: float
+    momentum: float | None
+    channel_axis: int
+    running_variance: str
+
+
+def checked_options(
+    num_features: int, eps: float, momentum: float | None, channel_axis: int, running_variance: str
+) -> Options:
+    """Options that a state can have. Whether momentum is a weight is asked where it is given or used as one."""
+    channels = whole(num_features, STATE, "num_features")
+    if not 1 <= channels < _MOST_CHANNELS:
+        raise ValueError(message(STATE, "num_features", "be 1 or more and less than 2**48", shown(channels)))
+    return Options(
+        channels,
+        checked_eps(eps, STATE),
+        checked_momentum(momentum, used=False),
+        checked_axis(channel_axis),
+        checked_variance(running_variance),
+    )
+
+
+def checked_eps(eps: float, function: str) -> float:
+    """eps as a number that can be added to a variance."""
+    number = _number(eps, function, "eps")
+    if not 0 < number < math.inf:
+        raise ValueError(message(function, "eps", "be positive and finite", number))
+    return number
+
+
+def checked_momentum(momentum: float | None, function: str = STATE, *, used: bool = True) -> float | None:
+    """momentum as a number; as a weight, if it is used."""
+    if momentum is None:
+        return None
+    number = _number(momentum, function, "momentum")
+    if used and not 0 <= number <= 1:
+        raise ValueError(message(function, "momentum", "be None or from 0 to 1, the weight of the new value", number))
+    return number
+
+
+def checked_axis(channel_axis: int) -> int:
+    """channel_axis as an axis that some array has."""
+    axis = whole(channel_axis, STATE, "channel_axis")
+    if not -_MOST_CHANNELS < axis < _MOST_CHANNELS:
+        raise ValueError(message(STATE, "channel_axis", "be an axis of x", shown(axis)))
+    return axis
+
+
+def checked_variance(running_variance: str) -> str:
+    """Which variance running_var averages."""
+    return one_of(RUNNING_VARIANCES, running_variance, STATE, "running_variance")
+
+
+def checked_dtype(dtype: Any) -> str:
+    """The name of a dtype, given as a name, or as NumPy's, JAX's or PyTorch's own."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES and dtype is not None:
+        try:
+            found = np.dtype(dtype)
+        except TypeError:
+            pass
+        else:
+            name = found.name if found.isnative else found.str
+    if name not in DTYPES:
+        raise TypeError(message(STATE, "dtype", "be 'float32' or 'float64'", shown(dtype)))
+    return name
+
+
+def counts(values: Any, name: str, channels: int) -> NDArray[np.int64]:
+    """A number, or one for each channel in an array of any library, as a new array of whole numbers."""
+    if isinstance(values, np.generic):
+        values = np.asarray(values)
+    if isinstance(values, int) and not isinstance(values, bool):
+        found = np.array(values, np.int64 if abs(values) < _MOST_BATCHES else object)
+    elif hasattr(type(values), "__dlpack__"):
+        array = _arrays.describe(values, STATE, name, COUNTS)
+        found = array.library.to_numpy(array)
+    else:
+        remedy = "Pass an int, or an array of int64."
+        raise TypeError(message(STATE, name, "be a count, or an array of one per channel", shown(values), remedy))
+    if found.shape not in ((), (channels,)):
+        rule = f"be a number or have shape ({channels},), one count per channel"
+        raise ValueError(message(STATE, name, rule, found, shape=found.shape))
+    if wrong := [value for value in found.reshape(-1).tolist() if not 0 <= value < _MOST_BATCHES]:
+        raise ValueError(message(STATE, name, "be 0 or more and less than 2**62", shown(wrong[0])))
+    return np.broadcast_to(found, channels).astype(np.int64)
+
+
+def check_counts(tracked: NDArray[np.int64], skipped: NDArray[np.int64]) -> None:
+    """Only updates that were seen can have been skipped."""
+    if (more := np.flatnonzero(skipped > tracked)).size:
+        c = more[0]
+        got = f"skipped {skipped[c]} of {tracked[c]} in channel {c}"
+        remedy = "reset(statistics=False) makes both 0."
+        raise ValueError(message(STATE, "tracked", "be at least skipped", got, remedy))
+
+
+def shown(value: Any) -> str:
+    """A value in a message, which may be of any kind and size."""
+    try:
+        text = repr(value)
+    except Exception:  # of an array that was deleted, of an integer with too many digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _number(value: float, function: str, argument: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(message(function, argument, "be a real number", shown(value)))
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(message(function, argument, "be a number that a float can hold", shown(value))) from None
