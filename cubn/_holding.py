@@ -187,7 +187,7 @@ class Holding:
         if self._counters.device != held.device:
             self._place_counters(arrays[0].device, self._counts())
         counters = self._counters
-        if any(fresh):
+        if any(fresh):  # whose libraries may refuse them: all of it moves, or nothing
             counters = counters._replace(tracked=counters.tracked.copy(), skipped=counters.skipped.copy())
         momentum, biased = self._options.momentum, self._options.running_variance == "biased"
         yield Running(held.running, (new_mean, new_var), counters.tracked, counters.skipped, momentum, biased)
