@@ -120,12 +120,49 @@ def values_per_channel(x: Source, mask: Companion | None) -> int | None:
     return int(np.count_nonzero(mask.array.library.to_numpy(mask.array))) * repeats
 
 
-def whole(value: int, function: str, argument: str) -> int:
-    """An integer of any library's kind."""
+def flag(value: bool, function: str, argument: str) -> bool:
+    """True or False, of Python or NumPy: what else is true may be meant as a no."""
+    if value is True or value is False:
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    raise TypeError(message(function, argument, "be True or False", repr(value)))
+
+
+def one_of(choices: tuple[str, ...], value: str, function: str, argument: str) -> str:
+    """One of a few words."""
+    if isinstance(value, str) and value in choices:
+        return value
+    rule = f"be {' or '.join(map(repr, choices))}"
+    raise (ValueError if isinstance(value, str) else TypeError)(message(function, argument, rule, repr(value)))
+
+
+def dtype_name(dtype: Any, choices: tuple[str, ...], function: str) -> str:
+    """The name of a dtype, however a library or the user writes it."""
     try:
+        name: str = np.dtype(dtype).name
+    except TypeError:
+        name = str(dtype).rpartition(".")[2]
+    if name in choices:
+        return name
+    raise TypeError(message(function, "dtype", f"be {' or '.join(map(repr, choices))}", repr(dtype)))
+
+
+def whole(value: int, function: str, argument: str) -> int:
+    """An integer of any library's kind; True and False are none."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise TypeError(message(function, argument, "be an integer", repr(value))) from None
+
+
+def shown(array: Any) -> str:
+    """An array in a repr: `float32 (32, 64)`."""
+    if not hasattr(array, "dtype"):
+        return "None" if array is None else type(array).__name__
+    return f"{str(array.dtype).rpartition('.')[2]} {tuple(array.shape)}"
 
 
 def refusal(function: str, argument: str, rule: str, array: Array, remedy: str = "") -> str:

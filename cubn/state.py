@@ -329,10 +329,14 @@ class BatchNormState:
             new_mean, new_var = (vector((f and f.array) or a) for f, a in zip(fresh, arrays, strict=True))
             if self._counters_device != held.device:
                 self._place_counters(arrays[0].device, self._counters())
-            yield Running((mean, var), (new_mean, new_var), self.tracked, self.skipped, self._momentum)
+            counters = self.tracked, self.skipped
+            if any(fresh):  # whose adoption may fail: nothing moves before all of it can
+                counters = tuple(counter.copy() for counter in counters)
+            yield Running((mean, var), (new_mean, new_var), *counters, self._momentum)
             changed = {name: output.finish() for name, output in zip(STATISTICS, fresh, strict=True) if output}
             if changed:
                 self._arrays = self._arrays | changed
+                self.tracked, self.skipped = counters
             for array, output in zip(arrays, fresh, strict=True):
                 if output is None:
                     array.library.mark_written(array)

@@ -17,7 +17,7 @@ from cubn import _layout
 from cubn._arrays.cupy import Cupy
 from cubn._arrays.foreign import Foreign
 from cubn._arrays.jax import Jax
-from cubn._arrays.library import BOOL, FLOATS, Array, Library, Output
+from cubn._arrays.library import BOOL, FLOATS, NUMBERS, Array, Library, Output
 from cubn._arrays.memory import addresses, overlap
 from cubn._arrays.numpy import NUMPY
 from cubn._arrays.refusals import refuse, refuse_stand_in, type_name
@@ -26,6 +26,7 @@ from cubn._arrays.torch import Torch
 __all__ = [
     "BOOL",
     "FLOATS",
+    "NUMBERS",
     "Array",
     "Library",
     "Output",

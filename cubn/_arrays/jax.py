@@ -19,6 +19,7 @@ class Jax(Library):
 
     name = "jax"
     immutable = True
+    adopts = True
 
     def __init__(self, jax: Any) -> None:
         self._jax = jax

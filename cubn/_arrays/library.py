@@ -13,6 +13,7 @@ from cubn.backends import CPU
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 BOOL = ("bool",)
+NUMBERS = tuple(dlpack.CODES)
 ITEMSIZE = {name: bits // 8 for name, (_, bits) in dlpack.CODES.items()}
 HOST = (CPU, 0)
 
@@ -44,6 +45,7 @@ class Library(Protocol):
     name: str
     immutable: bool = False
     fixed: bool = False  # an array is the same memory, shape and type for life
+    adopts: bool = False  # outputs are memory of ours, and `finish` calls the library, which may fail
 
     def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         """See `describe`."""

@@ -121,6 +121,11 @@ class Running(NamedTuple):
     skipped: BackendArray
     momentum: float | None  # weight of the new value; None for the cumulative average
 
+    @property
+    def in_place(self) -> bool:
+        """Whether what there was is gone once they have moved."""
+        return self.new == self.old
+
 
 class Gate(NamedTuple):
     """The ReLU between y and dy.

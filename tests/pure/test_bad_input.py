@@ -500,24 +500,25 @@ def test_15_a_broadcast_mask_counts_in_full(world):
     assert saved.count == 2
 
 
+EMPTY = "Skip the empty batch, or use forward, which takes one and returns an empty y."
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 2), (3, 4, 0)])
 def test_16_empty_batch(world, shape):
-    text = (
-        f"forward_train: x must have values to take statistics of; got 0 (shape={shape}, {F32}). Skip the empty batch."
-    )
+    text = f"forward_train: x must have values to take statistics of; got 0 (shape={shape}, {F32}). {EMPTY}"
     refused(world, ValueError, text, cubn.forward_train, np.zeros(shape, np.float32), world.state)
 
 
 def test_16_empty_mask(world):
     text = (
         "forward_train: x must have values to take statistics of; "
-        f"got 0 where the mask is True (shape=(3, 4, 2), {F32}). Skip the empty batch."
+        f"got 0 where the mask is True (shape=(3, 4, 2), {F32}). {EMPTY}"
     )
     refused(world, ValueError, text, given(world, "forward_train", mask=np.zeros((3, 2), bool)))
 
 
 def test_16_moments_of_nothing(world):
-    text = "normalize: moments must be of one value per channel or more; got 0."
+    text = "normalize: moments must be of at least one value per channel; got 0."
     refused(world, ValueError, text, cubn.normalize, world.x, cubn.moments(world.x[:0]))
 
 
@@ -615,8 +616,8 @@ def test_24_a_cuda_array_without_cupy(world, monkeypatch):
     forget_cuda(monkeypatch)
     monkeypatch.setitem(sys.modules, "cupy", None)
     text = (
-        "cubn: arrays on CUDA devices need CuPy, which is not installed. Install it with: pip install 'cubn[cuda13]' "
-        "(or 'cubn[cuda12]', as the driver allows)"
+        "cubn: arrays on CUDA devices need CuPy, which is not installed. Install it with: pip install cupy-cuda13x "
+        "(or cupy-cuda12x, as the driver allows)"
     )
     refused(world, ImportError, text, cubn.moments, elsewhere((3, 4, 2)))
 
@@ -627,7 +628,7 @@ def test_24_a_cuda_array_without_cupy(world, monkeypatch):
         (
             {"driver": False},
             "cubn: CuPy found no usable CUDA driver (no driver). Install NVIDIA's driver, or a CuPy for the CUDA "
-            "version it supports: 'cubn[cuda12]' or 'cubn[cuda13]'",
+            "version it supports: cupy-cuda12x or cupy-cuda13x",
         ),
         ({"devices": 0}, "cubn: there is no CUDA device 0; CuPy sees 0. Check CUDA_VISIBLE_DEVICES"),
         (
@@ -769,7 +770,10 @@ def test_counters_of_other_channels(world, name):
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_saved_is_not_copied(world, copied):
-    with pytest.raises(TypeError, match=r"^Saved: saved must stay in this process and is not copied"):
+    with pytest.raises(
+        TypeError,
+        match=r"^Saved: it cannot be copied or pickled, since it knows x by its address\. Keep x and the state",
+    ):
         copied(world.saved)
 
 
@@ -892,7 +896,8 @@ def test_arguments_of_another_kind(world, call, text):
         (
             lambda w: w.moments.merge(cubn.moments(w.x, start=2)),
             "merge: other must begin at sample 3 or end at 0, beside these Moments; got [2, 5). "
-            "Give `moments` the global index of its first sample as start, and merge neighbours.",
+            "Give `moments` the global index of its first sample as start, and merge neighbours; or, where samples have no "
+            "order, add them: a + b.",
         ),
         (
             lambda w: w.moments.merge(cubn.moments(w.x[:, :2], start=3)),
