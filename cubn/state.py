@@ -329,9 +329,9 @@ class BatchNormState:
             new_mean, new_var = (vector((f and f.array) or a) for f, a in zip(fresh, arrays, strict=True))
             if self._counters_device != held.device:
                 self._place_counters(arrays[0].device, self._counters())
-            counters = self.tracked, self.skipped
+            counters: tuple[BackendArray, BackendArray] = (self.tracked, self.skipped)
             if any(fresh):  # whose adoption may fail: nothing moves before all of it can
-                counters = tuple(counter.copy() for counter in counters)
+                counters = (counters[0].copy(), counters[1].copy())
             yield Running((mean, var), (new_mean, new_var), *counters, self._momentum)
             changed = {name: output.finish() for name, output in zip(STATISTICS, fresh, strict=True) if output}
             if changed:

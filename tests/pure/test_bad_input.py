@@ -896,8 +896,8 @@ def test_arguments_of_another_kind(world, call, text):
         (
             lambda w: w.moments.merge(cubn.moments(w.x, start=2)),
             "merge: other must begin at sample 3 or end at 0, beside these Moments; got [2, 5). "
-            "Give `moments` the global index of its first sample as start, and merge neighbours; or, where samples have no "
-            "order, add them: a + b.",
+            "Give `moments` the global index of its first sample as start, and merge neighbours; or, where samples have "
+            "no order, add them: a + b.",
         ),
         (
             lambda w: w.moments.merge(cubn.moments(w.x[:, :2], start=3)),
