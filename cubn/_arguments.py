@@ -131,7 +131,7 @@ def flag(value: bool, function: str, argument: str) -> bool:
 
 def one_of(choices: tuple[str, ...], value: str, function: str, argument: str) -> str:
     """One of a few words."""
-    if isinstance(value, str) and value in choices:
+    if type(value) is str and value in choices:
         return value
     rule = f"be {' or '.join(map(repr, choices))}"
     raise (ValueError if isinstance(value, str) else TypeError)(message(function, argument, rule, repr(value)))

@@ -20,6 +20,7 @@ from cubn.sync import collective
 from cubn.sync.collective import Shared, Started, Terms
 
 Sums = tuple[BackendArray, BackendArray]
+OfChannels = tuple[Any, Any, Any, Any]  # dgamma, dbeta, dmean, dvar
 
 
 class Gradients(NamedTuple):
@@ -338,29 +339,31 @@ class _Backward:
         """Whether a library makes gradients of channels of its own accord."""
         return self.by_statistics or any(d and d.array.library.adopts for d in (self.dgamma, self.dbeta))
 
-    def _of_channels(self, sums: Sums | None) -> dict[str, Any]:
+    def _of_channels(self, sums: Sums | None) -> OfChannels:
         """What of the gradients of channels is asked for; `parameters` are written."""
+        dgamma, dbeta = self.dgamma, self.dbeta
         gamma, beta = self.forward.parameters
-        found = {
-            "dgamma": self.dgamma and gamma and self.dgamma.finish(),
-            "dbeta": self.dbeta and beta and self.dbeta.finish(),
-        }
-        return found | (self._of_statistics(sums) if self.by_statistics and sums else {})
+        return (
+            dgamma and gamma and dgamma.finish(),
+            dbeta and beta and dbeta.finish(),
+            *(self._of_statistics(sums) if self.by_statistics and sums else (None, None)),
+        )
 
     @np.errstate(all="ignore")
-    def _of_statistics(self, sums: Sums) -> dict[str, Any]:
+    def _of_statistics(self, sums: Sums) -> tuple[Any, Any]:
         """The gradients by given mean and variance, of which invstd is a function."""
         forward, home = self.forward, self.forward.frozen
         assert home is not None, "checked at first"
         gamma = forward.parameters.gamma
         sum_dy, sum_dy_xmu, invstd = (self.backend.to_host(a) for a in (*sums, forward.statistics.invstd))
         scale = invstd * self.backend.to_host(gamma.values) if gamma else invstd
-        found = {"dmean": -(sum_dy * scale), "dvar": -0.5 * (sum_dy_xmu * scale * (invstd * invstd))}
-        return {name: home.library.from_numpy(values, home.dtype, home) for name, values in found.items()}
+        dmean, dvar = -(sum_dy * scale), -0.5 * (sum_dy_xmu * scale * (invstd * invstd))
+        new = home.library.from_numpy
+        return new(dmean, home.dtype, home), new(dvar, home.dtype, home)
 
-    def _written(self, of_channels: dict[str, Any]) -> Gradients:
-        dresidual = self.dresidual and self.dresidual.finish()
-        return Gradients(dx=self.dx.finish(), dresidual=dresidual, **of_channels)
+    def _written(self, of_channels: OfChannels) -> Gradients:
+        dgamma, dbeta, dmean, dvar = of_channels
+        return Gradients(self.dx.finish(), dgamma, dbeta, self.dresidual and self.dresidual.finish(), dmean, dvar)
 
 
 def _forward_of(saved: Saved) -> Forward:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import cubn
+from cubn.sync import threads
 from tests.ops import arrays
 
 C, EPS = 7, 1e-3
@@ -54,6 +55,29 @@ def test_gradients_by_statistics_are_like_the_statistics(backend, library):
         assert arrays.store_of(found).dtype == np.float32 and found.shape == (C,)
     for name in ("dx", "dgamma", "dbeta"):
         arrays.assert_same(arrays.store_of(getattr(gradients, name)), arrays.store_of(getattr(plain, name)), name)
+
+
+@pytest.mark.parametrize("whose", ["local", "global"])
+def test_gradients_by_statistics_of_several_ranks(whose):
+    """The sums of all ranks have the bits of one process; a rank's own are those of its samples."""
+    x, dy = values(5, 6, C, 4), values(6, 6, C, 4)
+    given = frozen_state()
+
+    def gradients(part, **options):
+        _, saved = cubn.forward_frozen(x[part], cubn.BatchNormState.from_arrays(**given), **options)
+        return cubn.backward(dy[part], saved, statistics=True, parameter_gradients=whose)
+
+    def rank(comm):
+        return gradients(slice(0, 2) if comm.rank == 0 else slice(2, 6), comm=comm)
+
+    found = threads.run(2, rank)
+    expected = [gradients(slice(0, 6))] * 2 if whose == "global" else [gradients(slice(0, 2)), gradients(slice(2, 6))]
+    for part, whole in zip(found, expected, strict=True):
+        for name in ("dmean", "dvar", "dgamma", "dbeta"):
+            if whose == "global":
+                arrays.assert_same(getattr(part, name), getattr(whole, name), name)
+            else:  # another order of blocks than in a batch of its own
+                np.testing.assert_allclose(getattr(part, name), getattr(whole, name), rtol=1e-12, atol=1e-13)
 
 
 def test_gradients_by_statistics_of_nothing(backend):
