@@ -73,6 +73,9 @@ class Moments:
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
         raise TypeError("Moments: cubn.moments(x), Moments.from_statistics and Moments.from_dict make them.")
 
+    def __init_subclass__(cls) -> NoReturn:
+        raise TypeError("Moments: no class can be derived from them.")
+
     @classmethod
     def _of(cls, start: int, stop: int, nodes: Nodes, *, exact: bool = True) -> Self:
         """Moments of checked nodes; of a single one for no range, where they are not exact."""

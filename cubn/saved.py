@@ -60,11 +60,14 @@ class Saved:
         backend. Without a residual they are recomputed from x, and nothing of the input's size is kept.
     """
 
-    __slots__ = ("__weakref__", "_forward")
+    __slots__ = ("_forward",)
     _forward: Forward
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
         raise TypeError("Saved: only forward_train and forward_frozen make one; it is their second result.")
+
+    def __init_subclass__(cls) -> NoReturn:
+        raise TypeError("Saved: no class can be derived from it.")
 
     @classmethod
     def _of(cls, forward: Forward) -> Self:

@@ -129,6 +129,31 @@ def test_moments_come_from_samples_or_checked_statistics(moments):
     assert not hasattr(moments, "__setstate__")
 
 
+@pytest.mark.parametrize("kind", [cubn.Saved, cubn.Moments])
+def test_no_class_says_other_things_of_its_arrays(kind):
+    with pytest.raises(TypeError, match="can be derived from"):
+        type("Other", (kind,), {"mean": property(lambda self: np.zeros(1))})
+
+
+@pytest.mark.parametrize("name", ["x", "mask"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a.resize(1, refcheck=False),
+        lambda a: a.resize(2 * a.size, refcheck=False),
+        lambda a: setattr(a, "shape", (a.size, 1)),
+    ],
+    ids=["shrunk", "grown", "reshaped"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_array_whose_memory_went_is_not_read(name, change):
+    arrays = {"x": np.ones((4, 400, 3), np.float32), "mask": np.ones((4, 3), bool)}
+    _, saved = cubn.forward_train(arrays["x"], cubn.BatchNormState(400), mask=arrays["mask"])
+    change(arrays[name])
+    with pytest.raises((ValueError, TypeError), match=rf"^backward: {name} must be as it was in the forward"):
+        cubn.backward(np.ones((4, 400, 3), np.float32), saved)
+
+
 class Forged:
     """A pickle that asks for Moments of anything."""
 
