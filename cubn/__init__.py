@@ -6,7 +6,8 @@ training, `forward_frozen` is fine-tuning. `Moments` are the statistics of any s
 
 from cubn._moments import Moments
 from cubn.backends.threads import get_num_threads, set_num_threads
-from cubn.backward import Gradients, backward, backward_from, backward_start
+from cubn.backward import Gradients, backward, backward_start
+from cubn.backward_from import backward_from
 from cubn.convert import fold, fold_into
 from cubn.errors import BackendUnavailable, CollectiveMismatch
 from cubn.forward import forward, forward_frozen, normalize

@@ -10,16 +10,12 @@ from numpy.typing import NDArray
 
 from cubn import _arrays, _nodes, reference
 from cubn._arguments import flag, refusal, whole
+from cubn._entries import ENTRIES, MOST, check_blocks, check_not_negative, checked_nodes, scalar
 from cubn._tree import Block
 from cubn.backends import Nodes
 from cubn.errors import message
 
 Float64 = NDArray[np.float64]
-
-MOST = 1 << 62
-"""Samples and values are fewer than this, so that no sum of two counts overflows."""
-
-_ENTRIES = ("start", "stop", "exact", "blocks", "count", "mean", "m2")
 
 
 class Moments:
@@ -136,7 +132,7 @@ class Moments:
             if len(shape) != 1 or not shape[0] or array.shape != shape:
                 raise ValueError(refusal(function, name, "have shape (C,), one value per channel, as the other", array))
         centre, variance = (array.library.to_numpy(array).astype(np.float64) for array in described)
-        _check_not_negative(function, "var", variance)
+        check_not_negative(function, "var", variance)
         with np.errstate(over="ignore"):
             return cls._pooled((np.array(values), centre, variance * values))
 
@@ -168,15 +164,15 @@ class Moments:
         """
         if not isinstance(d, Mapping):
             raise TypeError(message("from_dict", "d", "be a mapping, as from to_dict", type(d).__name__))
-        if missing := [name for name in _ENTRIES if name not in d]:
+        if missing := [name for name in ENTRIES if name not in d]:
             rule = "have every entry of Moments.to_dict"
             raise KeyError(message("from_dict", "d", rule, f"no {', '.join(missing)}"))
-        entries = {name: np.asarray(d[name]) for name in _ENTRIES}
-        start, stop = (whole(_scalar(entries[name], name), "from_dict", name) for name in ("start", "stop"))
-        exact = flag(_scalar(entries["exact"], "exact"), "from_dict", "exact")
-        blocks, nodes = _checked_nodes(entries)
+        entries = {name: np.asarray(d[name]) for name in ENTRIES}
+        start, stop = (whole(scalar(entries[name], name), "from_dict", name) for name in ("start", "stop"))
+        exact = flag(scalar(entries["exact"], "exact"), "from_dict", "exact")
+        blocks, nodes = checked_nodes(entries)
         if exact:
-            _check_blocks(start, stop, blocks)
+            check_blocks(start, stop, blocks)
         elif (start, stop, blocks) != (0, 0, ((0, 1),)):
             got = f"start={start}, stop={stop}, blocks={list(blocks)}"
             raise ValueError(message("from_dict", "blocks", "be [(0, 1)] of the range [0, 0) without exact", got))
@@ -368,51 +364,3 @@ class Moments:
         if other.num_features != self.num_features:
             rule = f"have {self.num_features} channels, as these Moments have"
             raise ValueError(message(function, "other", rule, other.num_features))
-
-
-def _scalar(entry: NDArray[Any], name: str) -> Any:
-    if entry.shape:
-        raise ValueError(message("from_dict", name, "be a single value", f"an array of shape {entry.shape}"))
-    return entry.item()
-
-
-def _checked_nodes(entries: Mapping[str, NDArray[Any]]) -> tuple[tuple[Block, ...], Nodes]:
-    """Rows of count, mean and m2 that fit each other."""
-    kinds = {"blocks": np.int64, "count": np.int64, "mean": np.float64, "m2": np.float64}
-    for name, kind in kinds.items():
-        if entries[name].dtype != kind:
-            rule = f"be an array of {np.dtype(kind).name}"
-            raise TypeError(message("from_dict", name, rule, f"one of {entries[name].dtype}"))
-    blocks, count, mean, m2 = (entries[name] for name in kinds)
-    rows = len(count) if count.ndim == 1 else -1
-    C = mean.shape[1] if mean.ndim == 2 else 0
-    if not C or blocks.shape != (rows, 2) or mean.shape != (rows, C) or m2.shape != (rows, C):
-        got = ", ".join(f"{name} {entries[name].shape}" for name in kinds)
-        rule = "have shape (rows, C) as m2 has, beside blocks (rows, 2) and count (rows,)"
-        raise ValueError(message("from_dict", "mean", rule, got))
-    if (count < 0).any() or sum(count.tolist()) >= MOST:
-        raise ValueError(message("from_dict", "count", "be 0 or more and less than 2**62 in all", count.tolist()))
-    _check_not_negative("from_dict", "m2", m2)
-    ordered = tuple((lo, hi) for lo, hi in blocks.tolist())
-    return ordered, _nodes.joined(ordered, np.ascontiguousarray(count), mean, m2)
-
-
-def _check_blocks(start: int, stop: int, blocks: tuple[Block, ...]) -> None:
-    """Aligned power-of-two blocks of the range, from left to right."""
-    at = start
-    for lo, hi in blocks:
-        size = hi - lo
-        if lo < at or size < 1 or size & (size - 1) or lo % size:
-            rule = "be aligned power-of-two blocks of samples, from left to right"
-            raise ValueError(message("from_dict", "blocks", rule, list(blocks)))
-        at = hi
-    if not 0 <= start <= at <= stop < 2 * MOST:
-        rule = "be from 0 to stop, with the blocks between"
-        raise ValueError(message("from_dict", "start", rule, f"[{start}, {stop}) and {list(blocks)}"))
-
-
-def _check_not_negative(function: str, name: str, values: Float64) -> None:
-    below = np.flatnonzero((values < 0).reshape(-1, values.shape[-1]).any(0))
-    if below.size:
-        rule = "be 0 or more, as a sum of squares is"
-        raise ValueError(message(function, name, rule, f"less in channels {below[:10].tolist()}"))

@@ -10,7 +10,8 @@ import numpy as np
 
 from cubn import _arguments, _arrays, _nodes
 from cubn._arrays import BOOL, NUMBERS
-from cubn._moments import MOST, Moments
+from cubn._entries import MOST
+from cubn._moments import Moments
 from cubn.backends import Arrays, Backend, Nodes, Statistics
 from cubn.errors import message
 from cubn.state import BatchNormState, checked_state

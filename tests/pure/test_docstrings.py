@@ -7,7 +7,7 @@ import pytest
 
 import cubn
 
-MODULES = [cubn.Moments.__module__, cubn.moments.__module__, cubn.backward.__module__]
+MODULES = [cubn.Moments.__module__, cubn.moments.__module__, cubn.backward_from.__module__]
 
 
 @pytest.mark.parametrize("name", MODULES)
