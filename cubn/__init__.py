@@ -4,12 +4,16 @@
 training, `forward_frozen` is fine-tuning. `Moments` are the statistics of any set of samples, and merge.
 """
 
+from cubn._moments import Moments
 from cubn.backends.threads import get_num_threads, set_num_threads
 from cubn.backward import Gradients, backward, backward_start
+from cubn.backward_from import backward_from
 from cubn.convert import fold, fold_into
 from cubn.errors import BackendUnavailable, CollectiveMismatch, StateWarning
-from cubn.forward import Saved, forward, forward_frozen, forward_train, forward_train_start, normalize
-from cubn.moments import Moments, moments, update
+from cubn.forward import forward, forward_frozen, normalize
+from cubn.forward_train import forward_train, forward_train_start
+from cubn.moments import finite_mask, moments, update
+from cubn.saved import Saved
 from cubn.state import BatchNormState
 from cubn.sync.collective import Started, together
 
@@ -27,7 +31,9 @@ __all__ = [
     "Started",
     "StateWarning",
     "backward",
+    "backward_from",
     "backward_start",
+    "finite_mask",
     "fold",
     "fold_into",
     "forward",

@@ -131,10 +131,21 @@ def flag(value: bool, function: str, argument: str) -> bool:
 
 def one_of(choices: tuple[str, ...], value: str, function: str, argument: str) -> str:
     """One of a few words."""
-    if isinstance(value, str) and value in choices:
+    if type(value) is str and value in choices:
         return value
     rule = f"be {' or '.join(map(repr, choices))}"
     raise (ValueError if isinstance(value, str) else TypeError)(message(function, argument, rule, repr(value)))
+
+
+def dtype_name(dtype: Any, choices: tuple[str, ...], function: str) -> str:
+    """The name of a dtype, however a library or the user writes it."""
+    try:
+        name: str = np.dtype(dtype).name
+    except TypeError:
+        name = str(dtype).rpartition(".")[2]
+    if name in choices:
+        return name
+    raise TypeError(message(function, "dtype", f"be {' or '.join(map(repr, choices))}", repr(dtype)))
 
 
 def whole(value: int, function: str, argument: str) -> int:
@@ -145,6 +156,13 @@ def whole(value: int, function: str, argument: str) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(message(function, argument, "be an integer", repr(value))) from None
+
+
+def shown(array: Any) -> str:
+    """An array in a repr: `float32 (32, 64)`."""
+    if not hasattr(array, "dtype"):
+        return "None" if array is None else type(array).__name__
+    return f"{str(array.dtype).rpartition('.')[2]} {tuple(array.shape)}"
 
 
 def refusal(function: str, argument: str, rule: str, array: Array, remedy: str = "") -> str:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cubn import _arguments, _arrays
-from cubn._arguments import refusal, region
+from cubn._arguments import flag, one_of, refusal, region, shown
 from cubn._arrays import BOOL, FLOATS, Output
 from cubn._layout import operand, vector
-from cubn.backends import Arrays, Nodes, Vector
+from cubn.backends import Arrays, BackendArray, Nodes, Vector
 from cubn.errors import message
-from cubn.forward import Saved
+from cubn.saved import Forward, Saved
 from cubn.sync import collective
 from cubn.sync.collective import Shared, Started, Terms
+
+Sums = tuple[BackendArray, BackendArray]
+OfChannels = tuple[Any, Any, Any, Any]  # dgamma, dbeta, dmean, dvar
 
 
 class Gradients(NamedTuple):
@@ -24,21 +29,30 @@ class Gradients(NamedTuple):
     dx : array like x
     dgamma, dbeta : array of shape (C,) in gamma's and beta's dtype and library; None where the state has none
     dresidual : array like x; None where there was no residual
+    dmean, dvar : array of shape (C,) in running_mean's dtype and library; None unless asked for by `statistics=True`
     """
 
     dx: Any
     dgamma: Any
     dbeta: Any
     dresidual: Any
+    dmean: Any = None
+    dvar: Any = None
+
+    def __repr__(self) -> str:
+        return f"Gradients({', '.join(f'{name}={shown(array)}' for name, array in self._asdict().items())})"
 
 
-def backward(dy: Any, saved: Saved, *, parameter_gradients: str = "local", out: Any = None) -> Gradients:
+def backward(
+    dy: Any, saved: Saved, *, parameter_gradients: str = "local", statistics: bool = False, out: Any = None
+) -> Gradients:
     """Gradients of a loss by x, gamma, beta and residual, from its gradient by y.
 
     With d = x - mean and dy taken as 0 where a ReLU or the mask stopped y:
     dbeta = sum(dy); dgamma = sum(dy * d) * invstd;
     dx = (dy - sum(dy) / count - d * invstd**2 * sum(dy * d) / count) * gamma * invstd; dresidual = dy.
-    After `forward_frozen`, dx = dy * gamma * invstd.
+    After `forward_frozen`, dx = dy * gamma * invstd, and on request
+    dmean = -sum(dy) * gamma * invstd; dvar = -sum(dy * d) * gamma * invstd**3 / 2.
 
     After a forward with `comm=`, dx is that of the whole batch on all ranks, and dgamma and dbeta are **this rank's own
     sums**: a data-parallel framework adds or averages parameter gradients itself. `parameter_gradients="global"` gives
@@ -53,20 +67,26 @@ def backward(dy: Any, saved: Saved, *, parameter_gradients: str = "local", out: 
     parameter_gradients : {"local", "global"}
         Whose sums dgamma and dbeta are; without `comm=` there is no difference. Local ones are merged in blocks of the
         whole batch's order, so that they too depend on the batch and its cut alone.
+    statistics : bool
+        Whether the gradients by running_mean and running_var are wanted too, after `forward_frozen`: they are sums as
+        dgamma and dbeta are, and waiting for a CUDA device is part of them. After `forward_train` the statistics are no
+        input but functions of x, and dx has all of it.
     out : array like x, optional
         Where dx goes: exactly dy, or memory of its own.
 
     Returns
     -------
     Gradients
-        (dx, dgamma, dbeta, dresidual). dx and dresidual share no memory, and are 0 where the mask is False.
+        (dx, dgamma, dbeta, dresidual, dmean, dvar). dx and dresidual share no memory, and are 0 where the mask is
+        False.
 
     Raises
     ------
     TypeError
         If an array is not one, has another dtype or library, requires a gradient, or cannot be written (`out`).
     ValueError
-        If shapes or devices do not fit, `out` overlaps another array, or x was overwritten since the forward.
+        If shapes or devices do not fit, `out` overlaps another array, x was overwritten since the forward, or
+        `statistics` are asked for after `forward_train`.
     CollectiveMismatch
         With `comm=`, on all ranks: if they do not do the same thing, or another one failed.
 
@@ -79,29 +99,23 @@ def backward(dy: Any, saved: Saved, *, parameter_gradients: str = "local", out: 
     ----------
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     """
-    if _check_saved(saved).place is not None:
-        return backward_start(dy, saved, parameter_gradients=parameter_gradients, out=out).finish()
-    gradient = _Backward(dy, saved, parameter_gradients, out)
-    source = gradient.source
-    source.backend.backward(
-        source.extents,
-        gradient.arrays,
-        *gradient.normalised,
-        frozen=saved.frozen,
-        gate=saved.gate,
-        parameters=gradient.parameters,
-    )
-    return gradient.written()
+    forward = _forward_of(saved)
+    if forward.place is not None:
+        options = {"parameter_gradients": parameter_gradients, "statistics": statistics, "out": out}
+        return backward_start(dy, saved, **options).finish()
+    return Prepared("backward", dy, forward, parameter_gradients, statistics, out).run()
 
 
-def backward_start(dy: Any, saved: Saved, *, parameter_gradients: str = "local", out: Any = None) -> Started[Gradients]:
+def backward_start(
+    dy: Any, saved: Saved, *, parameter_gradients: str = "local", statistics: bool = False, out: Any = None
+) -> Started[Gradients]:
     """Begin the `backward` of a forward with `comm=`, and leave time for other work until its `finish`.
 
     Takes this rank's sums and begins to send them; dx is written in `finish`.
 
     Parameters
     ----------
-    dy, saved, parameter_gradients, out
+    dy, saved, parameter_gradients, statistics, out
         As in `backward`; saved of a forward with `comm=`.
 
     Returns
@@ -114,51 +128,55 @@ def backward_start(dy: Any, saved: Saved, *, parameter_gradients: str = "local",
     TypeError, ValueError, CollectiveMismatch
         As in `backward`; here or in `finish`, but on all ranks in the same place.
     """
-    place = _check_saved(saved).place
-    if place is None:
+    forward = _forward_of(saved)
+    if forward.place is None:
         remedy = "Use backward, or give the forward a comm."
         raise ValueError(message("backward_start", "saved", "be of a forward with comm=", "one without", remedy))
-    make = partial(_Backward, dy, saved, parameter_gradients, out)
-    return collective.start("backward", place.communicator, place.sizes, make)
+    make = partial(Prepared, "backward", dy, forward, parameter_gradients, statistics, out)
+    return collective.start("backward", forward.place.communicator, forward.place.sizes, make)
 
 
-class _Backward:
+class Prepared:
     """A backward whose arguments were checked and whose outputs are ready; nothing is written yet."""
 
-    def __init__(self, dy: Any, saved: Saved, parameter_gradients: str, out: Any) -> None:
-        if parameter_gradients not in ("local", "global"):
-            rule = "be 'local' or 'global'"
-            raise ValueError(message("backward", "parameter_gradients", rule, repr(parameter_gradients)))
-        self.saved = saved
-        self.source = x = saved.source
+    def __init__(
+        self, function: str, dy: Any, forward: Forward, parameter_gradients: str, statistics: bool, out: Any
+    ) -> None:
+        self.everywhere = one_of(("local", "global"), parameter_gradients, function, "parameter_gradients") == "global"
+        self.by_statistics = flag(statistics, function, "statistics")
+        if self.by_statistics and forward.frozen is None:
+            rule, remedy = "be False where the statistics were taken of x", "dx has their part of the gradient."
+            raise ValueError(message(function, "statistics", rule, True, remedy))
+        self.forward = forward
+        self.source = x = forward.source
         self.backend = x.backend
-        self.everywhere = parameter_gradients == "global"
-        array, dy_operand = _arguments.beside("backward", "dy", dy, x)
-        _check_unchanged(saved)
+        array, dy_operand = _arguments.beside(function, "dy", dy, x)
+        _check_unchanged(forward)
+        self.in_given = out is not None
         if out is None:
             self.dx = _arrays.empty_like(x.array)
         else:
-            masked = (region("mask", saved.mask.array),) if saved.mask else ()
+            masked = (region("mask", forward.mask.array),) if forward.mask else ()
             apart = (region("x", x.array), *masked)
-            self.dx = _arguments.destination("backward", out, x, {"dy": array}, apart)
-        self.dresidual = _arrays.empty_like(x.array) if saved.has_residual else None
-        self.dgamma, self.dbeta = _parameter_outputs(saved)
-        self.normalised = saved.statistics, saved.parameters.affine
+            self.dx = _arguments.destination(function, out, x, {"dy": array}, apart)
+        self.dresidual = _arrays.empty_like(x.array) if forward.has_residual else None
+        self.dgamma, self.dbeta = _parameter_outputs(forward)
+        self.normalised = forward.statistics, forward.parameters.affine
         self.arrays = Arrays(
             x.operand,
             dy_operand,
             operand(self.dx.array, x.axis),
             self.dresidual and operand(self.dresidual.array, x.axis),
-            saved.mask and saved.mask.operand,
+            forward.mask and forward.mask.operand,
         )
 
     @cached_property
     def terms(self) -> Terms:
-        saved, (array, _, (N, C, _), _, _) = self.saved, self.source
+        forward, (array, _, (N, C, _), _, _) = self.forward, self.source
         on = {
-            "relu": saved.gate.kind != "none",
-            "residual": saved.has_residual,
-            "frozen": saved.frozen,
+            "relu": forward.gate.kind != "none",
+            "residual": forward.has_residual,
+            "frozen": forward.frozen is not None,
             "global parameter gradients": self.everywhere,
         }
         return Terms(
@@ -166,13 +184,29 @@ class _Backward:
             C,
             N,
             array.dtype,
-            forward=saved.place.exchange if saved.place else 0,
+            forward=forward.place.exchange if forward.place else 0,
             options=frozenset(name for name in on if on[name]),
-            gathers=self.everywhere or not saved.frozen,
+            gathers=self.everywhere or forward.frozen is None,
         )
 
+    def run(self) -> Gradients:
+        """The whole batch is here."""
+        source, forward = self.source, self.forward
+        if self.in_given and self._may_fail():
+            sums = self.backend.root_sums(self.part(0))
+            return self._apply(sums, sums)
+        sums = self.backend.backward(
+            source.extents,
+            self.arrays,
+            *self.normalised,
+            frozen=forward.frozen is not None,
+            gate=forward.gate,
+            parameters=self.parameters,
+        )
+        return self._written(self._of_channels(sums))
+
     def part(self, start: int) -> Nodes:
-        extents, gate = self.source.extents, self.saved.gate
+        extents, gate = self.source.extents, self.forward.gate
         return self.backend.backward_sums(extents, self.arrays, *self.normalised, gate=gate, start=start)
 
     def accept(self, values: int) -> None:
@@ -180,13 +214,19 @@ class _Backward:
 
     def finish(self, shared: Shared) -> Gradients:
         sums = self.backend.root_sums(shared.nodes) if self.terms.gathers else None
-        applied, gate = None if self.saved.frozen else sums, self.saved.gate
-        self.backend.backward_apply(self.source.extents, self.arrays, *self.normalised, applied, gate=gate)
-        parameters = self.parameters
-        if parameters:
-            own = (self.everywhere and sums) or self.backend.root_sums(shared.own)
-            self.backend.parameter_gradients(self.saved.statistics, own, *parameters)
-        return self.written()
+        needed = self.parameters or self.by_statistics
+        own = (sums if self.everywhere else self.backend.root_sums(shared.own)) if needed else None
+        return self._apply(own, sums)
+
+    def _apply(self, own: Sums | None, sums: Sums | None) -> Gradients:
+        """Gradients of channels from own sums, then dx from those of all ranks: what may fail comes before `out`."""
+        if self.parameters and own:
+            self.backend.parameter_gradients(self.forward.statistics, own, *self.parameters)
+        of_channels = self._of_channels(own)
+        extents, gate = self.source.extents, self.forward.gate
+        applied = sums if self.forward.frozen is None else None
+        self.backend.backward_apply(extents, self.arrays, *self.normalised, applied, gate=gate)
+        return self._written(of_channels)
 
     @property
     def parameters(self) -> tuple[Vector, Vector] | None:
@@ -195,43 +235,62 @@ class _Backward:
             return None
         return vector(self.dgamma.array), vector(self.dbeta.array)
 
-    def written(self) -> Gradients:
-        """What the forward's state and residual ask for."""
+    def _may_fail(self) -> bool:
+        """Whether a library makes gradients of channels of its own accord."""
+        return self.by_statistics or any(d and d.array.library.adopts for d in (self.dgamma, self.dbeta))
+
+    def _of_channels(self, sums: Sums | None) -> OfChannels:
+        """What of the gradients of channels is asked for; `parameters` are written."""
         dgamma, dbeta = self.dgamma, self.dbeta
-        gamma, beta = self.saved.parameters
-        return Gradients(
-            self.dx.finish(),
+        gamma, beta = self.forward.parameters
+        return (
             dgamma and gamma and dgamma.finish(),
             dbeta and beta and dbeta.finish(),
-            self.dresidual and self.dresidual.finish(),
+            *(self._of_statistics(sums) if self.by_statistics and sums else (None, None)),
         )
 
+    @np.errstate(all="ignore")
+    def _of_statistics(self, sums: Sums) -> tuple[Any, Any]:
+        """The gradients by given mean and variance, of which invstd is a function."""
+        forward, home = self.forward, self.forward.frozen
+        assert home is not None, "checked at first"
+        gamma = forward.parameters.gamma
+        sum_dy, sum_dy_xmu, invstd = (self.backend.to_host(a) for a in (*sums, forward.statistics.invstd))
+        scale = invstd * self.backend.to_host(gamma.values) if gamma else invstd
+        dmean, dvar = -(sum_dy * scale), -0.5 * (sum_dy_xmu * scale * (invstd * invstd))
+        new = home.library.from_numpy
+        return new(dmean, home.dtype, home), new(dvar, home.dtype, home)
 
-def _check_saved(saved: Saved) -> Saved:
+    def _written(self, of_channels: OfChannels) -> Gradients:
+        dgamma, dbeta, dmean, dvar = of_channels
+        return Gradients(self.dx.finish(), dgamma, dbeta, self.dresidual and self.dresidual.finish(), dmean, dvar)
+
+
+def _forward_of(saved: Saved) -> Forward:
     if not isinstance(saved, Saved):
         remedy = "It is the second result of forward_train and forward_frozen."
         raise TypeError(message("backward", "saved", "be a Saved", type(saved).__name__, remedy))
-    return saved
+    return saved._forward
 
 
-def _parameter_outputs(saved: Saved) -> tuple[Output | None, Output | None]:
+def _parameter_outputs(forward: Forward) -> tuple[Output | None, Output | None]:
     """Where dgamma and dbeta go: each like its parameter, or like the other where there is but one of them."""
-    gamma, beta = saved.parameters
+    gamma, beta = forward.parameters
     either = gamma or beta
     if either is None:
         return None, None
     homes = ((kept or either).home for kept in (gamma, beta))
-    dgamma, dbeta = (_arrays.empty_vector(saved.source.extents.C, home.dtype, home) for home in homes)
+    dgamma, dbeta = (_arrays.empty_vector(forward.source.extents.C, home.dtype, home) for home in homes)
     return dgamma, dbeta
 
 
-def _check_unchanged(saved: Saved) -> None:
+def _check_unchanged(forward: Forward) -> None:
     """x and the mask must hold what the forward read: the gradient depends on it."""
     out = "Give the forward an `out` of its own, and change x only after the last backward."
-    if saved.overwritten:
+    if forward.overwritten:
         rule = "be kept until backward, but y was written over it"
-        raise ValueError(refusal("backward", "x", rule, saved.source.array, out))
-    for name, array, version in saved.unchanged:
+        raise ValueError(refusal("backward", "x", rule, forward.source.array, out))
+    for name, array, version in forward.read:
         if array.capsule is not None:  # an export holds its memory, and may be another one each time
             continue
         now = _arrays.describe(array.owner, "backward", name, BOOL if name == "mask" else FLOATS, detach=True)

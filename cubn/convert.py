@@ -109,7 +109,8 @@ def fold_into(
 def _folded(state: BatchNormState, function: str) -> tuple[Float64, Float64, Array]:
     """scale, shift, and the array they are like."""
     if checked_state(state, function).running_var is None:
-        raise ValueError(message(function, "state", "have running statistics", "a state with track=False"))
+        remedy = "What follows from a batch alone cannot be folded."
+        raise ValueError(message(function, "state", "have running statistics", "a state with track=False", remedy))
     held = state.to_dict()
     home = _arrays.describe(state.running_var, function, "running_var")
     check_variance(held["running_var"], home, function)
@@ -128,10 +129,11 @@ def _along_outputs(scale: Float64, weight: Array, output_axis: int, groups: int)
         raise np.exceptions.AxisError(message("fold_into", "output_axis", rule, axis))
     axis %= len(shape)
     groups = whole(groups, "fold_into", "groups")
-    outputs = shape[axis] * groups
-    if outputs != scale.size:
+    if groups < 1:
+        raise ValueError(message("fold_into", "groups", "be 1 or more", groups))
+    if shape[axis] * groups != scale.size:
         rule = f"have {scale.size} output channels on axis {axis}" + (f" in {groups} groups" if groups != 1 else "")
-        raise ValueError(refusal("fold_into", "weight", rule, weight, "output_axis says which axis that is."))
+        raise ValueError(refusal("fold_into", "weight", rule, weight, _meant(scale.size, shape, axis)))
     if groups == 1:
         return scale.reshape([-1 if i == axis else 1 for i in range(len(shape))])
     if axis == 0 or shape[0] % groups:
@@ -139,3 +141,13 @@ def _along_outputs(scale: Float64, weight: Array, output_axis: int, groups: int)
         raise ValueError(refusal("fold_into", "weight", rule, weight))
     rows = np.repeat(scale.reshape(groups, -1), shape[0] // groups, axis=0)
     return rows.reshape([shape[0] if i == 0 else -1 if i == axis else 1 for i in range(len(shape))])
+
+
+def _meant(C: int, shape: tuple[int, ...], axis: int) -> str:
+    """What the layer may be, if C output channels are not where they were said to be."""
+    if shape[axis] == C:
+        return "A layer that has all of them there is given without groups."
+    groups, rest = divmod(C, shape[axis] or C + 1)
+    if axis and not rest and shape[0] % groups == 0:
+        return f"A transposed convolution of {groups} groups fits: pass groups={groups}."
+    return "output_axis says which axis that is."

@@ -1,142 +1,33 @@
-"""Moments of a range of samples: taken, merged, and turned into running statistics."""
+"""Moments of a range of samples: taken, and turned into running statistics."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cubn import _arguments, _nodes
+from cubn import _arguments, _arrays, _nodes
+from cubn._arrays import BOOL, NUMBERS
+from cubn._entries import MOST
+from cubn._moments import Moments
 from cubn.backends import Arrays, Backend, Nodes, Statistics
 from cubn.errors import message
 from cubn.state import BatchNormState, checked_state
 from cubn.sync import collective
 from cubn.sync.collective import Shared, Terms, check_sizes
 
-Float64 = NDArray[np.float64]
-
-
-class Moments:
-    """Count, mean and sum of squared deviations of each channel, over a contiguous range of samples.
-
-    Made by `moments`; neighbouring ranges `merge` into one. However the samples were cut into ranges, the merged result
-    has the same bits: besides the totals, Moments hold one node of the canonical tree for each maximal aligned
-    power-of-two block of the range, about 2 log2(samples) nodes of 16 bytes per channel.
-
-    Attributes
-    ----------
-    start, stop : int
-        The range [start, stop) of global sample indices.
-    num_features : int
-        Channels, C.
-    count : numpy.int64
-        Values per channel; with a mask, those it lets through. 0 for moments of nothing.
-    mean, m2 : numpy.ndarray of float64, shape (C,)
-        Mean, and sum of (x - mean)**2; 0 for moments of nothing.
-
-    Notes
-    -----
-    Immutable and picklable; in NumPy whatever the library of x.
-    """
-
-    __slots__ = ("_nodes", "_root", "start", "stop")
-
-    def __init__(self, start: int, stop: int, nodes: Nodes) -> None:
-        self.start = start
-        self.stop = stop
-        self._nodes = nodes
-        self._root: tuple[Any, Float64, Float64] = _nodes.root(nodes)
-        for values in self._root[1:]:
-            values.flags.writeable = False
-
-    @property
-    def num_features(self) -> int:
-        return int(self._nodes.first.shape[1])
-
-    @property
-    def count(self) -> np.int64:
-        return np.int64(self._root[0])
-
-    @property
-    def mean(self) -> Float64:
-        return self._root[1]
-
-    @property
-    def m2(self) -> Float64:
-        return self._root[2]
-
-    def var(self) -> Float64:
-        """Variance m2 / count, the one that normalises.
-
-        Returns
-        -------
-        numpy.ndarray of float64, shape (C,)
-            NaN for moments of nothing.
-        """
-        return self._m2_over(self.count)
-
-    def var_unbiased(self) -> Float64:
-        """Variance m2 / (count - 1), the one that running_var averages.
-
-        Returns
-        -------
-        numpy.ndarray of float64, shape (C,)
-            NaN below two values.
-        """
-        return self._m2_over(max(self.count - 1, np.int64(0)))
-
-    def merge(self, other: Moments) -> Moments:
-        """Moments of two neighbouring ranges together (Chan, Golub & LeVeque 1979).
-
-        With nodes a and b: d = mean_b - mean_a, mean = mean_a + d * count_b / count,
-        m2 = m2_a + m2_b + d**2 * count_a * count_b / count, in the order of the canonical tree.
-
-        Parameters
-        ----------
-        other : Moments
-            The range that follows this one, or the one before it; of the same number of channels.
-
-        Returns
-        -------
-        Moments
-            Of the joint range; the bits are those of `moments` over the joint samples.
-
-        Raises
-        ------
-        TypeError
-            If other is not Moments.
-        ValueError
-            If the ranges are not neighbours, or the channels differ in number.
-        """
-        if not isinstance(other, Moments):
-            raise TypeError(message("merge", "other", "be Moments", type(other).__name__))
-        if other.num_features != self.num_features:
-            rule = f"have {self.num_features} channels, as these Moments have"
-            raise ValueError(message("merge", "other", rule, other.num_features))
-        if self.stop == other.start:
-            left, right = self, other
-        elif other.stop == self.start:
-            left, right = other, self
-        else:
-            rule = f"begin at sample {self.stop} or end at {self.start}, beside these Moments"
-            remedy = "Give `moments` the global index of its first sample as start, and merge neighbours."
-            raise ValueError(message("merge", "other", rule, f"[{other.start}, {other.stop})", remedy))
-        parts = left._nodes, right._nodes
-        nodes = Nodes(parts[0].blocks + parts[1].blocks, np.concatenate([part.table for part in parts]))
-        return Moments(left.start, right.stop, _nodes.merge(nodes))
-
-    def __repr__(self) -> str:
-        return f"Moments(samples=[{self.start}, {self.stop}), num_features={self.num_features}, count={self.count})"
-
-    def _m2_over(self, count: np.int64) -> Float64:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return self.m2 / np.float64(count or np.nan)
-
 
 def moments(
-    x: Any, *, channel_axis: int = 1, mask: Any = None, comm: Any = None, sizes: Any = None, start: int = 0
+    x: Any,
+    *,
+    channel_axis: int = 1,
+    mask: Any = None,
+    comm: Any = None,
+    sizes: Any = None,
+    start: int = 0,
+    dtype: str | None = None,
 ) -> Moments:
     """Count, mean and sum of squared deviations of each channel of x.
 
@@ -157,6 +48,9 @@ def moments(
     start : int
         Global index of the first sample, where x is a part of a larger batch or data set; with `comm`, that of the
         first rank's first sample.
+    dtype : {"float32", "float64"}, optional
+        What x is converted to first, so that x may hold integers or bools, or narrower floats; exactly, or refused. A
+        copy is made, of an array on a CUDA device in host memory.
 
     Returns
     -------
@@ -175,27 +69,33 @@ def moments(
     Notes
     -----
     The same bits for every layout, number of threads and array library; cut into ranges and merged, too. Reads x once.
+
+    Examples
+    --------
+    >>> import numpy as np, cubn
+    >>> pixels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    >>> cubn.moments(pixels, dtype="float64").mean
+    array([ 7.5, 11.5, 15.5])
     """
     check_sizes("moments", sizes, comm)
     if comm is not None:
-        make = partial(_Taking, x, channel_axis, mask, start)
+        make = partial(_Taking, x, channel_axis, mask, start, dtype)
         return collective.start("moments", comm, sizes, make).finish()
-    taking = _Taking(x, channel_axis, mask, start)
+    taking = _Taking(x, channel_axis, mask, start, dtype)
     first = taking.terms.start
-    return Moments(first, first + taking.terms.N, taking.on_host(taking.part(first)))
-
-
-_MOST_SAMPLES = 1 << 62
+    return Moments._of(first, first + taking.terms.N, taking.on_host(taking.part(first)))
 
 
 class _Taking:
     """A `moments` whose arguments were checked."""
 
-    def __init__(self, x: Any, channel_axis: int, mask: Any, start: int) -> None:
+    def __init__(self, x: Any, channel_axis: int, mask: Any, start: int, dtype: str | None) -> None:
+        if dtype is not None:
+            x, mask = _converted(x, dtype), None if mask is None else _on_host(mask, "mask", BOOL)
         self.source = source = _arguments.source("moments", x, channel_axis)
         self.mask = None if mask is None else _arguments.mask("moments", mask, source)
         first = _arguments.whole(start, "moments", "start")
-        if not 0 <= first < _MOST_SAMPLES:
+        if not 0 <= first < MOST:
             rule = "be 0 or more and less than 2**62, a global sample index"
             raise ValueError(message("moments", "start", rule, first))
         self.backend = source.backend
@@ -211,10 +111,67 @@ class _Taking:
     def finish(self, shared: Shared) -> Moments:
         blocks = shared.nodes.blocks
         start, stop = (blocks[0][0], blocks[-1][1]) if blocks else (self.terms.start,) * 2
-        return Moments(start, stop, _nodes.merge(self.on_host(shared.nodes)))
+        return Moments._of(start, stop, _nodes.merge(self.on_host(shared.nodes)))
 
     def on_host(self, nodes: Nodes) -> Nodes:
         return nodes._replace(table=self.backend.to_host(nodes.table))
+
+
+def _on_host(array: Any, argument: str, dtypes: tuple[str, ...]) -> np.ndarray[Any, Any]:
+    """A copy in NumPy."""
+    described = _arrays.describe(array, "moments", argument, dtypes)
+    return described.library.to_numpy(described)
+
+
+_INTEGERS = {"float32": 1 << 24, "float64": 1 << 53}
+"""Up to which a dtype holds every integer."""
+
+
+def _converted(x: Any, dtype: str) -> np.ndarray[Any, Any]:
+    """x in another dtype, without loss."""
+    name = _arguments.dtype_name(dtype, ("float32", "float64"), "moments")
+    values = _on_host(x, "x", NUMBERS)
+    exact = values.dtype.itemsize <= np.dtype(name).itemsize
+    if values.dtype.kind in "iu" and values.size:
+        exact = -_INTEGERS[name] <= int(values.min()) and int(values.max()) <= _INTEGERS[name]
+    if not exact:
+        remedy = "Convert it first, if rounding is meant." if name == "float64" else "Use dtype='float64'."
+        rule = f"hold what {name} can hold exactly"
+        raise ValueError(message("moments", "x", rule, f"values of {values.dtype}", remedy, shape=values.shape))
+    return values.astype(name)
+
+
+def finite_mask(x: Any, *, channel_axis: int = 1) -> Any:
+    """Which positions of x are finite in all channels: the mask with which NaN and inf are left out.
+
+    Parameters
+    ----------
+    x : array of any library, rank 2 or more; float16, bfloat16, float32 or float64
+    channel_axis : int
+        The channels' axis; may be negative.
+
+    Returns
+    -------
+    array of bool
+        Of x's library, on its device; x's shape without the channel axis, as `mask=` takes it. A mask has no channel
+        axis: where one channel is NaN, the position is left out of the others too.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        If x is no such array, or has no such channel_axis.
+
+    Examples
+    --------
+    >>> import numpy as np, cubn
+    >>> x = np.array([[1.0, 2.0], [np.nan, 3.0], [5.0, 4.0]])
+    >>> cubn.finite_mask(x)
+    array([ True, False,  True])
+    >>> cubn.moments(x, mask=cubn.finite_mask(x)).mean
+    array([3., 3.])
+    """
+    source = _arguments.source("finite_mask", x, channel_axis)
+    return (abs(x) < math.inf).all(source.axis)
 
 
 def update(state: BatchNormState, moments: Moments) -> None:
@@ -230,7 +187,7 @@ def update(state: BatchNormState, moments: Moments) -> None:
     state : BatchNormState
         Updated in place; arrays of an immutable library are replaced by new ones.
     moments : Moments
-        Of a batch, a micro-batch, several batches merged.
+        Of a batch, a micro-batch, several batches merged or added, or from statistics.
 
     Raises
     ------

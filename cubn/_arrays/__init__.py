@@ -17,7 +17,7 @@ from cubn import _layout
 from cubn._arrays.cupy import Cupy
 from cubn._arrays.foreign import Foreign
 from cubn._arrays.jax import Jax
-from cubn._arrays.library import BOOL, COUNTS, FLOATS, Array, Library, Output
+from cubn._arrays.library import BOOL, COUNTS, FLOATS, NUMBERS, Array, Library, Output
 from cubn._arrays.memory import addresses, overlap
 from cubn._arrays.numpy import NUMPY, Headers
 from cubn._arrays.refusals import a_type, refuse, refuse_non_array, refuse_stand_in, refuse_subclass
@@ -27,6 +27,7 @@ __all__ = [
     "BOOL",
     "COUNTS",
     "FLOATS",
+    "NUMBERS",
     "Array",
     "Headers",
     "Library",

@@ -47,6 +47,8 @@ def read(x: Any, function: str, argument: str, dtypes: tuple[str, ...], library:
             raise dlpack.Malformed(f"one of {device_name(device)} beside a __dlpack_device__ of {device_name(claimed)}")
     except (dlpack.Malformed, Unaddressable) as error:
         raise BufferError(message(function, argument, rule, error, **facts(x))) from None
+    except MemoryError:
+        raise
     except Exception as error:
         raise BufferError(message(function, argument, rule, _said(error), **facts(x))) from error
     array = Array(pointer, shape, strides, dtype, device, writable, x, library, capsule)

@@ -19,8 +19,8 @@ CODES = {
     "float32": (2, 32),
     "float64": (2, 64),
     "bool": (6, 8),
-    "int32": (0, 32),
-    "int64": (0, 64),
+    **{f"int{bits}": (0, bits) for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": (1, bits) for bits in (8, 16, 32, 64)},
 }
 """(DLPack type code, bits) of the dtypes cubn works with."""
 

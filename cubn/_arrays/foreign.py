@@ -17,6 +17,8 @@ from cubn.errors import message
 class Foreign(Library):
     """A library cubn has never heard of, by `__dlpack__` and `from_dlpack`."""
 
+    adopts = True
+
     def __init__(self, name: str, from_dlpack: Callable[[Any], Any] | None) -> None:
         self.name = name
         self._from_dlpack = from_dlpack

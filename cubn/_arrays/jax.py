@@ -20,6 +20,7 @@ class Jax(Library):
     name = "jax"
     immutable = True
     conversion = NUMPY.conversion
+    adopts = True
 
     def __init__(self, jax: Any) -> None:
         self._jax = jax

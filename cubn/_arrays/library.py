@@ -14,6 +14,7 @@ from cubn.backends import CPU
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 BOOL = ("bool",)
 COUNTS = ("int32", "int64")
+NUMBERS = tuple(dlpack.CODES)
 ITEMSIZE = {name: bits // 8 for name, (_, bits) in dlpack.CODES.items()}
 HOST = (CPU, 0)
 
@@ -46,6 +47,7 @@ class Library(Protocol):
     immutable: bool = False
     fixed: bool = False  # an array is the same memory, shape and type for life
     conversion: str = ""  # a sentence that says how `{0}` becomes an array of dtype `{1}`
+    adopts: bool = False  # outputs are memory of ours, and `finish` calls the library, which may fail
 
     def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         """See `describe`."""

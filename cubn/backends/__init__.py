@@ -122,6 +122,11 @@ class Running(NamedTuple):
     momentum: float | None  # weight of the new value; None for the cumulative average
     biased: bool = False  # running_var averages m2 / count instead of m2 / (count - 1)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether what there was is gone once they have moved."""
+        return self.new == self.old
+
 
 class Gate(NamedTuple):
     """The ReLU between y and dy.

@@ -125,5 +125,13 @@ def communicator(comm: Any) -> Communicator:
         from cubn.sync import torch_distributed
 
         return torch_distributed.communicator(comm)
+    if distributed is not None and distributed.is_available() and _is(comm, distributed.GroupMember.NON_GROUP_MEMBER):
+        rule, remedy = "be a process group this process is in", "Call it on the ranks of the group alone."
+        raise ValueError(message("cubn", "comm", rule, "torch's NON_GROUP_MEMBER", remedy))
     rule = "be an mpi4py communicator, a torch.distributed process group or a cubn.sync.Communicator"
     raise TypeError(message("cubn", "comm", rule, type(comm).__name__))
+
+
+def _is(comm: Any, mark: Any) -> bool:
+    """Whether comm is torch's mark, an object or a number, of no group of this process."""
+    return comm is mark or (type(comm) is type(mark) is int and comm == mark)

@@ -261,9 +261,9 @@ class Exchange:
 
     def __init__(self, communicator: Communicator) -> None:
         if communicator.broken is not None:
-            remedy = "Make a new communicator."
             raise CollectiveMismatch(
-                message("cubn", "comm", "be in step", f"one that is not: {communicator.broken}", remedy)
+                f"cubn: comm can no longer be used, for its ranks are out of step: {communicator.broken}. "
+                "Make a new communicator."
             )
         self.communicator = communicator
         self._function = OPERATIONS[0]
@@ -282,7 +282,7 @@ class Exchange:
         self._function = function
         declared = None if sizes is None else _declared(function, sizes, self.communicator)
         if self._halves and declared != self._declared:
-            raise ValueError(message(function, "sizes", "be those of the first operation together", sizes))
+            raise ValueError(message(function, "sizes", "be the same throughout a `with together` block", sizes))
         self._declared = declared
         half = make()
         N = half.terms.N
@@ -290,10 +290,10 @@ class Exchange:
             rule = f"be {N} for rank {self.communicator.rank}, the samples of its x"
             raise ValueError(message(function, "sizes", rule, declared))
         if self._halves and N != self._halves[0].terms.N:
-            rule = f"have {self._halves[0].terms.N} samples, as in the first operation together"
-            raise ValueError(message(function, "x", rule, N))
+            rule = f"have {self._halves[0].terms.N} samples, as in the first operation of the `with together` block"
+            raise ValueError(message(function, "x", rule, N, "Start it outside the block."))
         if len(self._halves) == MOST:
-            raise ValueError(message(function, "operations", f"be {MOST} together at most", MOST + 1))
+            raise ValueError(f"{function}: a `with together` block holds {MOST} operations at most. Begin another.")
         self._halves.append(half)
         return Started(self, len(self._halves) - 1)
 
@@ -409,9 +409,10 @@ class Exchange:
     def result(self, index: int) -> Any:
         """What an operation returns, once the exchange is complete."""
         if not self._begun and self._error is None:
-            remedy = "Begin it with forward_train_start or backward_start inside."
-            rule = "be finished after its `with together` block"
-            raise ValueError(message("finish", "operation", rule, "inside it", remedy))
+            raise ValueError(
+                "finish: what was started in a `with together` block can be finished only after the block. "
+                "Start operations inside with forward_train_start or backward_start."
+            )
         if not self._shared and self._error is None:
             with self._in_step():
                 self._receive()

@@ -57,8 +57,8 @@ class MPICommunicator(Communicator):
 
     def _gather(self, record: Any, received: Any, sizes: Sequence[int]) -> _Pending:
         if self._comm == MPI.COMM_NULL or MPI.Is_finalized():
-            rule = "last until the last backward of its forwards"
-            raise ValueError(message("cubn", "comm", rule, "one that was freed, or an MPI that was finalised"))
+            rule, got = "be kept until the last backward of its forwards", "one that was freed, or after MPI.Finalize"
+            raise ValueError(message("cubn", "comm", rule, got, "Free it later."))
         sending = [record, MPI.BYTE]
         if all(size == sizes[0] for size in sizes):
             request = self._comm.Iallgather(sending, [received, sizes[0], MPI.BYTE])

@@ -108,16 +108,17 @@ def communicator(comm: Any, nccl: Any = None) -> NCCLCommunicator:
 
 def _library() -> Any:
     """CuPy's NCCL."""
-    missing = "CuPy"
+    missing = "CuPy", "cupy-cuda13x (or cupy-cuda12x"
     try:
         from cupy.cuda import nccl
 
         if nccl.available:
             return nccl
-        missing = "NCCL"
+        missing = "NCCL", "nvidia-nccl-cu13 (or nvidia-nccl-cu12"
     except ImportError:
         pass
+    what, package = missing
     raise ImportError(
-        f"cubn: communicating over NCCL needs CuPy and NCCL, and {missing} is not installed. Install them with: "
-        "pip install 'cubn[nccl13]' (or 'cubn[nccl12]', as the driver allows)"
+        f"cubn: communicating over NCCL needs CuPy and NCCL, and {what} is not installed. Install it with: "
+        f"pip install {package}, as the driver allows)"
     )

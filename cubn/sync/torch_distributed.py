@@ -52,6 +52,7 @@ def communicator(group: dist.ProcessGroup) -> TorchCommunicator:
     """The communicator made for a process group, or a new one."""
     if group not in _KNOWN:
         if dist.get_rank(group) < 0:
-            raise ValueError(message("cubn", "comm", "be a process group this process is in", "another one"))
+            rule, remedy = "be a process group this process is in", "Call it on the ranks of the group alone."
+            raise ValueError(message("cubn", "comm", rule, "another one", remedy))
         _KNOWN[group] = TorchCommunicator(group)
     return _KNOWN[group]

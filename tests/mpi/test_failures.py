@@ -196,8 +196,8 @@ def too_many_together(comm, x, state):
 
 
 INSIDE = (
-    "finish: operation must be finished after its `with together` block; got inside it. "
-    "Begin it with forward_train_start or backward_start inside."
+    "finish: what was started in a `with together` block can be finished only after the block. "
+    "Start operations inside with forward_train_start or backward_start."
 )
 
 
@@ -216,8 +216,8 @@ INSIDE = (
             ValueError,
             "forward_train: x must have 4 samples, as in the first",
         ),
-        (other_sizes_together, ValueError, "forward_train: sizes must be those of the first operation together"),
-        (too_many_together, ValueError, "forward_train: operations must be 32 together at most; got 33."),
+        (other_sizes_together, ValueError, "forward_train: sizes must be the same throughout a `with together` block"),
+        (too_many_together, ValueError, "forward_train: a `with together` block holds 32 operations at most. Begin"),
     ],
 )
 def test_an_error_of_one_rank_is_one_of_all(outcomes, body, kind, text):
@@ -310,7 +310,7 @@ def test_who_leaves_an_exchange_cannot_begin_another(outcomes, method, error, mo
 
     monkeypatch.setattr(CpuBackend, method, fails)
     why = f"this rank left an exchange with {error!r}"
-    heard = f"cubn: comm must be in step; got one that is not: {why}. Make a new communicator."
+    heard = f"cubn: comm can no longer be used, for its ranks are out of step: {why}. Make a new communicator."
     assert outcomes(2, body) == [(None, None), ((repr(error), heard), None)]
 
 
@@ -367,7 +367,8 @@ def test_too_few_values_over_all_ranks(outcomes, count, declared):
     assert text.startswith(
         "forward_train: x must have more than one value per channel over all ranks; got 1. The variance of one value"
         if count
-        else "forward_train: x must have values to take statistics of over all ranks; got 0. Skip the empty batch."
+        else "forward_train: x must have values to take statistics of over all ranks; got 0. "
+        "Skip the empty batch, or use forward, which takes one and returns an empty y."
     )
 
 
@@ -457,7 +458,7 @@ def test_with_declared_sizes_a_disagreement_ends_the_communicator(outcomes, erro
     ]
     for _, second in (zero, one):
         assert type(second) is CollectiveMismatch
-        assert re.search(r"comm must be in step; got one that is not: .*rank 1", str(second))
+        assert re.search(r"comm can no longer be used, for its ranks are out of step: .*rank 1", str(second))
 
 
 def test_declared_sizes_must_be_true(outcomes):

@@ -63,7 +63,7 @@ def test_a_backward_needs_its_communicator(world):
     _, saved = cubn.forward_train(batch.x, batch.state(), comm=mine)
     mine.Free()
     with pytest.raises(
-        ValueError, match="comm must last until the last backward of its forwards; got one that was freed"
+        ValueError, match="comm must be kept until the last backward of its forwards; got one that was freed"
     ):
         cubn.backward(batch.dy, saved)
 
@@ -146,7 +146,7 @@ def test_records_of_declared_sizes_that_do_not_fit_never_meet(world):
         moments(5 if world.rank == 0 else 3000)
     (waiting,) = mpi._UNDER_WAY - before
     assert waiting.comm == lanes[world.rank > 0]._comm
-    with pytest.raises(cubn.CollectiveMismatch, match="comm must be in step"):
+    with pytest.raises(cubn.CollectiveMismatch, match="comm can no longer be used"):
         moments(5)
 
 

@@ -79,5 +79,17 @@ def test_ranks_of_a_process_group(tmp_path):
 def test_no_group_of_this_process_is_refused():
     import torch.distributed as dist
 
-    with pytest.raises(TypeError, match=r"comm must be an mpi4py communicator, a torch\.distributed process group"):
+    with pytest.raises(ValueError) as caught:
         communicator(dist.GroupMember.NON_GROUP_MEMBER)
+    assert str(caught.value) == (
+        "cubn: comm must be a process group this process is in; got torch's NON_GROUP_MEMBER. "
+        "Call it on the ranks of the group alone."
+    )
+
+
+@pytest.mark.parametrize("comm", [3, -99, "world", object(), True])
+def test_what_is_no_communicator(comm):
+    import torch.distributed  # noqa: F401
+
+    with pytest.raises(TypeError, match=r"comm must be an mpi4py communicator, a torch\.distributed process group"):
+        communicator(comm)

@@ -135,7 +135,7 @@ def test_an_mpi_that_is_not_running_is_refused(mpi, tmp_path):
     run = mpi.run(1, str(script), timeout=200)
     assert (run.returncode, run.stderr) == (0, "")
     rule = "cubn: comm must be used between MPI.Init and MPI.Finalize; got one"
-    ended = "cubn: comm must last until the last backward of its forwards; got one that was freed, or an MPI that was"
+    ended = "cubn: comm must be kept until the last backward of its forwards; got one that was freed, or after MPI."
     before, between, after, backward = run.stdout.splitlines()
     assert (before, between, after) == (f"{rule} before MPI.Init.", "4", f"{rule} after MPI.Finalize.")
     assert backward.startswith(ended)

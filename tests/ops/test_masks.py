@@ -94,7 +94,7 @@ def test_a_mask_that_lets_nothing_through(backend, shape):
     y, saved = cubn.forward_frozen(x, state, mask=mask, residual=x, relu=True)
     arrays.assert_same(y, zeros)
     grads = cubn.backward(x, saved)
-    for got, expected in zip(grads, (zeros, np.zeros(C, np.float32), np.zeros(C, np.float32), zeros), strict=True):
+    for got, expected in zip(grads[:4], (zeros, np.zeros(C, np.float32), np.zeros(C, np.float32), zeros), strict=True):
         arrays.assert_same(got, expected)
 
 

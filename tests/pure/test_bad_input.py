@@ -1,6 +1,7 @@
 """What cannot be computed is refused, with a message that says what to do, and with nothing changed."""
 
 import copy
+import pathlib
 import pickle
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import cubn
 from cubn import _arguments
 from cubn._arrays import dlpack
 from cubn.errors import BackendUnavailable
+from cubn.sync import threads
 
 F32 = "dtype=float32, device=cpu"
 
@@ -503,24 +505,25 @@ def test_15_a_broadcast_mask_counts_in_full(world):
     assert saved.count == 2
 
 
+EMPTY = "Skip the empty batch, or use forward, which takes one and returns an empty y."
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 2), (3, 4, 0)])
 def test_16_empty_batch(world, shape):
-    text = (
-        f"forward_train: x must have values to take statistics of; got 0 (shape={shape}, {F32}). Skip the empty batch."
-    )
+    text = f"forward_train: x must have values to take statistics of; got 0 (shape={shape}, {F32}). {EMPTY}"
     refused(world, ValueError, text, cubn.forward_train, np.zeros(shape, np.float32), world.state)
 
 
 def test_16_empty_mask(world):
     text = (
         "forward_train: x must have values to take statistics of; "
-        f"got 0 where the mask is True (shape=(3, 4, 2), {F32}). Skip the empty batch."
+        f"got 0 where the mask is True (shape=(3, 4, 2), {F32}). {EMPTY}"
     )
     refused(world, ValueError, text, given(world, "forward_train", mask=np.zeros((3, 2), bool)))
 
 
 def test_16_moments_of_nothing(world):
-    text = "normalize: moments must be of one value per channel or more; got 0."
+    text = "normalize: moments must be of at least one value per channel; got 0."
     refused(world, ValueError, text, cubn.normalize, world.x, cubn.moments(world.x[:0]))
 
 
@@ -621,8 +624,8 @@ def test_24_a_cuda_array_without_cupy(world, monkeypatch):
     forget_cuda(monkeypatch)
     monkeypatch.setitem(sys.modules, "cupy", None)
     text = (
-        "cubn: arrays on CUDA devices need CuPy, which is not installed. Install it with: pip install 'cubn[cuda13]' "
-        "(or 'cubn[cuda12]', as the driver allows)"
+        "cubn: arrays on CUDA devices need CuPy, which is not installed. Install it with: pip install cupy-cuda13x "
+        "(or cupy-cuda12x, as the driver allows)"
     )
     refused(world, ImportError, text, cubn.moments, elsewhere((3, 4, 2)))
 
@@ -633,7 +636,7 @@ def test_24_a_cuda_array_without_cupy(world, monkeypatch):
         (
             {"driver": False},
             "cubn: CuPy found no usable CUDA driver (no driver). Install NVIDIA's driver, or a CuPy for the CUDA "
-            "version it supports: 'cubn[cuda12]' or 'cubn[cuda13]'",
+            "version it supports: cupy-cuda12x or cupy-cuda13x",
         ),
         ({"devices": 0}, "cubn: there is no CUDA device 0; CuPy sees 0. Check CUDA_VISIBLE_DEVICES"),
         (
@@ -786,7 +789,10 @@ def test_counters_of_other_channels(world, name):
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_saved_is_not_copied(world, copied):
-    with pytest.raises(TypeError, match=r"^Saved: saved must stay in this process and is not copied"):
+    with pytest.raises(
+        TypeError,
+        match=r"^Saved: it cannot be copied or pickled, since it knows x by its address\. Keep x and the state",
+    ):
         copied(world.saved)
 
 
@@ -909,7 +915,8 @@ def test_arguments_of_another_kind(world, call, text):
         (
             lambda w: w.moments.merge(cubn.moments(w.x, start=2)),
             "merge: other must begin at sample 3 or end at 0, beside these Moments; got [2, 5). "
-            "Give `moments` the global index of its first sample as start, and merge neighbours.",
+            "Give `moments` the global index of its first sample as start, and merge neighbours; or, where samples "
+            "have no order, add them: a + b.",
         ),
         (
             lambda w: w.moments.merge(cubn.moments(w.x[:, :2], start=3)),
@@ -954,3 +961,86 @@ def test_arguments_of_another_kind(world, call, text):
 )
 def test_values_out_of_range(world, call, text):
     refused(world, ValueError, text, call, world)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+FLAGS = [
+    *((operation, "relu") for operation in [*NORMALIZING, "backward_from"]),
+    ("forward_train", "update"),
+    ("backward", "statistics"),
+    ("backward_from", "frozen"),
+    ("backward_from", "statistics"),
+]
+
+
+def with_option(world, function, **options):
+    """A call of a function with one of its options."""
+    C = world.state.num_features
+    return {
+        "backward": lambda: cubn.backward(world.dy, world.saved, **options),
+        "backward_from": lambda: cubn.backward_from(world.dy, world.x, mean=np.zeros(C), invstd=np.ones(C), **options),
+        **{name: given(world, name, **options) for name in NORMALIZING},
+    }[function]
+
+
+@pytest.mark.parametrize("value", ["no", "False", 0, 1, 1.0, None, [], np.int64(1), np.ones(2, bool)], ids=repr)
+@pytest.mark.parametrize(("function", "option"), FLAGS)
+def test_what_is_neither_true_nor_false(world, function, option, value):
+    text = f"{function}: {option} must be True or False; got {value!r}."
+    refused(world, TypeError, text, with_option(world, function, **{option: value}))
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("operation", NORMALIZING)
+def test_numpy_s_true_is_true(world, operation, value):
+    world.state.momentum = 0.0
+    plain, numpy = (given(world, operation, relu=flag)() for flag in (value, np.bool_(value)))
+    y, expected = (a[0] if isinstance(a, tuple) else a for a in (numpy, plain))
+    np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "function", "argument"),
+    [
+        (lambda w: cubn.moments(w.x, start=True), "moments", "start"),
+        (lambda w: cubn.moments(w.x, channel_axis=True), "moments", "channel_axis"),
+        (lambda w: cubn.normalize(w.x, w.moments, channel_axis=True), "normalize", "channel_axis"),
+        (lambda w: cubn.finite_mask(w.x, channel_axis=True), "finite_mask", "channel_axis"),
+        (lambda w: cubn.BatchNormState(True), "BatchNormState", "num_features"),
+        (lambda w: cubn.fold_into(w.x, None, w.state, output_axis=True), "fold_into", "output_axis"),
+        (lambda w: cubn.fold_into(w.x, None, w.state, output_axis=1, groups=True), "fold_into", "groups"),
+        (
+            lambda w: cubn.forward_train(w.x, w.state, comm=threads.communicators(1)[0], sizes=[True]),
+            "forward_train",
+            "sizes",
+        ),
+    ],
+)
+def test_true_is_no_number(world, call, function, argument):
+    refused(world, TypeError, f"{function}: {argument} must be an integer; got True.", call, world)
+
+
+@pytest.mark.parametrize("value", ["mean", "Local", ""])
+def test_whose_parameter_gradients(world, value):
+    text = f"backward: parameter_gradients must be 'local' or 'global'; got {value!r}."
+    refused(world, ValueError, text, cubn.backward, world.dy, world.saved, parameter_gradients=value)
+
+
+@pytest.mark.parametrize("value", [None, True, ["local"], np.array(["local", "global"])], ids=repr)
+def test_parameter_gradients_of_another_kind(world, value):
+    text = f"backward: parameter_gradients must be 'local' or 'global'; got {value!r}."
+    refused(world, TypeError, text, cubn.backward, world.dy, world.saved, parameter_gradients=value)
+
+
+@pytest.mark.parametrize("groups", [0, -2])
+def test_groups_out_of_range(world, groups):
+    text = f"fold_into: groups must be 1 or more; got {groups}."
+    refused(world, ValueError, text, cubn.fold_into, world.x, None, world.state, output_axis=1, groups=groups)
+
+
+def test_no_remedy_asks_for_what_no_index_has():
+    """The project is on no package index, so a message names the packages that are missing."""
+    for file in pathlib.Path(cubn.__file__).parent.rglob("*.py"):
+        if file.name not in ("cache.py", "demo.py"):
+            assert "'cubn[" not in file.read_text(encoding="utf-8"), file

@@ -145,7 +145,25 @@ def test_the_layer_is_left_alone():
             (4, 3, 3),
             {"output_axis": 1, "groups": 3},
             "fold_into: weight must have 6 output channels on axis 1 in 3 groups; "
-            "got a numpy array (shape=(4, 3, 3), FACTS). output_axis says which axis that is.",
+            "got a numpy array (shape=(4, 3, 3), FACTS). A transposed convolution of 2 groups fits: pass groups=2.",
+        ),
+        (
+            (4, 3, 3),
+            {"output_axis": 1},
+            "fold_into: weight must have 6 output channels on axis 1; got a numpy array (shape=(4, 3, 3), FACTS). "
+            "A transposed convolution of 2 groups fits: pass groups=2.",
+        ),
+        (
+            (6, 2, 3),
+            {"groups": 2},
+            "fold_into: weight must have 6 output channels on axis 0 in 2 groups; got a numpy array "
+            "(shape=(6, 2, 3), FACTS). A layer that has all of them there is given without groups.",
+        ),
+        (
+            (3, 5, 3),
+            {"output_axis": 1},
+            "fold_into: weight must have 6 output channels on axis 1; got a numpy array (shape=(3, 5, 3), FACTS). "
+            "output_axis says which axis that is.",
         ),
         (
             (4, 2, 3),
@@ -185,5 +203,6 @@ def test_no_running_statistics():
     for function, arguments in ((cubn.fold, ()), (cubn.fold_into, (np.ones((6, 5)), None))):
         with pytest.raises(ValueError) as caught:
             function(*arguments, cubn.BatchNormState(6, track=False))
-        text = f"{function.__name__}: state must have running statistics; got a state with track=False."
+        text = f"{function.__name__}: state must have running statistics; got a state with track=False. "
+        text += "What follows from a batch alone cannot be folded."
         assert str(caught.value) == text

@@ -21,8 +21,8 @@ try:
     import cupy
 except ImportError as error:
     raise ImportError(
-        "cubn: arrays on CUDA devices need CuPy, which is not installed. Install it with: pip install 'cubn[cuda13]' "
-        "(or 'cubn[cuda12]', as the driver allows)"
+        "cubn: arrays on CUDA devices need CuPy, which is not installed. Install it with: pip install cupy-cuda13x "
+        "(or cupy-cuda12x, as the driver allows)"
     ) from error
 
 OLDEST = (7, 5)
@@ -140,7 +140,7 @@ def limits_of(index: int) -> Limits:
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise BackendUnavailable(
             f"cubn: CuPy found no usable CUDA driver ({error}). Install NVIDIA's driver, or a CuPy for the CUDA "
-            "version it supports: 'cubn[cuda12]' or 'cubn[cuda13]'"
+            "version it supports: cupy-cuda12x or cupy-cuda13x"
         ) from error
     if index >= devices:
         raise BackendUnavailable(

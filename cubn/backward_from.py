@@ -1,0 +1,129 @@
+"""The gradient of a normalisation whose statistics the caller kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cubn import _arguments
+from cubn._arguments import Companion, Source, flag, whole
+from cubn._given import Given, kept_parameters
+from cubn._layout import vector
+from cubn.backends import Affine, Gate, Statistics
+from cubn.backward import Gradients, Prepared
+from cubn.errors import message
+from cubn.saved import Forward
+from cubn.state import hold
+
+
+def backward_from(
+    dy: Any,
+    x: Any,
+    *,
+    mean: Any,
+    invstd: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    mask: Any = None,
+    relu: bool = False,
+    count: int | None = None,
+    frozen: bool = False,
+    statistics: bool = False,
+    channel_axis: int = 1,
+    out: Any = None,
+) -> Gradients:
+    """`backward` of a normalisation whose statistics the caller kept, without a Saved.
+
+    With y = (x - mean) * invstd * gamma + beta, then ReLU. The formulas are those of `backward`; with the mean and
+    invstd of a Saved, so are the bits.
+
+    Parameters
+    ----------
+    dy, out
+        As in `backward`.
+    x : array of any library, rank 2 or more, C channels on channel_axis
+        What was normalised.
+    mean, invstd : array of shape (C,), any library, x's device
+        What x was normalised by; invstd = 1 / sqrt(var + eps). In float64 for the bits of `backward`; float16, bfloat16
+        and float32 are widened.
+    gamma, beta : array of shape (C,), any library, x's device, optional
+        As in the forward. Without them 1 and 0, and no gradient. beta matters behind a ReLU only.
+    mask : bool array on x's device, optional
+        As in the forward.
+    relu : bool
+        Whether a ReLU followed. (Behind a residual addition and a ReLU, stop dy where y <= 0 and leave this False.)
+    count : int, optional
+        Values per channel of which mean and invstd were taken: what sums are divided by in dx. By default those of x
+        that are present. The sums are of this x alone: for a part of a larger batch dx is not right whatever the
+        count, and `comm=` is what does it. Not used with `frozen`.
+    frozen : bool
+        Whether mean and invstd were given, not taken of x: dx = dy * gamma * invstd.
+    statistics : bool
+        With `frozen`: whether dmean and dvar are wanted, in mean's dtype and library.
+    channel_axis : int
+        The channels' axis in x; may be negative.
+
+    Returns
+    -------
+    Gradients
+        (dx, dgamma, dbeta, None, dmean, dvar).
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError, BackendUnavailable, ImportError
+        If an argument does not fit; the message says what is asked for.
+
+    Notes
+    -----
+    The same bits for every layout, number of threads and array library. Reads x and dy twice from memory at most, and
+    writes dx once.
+
+    Examples
+    --------
+    >>> import numpy as np, cubn
+    >>> x = np.random.default_rng(0).standard_normal((8, 3, 5))
+    >>> mean, invstd = x.mean((0, 2)), 1 / np.sqrt(x.var((0, 2)) + 1e-5)
+    >>> cubn.backward_from(np.ones_like(x), x, mean=mean, invstd=invstd)
+    Gradients(dx=float64 (8, 3, 5), dgamma=None, dbeta=None, dresidual=None, dmean=None, dvar=None)
+    """
+    function = "backward_from"
+    relu, frozen = flag(relu, function, "relu"), flag(frozen, function, "frozen")
+    source = _arguments.source(function, x, channel_axis)
+    masked = None if mask is None else _arguments.mask(function, mask, source)
+    taken = [_arguments.parameter(function, *named, source) for named in (("mean", mean), ("invstd", invstd))]
+    affine = {
+        name: _arguments.parameter(function, name, parameter, source)
+        for name, parameter in (("gamma", gamma), ("beta", beta))
+        if parameter is not None
+    }
+    values = 0 if frozen else _count(function, count, source, masked)
+    place, C = source.backend, source.extents.C
+    (centre, at_centre), (inverse, at_inverse) = place.new_vector(C), place.new_vector(C)
+    place.keep(Affine(*map(vector, taken)), Affine(at_centre, at_inverse), C)
+    number = place.from_host(np.array(values, np.int64))
+    forward = Forward(
+        source,
+        masked,
+        has_residual=False,
+        statistics=Statistics(number, centre, centre, centre, inverse),  # a backward reads neither m2 nor var
+        parameters=kept_parameters(Given(source, hold(affine, function), masked, None)),
+        gate=Gate("recompute" if relu else "none"),
+        read=(),
+        frozen=taken[0] if frozen else None,
+    )
+    return Prepared(function, dy, forward, "local", statistics, out).run()
+
+
+def _count(function: str, count: int | None, x: Source, mask: Companion | None) -> int:
+    """Values per channel that the statistics are of."""
+    if count is None:
+        present = _arguments.values_per_channel(x, mask)
+        if present is None:
+            rule, remedy = "be given beside a mask on a device", "It is how many positions are present."
+            raise ValueError(message(function, "count", rule, None, remedy))
+        return present
+    number = whole(count, function, "count")
+    if not 0 < number < 1 << 63:
+        raise ValueError(message(function, "count", "be 1 or more and less than 2**63", number))
+    return number

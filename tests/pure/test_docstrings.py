@@ -1,0 +1,16 @@
+"""The examples in docstrings give what they say."""
+
+import doctest
+import sys
+
+import pytest
+
+import cubn
+
+MODULES = [cubn.Moments.__module__, cubn.moments.__module__, cubn.backward_from.__module__]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    failed, tried = doctest.testmod(sys.modules[name])
+    assert tried and not failed
