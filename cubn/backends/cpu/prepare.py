@@ -43,9 +43,9 @@ class BitRows(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """Kernels to run one after the other on the same block; the last may have tasks to claim."""
+    """Kernels to run one after the other on the same block, in one native call."""
 
-    kernels: Kernels  # and how many threads each is worth
+    program: pool.Program
     block: array[int]
     places: tuple[int, ...]  # in the block, of the arguments' addresses
     room: tuple[tuple[int, int], ...]  # place in the block, offset in memory that the launch brings along
@@ -68,9 +68,7 @@ class Launch(NamedTuple):
             tables = [position_table(*(operands[i] or ())[1:]) for _, i in self.tabulated]
             for (place, _), table in zip(self.tabulated, tables, strict=True):
                 block[place] = address_of(table)
-        address = block.buffer_info()[0]
-        for kernel, count in self.kernels:
-            pool.run(kernel, address, count)
+        pool.run(self.program, block.buffer_info()[0])
 
 
 def launch(
@@ -162,7 +160,8 @@ def _prepared(
     tables = [(PLACE[f"{n}_offsets"], i) for i, n in enumerate(names) if tabulate and n in OPERANDS and layouts[i]]
     assert len(values) == len(FIELDS), values.keys() - set(FIELDS)
     places = tuple(PLACE[name] for name in names)
-    return Launch(kernels, array("q", values.values()), places, tuple(inside), size, tuple(tables), keeps)
+    block = array("q", values.values())
+    return Launch(pool.program(kernels), block, places, tuple(inside), size, tuple(tables), keeps)
 
 
 def _described(name: str, layout: Layout) -> Fields:
