@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arguments, _nodes
+from cubn._floating_point import default_floating_point
 from cubn.backends import Arrays, Backend, Nodes, Statistics
 from cubn.errors import message
 from cubn.state import BatchNormState, checked_state
@@ -130,6 +131,7 @@ class Moments:
     def __repr__(self) -> str:
         return f"Moments(samples=[{self.start}, {self.stop}), num_features={self.num_features}, count={self.count})"
 
+    @default_floating_point()
     def _m2_over(self, count: np.int64) -> Float64:
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.m2 / np.float64(count or np.nan)
