@@ -53,8 +53,12 @@ def _cpu_settings() -> dict[str, str]:
         existing = next(place for place in (folder, *folder.parents) if os.path.exists(place))
         writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
         cache = f"{folder} ({'writable' if writable else 'not writable: every process compiles its kernels anew'})"
+    try:
+        threads = f"{get_num_threads()}, a pool of cubn's own; numba's threading layers are not used"
+    except ValueError as error:
+        threads = str(error)
     return {
-        "threads": f"{get_num_threads()}, a pool of cubn's own; numba's threading layers are not used",
+        "threads": threads,
         "kernel cache": cache,
     }
 
