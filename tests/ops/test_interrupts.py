@@ -5,7 +5,6 @@ writing into memory that is free.
 import signal
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
