@@ -36,12 +36,13 @@ class Kept(Generic[T]):
 
     def __call__(self, *key: Any) -> T:
         entry = self._entries.get(key)
-        if entry is None:
-            entry = _Entry(self._function(*key))
-            if entry.nbytes <= self._most:
-                self._make_room(entry.nbytes)
-                self._entries[key] = entry
-        entry.asked_for = True
+        if entry is not None:
+            entry.asked_for = True
+            return entry.value
+        entry = _Entry(self._function(*key))
+        if entry.nbytes <= self._most:
+            self._make_room(entry.nbytes)
+            self._entries[key] = entry
         return entry.value
 
     @property

@@ -16,6 +16,7 @@ import pytest
 import cubn
 from cubn._floating_point import default_floating_point
 from cubn.backends.cpu import plan, prepare
+from cubn.backends.cuda.plan.tree import tree_of
 from tests.ops import arrays
 from tests.ops.arrays import assert_same
 
@@ -123,6 +124,15 @@ def test_no_mode_of_the_caller_changes_a_bit(dtype, shape, axis, name):
             found = list(everything(x, axis))
         for got, want in zip(found, expected, strict=True):
             assert_same(got, want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ROUNDING)
+def test_no_mode_changes_the_shares_that_cuda_kernels_are_given(name, dtype):
+    lengths = range(1, 3000, 37)
+    with mode(name):
+        found = [tree_of.__wrapped__(S, dtype) for S in lengths]
+    assert found == [tree_of.__wrapped__(S, dtype) for S in lengths]
 
 
 @pytest.mark.parametrize("name", MODES)
