@@ -233,7 +233,7 @@ class Pool:
                     _thread.start_new_thread(serve, (box, SPINS if self._boxes < cores() else 0))
                 except RuntimeError as error:
                     self._boxes -= 1
-                    _say_that_threads_are_few(self._workers, str(error))
+                    _say_how_few(self._workers + 1, str(error))
                     return
                 self._workers += 1
 
@@ -243,10 +243,8 @@ class Pool:
 
 
 @functools.cache
-def _say_that_threads_are_few(workers: int, error: str) -> None:
-    logger.warning(
-        "cubn: computing on %d threads, since there are no more (%s); the results are the same", workers + 1, error
-    )
+def _say_how_few(threads: int, error: str) -> None:
+    logger.warning("cubn: no more threads can be started (%s): computing on %d, with the same results", error, threads)
 
 
 _pool = Pool()
