@@ -205,7 +205,8 @@ class Pool:
         ctypes.memset(self._address, 0, BOX * (MOST + 1))
         self._write(self._address, 0, *modes, *waits)
         self._boxes = self._workers = 0
-        self._growing = threading.Lock()
+        self._free: list[int] = []  # boxes
+        self._growing = threading.RLock()  # which a signal handler may take again
 
     def program(self, kernels: Iterable[tuple[Kernel, int]]) -> Program:
         """Kernels one after the other, and how many threads each is worth."""
@@ -223,19 +224,23 @@ class Pool:
         """Start workers. Where the system has no more threads to give, there are fewer."""
         serve = native("serve").call
         with self._growing:
-            while self._workers < size and self._boxes < MOST:
-                self._boxes += 1
-                box = self._address + BOX * self._boxes
-                bed = ctypes.c_int64.from_address(box + SEMAPHORE).value or semaphore.made(box + BOX - semaphore.SIZE)
-                self._write(box, ABSENT, 0, bed, self._address)
-                self._write(self._address, self._boxes)
+            while self._workers < size and (self._free or self._boxes < MOST):
+                box = self._free.pop() if self._free else self._new_box()
                 try:
-                    _thread.start_new_thread(serve, (box, SPINS if self._boxes < cores() else 0))
+                    _thread.start_new_thread(serve, (box, SPINS if self._workers + 1 < cores() else 0))
                 except RuntimeError as error:
-                    self._boxes -= 1
+                    self._free.append(box)
                     _say_how_few(self._workers + 1, str(error))
                     return
                 self._workers += 1
+
+    def _new_box(self) -> int:
+        """One that no worker will find but the one that is told of it."""
+        self._boxes += 1
+        box = self._address + BOX * self._boxes
+        self._write(box, ABSENT, 0, semaphore.made(box + BOX - semaphore.SIZE), self._address)
+        self._write(self._address, self._boxes)
+        return box
 
     @staticmethod
     def _write(address: int, *words: int) -> None:
