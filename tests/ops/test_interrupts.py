@@ -2,13 +2,18 @@
 writing into memory that is free.
 """
 
+import itertools
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers on this platform")
+import cubn
+from cubn._kept import Kept
+from cubn.backends.cpu import pool, prepare
+from cubn.backends.cpu.backend import CpuBackend
 
 PROGRAM = """
 import random, signal, sys, time
@@ -64,8 +69,109 @@ assert all(np.array_equal(a, b) for a, b in zip(train(state), expected, strict=T
 """
 
 
-@pytest.mark.parametrize("threads", [2, 3, 7])
-def test_a_raising_signal_handler_leaves_nobody_writing(threads):
-    command = [sys.executable, "-c", PROGRAM, str(threads), "100"]
+needs_timers = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers on this platform")
+
+
+def run(program, *arguments):
+    command = [sys.executable, "-c", program, *map(str, arguments)]
     done = subprocess.run(command, timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@needs_timers
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_a_raising_signal_handler_leaves_nobody_writing(threads):
+    run(PROGRAM, threads, 100)
+
+
+@needs_timers
+def test_a_signal_handler_may_compute():
+    """In the midst of any call, with the threads of that call."""
+    run("""
+import signal
+import numpy as np
+import cubn
+
+cubn.set_num_threads(2)
+rng = np.random.default_rng(0)
+x, other = (rng.standard_normal((16, 24, 50, 50), dtype=np.float32) for _ in range(2))
+state = cubn.BatchNormState(24)
+expected = [cubn.forward(a, state) for a in (x, other)]
+right = []
+
+def compute(*_):
+    right.append(np.array_equal(cubn.forward(other, state), expected[1]))
+
+signal.signal(signal.SIGALRM, compute)
+signal.setitimer(signal.ITIMER_REAL, 1e-3, 5e-3)
+while len(right) < 50:
+    assert np.array_equal(cubn.forward(x, state), expected[0])
+signal.setitimer(signal.ITIMER_REAL, 0)
+assert all(right)
+""")
+
+
+# --- between any two bytecodes ----------------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    pass
+
+
+TRACED = {sys.modules[part.__module__].__file__ for part in (CpuBackend, pool.Pool, prepare.Launch, Kept)}
+
+
+def stopped_before(bytecode, work):
+    """Whether the CPU backend came to this bytecode of its own, and was stopped there."""
+    left = bytecode
+
+    def each(frame, event, _):
+        nonlocal left
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                raise Stop
+        return each
+
+    def trace(frame, *_):
+        frame.f_trace_opcodes = frame.f_code.co_filename in TRACED
+        return each if frame.f_trace_opcodes else None
+
+    tracing = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except Stop:
+        return True
+    finally:
+        sys.settrace(tracing)
+    return False
+
+
+@pytest.mark.parametrize("planned", [True, False], ids=["planned", "anew"])
+def test_a_training_step_is_done_or_not(planned):
+    """Mean, variance and counters of all channels, wherever an exception is raised; and the next step is right."""
+    cubn.set_num_threads(3)
+    x = np.random.default_rng(0).standard_normal((16, 8, 64, 64), dtype=np.float32)
+
+    def train():
+        cubn.forward_train(x, state, relu=True)
+        return state.to_dict()
+
+    def forget():
+        for function in () if planned else (prepare.train, prepare.kind_of):
+            function.cache_clear()
+
+    state = cubn.BatchNormState(8)
+    before, after = state.to_dict(), train()
+    for bytecode in itertools.count(1):
+        state = cubn.BatchNormState(8)
+        forget()
+        stopped = stopped_before(bytecode, train)
+        found = state.to_dict()
+        assert any(all(map(np.array_equal, found.values(), those.values())) for those in (before, after))
+        state = cubn.BatchNormState(8)
+        assert all(map(np.array_equal, train().values(), after.values()))
+        if not stopped:
+            break
+    assert bytecode > 100, "the backend was watched"
