@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn._floating_point import default_floating_point
-from cubn._kept import kept
 from cubn._tree import COLUMNS, TILE, Block, Step, aligned_blocks, pair_order, root_order
 from cubn.backends import Extents, Operand
+from cubn.backends.cpu.kept import kept
 
 LANES = 16
 NODE = 256  # bytes of a node slot: two vectors of 16 float64
@@ -131,7 +131,7 @@ def reduction(extents: Extents, kind: str, start: int) -> Reduction:
     pairs, kept, blocks = pair_order(samples)
     steps += [(first_rows[a], first_rows[b]) for a, b in pairs]
     rows = [first_rows[i] for i in kept]
-    to_root = [*steps, *((rows[a], rows[b]) for a, b in root_order(blocks))]
+    to_root = (*steps, *((rows[a], rows[b]) for a, b in root_order(blocks)))
     offsets, scratch = scratch_offsets(-(-chunk // slot), part, longest)
     return Reduction(
         np.array(table, np.int64).reshape(-1, 4),

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn._arrays.numpy import address_of
-from cubn._kept import kept
 from cubn._tree import TILE, Block, root_order
 from cubn.backends import ITEMSIZE, Extents, Operand, Vector, threads
 from cubn.backends.cpu import plan, pool
 from cubn.backends.cpu.compile import Kernel, compiled
+from cubn.backends.cpu.kept import kept
 from cubn.backends.cpu.launch import CODES, FIELDS, OPERANDS, PLACE, VECTORS
 
 ALIGNMENT = 128  # bytes: a cache line, and its neighbour that is fetched along
