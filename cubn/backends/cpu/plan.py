@@ -86,6 +86,11 @@ class Slab:
     scratch: int
 
 
+def table_of(steps: Sequence[Step]) -> NDArray[np.int64]:
+    """Merges, as kernels read them."""
+    return np.array(steps, np.int64).reshape(-1, 2)
+
+
 def scratch_offsets(width: int, tiles: int, samples: int, spread: int = 0) -> tuple[tuple[int, ...], int]:
     """Where a worker keeps what (at_pivot, ..., at_spread; see launch.py), and bytes in all."""
     sizes = (
@@ -144,11 +149,6 @@ def reduction(extents: Extents, kind: str, start: int) -> Reduction:
         offsets,
         scratch,
     )
-
-
-def table_of(steps: Sequence[Step]) -> NDArray[np.int64]:
-    """Merges, as kernels read them."""
-    return np.array(steps, np.int64).reshape(-1, 2)
 
 
 def _row_extent(N: int, chunks: int, tiles: int, kind: str) -> tuple[int, int]:
