@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import reference
+from cubn._floating_point import default_floating_point
 from cubn._tree import Block, pair_order
 from cubn.backends import Nodes
 
 Float64 = NDArray[np.float64]
 
 
+@default_floating_point()
 def merge(nodes: Nodes) -> Nodes:
     """Moments of the same neighbouring blocks with every complete aligned pair merged: one row per maximal block."""
     steps, rows, blocks = pair_order(nodes.blocks)
@@ -26,6 +28,7 @@ def merge(nodes: Nodes) -> Nodes:
     return joined(blocks, *(np.array([found[row][part] for row in rows]) for part in range(3))) if rows else nodes
 
 
+@default_floating_point()
 def root(nodes: Nodes) -> tuple[Any, Float64, Float64]:
     """(count (), mean (C,), m2 (C,)) of all rows, which must be neighbours; absent rows are the identity."""
     if not nodes.blocks:

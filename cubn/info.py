@@ -46,8 +46,12 @@ def _cpu_settings() -> dict[str, str]:
     from cubn import get_num_threads
     from cubn.backends.cpu import cache
 
+    try:
+        threads = f"{get_num_threads()}, a pool of cubn's own; numba's threading layers are not used"
+    except ValueError as error:
+        threads = str(error)
     return {
-        "threads": f"{get_num_threads()}, a pool of cubn's own; numba's threading layers are not used",
+        "threads": threads,
         "kernel cache": cache.state(),
     }
 

@@ -11,6 +11,7 @@ import numpy as np
 from cubn import _arguments, _arrays, _nodes
 from cubn._arrays import BOOL, NUMBERS
 from cubn._entries import MOST
+from cubn._floating_point import default_floating_point
 from cubn._moments import Moments
 from cubn.backends import Arrays, Backend, Nodes, Statistics
 from cubn.errors import message
@@ -127,6 +128,7 @@ _INTEGERS = {"float32": 1 << 24, "float64": 1 << 53}
 """Up to which a dtype holds every integer."""
 
 
+@default_floating_point()
 def _converted(x: Any, dtype: str) -> np.ndarray[Any, Any]:
     """x in another dtype, without loss."""
     name = _arguments.dtype_name(dtype, ("float32", "float64"), "moments")

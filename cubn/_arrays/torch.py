@@ -118,7 +118,8 @@ class Torch(Library):
         return Output(Array(pointer, shape, strides, dtype, like.device, True, y, self), lambda: y)
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
-        return self._torch.tensor(values, dtype=self._dtypes[dtype], device=like.owner.device)
+        rounded = values if dtype == "bfloat16" else values.astype(dtype)  # in this thread, not in torch's own
+        return self._torch.tensor(rounded, dtype=self._dtypes[dtype], device=like.owner.device)
 
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         host = array.owner.detach().cpu()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 
+from cubn.errors import message
+
 _limit: int | None = None
 
 
 def set_num_threads(n: int) -> None:
     """Set how many threads one operation may use on the CPU, the caller's included.
 
-    Results do not depend on it. The default is the environment variable CUBN_NUM_THREADS, else the cores this process
-    may run on.
+    Results do not depend on it. The default is the environment variable CUBN_NUM_THREADS; where that is not set, blank
+    or `auto`, the cores this process may run on.
 
     Parameters
     ----------
@@ -32,12 +34,29 @@ def set_num_threads(n: int) -> None:
 
 
 def get_num_threads() -> int:
-    """How many threads one operation may use on the CPU."""
+    """How many threads one operation may use on the CPU.
+
+    Raises
+    ------
+    ValueError
+        `set_num_threads` was not called, and the environment variable CUBN_NUM_THREADS is no number of threads. The
+        first operation on the CPU raises it, too.
+    """
     global _limit
     if _limit is None:
-        asked = os.environ.get("CUBN_NUM_THREADS", "")
-        _limit = int(asked) if asked.isdigit() and int(asked) > 0 else cores()
+        _limit = _asked_for() or cores()
     return _limit
+
+
+def _asked_for() -> int | None:
+    """By the environment variable; None where it leaves the choice."""
+    asked = os.environ.get("CUBN_NUM_THREADS", "").strip()
+    if asked in ("", "auto"):
+        return None
+    if asked.isascii() and asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    remedy = "Unset it for as many threads as there are cores."
+    raise ValueError(message("cubn", "CUBN_NUM_THREADS", "be a whole number, 1 or more, or auto", repr(asked), remedy))
 
 
 def cores() -> int:

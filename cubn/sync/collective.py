@@ -545,7 +545,7 @@ class Exchange:
             raise
 
 
-@lru_cache(1024)
+@lru_cache(32)  # few, since one grows with the number of ranks
 def _blocks(start: int, samples: tuple[int, ...]) -> tuple[tuple[Block, ...], ...]:
     """The aligned blocks of each rank's samples; the first rank's begin at `start`."""
     return tuple(aligned_blocks(lo, hi) for lo, hi in pairwise(accumulate(samples, initial=start)))

@@ -108,6 +108,77 @@ def test_what_waits_for_an_update(state, use):
     user.join()
 
 
+# --- threads that cannot be started ----------------------------------------------------------------------------------
+
+
+def test_fewer_threads_where_no_more_can_be_started():
+    """The results are the same; how many there are is said once; the others are started when they can be."""
+    done = run(
+        PRELUDE
+        + """
+import _thread
+from cubn.backends.cpu import pool
+
+state = cubn.BatchNormState(8)
+
+def infer():
+    return [cubn.forward(x, state), cubn.moments(x).m2]
+
+cubn.set_num_threads(1)
+expected = infer()
+pool.native("serve")  # the last of what is compiled
+
+def refuse_after(started):
+    left = iter(range(started))
+
+    def start(*arguments):
+        if next(left, None) is None:
+            raise RuntimeError("can't start new thread")
+        return start_new_thread(*arguments)
+
+    return start
+
+start_new_thread = _thread.start_new_thread
+cubn.set_num_threads(7)
+for started in (0, 2):
+    _thread.start_new_thread = threading._start_new_thread = refuse_after(started)
+    for _ in range(3):
+        assert equal(infer(), expected)
+    assert pool._pool._workers == started
+_thread.start_new_thread = start_new_thread
+assert equal(infer(), expected)
+assert pool._pool._workers == 6
+"""
+    )
+    assert [done.stderr.count(f"computing on {n}") for n in (1, 3)] == [1, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs a user of its own, with a limit")
+def test_a_user_who_may_not_have_another_thread():
+    run(
+        PRELUDE
+        + """
+import resource
+from cubn.backends.cpu import pool
+
+pool.native("serve")  # the other user cannot read what is compiled
+state = cubn.BatchNormState(8)
+cubn.set_num_threads(1)
+expected = cubn.forward(x, state)
+cubn.set_num_threads(7)
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+os.setuid(64321)
+try:
+    threading.Thread(target=print).start()
+except RuntimeError:
+    pass
+else:
+    raise SystemExit("the limit does not hold here")
+assert np.array_equal(cubn.forward(x, state), expected)
+"""
+    )
+
+
 # --- fork -----------------------------------------------------------------------------------------------------------
 
 

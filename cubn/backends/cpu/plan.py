@@ -5,13 +5,16 @@ here.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cubn._floating_point import default_floating_point
 from cubn._tree import COLUMNS, TILE, Block, Step, aligned_blocks, pair_order, root_order
 from cubn.backends import Extents, Operand
+from cubn.backends.cpu.kept import kept
 
 LANES = 16
 NODE = 256  # bytes of a node slot: two vectors of 16 float64
@@ -32,6 +35,8 @@ PERIOD = 1024  # elements of such a row, at most
 SLAB_BYTES = 1 << 19  # of x that a fused task may take: half of a core's cache or less
 STRETCH_BYTES = 1 << 13  # of a sample that a fused task should take at once, for memory to stream
 WIDEST_SLAB = 8  # node slots
+
+KEPT_BYTES = 8 << 20  # of the results of one function
 
 
 def kind_of(extents: Extents, operands: list[Operand]) -> str:
@@ -61,12 +66,16 @@ class Reduction:
     table: NDArray[np.int64]
     chunk: int
     chunks: int
-    steps: tuple[Step, ...]
-    to_root: tuple[Step, ...]
+    steps: NDArray[np.int64]
+    to_root: NDArray[np.int64]
     kept: tuple[int, ...]
     blocks: tuple[Block, ...]
     offsets: tuple[int, ...]
     scratch: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.table.nbytes + self.steps.nbytes + self.to_root.nbytes
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,11 @@ class Slab:
     tasks: int
     offsets: tuple[int, ...]
     scratch: int
+
+
+def table_of(steps: Sequence[Step]) -> NDArray[np.int64]:
+    """Merges, as kernels read them."""
+    return np.array(steps, np.int64).reshape(-1, 2)
 
 
 def scratch_offsets(width: int, tiles: int, samples: int, spread: int = 0) -> tuple[tuple[int, ...], int]:
@@ -98,7 +112,7 @@ def scratch_offsets(width: int, tiles: int, samples: int, spread: int = 0) -> tu
     return tuple(offsets), -(-at // 64) * 64
 
 
-@functools.lru_cache(1024)
+@kept(KEPT_BYTES)
 def reduction(extents: Extents, kind: str, start: int) -> Reduction:
     """The rows of a reduction over samples [start, start + N)."""
     N, C, S = extents
@@ -131,8 +145,8 @@ def reduction(extents: Extents, kind: str, start: int) -> Reduction:
         np.array(table, np.int64).reshape(-1, 4),
         chunk,
         chunks,
-        tuple(steps),
-        to_root,
+        table_of(steps),
+        table_of(to_root),
         tuple(rows),
         blocks,
         offsets,
@@ -181,7 +195,8 @@ def slab(extents: Extents, kind: str, itemsize: int, threads: int) -> Slab | Non
     return Slab(chunk, tasks, offsets, scratch)
 
 
-@functools.cache
+@kept(KEPT_BYTES)
+@default_floating_point()
 def column_table(length: int, double: bool) -> NDArray[np.floating]:
     """Shares and weights of the merges of the columns of a tile of `length` positions.
 

@@ -21,16 +21,18 @@ from cubn._tree import TILE, Block, root_order
 from cubn.backends import ITEMSIZE, Extents, Operand, Vector, threads
 from cubn.backends.cpu import plan, pool
 from cubn.backends.cpu.compile import Kernel, compiled
+from cubn.backends.cpu.kept import kept
 from cubn.backends.cpu.launch import CODES, FIELDS, OPERANDS, PLACE, VECTORS
 
 ALIGNMENT = 128  # bytes: a cache line, and its neighbour that is fetched along
-SHORT_TABLE = 1 << 16  # positions: half a megabyte
+POSITION_TABLES = 256 << 20  # bytes of those that are kept; eight for each position
 
 Kernels = tuple[tuple[Kernel, int], ...]
 Argument = tuple[Any, ...]
 Layout = tuple[Any, ...]
 Fields = dict[str, int]
 Numbers = tuple[tuple[str, float], ...]
+Arrays = tuple[NDArray[Any], ...]
 
 
 class BitRows(NamedTuple):
@@ -43,15 +45,19 @@ class BitRows(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """Kernels to run one after the other on the same block; the last may have tasks to claim."""
+    """Kernels to run one after the other on the same block, in one native call."""
 
-    kernels: Kernels  # and how many threads each is worth
+    program: pool.Program
     block: array[int]
     places: tuple[int, ...]  # in the block, of the arguments' addresses
     room: tuple[tuple[int, int], ...]  # place in the block, offset in memory that the launch brings along
     size: int  # of that memory
     tabulated: tuple[tuple[int, int], ...]  # place in the block, argument of which it is the position table
-    keeps: object  # what the block has addresses of
+    keeps: Arrays  # which the block has addresses of
+
+    @property
+    def nbytes(self) -> int:
+        return self.block.itemsize * len(self.block) + sum(array.nbytes for array in self.keeps)
 
     def run(self, arguments: Collection[Argument | None]) -> None:
         block = self.block[:]
@@ -68,9 +74,7 @@ class Launch(NamedTuple):
             tables = [position_table(*(operands[i] or ())[1:]) for _, i in self.tabulated]
             for (place, _), table in zip(self.tabulated, tables, strict=True):
                 block[place] = address_of(table)
-        address = block.buffer_info()[0]
-        for kernel, count in self.kernels:
-            pool.run(kernel, address, count)
+        pool.run(self.program, block.buffer_info()[0])
 
 
 def launch(
@@ -103,20 +107,16 @@ def double_bits(number: float) -> int:
 def position_table(
     dtype: str, sample_stride: int, channel_stride: int, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> NDArray[np.int64]:
-    """Where each position of an operand of any strides is, in bytes; of long tables few are kept."""
-    table = _short_table if math.prod(shape) <= SHORT_TABLE else _long_table
-    return table(shape, strides, ITEMSIZE[dtype])
+    """Where each position of an operand of any strides is, in bytes."""
+    return _positions(shape, tuple(stride * ITEMSIZE[dtype] for stride in strides))
 
 
-def _table_of_positions(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> NDArray[np.int64]:
+@kept(POSITION_TABLES)
+def _positions(shape: tuple[int, ...], strides: tuple[int, ...]) -> NDArray[np.int64]:
     offsets = np.zeros((), np.int64)
     for extent, stride in zip(shape, strides, strict=True):
-        offsets = np.add.outer(offsets, np.arange(extent, dtype=np.int64) * (stride * size))
+        offsets = np.add.outer(offsets, np.arange(extent, dtype=np.int64) * stride)
     return offsets.reshape(-1)
-
-
-_short_table = functools.lru_cache(64)(_table_of_positions)
-_long_table = functools.lru_cache(len(OPERANDS))(_table_of_positions)
 
 
 def kind(extents: Extents, names: tuple[str, ...], arguments: Sequence[Any]) -> str:
@@ -156,7 +156,7 @@ def _prepared(
     numbers: Fields,
     room: Fields | None = None,
     tabulate: bool = False,
-    keeps: object = None,
+    keeps: Arrays = (),
 ) -> Launch:
     """A launch that takes arguments of these names and layouts; `room` is memory it brings along, in bytes by name."""
     values = dict.fromkeys(FIELDS, 0) | numbers
@@ -170,7 +170,8 @@ def _prepared(
     tables = [(PLACE[f"{n}_offsets"], i) for i, n in enumerate(names) if tabulate and n in OPERANDS and layouts[i]]
     assert len(values) == len(FIELDS), values.keys() - set(FIELDS)
     places = tuple(PLACE[name] for name in names)
-    return Launch(kernels, array("q", values.values()), places, tuple(inside), size, tuple(tables), keeps)
+    block = array("q", values.values())
+    return Launch(pool.program(kernels), block, places, tuple(inside), size, tuple(tables), keeps)
 
 
 def _described(name: str, layout: Layout) -> Fields:
@@ -230,7 +231,7 @@ def _column_tables(S: int, dtype: str) -> tuple[Fields, tuple[NDArray[np.floatin
     return dict(zip(("tables", "tail"), map(address_of, tables), strict=True)), tuple(tables)
 
 
-@functools.lru_cache(1024)
+@kept(plan.KEPT_BYTES)
 def per_channel(
     name: str,
     options: tuple[Any, ...],
@@ -250,7 +251,7 @@ class Part(NamedTuple):
     kernels: Kernels
     fields: Fields
     room: Fields
-    keeps: tuple[object, ...] = ()
+    keeps: Arrays = ()
 
 
 def _pass(
@@ -289,7 +290,7 @@ def _reduction(
     """Node rows and their merges, as `plan.reduction` cuts it, and the kind; without a start of a whole batch."""
     dtype, kind = _dtype(names, layouts), reduced_kind(extents, names, layouts)
     cut = plan.reduction(extents, kind, start or 0)
-    steps = np.array(cut.to_root if start is None else cut.steps, np.int64).reshape(-1, 2)
+    steps = cut.to_root if start is None else cut.steps
     tasks = len(cut.table) * cut.chunks
     workers = plan.threads_for(math.prod(extents) * ITEMSIZE[dtype], tasks, limit)
     scratch, memory = _scratch(cut.offsets, cut.scratch, workers)
@@ -304,7 +305,7 @@ def _reduction(
     kernels: Kernels = ((kernel(name, dtype, kind, *options), workers),)
     if start is None or len(steps):
         kernels += ((kernel("merge_rows", "", name), 1),)
-    return kind, Part(kernels, fields, memory, (cut, steps, tables))
+    return kind, Part(kernels, fields, memory, (cut.table, steps, *tables))
 
 
 def _slab(
@@ -323,7 +324,7 @@ def _slab(
     fields = {**scratch, **shares, "tasks": slab.tasks, "chunk": slab.chunk}
     fields["stream"] = plan.streams(extents, ITEMSIZE[dtype])
     name, *options = what
-    return Part(((kernel(name, dtype, kind, *options), workers),), fields, memory, (tables,))
+    return Part(((kernel(name, dtype, kind, *options), workers),), fields, memory, tables)
 
 
 def _joined(
@@ -343,7 +344,7 @@ def _joined(
         kernels += part.kernels
         fields |= part.fields
         room |= part.room
-    keeps = [part.keeps for part in parts]
+    keeps = tuple(array for part in parts for array in part.keeps)
     return _prepared(kernels, names, layouts, fields, room, strided, keeps)
 
 
@@ -352,7 +353,7 @@ def _vectors(C: int, names: Collection[str], wanted: Collection[str]) -> Fields:
     return {name: 8 * C for name in wanted if name not in names}
 
 
-@functools.lru_cache(1024)
+@kept(plan.KEPT_BYTES)
 def elementwise(
     before: tuple[str, ...],
     what: tuple[Any, ...],
@@ -370,7 +371,7 @@ def elementwise(
     return _joined((table, run), extents, names, layouts, numbers, strided=kind == "strided")
 
 
-@functools.lru_cache(1024)
+@kept(plan.KEPT_BYTES)
 def reduction(
     before: tuple[str, ...],
     what: tuple[str, ...],
@@ -386,7 +387,7 @@ def reduction(
     return _joined((table, run), extents, names, layouts, strided=kind == "strided")
 
 
-@functools.lru_cache(1024)
+@kept(plan.KEPT_BYTES)
 def root(
     what: str,
     C: int,
@@ -397,12 +398,12 @@ def root(
     *layouts: Layout | None,
 ) -> Launch:
     """The merges of neighbouring blocks into the first, and what that holds then."""
-    steps = np.array(root_order(blocks), np.int64).reshape(-1, 2)
+    steps = plan.table_of(root_order(blocks))
     fields = {"channels": C, "node_row": row_bytes, "steps": len(steps), "step_table": address_of(steps)}
-    return _prepared(((kernel("merge_rows", "", what), 1),), names, layouts, fields, keeps=steps)
+    return _prepared(((kernel("merge_rows", "", what), 1),), names, layouts, fields, keeps=(steps,))
 
 
-@functools.lru_cache(1024)
+@kept(plan.KEPT_BYTES)
 def train(
     options: tuple[Any, ...],
     extents: Extents,
@@ -438,7 +439,7 @@ def _update(names: tuple[str, ...], layouts: tuple[Layout | None, ...]) -> Kerne
     return ((kernel("update", "", CODES[running[0]]), 1),)
 
 
-@functools.lru_cache(1024)
+@kept(plan.KEPT_BYTES)
 def backward(
     options: tuple[Any, ...],
     extents: Extents,

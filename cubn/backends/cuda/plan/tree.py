@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cubn._floating_point import default_floating_point
 from cubn._tree import COLUMNS, TILE
 from cubn.backends.cuda.plan.launch import Fields, power_above
 
@@ -37,6 +38,7 @@ class Tree:
 
 
 @functools.lru_cache(1024)
+@default_floating_point()
 def tree_of(S: int, dtype: str) -> Tree:
     """The tree of samples of S positions. Shares are computed in the type that merges them."""
     acc = np.float64 if dtype == "float64" else np.float32
