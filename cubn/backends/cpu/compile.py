@@ -62,27 +62,16 @@ def compiled(name: str, build: Callable[[], Callable[[int, int], None]]) -> Kern
 
 
 def _object_code(build: Callable[[], Callable[[int, int], None]]) -> bytes:
-    try:
-        import numba
-    except ImportError as error:
-        raise without_numba(error) from error
-    signature = numba.types.void(numba.types.intp, numba.types.intp)
-    with _switched_on(numba.config):
-        entry = numba.cfunc(signature, nogil=True, error_model="numpy")(build())
-    module = llvm.parse_assembly(entry.inspect_llvm())
-    module.get_function(entry.native_name).name = "kernel"
-    return bytes(_machine().emit_object(module))
+    from cubn.backends.cpu.language import llvm_ir
 
-
-@contextlib.contextmanager
-def _switched_on(config: Any) -> Iterator[None]:
-    """NUMBA_DISABLE_JIT is for functions that run without it, as these do not."""
-    disabled = config.DISABLE_JIT
-    config.DISABLE_JIT = 0
-    try:
-        yield
-    finally:
-        config.DISABLE_JIT = disabled
+    machine = _machine()
+    module = llvm.parse_assembly(llvm_ir({"kernel": build()}))
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_vectorization = options.slp_vectorization = False  # kernels are written in vectors
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    return bytes(machine.emit_object(module))
 
 
 def _load(code: bytes) -> Kernel:

@@ -148,7 +148,8 @@ def sample(p, n):  # type: ignore[no-untyped-def]
     """Where sample n begins: addresses of y, x, g, r and bits, as everywhere in the passes."""
     at = get(p + Y), get(p + X), get(p + G), get(p + R), get(p + BITS)
     by_sample = get(p + Y_SAMPLE), get(p + X_SAMPLE), get(p + G_SAMPLE), get(p + R_SAMPLE), get(p + BITS_SAMPLE)
-    return moved(at, by_sample, n)
+    py, px, pg, pr, pb = moved(at, by_sample, n)
+    return py, px, pg, pr, pb
 
 
 @jit

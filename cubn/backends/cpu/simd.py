@@ -8,13 +8,10 @@ whatever registers the machine has. No instruction carries a fast-math flag: eac
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
 from cubn.backends import ITEMSIZE
 
@@ -282,58 +279,24 @@ def _full(kind: ir.Type, number: int) -> ir.Constant:
     return ir.Constant(kind, [number] * LANES) if isinstance(kind, ir.VectorType) else ir.Constant(kind, number)
 
 
-def instruction(result: Any = types.void) -> Callable[[Callable[..., Any]], Any]:
-    """Make a numba-callable instruction of a function that emits IR: emit(*arguments) -> Value or None.
+class Instruction(NamedTuple):
+    """What a kernel calls to do something to data: `emit` writes it in LLVM IR."""
+
+    emit: Callable[..., Value | Values | None]
+
+
+def instruction(result: ir.Type | None = None) -> Callable[[Callable[..., Value | Values | None]], Instruction]:
+    """Make an instruction of a function that emits IR.
 
     Values are 64-bit integers, arguments such values or tuples of them.
     """
-
-    def decorate(emit: Callable[..., Value | None]) -> Any:
-        parameters = inspect.signature(emit).parameters.values()
-
-        def typed(typing_context: Any, *args: Any) -> Any:
-            def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-                out = emit(*(_taken(builder, kind, v) for kind, v in zip(signature.args, values, strict=True)))
-                return context.get_dummy_value() if out is None else out.v
-
-            return result(*map(_kind, args)), codegen
-
-        # numba reads arity and argument names off the signature, and cannot lower *args.
-        context = inspect.Parameter("typing_context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        typed.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
-        return intrinsic(typed)
-
-    return decorate
+    return Instruction
 
 
-def _kind(argument: Any) -> Any:
-    """The numba type an instruction takes an argument as."""
-    if isinstance(argument, types.BaseTuple):
-        return types.UniTuple(types.intp, len(argument))  # type: ignore[no-untyped-call]
-    return types.intp
-
-
-def _taken(builder: ir.IRBuilder, kind: Any, value: ir.Value) -> Value | Values:
-    return _unpacked(builder, kind, value) if isinstance(kind, types.UniTuple) else Value(builder, value)
-
-
-def _unpacked(builder: ir.IRBuilder, kind: Any, value: ir.Value) -> Values:
-    return tuple(Value(builder, builder.extract_value(value, i)) for i in range(len(kind)))
-
-
-def _moved(typing_context: Any, at: Any, steps: Any, count: Any) -> Any:
-    places, step_kinds = _kind(at), _kind(steps)
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        where, by, n = values
-        further = shifted(_unpacked(builder, places, where), _unpacked(builder, step_kinds, by), Value(builder, n))
-        return context.make_tuple(builder, places, [v.v for v in further])
-
-    return places(places, step_kinds, types.intp), codegen
-
-
-moved: Any = intrinsic(_moved)
-"""moved(at, steps, count): `shifted`, for kernels."""
+@instruction(I64)
+def moved(at: Values, steps: Values, count: Value) -> Values:
+    """`shifted`, for kernels."""
+    return shifted(at, steps, count)
 
 
 def transposed(rows: Sequence[Value]) -> list[Value]:
@@ -374,7 +337,7 @@ def by_cases(value: Value, cases: Sequence[int], body: Callable[[int], None]) ->
     b.position_at_end(end)
 
 
-@instruction(types.intp)
+@instruction(I64)
 def get(address: Value) -> Value:
     """The int64 at an address."""
     return Value(address.b, address.b.load(pointer(address, I64), typ=I64))
@@ -386,7 +349,7 @@ def put(address: Value, value: Value) -> None:
     address.b.store(value.v, pointer(address, I64))
 
 
-@instruction(types.intp)
+@instruction(I64)
 def claim(counter: Value) -> Value:
     """The next task: the int64 at an address, which other threads add to as well, before adding 1."""
     b = counter.b
