@@ -9,6 +9,7 @@ compiled. So little of Python needs no inference of types, and is translated in 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import itertools
 import operator
@@ -178,6 +179,7 @@ class _Body:
                 self.b.ret_void()
             else:  # behind an endless loop
                 self.b.unreachable()
+        self.entry.position_at_end(self.entry.block)  # behind what instructions put there
         self.entry.branch(self.compiled.function.blocks[1])
 
     # statements
@@ -367,13 +369,20 @@ class _Body:
         return self.b.not_(self._truth(value)) if isinstance(value, ir.Value) else not value
 
     def _expression_Compare(self, node: ast.Compare) -> Lowered:
-        if len(node.ops) > 1 or type(node.ops[0]) not in _COMPARISONS:
+        if not all(type(operation) in _COMPARISONS for operation in node.ops):
             raise self._unknown(node)
-        now, sign = _COMPARISONS[type(node.ops[0])]
-        x, y = self._value(node.left), self._value(node.comparators[0])
+        values = [self._value(one) for one in (node.left, *node.comparators)]
+        pairs = zip(node.ops, itertools.pairwise(values), strict=True)
+        return functools.reduce(self._both, (self._compared(type(operation), *pair) for operation, pair in pairs))
+
+    def _compared(self, operation: type[ast.cmpop], x: Lowered, y: Lowered) -> Lowered:
+        now, sign = _COMPARISONS[operation]
         if not isinstance(x, ir.Value) and not isinstance(y, ir.Value):
             return now(x, y)
         return self.b.icmp_signed(sign, self._integer(x), self._integer(y))
+
+    def _both(self, x: Lowered, y: Lowered) -> Lowered:
+        return self.b.and_(self._truth(x), self._truth(y))
 
     def _expression_BoolOp(self, node: ast.BoolOp) -> Lowered:
         """`and` and `or`, as truths; what need not be evaluated is not."""

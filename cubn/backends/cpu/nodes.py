@@ -45,7 +45,7 @@ from cubn.backends.cpu.simd import (
 
 ROWS, COLUMNS, TILE = 8, 256, 2048
 HALF_NODE = NODE // 2
-jit = Function
+jit: Any = Function
 
 CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
 X_SAMPLE, X_CHANNEL, X_POSITION = OFFSET["x_sample"], OFFSET["x_channel"], OFFSET["x_position"]

@@ -9,7 +9,7 @@ whatever registers the machine has. No instruction carries a fast-math flag: eac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 
@@ -285,8 +285,8 @@ class Instruction(NamedTuple):
     emit: Callable[..., Value | Values | None]
 
 
-def instruction(result: ir.Type | None = None) -> Callable[[Callable[..., Value | Values | None]], Instruction]:
-    """Make an instruction of a function that emits IR.
+def instruction(result: ir.Type | None = None) -> Callable[[Callable[..., Value | Values | None]], Any]:
+    """Make an instruction of a function that emits IR: emit(*arguments) -> `result`, a tuple of such, or None.
 
     Values are 64-bit integers, arguments such values or tuples of them.
     """
