@@ -13,6 +13,8 @@ from cubn.moments import Moments, moments, update
 from cubn.state import BatchNormState
 from cubn.sync.collective import Started, together
 
+__version__ = "0.1.0"
+
 NUMERICS = 1
 """Version of the numerics contract: operations of one version give the same bits."""
 

@@ -13,7 +13,6 @@ from cubn.errors import BackendUnavailable
 
 LIBRARIES = {  # name -> the distributions that may provide it; read from their metadata, never imported
     "numpy": ("numpy",),
-    "numba": ("numba",),
     "llvmlite": ("llvmlite",),
     "torch": ("torch",),
     "jax": ("jax",),
@@ -54,7 +53,7 @@ def _cpu_settings() -> dict[str, str]:
         writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
         cache = f"{folder} ({'writable' if writable else 'not writable: every process compiles its kernels anew'})"
     return {
-        "threads": f"{get_num_threads()}, a pool of cubn's own; numba's threading layers are not used",
+        "threads": f"{get_num_threads()}, a pool of cubn's own",
         "kernel cache": cache,
     }
 
@@ -89,7 +88,7 @@ def info() -> str:
     import cubn
 
     lines = [
-        f"cubn {version_of('cubn')}, numerics contract {cubn.NUMERICS}",
+        f"cubn {cubn.__version__}, numerics contract {cubn.NUMERICS}",
         f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         *_section("libraries", {name: version_of(*distributions) for name, distributions in LIBRARIES.items()}),
     ]

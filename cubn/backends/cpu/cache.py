@@ -15,23 +15,23 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["cache_folder", "fingerprint", "llvm", "load", "store", "without_numba"]
+__all__ = ["cache_folder", "fingerprint", "llvm", "load", "store", "without_llvmlite"]
 
 
-def without_numba(error: ImportError) -> ImportError:
-    """What to say where numba, or llvmlite below it, is not installed or does not suit the other packages."""
+def without_llvmlite(error: ImportError) -> ImportError:
+    """What to say where llvmlite is not installed or cannot be loaded."""
     return ImportError(
-        f"cubn: the CPU backend needs numba, which cannot be imported ({error}). "
-        "Install it with: pip install 'cubn[cpu]'"
+        f"cubn: the CPU backend needs llvmlite, which cannot be imported ({error}). "
+        "Install it with: pip install llvmlite"
     )
 
 
 try:
     import llvmlite.binding as llvm
 
-    _VERSIONS = [sys.version, *(f"{name} {metadata.version(name)}" for name in ("numba", "llvmlite"))]
+    _VERSIONS = [sys.version, f"llvmlite {metadata.version('llvmlite')}"]
 except ImportError as error:
-    raise without_numba(error) from error
+    raise without_llvmlite(error) from error
 
 
 def cache_folder() -> Path | None:

@@ -26,6 +26,9 @@ if hasattr(os, "register_at_fork"):  # a child has no thread that would finish w
     )
 _engines: list[llvm.ExecutionEngine] = []  # what they loaded lives as long as they do
 
+compiled_here: list[str] = []
+"""Names of the kernels that this process has compiled."""
+
 PATIENCE = 1.0  # seconds of compiling, in all, that go without a word
 MOST_TIME = 5  # LLVM takes so many times as long as the translation into its language
 
@@ -58,6 +61,7 @@ def compiled(name: str, build: Callable[[], Callable[[int, int], None]]) -> Kern
         code = cache.load(name)
         if code is None:
             code = _object_code(build)
+            compiled_here.append(name)
             cache.store(name, code)
         return _load(code)
 

@@ -30,7 +30,7 @@ MOST = 255  # workers
 
 
 def build(name: str) -> Callable[[int, int], None]:
-    """The native parts `serve`, `give` and `join`, for numba to compile."""
+    """The native parts `serve`, `give` and `join`, in the language of kernels."""
     from llvmlite import ir
 
     from cubn.backends.cpu.simd import I64, Value, get, instruction, pointer, put

@@ -1,6 +1,6 @@
-"""Vectors of 16 lanes for numba, and the instructions kernels are written in.
+"""Vectors of 16 lanes, and the instructions kernels are written in.
 
-A kernel is a numba function: loops and index arithmetic in Python, on nothing but 64-bit integers (counts and
+A kernel is loops and index arithmetic (language.py), on nothing but 64-bit integers (counts and
 addresses). What it does to data is a handful of *instructions*, each a Python function that emits LLVM IR through
 `Value`, so that it reads as the arithmetic it is; between instructions data lives in memory. LLVM turns 16 lanes into
 whatever registers the machine has. No instruction carries a fast-math flag: each + - * / is one IEEE-754 operation.

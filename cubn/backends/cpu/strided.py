@@ -240,7 +240,7 @@ def of_any(source: Source) -> Any:
 
 
 def strided_pass(element: Element, what: Pass) -> Any:
-    """A numba function: y or dx of up to 16 channels of one sample; 0 where masked."""
+    """For kernels: y or dx of up to 16 channels of one sample; 0 where masked."""
     compute = vector_of(element, what, bits_at, keep_bits_at)
 
     @instruction()
