@@ -49,14 +49,14 @@ def _add_warm_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     several = {
-        "layouts": (SHAPES, tuple(SHAPES)),
-        "dtypes": (DTYPES, ("float32",)),
-        "fused": (FUSED, ("plain", "relu", "residual-relu")),
-        "operations": (OPERATIONS, OPERATIONS),
+        "layouts": (SHAPES, tuple(SHAPES), "where the channels are"),
+        "dtypes": (DTYPES, ("float32",), "of the arrays"),
+        "fused": (FUSED, ("plain", "relu", "residual-relu"), "what is done along with normalising"),
+        "operations": (OPERATIONS, OPERATIONS, "which will be called"),
     }
-    for name, (choices, default) in several.items():
-        parser.add_argument(f"--{name}", nargs="+", choices=tuple(choices), default=default)
-    parser.add_argument("--processes", type=int, default=0, help="0: as many as there are cores")
+    for name, (choices, default, meaning) in several.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=tuple(choices), default=default, help=meaning)
+    parser.add_argument("--processes", type=int, default=0, help="that compile at once; 0: as many as there are cores")
 
 
 if __name__ == "__main__":

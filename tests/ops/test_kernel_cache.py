@@ -1,11 +1,9 @@
 """Object files of kernels: kept and found again, never stale or torn, and not missed where none can be kept."""
 
 import ctypes
-import os
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -73,26 +71,13 @@ def test_an_edited_source_is_another_kernel(tmp_path, monkeypatch):
     assert fingerprint() != before
 
 
-def test_a_process_that_finds_its_kernels_imports_no_numba(folder):
+def test_a_process_that_finds_its_kernels_does_not_import_their_compiler(folder):
     program = (
         "import sys, numpy, cubn; cubn.update(cubn.BatchNormState(3), cubn.moments(numpy.ones((4, 3)))); "
-        "print('numba' in sys.modules)"
+        "print('llvmlite.ir' in sys.modules)"
     )
     runs = [
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
         for _ in range(2)
     ]
     assert [run.stdout.strip() for run in runs] == ["True", "False"]
-
-
-def test_numba_that_is_switched_off(tmp_path):
-    """As coverage tools do, to see what a user's own functions do."""
-    code = """
-        import numpy as np, numba, cubn
-        state = cubn.BatchNormState(3)
-        y, saved = cubn.forward_train(np.arange(24, dtype="float32").reshape(4, 3, 2), state)
-        assert abs(y.mean()) < 1e-6
-        assert numba.config.DISABLE_JIT
-    """
-    environment = os.environ | {"NUMBA_DISABLE_JIT": "1", "CUBN_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, check=True, timeout=300)
