@@ -14,6 +14,7 @@ import inspect
 import itertools
 import operator
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -58,11 +59,10 @@ class NotInTheLanguage(SyntaxError):
 
 def llvm_ir(entries: dict[str, Callable[[int, int], None]]) -> str:
     """A module that has every function under its name, as void(int64, int64)."""
-    module = ir.Module()
-    functions: dict[Any, Compiled] = {}
+    module = _Module()
     for name, python in entries.items():
-        _compile(module, functions, python, (None, None), name)
-    return str(module)
+        module.compiled(python, (None, None), name)
+    return module.text()
 
 
 class Compiled(NamedTuple):
@@ -79,27 +79,35 @@ class Loop(NamedTuple):
     end: ir.Block
 
 
-def _compile(
-    module: ir.Module,
-    functions: dict[Any, Compiled],
-    python: Callable[..., Any],
-    shapes: tuple[Any, ...],
-    name: str | None = None,
-) -> Compiled:
-    """The function for arguments of these shapes (None: an integer; a tuple: of such), compiled if it is not yet."""
-    key = python, shapes
-    if key not in functions:
-        tree = _tree(python)
-        results = _results(tree)
-        kind = ir.VoidType() if results is None else ir.LiteralStructType([I64] * results) if results else I64
-        flat = list(_leaves(shapes))
-        unique = name or module.get_unique_name(python.__name__)
-        function = ir.Function(module, ir.FunctionType(kind, [I64] * len(flat)), unique)
-        if name is None:
-            function.linkage = "internal"
-        functions[key] = Compiled(function, results)
-        _Body(module, functions, python, functions[key]).write(tree, _reshaped(shapes, iter(function.args)))
-    return functions[key]
+class _Module:
+    """What is compiled together."""
+
+    def __init__(self) -> None:
+        self.ir = ir.Module()
+        self.functions: dict[Any, Compiled] = {}
+        self.calls: Counter[ir.Function] = Counter()
+
+    def compiled(self, python: Callable[..., Any], shapes: tuple[Any, ...], name: str | None = None) -> Compiled:
+        """The function for arguments of these shapes (None: an integer; a tuple: of such)."""
+        key = python, shapes
+        if key not in self.functions:
+            tree = _tree(python)
+            results = _results(tree)
+            kind = ir.VoidType() if results is None else ir.LiteralStructType([I64] * results) if results else I64
+            signature = ir.FunctionType(kind, [I64 for _ in _leaves(shapes)])
+            function = ir.Function(self.ir, signature, name or self.ir.get_unique_name(python.__name__))
+            if name is None:
+                function.linkage = "internal"
+            self.functions[key] = Compiled(function, results)
+            _Body(self, python, self.functions[key]).write(tree, _reshaped(shapes, iter(function.args)))
+        return self.functions[key]
+
+    def text(self) -> str:
+        """What is called once becomes part of its caller first of all: LLVM then optimises it only once."""
+        for function, count in self.calls.items():
+            if count == 1:
+                function.attributes.add("alwaysinline")
+        return str(self.ir)
 
 
 def _tree(python: Callable[..., Any]) -> ast.FunctionDef:
@@ -153,14 +161,8 @@ def _floor_division(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> tuple[ir.Value
 class _Body:
     """One function's body, statement by statement. A variable lives in memory until LLVM puts it into a register."""
 
-    def __init__(
-        self,
-        module: ir.Module,
-        functions: dict[Any, Compiled],
-        python: Callable[..., Any],
-        compiled: Compiled,
-    ) -> None:
-        self.module, self.functions, self.python, self.compiled = module, functions, python, compiled
+    def __init__(self, module: _Module, python: Callable[..., Any], compiled: Compiled) -> None:
+        self.module, self.python, self.compiled = module, python, compiled
         closure = zip(python.__code__.co_freevars, python.__closure__ or (), strict=True)
         self.constants = _BUILTINS | python.__globals__ | {name: cell.cell_contents for name, cell in closure}
         self.variables: dict[str, Any] = {}
@@ -429,7 +431,8 @@ class _Body:
         return tuple(one.v for one in result) if isinstance(result, tuple) else result and result.v
 
     def _call(self, function: Function, given: tuple[Lowered, ...]) -> Lowered:
-        compiled = _compile(self.module, self.functions, function.python, tuple(map(_shape, given)))
+        compiled = self.module.compiled(function.python, tuple(map(_shape, given)))
+        self.module.calls[compiled.function] += 1
         result = self.b.call(compiled.function, [self._integer(one) for one in _leaves(given)])
         if compiled.results:
             return tuple(self.b.extract_value(result, i) for i in range(compiled.results))
