@@ -32,7 +32,7 @@ def write(name: str, options: dict[str, object], rows: list[dict[str, object]]) 
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "cubn": tomllib.loads(PROJECT.read_text())["project"]["version"],  # of this checkout, installed or not
-        **{package: metadata.version(package) for package in ("numpy", "numba", "llvmlite", "torch")},
+        **{package: metadata.version(package) for package in ("numpy", "llvmlite", "torch")},
         **options,
     }
     path = RESULTS / machine() / name

@@ -30,7 +30,7 @@ compiled_here: list[str] = []
 """Names of the kernels that this process has compiled."""
 
 PATIENCE = 1.0  # seconds of compiling, in all, that go without a word
-MOST_TIME = 5  # LLVM takes so many times as long as the translation into its language
+OPTIMISING = 4  # times as long as the translation into LLVM's language
 
 
 class Kernel(NamedTuple):
@@ -101,7 +101,7 @@ class _Stopwatch:
 
     def announce(self) -> None:
         """To be called when a kernel is translated, which foretells how long the rest will take on this machine."""
-        total = self.spent + (1 + MOST_TIME) * (time.monotonic() - self.begin)
+        total = self.spent + (1 + OPTIMISING) * (time.monotonic() - self.begin)
         if total > PATIENCE and not self.announced:
             self.announced = True
             logger.warning("cubn: compiling kernels for this CPU, about %d s, once", math.ceil(total))
