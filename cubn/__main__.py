@@ -56,7 +56,8 @@ def _add_warm_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     }
     for name, (choices, default, meaning) in several.items():
         parser.add_argument(f"--{name}", nargs="+", choices=tuple(choices), default=default, help=meaning)
-    parser.add_argument("--processes", type=int, default=0, help="that compile at once; 0: as many as there are cores")
+    many = "that compile at once; 0: as many as there are cores"
+    parser.add_argument("--processes", type=int, choices=range(257), metavar="N", default=0, help=many)
 
 
 if __name__ == "__main__":

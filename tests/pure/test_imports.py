@@ -36,6 +36,11 @@ def test_only_the_cpu_backend_imports_the_compiler():
     assert any(imported(path) & {"llvmlite"} for path in cpu.rglob("*.py")), "the test sees such imports"
 
 
+def test_nothing_imports_numba():
+    """Kernels have a compiler of their own, which takes a fraction of its time."""
+    assert {path.name for path in ROOT.rglob("*.py") if "numba" in imported(path)} == set()
+
+
 def modules_after(program):
     """What is in sys.modules of a fresh interpreter after the program."""
     code = f"{program}\nimport sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
