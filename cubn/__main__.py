@@ -57,7 +57,13 @@ def _add_warm_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     for name, (choices, default, meaning) in several.items():
         parser.add_argument(f"--{name}", nargs="+", choices=tuple(choices), default=default, help=meaning)
     many = "that compile at once; 0: as many as there are cores"
-    parser.add_argument("--processes", type=int, choices=range(257), metavar="N", default=0, help=many)
+    parser.add_argument("--processes", type=_natural, metavar="N", default=0, help=many)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more; got {text}")
+    return int(text)
 
 
 if __name__ == "__main__":
