@@ -48,7 +48,7 @@ def _machine() -> llvm.TargetMachine:
     return target.create_target_machine(
         cpu=llvm.get_host_cpu_name(),
         features=llvm.get_host_cpu_features().flatten(),
-        opt=2,
+        opt=3,
         reloc="pic",
         codemodel="jitdefault",
         jit=True,
