@@ -77,7 +77,8 @@ WIDTH, ON, OFF, TEXT = 16, True, False, "columns"
 def constants(x, y):
     if TEXT == "rows" or OFF:
         return undefined + x  # noqa: F821
-    total = 0
+    total = 5 if ON or undefined else 6  # noqa: F821
+    total += 7 if OFF and undefined else 8  # noqa: F821
     for i in range(0, WIDTH, 3):
         total += i * x if ON and i % 2 else -y
     return total + (WIDTH // 3) % 5 - (-WIDTH >> 1)
