@@ -17,6 +17,8 @@ from cubn.saved import Saved
 from cubn.state import BatchNormState
 from cubn.sync.collective import Started, together
 
+__version__ = "0.1.0"
+
 NUMERICS = 2
 """Version of the numerics contract: operations of one version give the same bits."""
 

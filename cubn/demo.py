@@ -139,7 +139,7 @@ def train(network: Network, images: Array, labels: Array, rng: np.random.Generat
 
     steps = len(images) // BATCH
     velocities: dict[int, Array] = {}
-    cubn_log = logging.getLogger("cubn")  # says which kernel is being compiled
+    cubn_log = logging.getLogger("cubn")  # says when kernels are being compiled
     with logging_redirect_tqdm([cubn_log]), tqdm(total=EPOCHS * steps, desc="training", unit="step") as bar:
         for epoch in range(EPOCHS):
             order = rng.permutation(len(images))
@@ -347,7 +347,9 @@ def demo() -> int:
         import tqdm  # noqa: F401
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(f"cubn demo needs {error.name}: pip install 'cubn[demo]'") from error
+        raise ImportError(
+            f"cubn demo needs scikit-learn and tqdm ({error}). Install them with: pip install scikit-learn tqdm"
+        ) from error
 
     digits = load_digits()
     images = (digits.images[..., None] / 16).astype(np.float32)

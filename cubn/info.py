@@ -86,7 +86,7 @@ def info() -> str:
     import cubn
 
     lines = [
-        f"cubn {version_of('cubn')}, numerics contract {cubn.NUMERICS}",
+        f"cubn {cubn.__version__}, numerics contract {cubn.NUMERICS}",
         f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         *_section("libraries", {name: version_of(*distributions) for name, distributions in LIBRARIES.items()}),
     ]

@@ -29,11 +29,16 @@ def test_only_backends_sync_and_adapters_import_what_is_heavy():
     assert {path.name: imported(path) & HEAVY for path in files if imported(path) & HEAVY} == {}
 
 
-def test_only_the_cpu_backend_imports_numba():
+def test_only_the_cpu_backend_imports_the_compiler():
     cpu = ROOT / "backends" / "cpu"
     files = [path for path in ROOT.rglob("*.py") if cpu not in path.parents]
     assert {path.name for path in files if imported(path) & {"numba", "llvmlite"}} == set()
     assert any(imported(path) & {"numba", "llvmlite"} for path in cpu.rglob("*.py")), "the test sees such imports"
+
+
+def test_numba_is_imported_in_one_place():
+    """Where kernels have no source: their own compiler takes a fraction of its time."""
+    assert {path.name for path in ROOT.rglob("*.py") if "numba" in imported(path)} == {"by_numba.py"}
 
 
 def modules_after(program):

@@ -13,6 +13,7 @@ import pytest
 from hatchling.builders.wheel import WheelBuilder
 
 import cubn
+from cubn.__main__ import main
 from cubn.info import info, version_of
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ def test_readme_has_two_commands_of_one_line_whose_extras_exist():
 
 def test_changelog_has_an_entry_for_this_version_and_its_numerics():
     entry = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
-    assert entry.startswith(f"[{PROJECT['version']}]")
+    assert entry.startswith(f"[{cubn.__version__}]")
     assert "### Numerics" in entry
     assert f"version {cubn.NUMERICS}" in entry
 
@@ -47,7 +48,7 @@ def test_info_names_every_library_and_backend():
     text = info()
     assert f"numerics contract {cubn.NUMERICS}" in text
     assert re.search(rf"^  numpy +{re.escape(np.__version__)}$", text, re.MULTILINE)
-    for name in ("numba", "llvmlite", "torch", "jax", "cupy", "mpi4py"):
+    for name in ("llvmlite", "torch", "jax", "cupy", "mpi4py"):
         assert re.search(rf"^  {name} +(\d|not installed$)", text, re.MULTILINE)
     assert re.search(r"^  cpu +available$", text, re.MULTILINE)
     assert re.search(r"^  cuda +not available: .+", text, re.MULTILINE)
@@ -73,12 +74,14 @@ def test_info_survives_a_cache_folder_that_cannot_be_looked_at(monkeypatch, tmp_
     assert str(folder) in info()
 
 
-@pytest.mark.parametrize("absent", ["numba", "llvmlite"])
-def test_a_first_use_without_numba_says_what_to_install(absent):
+@pytest.mark.parametrize("absent", ["cubn.backends.cpu.by_numba", "llvmlite"])
+def test_a_first_use_without_a_compiler_says_what_to_install(absent):
     code = f"""
 import os, sys
 os.environ["CUBN_CACHE_DIR"] = ""
 sys.modules["{absent}"] = None
+import inspect
+inspect.getsource = open  # which finds none
 import cubn, numpy
 try:
     cubn.moments(numpy.ones((2, 3)))
@@ -91,7 +94,7 @@ except ImportError as error:
     assert run.stdout.endswith("). Install what is missing with: pip install numba llvmlite\n")
 
 
-def test_a_numba_that_left_llvmlite_behind_is_missed(monkeypatch):
+def test_an_llvmlite_that_was_left_behind_is_missed(monkeypatch):
     def version(name):
         raise metadata.PackageNotFoundError(name)
 
@@ -118,3 +121,22 @@ def test_wheel_holds_the_package_and_the_kernels_folder(tmp_path):
     for name in ("cubn/__init__.py", "cubn/py.typed", "cubn/backends/cpu/simd.py", "cubn/kernels/README.md"):
         assert re.search(rf"^{re.escape(name)} ", listing.stdout, re.MULTILINE), name
     assert "tests/" not in listing.stdout
+
+
+def test_the_wheel_the_package_and_the_command_line_have_one_version(tmp_path, capsys):
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    assert Path(wheel).name.split("-")[1] == cubn.__version__
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"cubn {cubn.__version__}\n"
+    assert info().startswith(f"cubn {cubn.__version__}, ")
+
+
+@pytest.mark.parametrize("absent", ["tqdm", "sklearn"])
+def test_a_demo_without_its_packages_is_one_line(absent, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, absent, None)
+    assert main(["demo"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1 and absent in err
+    assert err.endswith("pip install scikit-learn tqdm\n")

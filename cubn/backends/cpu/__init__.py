@@ -1,4 +1,4 @@
-"""The CPU backend: kernels compiled by numba, run by a pool of threads of our own."""
+"""The CPU backend: compiled kernels, run by a pool of threads of our own."""
 
 from __future__ import annotations
 

@@ -1,19 +1,18 @@
-"""Kernels compiled once: numba makes LLVM IR, LLVM makes an object file, a cache keeps it, later processes just load
-it.
-
-A process that finds its kernels in the cache never imports numba.
+"""Kernels compiled once: `language` makes LLVM IR (`by_numba`, where there is no source), LLVM makes an object file, a
+cache keeps it, later processes just load it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import logging
+import math
 import os
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 from cubn.backends.cpu import cache
 from cubn.backends.cpu.cache import llvm, without_numba
@@ -27,6 +26,12 @@ if hasattr(os, "register_at_fork"):  # a child has no thread that would finish w
         before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release
     )
 _engines: list[llvm.ExecutionEngine] = []  # what they loaded lives as long as they do
+
+compiled_here: list[str] = []
+"""Names of the kernels that this process has compiled."""
+
+PATIENCE = 1.0  # seconds of compiling, in all, that go without a word
+OPTIMISING = 4  # times as long as the translation into LLVM's language
 
 
 class Kernel(NamedTuple):
@@ -52,38 +57,71 @@ def _machine() -> llvm.TargetMachine:
 
 
 def compiled(name: str, build: Callable[[], Callable[[int, int], None]]) -> Kernel:
-    """The native `kernel(parameters, worker)` that `build()` gives as a numba-compilable Python function."""
+    """The native `kernel(parameters, worker)` that `build()` gives as a function in the language of kernels."""
     with _compiling:
         code = cache.load(name)
         if code is None:
-            with _announced(name):
-                code = _object_code(build)
+            code = _object_code(build)
+            compiled_here.append(name)
             cache.store(name, code)
         return _load(code)
 
 
 def _object_code(build: Callable[[], Callable[[int, int], None]]) -> bytes:
+    from cubn.backends.cpu.language import NoSource, llvm_ir
+
+    with _stopwatch:
+        kernel = build()
+        try:
+            text = llvm_ir({"kernel": kernel})
+            _stopwatch.announce()
+        except NoSource:
+            text = _by_numba(kernel)
+        return _optimised(text)
+
+
+def _by_numba(kernel: Callable[[int, int], None]) -> str:
+    """LLVM IR of a kernel whose source is not there, or not the one it was loaded from."""
     try:
-        import numba
+        from cubn.backends.cpu.by_numba import llvm_ir
     except ImportError as error:
         raise without_numba(error) from error
-    signature = numba.types.void(numba.types.intp, numba.types.intp)
-    with _switched_on(numba.config):
-        entry = numba.cfunc(signature, nogil=True, error_model="numpy")(build())
-    module = llvm.parse_assembly(entry.inspect_llvm())
-    module.get_function(entry.native_name).name = "kernel"
-    return bytes(_machine().emit_object(module))
+    return llvm_ir(kernel, "kernel")
 
 
-@contextlib.contextmanager
-def _switched_on(config: Any) -> Iterator[None]:
-    """NUMBA_DISABLE_JIT is for functions that run without it, as these do not."""
-    disabled = config.DISABLE_JIT
-    config.DISABLE_JIT = 0
-    try:
-        yield
-    finally:
-        config.DISABLE_JIT = disabled
+def _optimised(text: str) -> bytes:
+    """The object file of a module of LLVM IR."""
+    machine = _machine()
+    module = llvm.parse_assembly(text)
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_vectorization = options.slp_vectorization = False  # kernels are written in vectors
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    return bytes(machine.emit_object(module))
+
+
+class _Stopwatch:
+    """The time this process has spent compiling, announced once if it is about to be long."""
+
+    def __init__(self) -> None:
+        self.spent, self.begin, self.announced = 0.0, 0.0, False
+
+    def __enter__(self) -> None:
+        self.begin = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.spent += time.monotonic() - self.begin
+
+    def announce(self) -> None:
+        """To be called when a kernel is translated, which foretells how long the rest will take on this machine."""
+        total = self.spent + (1 + OPTIMISING) * (time.monotonic() - self.begin)
+        if total > PATIENCE and not self.announced:
+            self.announced = True
+            logger.warning("cubn: compiling kernels for this CPU, about %d s, once", math.ceil(total))
+
+
+_stopwatch = _Stopwatch()
 
 
 def _load(code: bytes) -> Kernel:
@@ -96,15 +134,3 @@ def _load(code: bytes) -> Kernel:
     _engines.append(engine)
     address = engine.get_function_address("kernel")
     return Kernel(_SIGNATURE(address), address)
-
-
-@contextlib.contextmanager
-def _announced(name: str) -> Iterator[None]:
-    """Say what is being compiled if it takes longer than a second."""
-    timer = threading.Timer(1.0, logger.warning, ["cubn: compiling %s for this processor, once", name])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

@@ -148,7 +148,8 @@ def sample(p, n):  # type: ignore[no-untyped-def]
     """Where sample n begins: addresses of y, x, g, r and bits, as everywhere in the passes."""
     at = get(p + Y), get(p + X), get(p + G), get(p + R), get(p + BITS)
     by_sample = get(p + Y_SAMPLE), get(p + X_SAMPLE), get(p + G_SAMPLE), get(p + R_SAMPLE), get(p + BITS_SAMPLE)
-    return moved(at, by_sample, n)
+    py, px, pg, pr, pb = moved(at, by_sample, n)
+    return py, px, pg, pr, pb
 
 
 @jit
@@ -167,7 +168,7 @@ def elements(size: int, count: int) -> tuple[int, ...]:
 
 
 def row_pass(element: Element, what: Pass, per_lane: bool, in_slab: bool = False) -> Any:
-    """A numba function: one row of `length` elements, by the entries of a coefficient table (a channel's, or with
+    """For kernels: one row of `length` elements, by the entries of a coefficient table (a channel's, or with
     per_lane one a lane).
 
     In a slab x and dy are in cache, and the output's next row is too far away for the processor to see it coming: it is
@@ -246,7 +247,7 @@ def row_pass(element: Element, what: Pass, per_lane: bool, in_slab: bool = False
 
 
 def channel_pass(element: Element, what: Pass, in_slab: bool = False) -> Any:
-    """A numba function: one sample of `count` channels from c0 of a dense nchw array; in a slab, the one before it is
+    """For kernels: one sample of `count` channels from c0 of a dense nchw array; in a slab, the one before it is
     next.
     """
     row = row_pass(element, what, False, in_slab)
@@ -265,7 +266,7 @@ def channel_pass(element: Element, what: Pass, in_slab: bool = False) -> Any:
 
 
 def position_pass(element: Element, what: Pass) -> Any:
-    """A numba function: all channels of `count` positions from s0 of one sample of an nhwc array, four positions at a
+    """For kernels: all channels of `count` positions from s0 of one sample of an nhwc array, four positions at a
     time.
     """
     row = row_pass(element, what, True)
@@ -322,7 +323,7 @@ def position_pass(element: Element, what: Pass) -> Any:
 
 
 def flat_pass(element: Element, what: Pass) -> Any:
-    """A numba function: `count` elements from the given one on, of dense nhwc arrays of few channels.
+    """For kernels: `count` elements from the given one on, of dense nhwc arrays of few channels.
 
     The table has the channels over and over, so that rows are long; see `repeat_channels`.
     """
@@ -343,7 +344,7 @@ def flat_pass(element: Element, what: Pass) -> Any:
 
 
 def repeat_channels(element: Element) -> Any:
-    """A numba function: fill the rows of the coefficient table up to the period with what their first C entries are."""
+    """For kernels: fill the rows of the coefficient table up to the period with what their first C entries are."""
     acc, lanes = element.acc_size, LANES
 
     @instruction()

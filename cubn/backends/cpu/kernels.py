@@ -180,7 +180,7 @@ def sums(p, c):  # type: ignore[no-untyped-def]
 
 
 def table_of(element: Element) -> Any:
-    """A numba function: the table's entries of some channels, from their mean and invstd."""
+    """For kernels: the table's entries of some channels, from their mean and invstd."""
     of_channels, acc = channels.coefficients(element.acc), element.acc_size
 
     @jit
@@ -193,7 +193,7 @@ def table_of(element: Element) -> Any:
 
 
 def gradient_table_of(element: Element) -> Any:
-    """A numba function: k1 and k2 of some channels, from their sums."""
+    """For kernels: k1 and k2 of some channels, from their sums."""
     of_channels, acc = channels.gradient_coefficients(element.acc), element.acc_size
 
     @jit
@@ -227,7 +227,7 @@ def widen_running(p, c, lanes):  # type: ignore[no-untyped-def]
 
 
 def slab_pass(element: Element, kind: str, what: Pass) -> Any:
-    """A numba function: the elementwise pass over all samples of a chunk of channels, the last sample first."""
+    """For kernels: the elementwise pass over all samples of a chunk of channels, the last sample first."""
     of_channels = channel_pass(element, what, in_slab=True)
     if kind == "columns":
 

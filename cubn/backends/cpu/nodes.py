@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import njit
 
 from cubn.backends.cpu.arithmetic import Coefficients, Moments, Node, Reduction, Term, centre, gated
+from cubn.backends.cpu.language import Function
 from cubn.backends.cpu.launch import OFFSET
 from cubn.backends.cpu.plan import NODE
 from cubn.backends.cpu.simd import (
@@ -45,8 +45,7 @@ from cubn.backends.cpu.simd import (
 
 ROWS, COLUMNS, TILE = 8, 256, 2048
 HALF_NODE = NODE // 2
-# Helpers are only ever inlined into a kernel, so they need no entry points of their own.
-jit = njit(error_model="numpy", nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
+jit: Any = Function
 
 CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
 X_SAMPLE, X_CHANNEL, X_POSITION = OFFSET["x_sample"], OFFSET["x_channel"], OFFSET["x_position"]

@@ -48,14 +48,13 @@ MOST = 255  # workers
 
 
 def build(name: str) -> Callable[[int, int], None]:
-    """The native parts `serve` and `conduct`, for numba to compile."""
+    """The native parts `serve` and `conduct`, in the language of kernels."""
     from llvmlite import ir
-    from numba import types
 
     from cubn.backends.cpu.nodes import jit
     from cubn.backends.cpu.simd import I64, Value, get, instruction, pointer, put
 
-    @instruction(types.intp)
+    @instruction(I64)
     def look(address: Value) -> Value:
         b = address.b
         return Value(b, b.load_atomic(pointer(address, I64), "acquire", 8, typ=I64))
@@ -64,7 +63,7 @@ def build(name: str) -> Callable[[int, int], None]:
     def post(address: Value, value: Value) -> None:
         address.b.store_atomic(value.v, pointer(address, I64), "release", 8)
 
-    @instruction(types.intp)
+    @instruction(I64)
     def swap(address: Value, before: Value, after: Value) -> Value:
         """Compare and swap; 1 if it happened."""
         b = address.b
@@ -83,7 +82,7 @@ def build(name: str) -> Callable[[int, int], None]:
 
     size = CALLERS + _floating_point.ROOM
 
-    @instruction(types.intp)
+    @instruction(I64)
     def new_job(anything: Value) -> Value:
         """On the stack, until the function returns."""
         b = anything.b

@@ -42,7 +42,7 @@ def channels_of_a_slot(kind: str) -> int:
 
 
 def gather(source: Source, kind: str) -> Any:
-    """A numba function: the nodes of `width` slots of channels from c0 over samples [first, last) and tiles [from,
+    """For kernels: the nodes of `width` slots of channels from c0 over samples [first, last) and tiles [from,
     to) of each.
 
     It returns the address of `width` float64 node slots and leaves their count at `work + AT_COUNTS + 2048`. `first`

@@ -1,6 +1,6 @@
-"""Vectors of 16 lanes for numba, and the instructions kernels are written in.
+"""Vectors of 16 lanes, and the instructions kernels are written in.
 
-A kernel is a numba function: loops and index arithmetic in Python, on nothing but 64-bit integers (counts and
+A kernel is loops and index arithmetic (language.py), on nothing but 64-bit integers (counts and
 addresses). What it does to data is a handful of *instructions*, each a Python function that emits LLVM IR through
 `Value`, so that it reads as the arithmetic it is; between instructions data lives in memory. LLVM turns 16 lanes into
 whatever registers the machine has. No instruction carries a fast-math flag: each + - * / is one IEEE-754 operation.
@@ -8,13 +8,11 @@ whatever registers the machine has. No instruction carries a fast-math flag: eac
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
 from cubn.backends import ITEMSIZE
 from cubn.backends.cpu.conversions import narrowed_bfloat, narrowed_half, widened_bfloat, widened_half
@@ -261,58 +259,26 @@ class Element:
         store_raw(value, address, self.acc_size)
 
 
-def instruction(result: Any = types.void) -> Callable[[Callable[..., Any]], Any]:
-    """Make a numba-callable instruction of a function that emits IR: emit(*arguments) -> Value or None.
+class Instruction(NamedTuple):
+    """What a kernel calls to do something to data: `emit` writes it in LLVM IR."""
+
+    emit: Callable[..., Value | Values | None]
+    result: Any
+
+
+def instruction(result: Any = None) -> Callable[[Callable[..., Value | Values | None]], Any]:
+    """Make an instruction of a function that emits IR: emit(*arguments) -> Value (`result` is I64), Values as many as
+    its first argument is (Values), or None.
 
     Values are 64-bit integers, arguments such values or tuples of them.
     """
-
-    def decorate(emit: Callable[..., Value | None]) -> Any:
-        parameters = inspect.signature(emit).parameters.values()
-
-        def typed(typing_context: Any, *args: Any) -> Any:
-            def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-                out = emit(*(_taken(builder, kind, v) for kind, v in zip(signature.args, values, strict=True)))
-                return context.get_dummy_value() if out is None else out.v
-
-            return result(*map(_kind, args)), codegen
-
-        # numba reads arity and argument names off the signature, and cannot lower *args.
-        context = inspect.Parameter("typing_context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        typed.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
-        return intrinsic(typed)
-
-    return decorate
+    return functools.partial(Instruction, result=result)
 
 
-def _kind(argument: Any) -> Any:
-    """The numba type an instruction takes an argument as."""
-    if isinstance(argument, types.BaseTuple):
-        return types.UniTuple(types.intp, len(argument))  # type: ignore[no-untyped-call]
-    return types.intp
-
-
-def _taken(builder: ir.IRBuilder, kind: Any, value: ir.Value) -> Value | Values:
-    return _unpacked(builder, kind, value) if isinstance(kind, types.UniTuple) else Value(builder, value)
-
-
-def _unpacked(builder: ir.IRBuilder, kind: Any, value: ir.Value) -> Values:
-    return tuple(Value(builder, builder.extract_value(value, i)) for i in range(len(kind)))
-
-
-def _moved(typing_context: Any, at: Any, steps: Any, count: Any) -> Any:
-    places, step_kinds = _kind(at), _kind(steps)
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        where, by, n = values
-        further = shifted(_unpacked(builder, places, where), _unpacked(builder, step_kinds, by), Value(builder, n))
-        return context.make_tuple(builder, places, [v.v for v in further])
-
-    return places(places, step_kinds, types.intp), codegen
-
-
-moved: Any = intrinsic(_moved)
-"""moved(at, steps, count): `shifted`, for kernels."""
+@instruction(Values)
+def moved(at: Values, steps: Values, count: Value) -> Values:
+    """`shifted`, for kernels."""
+    return shifted(at, steps, count)
 
 
 def transposed(rows: Sequence[Value]) -> list[Value]:
@@ -353,7 +319,7 @@ def by_cases(value: Value, cases: Sequence[int], body: Callable[[int], None]) ->
     b.position_at_end(end)
 
 
-@instruction(types.intp)
+@instruction(I64)
 def get(address: Value) -> Value:
     """The int64 at an address."""
     return Value(address.b, address.b.load(pointer(address, I64), typ=I64))
@@ -365,7 +331,7 @@ def put(address: Value, value: Value) -> None:
     address.b.store(value.v, pointer(address, I64))
 
 
-@instruction(types.intp)
+@instruction(I64)
 def claim(counter: Value) -> Value:
     """The next task: the int64 at an address, which other threads add to as well, before adding 1."""
     b = counter.b

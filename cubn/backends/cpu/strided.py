@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 
 from cubn.backends.cpu.arithmetic import Moments, gated
 from cubn.backends.cpu.elementwise import (
@@ -68,7 +67,7 @@ BITS_CHANNEL, BITS_POSITION = OFFSET["bits_channel"], OFFSET["bits_position"]
 COEFFICIENTS, COEFFICIENT_ROW = OFFSET["coefficients"], OFFSET["coefficient_row"]
 
 
-@instruction(types.intp)
+@instruction(I64)
 def get_byte(address: Value) -> Value:
     """The byte at an address."""
     b = address.b
@@ -241,7 +240,7 @@ def of_any(source: Source) -> Any:
 
 
 def strided_pass(element: Element, what: Pass) -> Any:
-    """A numba function: y or dx of up to 16 channels of one sample; 0 where masked."""
+    """For kernels: y or dx of up to 16 channels of one sample; 0 where masked."""
     compute = vector_of(element, what, bits_at, keep_bits_at)
 
     @instruction()
