@@ -81,7 +81,7 @@ import os, sys
 os.environ["CUBN_CACHE_DIR"] = ""
 sys.modules["{absent}"] = None
 import inspect
-inspect.getsource = open  # which finds none
+inspect.getsource = lambda python: open("no such file")
 import cubn, numpy
 try:
     cubn.moments(numpy.ones((2, 3)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+import tokenize
 from collections import Counter
 from collections.abc import Callable
 from types import CodeType
@@ -76,7 +77,7 @@ class NoSource(OSError):
 def _tree(python: Callable[..., Any]) -> ast.FunctionDef:
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(python))).body
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, tokenize.TokenError) as error:
         raise NoSource(str(error)) from error
     if not isinstance(tree, ast.FunctionDef) or not _is_of(tree, python.__code__):
         raise NoSource(f"{python.__code__.co_filename} was changed since it was loaded")
