@@ -7,7 +7,6 @@ import sys
 from tests.fuzz import harness
 
 
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("part", help="valid_calls, bad_input, capsules, signals, modes, cuda")

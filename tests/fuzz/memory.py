@@ -129,5 +129,3 @@ def draw(rng, shape, library, *, repeat=(), gap=0.3):
         offset=rng.choice([0, 0, 0, 1, 3, 8, 21]),
         at_end=rng.random() < 0.7,
     )
-
-

@@ -130,7 +130,9 @@ def from_dlpack(x):
     tensor = kind.from_address(_pointer(exported, name)).tensor
     dtype = next(name for name, code in CODES.items() if code == (tensor.code, tensor.bits))
     store = np.dtype("uint16" if dtype == "bfloat16" else dtype)
-    shape, strides = (at and tuple((ctypes.c_int64 * tensor.ndim).from_address(at)) for at in (tensor.shape, tensor.strides))
+    shape, strides = (
+        at and tuple((ctypes.c_int64 * tensor.ndim).from_address(at)) for at in (tensor.shape, tensor.strides)
+    )
     memory = SimpleNamespace(capsule=exported, exporter=x)
     memory.__array_interface__ = {
         "version": 3,

@@ -123,7 +123,9 @@ def _shape(rng: random.Random, operation: str) -> tuple[tuple[int, ...], int]:
     room = rng.choice([1 << 6, 1 << 9, 1 << 12, 1 << 14, 1 << 14, 1 << 16])
     extents = {}
     for name in rng.sample("NCS", 3):
-        extents[name] = rng.choice([e for e in EDGES if e <= room] if rng.random() < 0.8 else range(1, min(room, 40) + 1))
+        extents[name] = rng.choice(
+            [e for e in EDGES if e <= room] if rng.random() < 0.8 else range(1, min(room, 40) + 1)
+        )
         room = max(1, room // extents[name])
     N, C, S = (extents[name] for name in "NCS")
     if operation == "train" and N * S < 2:
@@ -489,7 +491,9 @@ def _ranks(given: Given) -> Any:
     for lo, hi in ranges:
         x, options = given.arguments(lo, hi)
         if case.out == "given":
-            options["out"] = given.carried(Placed(np.zeros(case.shape, given.x.array.dtype), case.others), slice(lo, hi))
+            options["out"] = given.carried(
+                Placed(np.zeros(case.shape, given.x.array.dtype), case.others), slice(lo, hi)
+            )
         calls.append((x, options, given.carried(given.dy, slice(lo, hi))))
     given.protect()
     declared = {"sizes": [hi - lo for lo, hi in ranges]} if case.sizes else {}
