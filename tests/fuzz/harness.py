@@ -1,9 +1,9 @@
 """Random cases of a part of the campaign, run in a process of their own that may crash or hang.
 
 A part is a module of this package with `draw(rng)`, which makes a case of a seeded random.Random, and `run(case)`,
-which raises where cubn is wrong. A case prints itself as the code that makes it. Case K of seed S is always the same, so
-that `python -m tests.fuzz PART --seed S --case K` runs it again. Before a case is run it is written into a journal, a
-file that outlives a crash.
+which raises where cubn is wrong. A case prints itself as the code that makes it. Case K of seed S is always the same
+one, so that `python -m tests.fuzz PART --seed S --case K` runs it again. Before a case is run it is written into a
+journal, a file that outlives a crash.
 """
 
 from __future__ import annotations

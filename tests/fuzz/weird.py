@@ -399,35 +399,45 @@ SIZES = {
 COUNTER = {
     name: Weird(make, BOTH)
     for name, make in {
-        "0": lambda a: 0,
         "a list": lambda a: [0] * 4,
         "short": lambda a: np.zeros(1, np.int64),
-        "no axis": lambda a: np.zeros((), np.int64),
         "two axes": lambda a: np.zeros((4, 1), np.int64),
         "long": lambda a: np.zeros(5, np.int64),
-        "int32": lambda a: np.zeros(4, np.int32),
+        "empty": lambda a: np.zeros(0, np.int64),
         "float64": lambda a: np.full(4, 1.5),
+        "nans": lambda a: np.full(4, math.nan),
         "uint64": lambda a: np.full(4, 2**64 - 1, np.uint64),
-        "bool": lambda a: np.zeros(4, bool),
         "objects": lambda a: np.array([None] * 4),
-        "big-endian": lambda a: np.ones(4, ">i8"),
-        "strided": lambda a: np.zeros(8, np.int64)[::2],
-        "backwards": lambda a: np.zeros(4, np.int64)[::-1],
-        "broadcast": lambda a: np.broadcast_to(np.int64(0), (4,)),
-        "misaligned": lambda a: _misaligned(np.zeros(4, np.int64)),
-        "read-only": lambda a: _read_only(np.zeros(4, np.int64)),
         "masked": lambda a: np.ma.zeros(4, np.int64),
-        "a tensor": lambda a: torch.zeros(4, dtype=torch.int64),
-        "a JAX array": made_once(lambda a: jax.numpy.zeros(4, "int32")),
-        "a foreign array": lambda a: producer.Foreign(np.zeros(4, np.int64)),
+        "complex": lambda a: np.zeros(4, np.complex64),
         "text": lambda a: "0000",
         "None": lambda a: None,
         "an object": lambda a: object(),
         "nan": lambda a: math.nan,
         "huge": lambda a: 10**400,
         "negative": lambda a: np.full(4, -5, np.int64),
+        "a tensor of floats": lambda a: torch.full((4,), 0.5),
+    }.items()
+} | {
+    name: Weird(make, EITHER)
+    for name, make in {
+        "0": lambda a: 0,
+        "True": lambda a: True,
+        "no axis": lambda a: np.zeros((), np.int64),
+        "int32": lambda a: np.ones(4, np.int32),
+        "bool": lambda a: np.zeros(4, bool),
+        "big-endian": lambda a: np.ones(4, ">i8"),
+        "strided": lambda a: np.arange(8, dtype=np.int64)[::2],
+        "backwards": lambda a: np.arange(4, dtype=np.int64)[::-1],
+        "broadcast": lambda a: np.broadcast_to(np.int64(3), (4,)),
+        "misaligned": lambda a: _misaligned(np.zeros(4, np.int64)),
+        "read-only": lambda a: _read_only(np.arange(4, dtype=np.int64)),
+        "a tensor": lambda a: torch.arange(4),
+        "a JAX array": made_once(lambda a: jax.numpy.ones(4, "int32")),
+        "a foreign array": lambda a: producer.Foreign(np.arange(4)),
     }.items()
 }
+"""Counts are taken from anything that holds whole numbers, or refused; but nothing else is."""
 
 
 def communicator():
