@@ -76,6 +76,8 @@ class Case:
     gradients: str = "local"
     sizes: bool = False
     repeats: int = 1
+    biased: bool = False  # running_variance
+    restated: bool = False  # whether the backward is made a second time, by backward_from
     constants: tuple[tuple[str, int], ...] = ()
     seed: int = 0
 
@@ -112,6 +114,8 @@ def draw(rng: random.Random) -> Case:
         gradients=rng.choice(["local", "global"]),
         sizes=rng.random() < 0.3,
         repeats=rng.choice([1, 1, 1, 2]),
+        biased=rng.random() < 0.2,
+        restated=rng.random() < 0.2,
         constants=tuple((name, rng.choice(CONSTANTS[name])) for name in CONSTANTS if rng.random() < 0.3),
         seed=rng.randrange(1 << 30),
     )
@@ -163,6 +167,8 @@ def _settled(case: Case) -> Case:
             case = replace(case, operation="normalize")
     if case.operation != "train":
         case = replace(case, repeats=1)
+    if case.operation not in ("train", "frozen") or case.residual or case.out == "in place":
+        case = replace(case, restated=False)
     return case
 
 
@@ -179,6 +185,8 @@ def simpler(case: Case) -> Iterator[Case]:
         "wild": 0.0,
         "out": "fresh",
         "repeats": 1,
+        "biased": False,
+        "restated": False,
         "start": 0,
         "library": "numpy",
         "dtype": "float32",
@@ -318,8 +326,9 @@ class Given:
     def updated(self, statistics: Any) -> dict[str, Any]:
         zeros = np.zeros(self.C, np.int64)
         after = oracle.State(self.values["running_mean"], self.values["running_var"], zeros, zeros)
+        biased = {"biased": True} if self.case.biased else {}
         for _ in range(self.case.repeats):
-            after = oracle.update(after, statistics, self.case.momentum)
+            after = oracle.update(after, statistics, self.case.momentum, **biased)
         return {
             "running_mean": after.mean,
             "running_var": after.var,
@@ -343,6 +352,7 @@ class Given:
                 eps=self.case.eps,
                 momentum=self.case.momentum,
                 channel_axis=self.case.axis,
+                **({"running_variance": "biased"} if self.case.biased else {}),
             )
 
     def arguments(self, lo: int | None = None, hi: int | None = None) -> tuple[Any, dict[str, Any]]:
@@ -428,13 +438,16 @@ def _train(given: Given) -> Any:
         found = {"y": y, "running_mean": state.running_mean, "running_var": state.running_var}
         if trains:
             found |= {"tracked": state.tracked, "skipped": state.skipped}
-        return found | (_backward(given, dy, saved, gradient) if goes_back else {})
+        restated = _restated(given, dy, x, saved) if goes_back and case.restated else {}
+        return found | (_backward(given, dy, saved, gradient) if goes_back else {}) | restated
 
     def expected() -> dict[str, Any]:
         statistics = given.statistics()
         kept = {name: given.values[name] for name in ("running_mean", "running_var")}
         found = given.output(statistics) | (given.updated(statistics) if trains else kept)
-        return found | (given.gradients(statistics) if goes_back else {})
+        gradients = given.gradients(statistics) if goes_back else {}
+        again = {f"{name} again": value for name, value in gradients.items() if goes_back and case.restated}
+        return found | gradients | again
 
     return perform, expected
 
@@ -444,6 +457,24 @@ def _backward(given: Given, dy: Any, saved: Any, options: dict[str, Any]) -> dic
     found = {f"d{name}": getattr(gradients, f"d{name}") for name in given.parameters}
     found |= {"dresidual": gradients.dresidual} if given.case.residual else {}
     return found | {"dx": gradients.dx}
+
+
+def _restated(given: Given, dy: Any, x: Any, saved: Any) -> dict[str, Any]:
+    """The same gradients by backward_from."""
+    case = given.case
+    gradients = cubn.backward_from(
+        dy,
+        x,
+        mean=saved.mean,
+        invstd=saved.invstd,
+        **{name: carry(placed.array, case.library) for name, placed in given.parameters.items()},
+        mask=None if given.mask is None else given.carried_mask(),
+        relu=case.relu,
+        frozen=case.operation == "frozen",
+        channel_axis=case.axis,
+        **({} if case.operation == "frozen" else {"count": int(saved.count)}),
+    )
+    return {f"d{name} again": getattr(gradients, f"d{name}") for name in ("x", *given.parameters)}
 
 
 def _edges(case: Case) -> list[tuple[int, int]]:
