@@ -42,11 +42,13 @@ class World:
     """Arrays between guard pages, and what can be made of them; `renew` puts everything back."""
 
     arrays = ("x", "residual", "dy", "out", "mask", "gamma", "beta", "running_mean", "running_var", "weight", "bias")
+    arrays += ("mean", "invstd", "var")
+    count = 6
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
         shapes = dict.fromkeys(self.arrays, SHAPE) | dict.fromkeys(self.arrays[5:9], (C,))
-        shapes |= {"mask": (3, 2), "weight": (C, C), "bias": (C,)}
+        shapes |= {"mask": (3, 2), "weight": (C, C)} | dict.fromkeys(("bias", "mean", "invstd", "var"), (C,))
         dtypes = dict.fromkeys(self.arrays, np.dtype("f4")) | {"mask": np.dtype(bool)}
         sizes = {name: math.prod(shapes[name]) * dtypes[name].itemsize for name in self.arrays}
         self.pages = Pages(sum(-(-size // 8) * 8 for size in sizes.values()))
@@ -88,7 +90,12 @@ ON_X = {"mask": weird.MASK, "residual": weird.BESIDE, "relu": weird.FLAG, "out":
 TOGETHER = {"comm": weird.COMMUNICATOR, "sizes": weird.SIZES}
 STATE = {"state": weird.OBJECT}
 CHANNELS_OF_X = {"x": weird.CHANNELS}
-OPTIONS = {"eps": weird.EPS, "momentum": weird.MOMENTUM, "channel_axis": weird.INTEGER}
+OPTIONS = {
+    "eps": weird.EPS,
+    "momentum": weird.MOMENTUM,
+    "channel_axis": weird.INTEGER,
+    "running_variance": weird.WORD,
+}
 VECTORS = {
     "gamma": weird.PARAMETER,
     "beta": weird.PARAMETER,
@@ -107,19 +114,41 @@ ROLES: dict[str, dict[str, dict[str, Weird]]] = {
     | {"moments": weird.OBJECT, "gamma": weird.PARAMETER, "beta": weird.PARAMETER}
     | {"eps": weird.EPS, "channel_axis": weird.AXIS}
     | ON_X,
-    "moments": {"x": weird.X, "mask": weird.MASK, "channel_axis": weird.AXIS, "start": weird.START} | TOGETHER,
+    "moments": {"x": weird.X, "mask": weird.MASK, "channel_axis": weird.AXIS, "start": weird.START}
+    | {"dtype": weird.DTYPE}
+    | TOGETHER,
     "backward": {
         "dy": weird.BESIDE | weird.NOTHING,
         "saved": weird.OBJECT,
         "out": weird.OUT,
         "parameter_gradients": weird.WORD,
+        "statistics": weird.FLAG,
     },
+    "backward_from": {
+        "dy": weird.BESIDE | weird.NOTHING,
+        "x": weird.CHANNELS,
+        **dict.fromkeys(("mean", "invstd"), weird.PARAMETER | weird.NOTHING),
+        **dict.fromkeys(("gamma", "beta"), weird.PARAMETER),
+        "mask": weird.MASK,
+        **dict.fromkeys(("relu", "frozen", "statistics"), weird.FLAG),
+        "count": {name: w for name, w in weird.COUNT.items() if name != "None"},
+        "channel_axis": weird.AXIS,
+        "out": weird.OUT,
+    },
+    "finite_mask": {"x": weird.X, "channel_axis": weird.AXIS},
+    "from_statistics": {
+        "count": weird.COUNT,
+        "mean": weird.PARAMETER | weird.NOTHING,
+        "var": weird.PARAMETER | weird.NOTHING | {"negative": Weird(lambda a: -a - 1, weird.RANGE)},
+    },
+    "reset": dict.fromkeys(("statistics", "counters"), weird.FLAG),
+    "from_module": {"bn": weird.OBJECT},
     "backward_start": {"dy": weird.BESIDE, "saved": weird.OBJECT},
     "update": STATE | {"moments": weird.OBJECT},
     "fold": STATE,
     "fold_into": STATE
     | {
-        "weight": {name: value for name, value in weird.X.items() if name not in weird.WITH_GRADIENT},
+        "weight": {n: w for n, w in weird.X.items() if n not in weird.WITH_GRADIENT and n != "shape (4,)"},
         "bias": weird.PARAMETER,
         "output_axis": weird.AXIS,
         "groups": weird.GROUPS,
@@ -131,14 +160,18 @@ ROLES: dict[str, dict[str, dict[str, Weird]]] = {
         "num_features": weird.FEATURES,
         "affine": weird.FLAG,
         "track": weird.FLAG,
-        "dtype": weird.WORD,
+        "dtype": weird.DTYPE,
         "like": {n: w for n, w in weird.PARAMETER.items() if not n.startswith("shape")},
     },
-    "from_arrays": GIVEN | OPTIONS,
+    "from_arrays": GIVEN
+    | OPTIONS
+    | {name: {n: w for n, w in weird.COUNTER.items() if n != "None"} for name in ("tracked", "skipped")}
+    | {"num_features": {n: w for n, w in weird.FEATURES.items() if n != "None"}, "check": weird.FLAG},
     "from_dict": OPTIONS
     | {"num_features": weird.FEATURES, "tracked": weird.COUNTER, "skipped": weird.COUNTER, "d": weird.OBJECT}
     | {name: {n: Weird(w.make, EITHER + w.raises) for n, w in role.items()} for name, role in VECTORS.items()},
     "__setstate__": {},
+    "moments.from_dict": {},
     "state": VECTORS
     | OPTIONS
     | {"tracked": weird.COUNTER, "skipped": weird.COUNTER, "num_features": weird.FEATURES}
@@ -155,6 +188,9 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     "normalize": ("x", "moments"),
     "moments": ("x",),
     "backward": ("dy", "saved"),
+    "backward_from": ("dy", "x", "mean", "invstd"),
+    "finite_mask": ("x",),
+    "from_statistics": ("count", "mean", "var"),
     "backward_start": ("dy", "saved"),
     "update": ("state", "moments"),
     "fold": ("state",),
@@ -175,8 +211,8 @@ def _of_objects() -> None:
     for target, kind in (("saved", cubn.Saved), ("Moments", cubn.Moments), ("Gradients", cubn.Gradients)):
         ROLES[target] = dict.fromkeys(_public(kind), values)
     anything = {name: Weird(w.make, EITHER + w.raises) for name, w in (weird.OBJECT | weird.COUNTER).items()}
-    paths = ["arrays", "eps", "momentum", "num_features", "channel_axis", "tracked", "skipped"]
-    ROLES["__setstate__"] = dict.fromkeys([*paths, *(f"arrays.{name}" for name in VECTORS)], anything)
+    for target in ("__setstate__", "moments.from_dict"):
+        ROLES[target] = {f"leaf {i}": anything for i in range(12)}
 
 
 _of_objects()
@@ -188,7 +224,7 @@ def draw(rng: random.Random) -> Case:
     target = rng.choice(TARGETS)
     roles = ROLES[target]
     names = rng.sample(list(roles), min(len(roles), rng.choice([1, 1, 1, 2])))
-    if target in ("state", "__setstate__", *RESULTS):
+    if target in ("state", "__setstate__", "moments.from_dict", *RESULTS):
         names = names[:1]
     bad = tuple((name, rng.choice(VALUES[target, name])) for name in names)
     optional = [n for n in ("mask", "residual", "out", "beta", "gamma") if n in roles and n not in names]
@@ -219,7 +255,7 @@ def run(case: Case) -> None:
 def _outcome(w: World, case: Case) -> Exception | None:
     """What is raised."""
     try:
-        {"state": _set_and_use, "__setstate__": _unpickle, "from_dict": _from_dict}.get(case.target, _call)(w, case)
+        _TARGETS.get(case.target, _call)(w, case)
     except Exception as error:
         return error
     w.renew()
@@ -232,7 +268,11 @@ def _judge(w: World, case: Case, error: Exception | None, allowed: tuple[Any, ..
         return
     if not isinstance(error, tuple(kind for kind in allowed if kind)):
         raise AssertionError(f"{type(error).__name__} instead of {_names(allowed)}") from error
-    if isinstance(error, (TypeError, ValueError)) and case.target not in (*RESULTS, "__setstate__"):
+    if isinstance(error, (TypeError, ValueError)) and case.target not in (
+        *RESULTS,
+        "__setstate__",
+        "moments.from_dict",
+    ):
         assert _MESSAGE.match(str(error)), f"not a message of cubn's: {error}"
     if w.changed():
         raise AssertionError("refused, but something was changed") from error
@@ -257,7 +297,11 @@ def _allowed(case: Case) -> tuple[Any, ...]:
         found.append(ValueError)  # an axis x does not have, once it is used
     if case.target == "from_dict" and {"None", "a dictionary"} & {value for _, value in case.bad}:
         found += [KeyError, None]  # an entry that is not there, or that stands for nothing
-    if case.target == "__setstate__":
+    if names >= {"channel_axis", "x"} or names >= {"output_axis", "weight"} or names >= {"frozen", "count"}:
+        found.append(None)  # each may be right beside the other
+    if "statistics" in names:
+        found.append(ValueError)  # which a forward_train has no gradient by
+    if case.target in ("__setstate__", "moments.from_dict"):
         found += [AttributeError, KeyError]
     return tuple(found)
 
@@ -289,11 +333,17 @@ def _call(w: World, case: Case) -> None:
         positional = [arguments.pop(name) for name in ("weight", "bias", "state")]
     else:
         positional = [
-            arguments.pop(n) for n in ("x", "dy", "state", "moments", "saved", "other", "n") if n in arguments
+            arguments.pop(n) for n in ("dy", "x", "state", "moments", "saved", "other", "n") if n in arguments
         ]
     if target == "BatchNormState":
         made = cubn.BatchNormState(arguments.pop("num_features", C), **arguments)
         _use(w, made, changed="channel_axis" in bad)
+    elif target == "from_statistics":
+        cubn.normalize(w.x, cubn.Moments.from_statistics(**arguments))
+    elif target == "from_module":
+        _use(w, cubn.BatchNormState.from_module(*arguments.values()))
+    elif target == "reset":
+        w.state.reset(**arguments)
     elif target == "from_arrays":
         _use(w, cubn.BatchNormState.from_arrays(**arguments), changed="channel_axis" in bad)
     elif target == "merge":
@@ -406,12 +456,42 @@ def _from_dict(w: World, case: Case) -> None:
     _use(w, cubn.BatchNormState.from_dict(d))
 
 
-def _unpickle(w: World, case: Case) -> None:
+def _leaves(held: Any) -> list[tuple[Any, Any]]:
+    """Where the values of nested dictionaries and lists are: pairs of a container and a key."""
+    found = []
+    for key in held if isinstance(held, dict) else range(len(held)):
+        found.append((held, key))
+        if isinstance(held[key], (dict, list)):
+            found += _leaves(held[key])
+    return found
+
+
+def _replaced(w: World, case: Case, held: Any) -> Any:
+    """The same with one of its leaves replaced."""
+    held = copy.deepcopy(held)
     ((name, value),) = case.bad
-    held = copy.deepcopy(w.state.__getstate__())
-    where, _, last = name.rpartition(".")
-    place = held[where] if where else held
-    place[last] = _value(w, case, name, value)
+    leaves = _leaves(held)
+    container, key = leaves[int(name.removeprefix("leaf ")) % len(leaves)]
+    container[key] = _value(w, case, name, value)
+    return held
+
+
+def _unpickle(w: World, case: Case) -> None:
     state = cubn.BatchNormState.__new__(cubn.BatchNormState)
-    state.__setstate__(held)
+    state.__setstate__(_replaced(w, case, w.state.__getstate__()))
     _use(w, state)
+
+
+def _moments_of_dict(w: World, case: Case) -> None:
+    moments = cubn.Moments.from_dict(_replaced(w, case, w.moments.to_dict()))
+    with contextlib.suppress(ValueError):  # moments of nothing, or of other channels
+        cubn.normalize(w.x, moments)
+        w.moments.merge(moments)
+
+
+_TARGETS = {
+    "state": _set_and_use,
+    "__setstate__": _unpickle,
+    "from_dict": _from_dict,
+    "moments.from_dict": _moments_of_dict,
+}

@@ -200,10 +200,10 @@ OTHER_ARRAYS = {
     "a used capsule": (_exporter(name=b"used_dltensor_versioned"), (BufferError,)),
     "no capsule": (_saying(), (BufferError,)),
     "an exporter that refuses": (_saying(error=BufferError("no")), (BufferError,)),
-    "an exporter that fails": (_saying(error=ZeroDivisionError()), (ZeroDivisionError,)),
+    "an exporter that fails": (_saying(error=ZeroDivisionError()), (BufferError, ZeroDivisionError)),
     "a device that is none": (_saying(device=None), BOTH),
     "a device of text": (_saying(device=("cpu", 0)), BOTH),
-    "raises": (lambda a: Raises(), (ZeroDivisionError, *BOTH)),
+    "raises": (lambda a: Raises(), (ZeroDivisionError, BufferError, *BOTH)),
 }
 
 
@@ -278,7 +278,7 @@ NO_NUMBERS = {name: Weird(NO_ARRAYS[name], KIND) for name in NO_ARRAYS.keys() - 
 NO_NUMBERS |= {
     "a vector": Weird(lambda a: np.ones(4), KIND),
     "a decimal": Weird(lambda a: decimal.Decimal("0.1"), KIND),
-    "raises": Weird(lambda a: Raises(), (ZeroDivisionError, *BOTH)),
+    "raises": Weird(lambda a: Raises(), (ZeroDivisionError, BufferError, *BOTH)),
 }
 NO_REALS = {n: w for n, w in NO_NUMBERS.items() if n not in ("a float", "nan", "a NumPy scalar")}
 BEYOND = {
@@ -348,6 +348,7 @@ THREADS = {
     **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (0, -1, -(2**63), -(10**400))},
     **{str(v): Weird(lambda a, v=v: v, EITHER) for v in (True, None, 2**31, 2**63, 10**400, np.int8(2))},
 }
+COUNT = {**INTEGER, **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (0, -1, 2**62, 2**63, 10**400, -(10**400))}}
 GROUPS = {**INTEGER, **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (0, -1, 3, 2**63, 10**400)}}
 FLAG = {
     name: Weird(make, KIND)
@@ -364,7 +365,7 @@ FLAG = {
 } | {
     "numpy True": Weird(lambda a: np.True_, FINE, True),
     "numpy False": Weird(lambda a: np.False_, FINE, False),
-    "raises": Weird(lambda a: Raises(), (ZeroDivisionError, *BOTH)),
+    "raises": Weird(lambda a: Raises(), (ZeroDivisionError, BufferError, *BOTH)),
     "1": Weird(lambda a: 1, EITHER),
 }
 WORD = {
@@ -374,6 +375,14 @@ WORD = {
     "bytes": Weird(lambda a: b"local", BOTH),
     "float16": Weird(lambda a: "float16", BOTH),
 }
+DTYPE = {
+    **{name: w for name, w in WORD.items() if name != "None"},
+    "int8": Weird(lambda a: np.int8, BOTH),
+    "bfloat16": Weird(lambda a: torch.bfloat16, BOTH),
+    "float64": Weird(lambda a: np.float64, EITHER),
+    "a structure": Weird(lambda a: np.dtype([("a", "f4")]), BOTH),
+    "big-endian": Weird(lambda a: np.dtype(">f4"), EITHER),
+}
 OBJECT = {  # a state, Moments, Saved or communicator
     **{name: Weird(make, KIND) for name, make in NO_ARRAYS.items()},
     "None": Weird(lambda a: None, KIND),
@@ -381,7 +390,7 @@ OBJECT = {  # a state, Moments, Saved or communicator
     "a module of torch": Weird(lambda a: torch.nn.BatchNorm1d(4), KIND),
     "a class": Weird(lambda a: producer.Foreign, KIND),
     "a namespace": Weird(lambda a: types.SimpleNamespace(tracked=0, count=1, num_features=4), KIND),
-    "raises": Weird(lambda a: Raises(), (ZeroDivisionError, *BOTH)),
+    "raises": Weird(lambda a: Raises(), (ZeroDivisionError, BufferError, *BOTH)),
 }
 COMMUNICATOR = {name: weird for name, weird in OBJECT.items() if name != "None"}
 SIZES = {
