@@ -131,7 +131,7 @@ ROLES: dict[str, dict[str, dict[str, Weird]]] = {
         **dict.fromkeys(("gamma", "beta"), weird.PARAMETER),
         "mask": weird.MASK,
         **dict.fromkeys(("relu", "frozen", "statistics"), weird.FLAG),
-        "count": {name: w for name, w in weird.COUNT.items() if name != "None"},
+        "count": {name: w for name, w in weird.COUNT.items() if name not in ("None", str(2**62))},
         "channel_axis": weird.AXIS,
         "out": weird.OUT,
     },
@@ -168,7 +168,8 @@ ROLES: dict[str, dict[str, dict[str, Weird]]] = {
     | {name: {n: w for n, w in weird.COUNTER.items() if n != "None"} for name in ("tracked", "skipped")}
     | {"num_features": {n: w for n, w in weird.FEATURES.items() if n != "None"}, "check": weird.FLAG},
     "from_dict": OPTIONS
-    | {"num_features": weird.FEATURES, "tracked": weird.COUNTER, "skipped": weird.COUNTER, "d": weird.OBJECT}
+    | {"num_features": weird.FEATURES, "d": weird.OBJECT}
+    | {name: weird.COUNTER | {"a list": Weird(lambda a: [0] * C, EITHER)} for name in ("tracked", "skipped")}
     | {name: {n: Weird(w.make, EITHER + w.raises) for n, w in role.items()} for name, role in VECTORS.items()},
     "__setstate__": {},
     "moments.from_dict": {},

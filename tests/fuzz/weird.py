@@ -376,7 +376,7 @@ WORD = {
     "float16": Weird(lambda a: "float16", BOTH),
 }
 DTYPE = {
-    **{name: w for name, w in WORD.items() if name != "None"},
+    **{name: w for name, w in WORD.items() if name not in ("None", "a NumPy scalar")},
     "int8": Weird(lambda a: np.int8, BOTH),
     "bfloat16": Weird(lambda a: torch.bfloat16, BOTH),
     "float64": Weird(lambda a: np.float64, EITHER),
@@ -387,7 +387,7 @@ OBJECT = {  # a state, Moments, Saved or communicator
     **{name: Weird(make, KIND) for name, make in NO_ARRAYS.items()},
     "None": Weird(lambda a: None, KIND),
     "an array": Weird(lambda a: np.ones(4, "f4"), KIND),
-    "a module of torch": Weird(lambda a: torch.nn.BatchNorm1d(4), KIND),
+    "a module of torch": Weird(lambda a: torch.nn.Linear(4, 4), KIND),
     "a class": Weird(lambda a: producer.Foreign, KIND),
     "a namespace": Weird(lambda a: types.SimpleNamespace(tracked=0, count=1, num_features=4), KIND),
     "raises": Weird(lambda a: Raises(), (ZeroDivisionError, BufferError, *BOTH)),
