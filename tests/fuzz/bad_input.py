@@ -298,8 +298,9 @@ def _allowed(case: Case) -> tuple[Any, ...]:
         found.append(ValueError)  # an axis x does not have, once it is used
     if case.target == "from_dict" and {"None", "a dictionary"} & {value for _, value in case.bad}:
         found += [KeyError, None]  # an entry that is not there, or that stands for nothing
-    if names >= {"channel_axis", "x"} or names >= {"output_axis", "weight"} or names >= {"frozen", "count"}:
-        found.append(None)  # each may be right beside the other
+    pairs = ({"channel_axis", "x"}, {"output_axis", "weight"}, {"frozen", "count"}, {"track", "momentum"})
+    if any(names >= pair for pair in pairs):
+        found.append(None)  # one of them may be right beside the other, or not matter
     if "statistics" in names:
         found.append(ValueError)  # which a forward_train has no gradient by
     if case.target in ("__setstate__", "moments.from_dict"):
