@@ -1,11 +1,12 @@
 """Nothing that should be refused is taken, crashes or hangs; and the campaign would see it if a check were gone."""
 
+import importlib
 import warnings
 from types import SimpleNamespace
 
 import pytest
 
-from cubn import _arguments, _arrays, _layout, state
+from cubn import _layout
 from tests.fuzz import bad_input, harness
 
 
@@ -31,23 +32,23 @@ def _of(*targets, role=None):
 
 
 CHECKS = {
-    "eps": (state, "checked_eps", lambda eps, function: float(eps), _of("normalize", role="eps")),
-    "shape": (_arguments, "_check_like", lambda *arguments: None, _of("forward", role="residual")),
+    "eps": ("cubn.forward", "checked_eps", lambda eps, function: float(eps), _of("normalize", role="eps")),
+    "shape": ("cubn._arguments", "_check_like", lambda *arguments: None, _of("forward", role="residual")),
     "mask": (
-        _layout,
+        "cubn._layout",
         "mask_operand",
         lambda mask, shape, axis: _layout.operand(mask, 0) if len(mask.shape) > 1 else None,
         _of("moments", role="mask"),
     ),
-    "writable": (_arrays, "check_writable", lambda *arguments: None, _of("forward", role="out")),
-    "state": (state, "_check_statistics", lambda described: None, _of("from_arrays", role="running_mean")),
+    "writable": ("cubn._arrays", "check_writable", lambda *arguments: None, _of("forward", role="out")),
+    "statistics": ("cubn._holding", "check_together", lambda described: None, _of("state", role="running_mean")),
 }
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_check_that_is_gone_is_found(check, monkeypatch, seed):
     where, name, nothing, cases = CHECKS[check]
-    monkeypatch.setattr(where, name, nothing)
+    monkeypatch.setattr(importlib.import_module(where), name, nothing)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert harness.first_failure(cases, seed, 300) is not None
