@@ -19,6 +19,13 @@ settings.register_profile(
 settings.register_profile("ci", parent=settings.get_profile("cubn"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "cubn")
 
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fuzz")
+    group.addoption("--fuzz-seconds", type=float, default=5.0, help="how long tests/fuzz runs, all its parts together")
+    group.addoption("--fuzz-seed", type=int, default=0, help="seed of tests/fuzz")
+
+
 CUDA_ON_CPU = {"cuda-on-cpu": RESIDENT, "cuda-on-cpu-passes": PASSES}
 BACKENDS = ["cpu", *CUDA_ON_CPU]
 

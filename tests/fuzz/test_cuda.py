@@ -1,0 +1,15 @@
+"""The CUDA backend gives the oracle's bits, whatever the device it plans for."""
+
+import pytest
+
+from tests.cuda_on_cpu.build import unavailable
+
+LEAST = 60.0  # seconds in all; every case has kernels to be compiled
+
+
+def test_cuda(campaign, request):
+    if reason := unavailable():
+        pytest.skip(reason)
+    if request.config.getoption("fuzz_seconds") < LEAST:
+        pytest.skip(f"needs --fuzz-seconds {LEAST:.0f} or more")
+    campaign("cuda")

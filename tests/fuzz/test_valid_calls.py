@@ -1,0 +1,136 @@
+"""Valid calls give the oracle's bits and touch no memory but their own; and the campaign would see it if not."""
+
+import dataclasses
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import cubn
+from cubn import reference
+from cubn.backends.cpu import plan
+from tests import oracle
+from tests.fuzz import harness, memory, valid_calls
+
+
+def test_valid_calls(campaign):
+    campaign("valid_calls")
+
+
+def _of_few_kernels(rng):
+    """A case that needs few kernels compiled."""
+    case = dataclasses.replace(valid_calls.draw(rng), dtype="float32", library="numpy", wild=0.0, out="fresh")
+    rank = len(case.shape)
+    dense = {"x": memory.dense(rank), "others": memory.dense(rank), "vectors": memory.dense(1)}
+    return valid_calls._settled(dataclasses.replace(case, **dense))
+
+
+FEW_KERNELS = SimpleNamespace(__name__="few kernels", draw=_of_few_kernels, run=valid_calls.run)
+
+
+def _fused(x, mean, invstd, gamma, beta, residual=None):
+    """One rounding of the product and the sum, as a fused multiply-add has it."""
+    scale = invstd.astype(x.dtype) * gamma.astype(x.dtype)
+    y = reference.centre(x, mean).astype(np.float64) * scale[:, None] + beta.astype(np.float64)[:, None]
+    y = y.astype(x.dtype)
+    return y if residual is None else y + residual.astype(x.dtype)
+
+
+def _weighted(a, b):
+    """Means weighted by counts, where the contract moves one mean by a share of the difference."""
+    (n, mean_a, m2_a), (m, mean_b, m2_b) = a, b
+    count = n + m
+    some = np.maximum(count, 1)
+    mean = (mean_a * n + mean_b * m) / some.astype(mean_a.dtype)
+    d = mean_b - mean_a
+    return (
+        count,
+        mean.astype(mean_a.dtype),
+        (m2_a + m2_b + d * d * (n * m / some).astype(mean_a.dtype)).astype(m2_a.dtype),
+    )
+
+
+_sum_rows, _update, _gradient, _tree = oracle._sum_rows, oracle.update, reference.input_gradient, oracle.tree
+CHANGED = {
+    "a fused multiply-add": (reference, "output", _fused),
+    "rows the other way round": (
+        oracle,
+        "_sum_rows",
+        lambda terms, present: _sum_rows(terms[..., ::-1, :], present[..., ::-1, :]),
+    ),
+    "means by weight": (reference, "merge", _weighted),
+    "no ReLU": (reference, "relu", lambda v: v),
+    "the biased variance": (
+        oracle,
+        "update",
+        lambda state, stats, *options: _update(
+            state, dataclasses.replace(stats, m2=stats.var * (np.float64(stats.count) - 1)), *options
+        ),
+    ),
+    "a gradient without its mean": (
+        reference,
+        "input_gradient",
+        lambda dy, x, mean, invstd, gamma, count, sum_dy, sums: _gradient(
+            dy, x, mean, invstd, gamma, count, 0 * sum_dy, sums
+        ),
+    ),
+    "no mask": (oracle, "_present", lambda N, S, mask: np.ones((N, 1, S), bool)),
+    "every part from sample 0": (oracle, "tree", lambda node, combine, start=0: _tree(node, combine)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_an_oracle_that_is_a_little_wrong_is_found(change, monkeypatch, seed):
+    where, name, changed = CHANGED[change]
+    monkeypatch.setattr(where, name, changed)
+    with np.errstate(all="ignore"):
+        assert harness.first_failure(FEW_KERNELS, seed, 100) is not None
+
+
+def test_a_plan_that_leaves_out_a_task_is_found(monkeypatch, seed):
+    honest = plan.elementwise_tasks
+
+    def one_less(extents, kind, itemsize):
+        tasks, rows = honest(extents, kind, itemsize)
+        return max(1, tasks - 1), rows
+
+    monkeypatch.setattr(plan, "elementwise_tasks", one_less)
+    with valid_calls.planned((("BLOCK_BYTES", 64),)):
+        assert harness.first_failure(FEW_KERNELS, seed, 60) is not None
+
+
+def test_a_write_beside_an_array_is_found():
+    for step, at in ((2, 1), (1, -1), (1, 5)):
+        placed = memory.Placed(np.zeros(5, np.float32), memory.Memory((0,), step=step, offset=1))
+        placed.check_neighbours("x")
+        beside = np.ndarray((1,), np.float32, placed.bytes, placed.array.ctypes.data - placed.pages.address + 4 * at)
+        beside[0] = 1
+        with pytest.raises(AssertionError, match="memory beside x was written to"):
+            placed.check_neighbours("x")
+
+
+def test_a_case_is_the_same_every_time_and_prints_itself_as_code():
+    names = {**vars(valid_calls), **vars(memory)}
+    for number in range(50):
+        case = harness.case_of(valid_calls, 3, number)
+        assert case == harness.case_of(valid_calls, 3, number)
+        assert case == eval(repr(case), names)
+
+
+def test_simpler_cases_are_valid_too():
+    rng = random.Random(0)
+    case = valid_calls.draw(rng)
+    for _ in range(30):
+        candidates = list(valid_calls.simpler(case))
+        if not candidates:
+            break
+        case = rng.choice(candidates)
+        valid_calls.Given(case)
+
+
+@pytest.fixture(autouse=True)
+def number_of_threads():
+    before = cubn.get_num_threads()
+    yield
+    cubn.set_num_threads(before)

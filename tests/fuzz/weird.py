@@ -1,0 +1,453 @@
+"""Values that nobody should pass, each with the errors it has to meet; by the role of the argument it is passed as."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import decimal
+import fractions
+import math
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch
+from numpy.exceptions import AxisError
+
+from cubn.sync import threads
+from tests.fuzz import producer
+
+FINE = ()  # no error: a value that means something, `means`
+KIND = (TypeError,)
+RANGE = (ValueError,)
+BOTH = (TypeError, ValueError)
+EITHER = (*BOTH, None)  # an error or none: this is about crashes, aborts and hangs
+
+
+class Weird(NamedTuple):
+    """What makes the value of a valid one, and what it has to meet."""
+
+    make: Callable[[Any], Any]
+    raises: tuple[Any, ...]
+    means: Any = None
+
+
+def made_once(make):
+    """For values that take long to make and are changed by nobody: one for each shape."""
+    kept = {}
+
+    def of(a):
+        if a.shape not in kept:
+            kept[a.shape] = make(a)
+        return kept[a.shape]
+
+    return of
+
+
+class Raises:
+    """Whoever asks it for anything gets an error of its own."""
+
+    def __getattr__(self, name):
+        raise ZeroDivisionError(name)
+
+    def _raise(self, *arguments, **options):
+        raise ZeroDivisionError
+
+    __index__ = __float__ = __int__ = __len__ = __iter__ = __bool__ = __eq__ = __array__ = __dlpack__ = _raise
+    __dlpack_device__ = __repr__ = _raise
+    __hash__ = object.__hash__
+
+
+class Subclass(np.ndarray):
+    """An array that may mean anything."""
+
+
+class Tensor(torch.Tensor):
+    """A tensor that dispatches by itself."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        return NotImplemented
+
+
+def _misaligned(a):
+    memory = np.zeros(a.nbytes + a.itemsize + 1, np.uint8)
+    view = memory[1 : 1 + a.nbytes]
+    view = view if view.ctypes.data % a.itemsize else memory[2 : 2 + a.nbytes]
+    return view.view(a.dtype).reshape(a.shape)
+
+
+def _between_elements(a):
+    """Steps that are no whole number of elements."""
+    memory = np.zeros((a.nbytes // a.itemsize) * (a.itemsize + 1) + a.itemsize, np.uint8)
+    strides = np.array(np.zeros(a.shape, np.uint8).strides) * (a.itemsize + 1)
+    return np.ndarray(a.shape, a.dtype, memory, 0, tuple(int(s) for s in strides))
+
+
+@made_once
+def _deleted(a):
+    x = jax.numpy.array(a)
+    x.delete()
+    return x
+
+
+@made_once
+def _tracer(a):
+    found = []
+    jax.make_jaxpr(lambda x: found.append(x) or x)(np.zeros(a.shape, np.float32))
+    return found[0]
+
+
+def _freed(a):
+    x = torch.zeros(a.size + 8)[8:].reshape(a.shape)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@made_once
+def _fake(a):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.zeros(a.shape)
+
+
+def _read_only(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+def _exporter(**fields):
+    """An exporter that says other things than NumPy does."""
+
+    def make(a):
+        foreign = producer.Foreign(np.ascontiguousarray(a))
+        known = vars(foreign.fields) | fields
+        foreign.fields = producer.Fields(**known)
+        return foreign
+
+    return make
+
+
+def _saying(device=(1, 0), result=None, error=None):
+    """An exporter whose methods return or raise something."""
+
+    class Exporter:
+        def __dlpack_device__(self):
+            return device
+
+        def __dlpack__(self, **options):
+            if error:
+                raise error
+            return result
+
+    return lambda a: Exporter()
+
+
+NO_ARRAYS = {
+    "a list": lambda a: a.tolist(),
+    "a nested tuple": lambda a: tuple(a.tolist()) if a.ndim else (),
+    "text": lambda a: "x",
+    "bytes": lambda a: a.tobytes(),
+    "an integer": lambda a: 3,
+    "a huge integer": lambda a: 10**400,
+    "a float": lambda a: 0.5,
+    "nan": lambda a: math.nan,
+    "an object": lambda a: object(),
+    "a class": lambda a: np.ndarray,
+    "a function": lambda a: np.zeros,
+    "a module": lambda a: np,
+    "Ellipsis": lambda a: ...,
+    "NotImplemented": lambda a: NotImplemented,
+    "a dictionary": lambda a: {"data": a},
+    "a set": lambda a: {1},
+    "a NumPy scalar": lambda a: np.float32(1),
+    "a complex number": lambda a: 1j,
+    "a memoryview": lambda a: memoryview(np.ascontiguousarray(a)),
+    "an array.array": lambda a: array.array("f", [1, 2, 3, 4]),
+    "a ctypes array": lambda a: (ctypes.c_float * 4)(),
+    "a generator": lambda a: (i for i in range(3)),
+    "__array_interface__ only": lambda a: types.SimpleNamespace(__array_interface__=a.__array_interface__),
+    "__dlpack__ of the instance": lambda a: types.SimpleNamespace(__dlpack__=a.__dlpack__),
+}
+OTHER_DTYPES = ["i4", "i8", "u1", "c8", "c16", "O", "S3", "U2", "M8[s]", "m8[s]", "longdouble", ">f4", ">f8", "V8"]
+OTHER_ARRAYS = {
+    "a masked array": (np.ma.array, KIND),
+    "a subclass": (lambda a: a.view(Subclass), KIND),
+    "a recarray": (lambda a: a.view(np.recarray), KIND),
+    "a structured array": (lambda a: np.zeros(a.shape, [("a", "f4")]), KIND),
+    "misaligned": (_misaligned, RANGE),
+    "between elements": (_between_elements, RANGE),
+    "sparse": (lambda a: torch.zeros(a.shape).to_sparse(), KIND),
+    "meta": (lambda a: torch.zeros(a.shape, device="meta"), (NotImplementedError,)),
+    "an integer tensor": (lambda a: torch.zeros(a.shape, dtype=torch.int32), KIND),
+    "a complex tensor": (lambda a: torch.zeros(a.shape, dtype=torch.complex64).conj(), KIND),
+    "fp8": (lambda a: torch.zeros(a.shape).to(torch.float8_e4m3fn), KIND),
+    "a fake tensor": (_fake, KIND),
+    "a freed tensor": (_freed, BOTH),
+    "an uninitialised parameter": (lambda a: torch.nn.UninitializedParameter(), BOTH),
+    "a tensor class": (lambda a: torch.zeros(a.shape).as_subclass(Tensor), KIND),
+    "a deleted JAX array": (_deleted, RANGE),
+    "a tracer": (_tracer, KIND),
+    "JAX keys": (made_once(lambda a: jax.random.split(jax.random.key(0), 4)), KIND),
+    "pinned memory": (_exporter(device=(3, 0)), (NotImplementedError,)),
+    "metal": (_exporter(device=(8, 0)), (NotImplementedError,)),
+    "lanes": (_exporter(lanes=2), KIND),
+    "DLPack 2": (_exporter(version=(2, 0)), (BufferError,)),
+    "a used capsule": (_exporter(name=b"used_dltensor_versioned"), (BufferError,)),
+    "no capsule": (_saying(), (BufferError,)),
+    "an exporter that refuses": (_saying(error=BufferError("no")), (BufferError,)),
+    "an exporter that fails": (_saying(error=ZeroDivisionError()), (BufferError, ZeroDivisionError)),
+    "a device that is none": (_saying(device=None), BOTH),
+    "a device of text": (_saying(device=("cpu", 0)), BOTH),
+    "raises": (lambda a: Raises(), (ZeroDivisionError, BufferError, *BOTH)),
+}
+
+
+def _arrays(expected_dtype):
+    """What is no array of a dtype that an operation takes."""
+    found = {name: Weird(make, KIND) for name, make in NO_ARRAYS.items()}
+    for dtype in OTHER_DTYPES:
+        found[f"dtype {dtype}"] = Weird(lambda a, dtype=dtype: np.zeros(a.shape, dtype), KIND)
+    if expected_dtype == "bool":
+        found |= {f"dtype {d}": Weird(lambda a, d=d: np.ones(a.shape, d), KIND) for d in ("f2", "f4", "f8", "i1")}
+    else:
+        found["dtype bool"] = Weird(lambda a: np.ones(a.shape, bool), KIND)
+    others = {name: Weird(make, errors) for name, (make, errors) in OTHER_ARRAYS.items()}
+    if expected_dtype == "bool":  # of one byte, and so never misaligned
+        del others["misaligned"], others["between elements"]
+    return found | others
+
+
+def _shapes(*shapes, dtype="f4"):
+    return {f"shape {shape}": Weird(lambda a, shape=shape: np.ones(shape, dtype), RANGE) for shape in shapes}
+
+
+OF_OTHER_LIBRARIES = {
+    "a tensor": Weird(lambda a: torch.from_numpy(np.ascontiguousarray(a)), KIND),
+    "a JAX array": Weird(made_once(jax.numpy.array), KIND),
+    "a foreign array": Weird(lambda a: producer.Foreign(np.ascontiguousarray(a)), KIND),
+}
+WITH_GRADIENT = {
+    "requires a gradient": Weird(lambda a: torch.zeros(a.shape, requires_grad=True), KIND),
+    "a parameter": Weird(lambda a: torch.nn.Parameter(torch.zeros(a.shape)), KIND),
+}
+HALVES = {f"dtype {d}": Weird(lambda a, d=d: a.astype(d), KIND) for d in ("f2", "f8")}
+NOTHING = {"None": Weird(lambda a: None, KIND)}
+
+X = {
+    **_arrays("float32"),
+    **NOTHING,
+    **WITH_GRADIENT,
+    **_shapes((), (4,), (0,), (3, 0, 2), (3, 0)),
+    "deeper than any array": Weird(lambda a: np.ones((1,) * 64, "f4"), EITHER),
+}
+CHANNELS = {**X, **_shapes((3, 5, 2), (4, 3, 2), (2, 1), (0, 3))}
+BESIDE = {
+    **_arrays("float32"),
+    **HALVES,
+    **OF_OTHER_LIBRARIES,
+    **WITH_GRADIENT,
+    **_shapes((), (4,), (3, 4), (3, 4, 1), (2, 4, 2), (3, 4, 2, 1), (0, 4, 2)),
+}
+OUT = {
+    **BESIDE,
+    "read-only": Weird(_read_only, RANGE),
+    "broadcast": Weird(lambda a: np.lib.stride_tricks.as_strided(np.ones(8, "f4"), a.shape, (0, 8, 4)), RANGE),
+}
+MASK = {
+    **_arrays("bool"),
+    **_shapes((), (3,), (2, 2), (3, 4, 2), (3, 1, 1, 2), (0, 2), dtype=bool),
+    "a tensor of bytes": Weird(lambda a: torch.ones(a.shape, dtype=torch.uint8), KIND),
+}
+PARAMETER = {**_arrays("float32"), **_shapes((), (5,), (3,), (0,), (4, 1), (1, 4), (1,))}
+RUNNING = {
+    **PARAMETER,
+    "read-only": Weird(_read_only, RANGE),
+    "broadcast": Weird(lambda a: np.lib.stride_tricks.as_strided(np.ones(1, "f4"), (4,), (0,)), RANGE),
+    "requires a gradient": Weird(lambda a: torch.zeros(4, requires_grad=True), BOTH),
+    **HALVES,
+    "None": Weird(lambda a: None, BOTH),
+}
+RUNNING_VAR = {**RUNNING, "negative": Weird(lambda a: -a - 1, RANGE)}
+
+NO_NUMBERS = {name: Weird(NO_ARRAYS[name], KIND) for name in NO_ARRAYS.keys() - {"an integer", "a huge integer"}}
+NO_NUMBERS |= {
+    "a vector": Weird(lambda a: np.ones(4), KIND),
+    "a decimal": Weird(lambda a: decimal.Decimal("0.1"), KIND),
+    "raises": Weird(lambda a: Raises(), (ZeroDivisionError, BufferError, *BOTH)),
+}
+NO_REALS = {n: w for n, w in NO_NUMBERS.items() if n not in ("a float", "nan", "a NumPy scalar")}
+BEYOND = {
+    name: Weird(lambda a, value=value: value, RANGE)
+    for name, value in {
+        "nan": math.nan,
+        "inf": math.inf,
+        "-inf": -math.inf,
+        "-1": -1,
+        "a huge integer": 10**400,
+        "a huge fraction": fractions.Fraction(10**400, 3),
+        "float64 nan": np.float64("nan"),
+        "float32 inf": np.float32("inf"),
+        "-1e-300": -1e-300,
+    }.items()
+}
+REALS = {
+    "a fraction": Weird(lambda a: fractions.Fraction(1, 8), FINE, 0.125),
+    "float32": Weird(lambda a: np.float32(0.25), FINE, 0.25),
+    "float64": Weird(lambda a: np.float64(0.25), FINE, 0.25),
+    "one": Weird(lambda a: 1, FINE, 1.0),
+    "int8": Weird(lambda a: np.int8(1), FINE, 1.0),
+    "True": Weird(lambda a: True, EITHER),
+}
+EPS = {
+    **NO_REALS,
+    **BEYOND,
+    **REALS,
+    "None": Weird(lambda a: None, KIND),
+    "zero": Weird(lambda a: 0, RANGE),
+    "-0.0": Weird(lambda a: -0.0, RANGE),
+    "underflow": Weird(lambda a: fractions.Fraction(1, 10**400), RANGE),
+}
+MOMENTUM = {**NO_REALS, **BEYOND, **REALS, "1.0000001": Weird(lambda a: 1.0000001, RANGE)}
+INTEGER = {
+    **NO_NUMBERS,
+    "None": Weird(lambda a: None, KIND),
+    "a fraction": Weird(lambda a: fractions.Fraction(1, 1), KIND),
+    "float64": Weird(lambda a: np.float64(1), KIND),
+    "two integers": Weird(lambda a: np.array([1, 1]), KIND),
+    "a tensor of floats": Weird(lambda a: torch.tensor(1.0), KIND),
+    "True": Weird(lambda a: True, EITHER),
+}
+AXIS = {
+    **INTEGER,
+    **{
+        str(v): Weird(lambda a, v=v: v, (AxisError, ValueError, OverflowError)) for v in (3, -4, 2**31, -(2**63), 2**64)
+    },
+    "a huge integer": Weird(lambda a: 10**400, (AxisError, ValueError)),
+    "int8": Weird(lambda a: np.int8(1), FINE, 1),
+    "a 0-d array": Weird(lambda a: np.array(1), FINE, 1),
+    "-2": Weird(lambda a: -2, FINE, 1),
+}
+START = {
+    **INTEGER,
+    **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (-1, 2**62, 2**63, 2**64, -(2**63), 10**400)},
+    "uint64": Weird(lambda a: np.uint64(7), FINE, 7),
+    "the last": Weird(lambda a: 2**62 - 4, EITHER),
+}
+FEATURES = {
+    **INTEGER,
+    **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (0, -1, 2**63, 2**64, 10**400, -(10**400))},
+    "int8": Weird(lambda a: np.int8(4), FINE, 4),
+}
+THREADS = {
+    **{name: Weird(w.make, BOTH) for name, w in NO_NUMBERS.items()},
+    **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (0, -1, -(2**63), -(10**400))},
+    **{str(v): Weird(lambda a, v=v: v, EITHER) for v in (True, None, 2**31, 2**63, 10**400, np.int8(2))},
+}
+COUNT = {**INTEGER, **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (0, -1, 2**62, 2**63, 10**400, -(10**400))}}
+GROUPS = {**INTEGER, **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (0, -1, 3, 2**63, 10**400)}}
+FLAG = {
+    name: Weird(make, KIND)
+    for name, make in {
+        "no": lambda a: "no",
+        "off": lambda a: b"off",
+        "empty": lambda a: "",
+        "a list": lambda a: [False],
+        "None": lambda a: None,
+        "a vector": lambda a: np.array([True, False]),
+        "nan": lambda a: math.nan,
+        "an object": lambda a: object(),
+    }.items()
+} | {
+    "numpy True": Weird(lambda a: np.True_, FINE, True),
+    "numpy False": Weird(lambda a: np.False_, FINE, False),
+    "raises": Weird(lambda a: Raises(), (ZeroDivisionError, BufferError, *BOTH)),
+    "1": Weird(lambda a: 1, EITHER),
+}
+WORD = {
+    **{name: Weird(make, BOTH) for name, make in NO_ARRAYS.items()},
+    "None": Weird(lambda a: None, BOTH),
+    "upper case": Weird(lambda a: "GLOBAL", BOTH),
+    "bytes": Weird(lambda a: b"local", BOTH),
+    "float16": Weird(lambda a: "float16", BOTH),
+}
+DTYPE = {
+    **{name: w for name, w in WORD.items() if name not in ("None", "a NumPy scalar")},
+    "int8": Weird(lambda a: np.int8, BOTH),
+    "bfloat16": Weird(lambda a: torch.bfloat16, BOTH),
+    "float64": Weird(lambda a: np.float64, EITHER),
+    "a structure": Weird(lambda a: np.dtype([("a", "f4")]), BOTH),
+    "big-endian": Weird(lambda a: np.dtype(">f4"), EITHER),
+}
+OBJECT = {  # a state, Moments, Saved or communicator
+    **{name: Weird(make, KIND) for name, make in NO_ARRAYS.items()},
+    "None": Weird(lambda a: None, KIND),
+    "an array": Weird(lambda a: np.ones(4, "f4"), KIND),
+    "a module of torch": Weird(lambda a: torch.nn.Linear(4, 4), KIND),
+    "a class": Weird(lambda a: producer.Foreign, KIND),
+    "a namespace": Weird(lambda a: types.SimpleNamespace(tracked=0, count=1, num_features=4), KIND),
+    "raises": Weird(lambda a: Raises(), (ZeroDivisionError, BufferError, *BOTH)),
+}
+COMMUNICATOR = {name: weird for name, weird in OBJECT.items() if name != "None"}
+SIZES = {
+    "an integer": Weird(lambda a: 3, BOTH),
+    "text": Weird(lambda a: "3", BOTH),
+    "too many": Weird(lambda a: [3, 3], RANGE),
+    "too few": Weird(lambda a: [], RANGE),
+    "negative": Weird(lambda a: [-3], RANGE),
+    "floats": Weird(lambda a: [3.5], BOTH),
+    "huge": Weird(lambda a: [10**400], BOTH),
+    "large": Weird(lambda a: [2**63], BOTH),
+    "other": Weird(lambda a: [4], RANGE),
+    "objects": Weird(lambda a: [object()], BOTH),
+}
+COUNTER = {
+    name: Weird(make, BOTH)
+    for name, make in {
+        "a list": lambda a: [0] * 4,
+        "short": lambda a: np.zeros(1, np.int64),
+        "two axes": lambda a: np.zeros((4, 1), np.int64),
+        "long": lambda a: np.zeros(5, np.int64),
+        "empty": lambda a: np.zeros(0, np.int64),
+        "float64": lambda a: np.full(4, 1.5),
+        "nans": lambda a: np.full(4, math.nan),
+        "uint64": lambda a: np.full(4, 2**64 - 1, np.uint64),
+        "objects": lambda a: np.array([None] * 4),
+        "masked": lambda a: np.ma.zeros(4, np.int64),
+        "complex": lambda a: np.zeros(4, np.complex64),
+        "text": lambda a: "0000",
+        "None": lambda a: None,
+        "an object": lambda a: object(),
+        "nan": lambda a: math.nan,
+        "huge": lambda a: 10**400,
+        "negative": lambda a: np.full(4, -5, np.int64),
+        "a tensor of floats": lambda a: torch.full((4,), 0.5),
+    }.items()
+} | {
+    name: Weird(make, EITHER)
+    for name, make in {
+        "0": lambda a: 0,
+        "True": lambda a: True,
+        "no axis": lambda a: np.zeros((), np.int64),
+        "int32": lambda a: np.ones(4, np.int32),
+        "bool": lambda a: np.zeros(4, bool),
+        "big-endian": lambda a: np.ones(4, ">i8"),
+        "strided": lambda a: np.arange(8, dtype=np.int64)[::2],
+        "backwards": lambda a: np.arange(4, dtype=np.int64)[::-1],
+        "broadcast": lambda a: np.broadcast_to(np.int64(3), (4,)),
+        "misaligned": lambda a: _misaligned(np.zeros(4, np.int64)),
+        "read-only": lambda a: _read_only(np.arange(4, dtype=np.int64)),
+        "a tensor": lambda a: torch.arange(4),
+        "a JAX array": made_once(lambda a: jax.numpy.ones(4, "int32")),
+        "a foreign array": lambda a: producer.Foreign(np.arange(4)),
+    }.items()
+}
+"""Counts are taken from anything that holds whole numbers, or refused; but nothing else is."""
+
+
+def communicator():
+    return threads.communicators(1)[0]
