@@ -1,7 +1,6 @@
 """What cannot be computed is refused, with a message that says what to do, and with nothing changed."""
 
 import copy
-import pathlib
 import pickle
 import sys
 from types import SimpleNamespace
@@ -1037,10 +1036,3 @@ def test_parameter_gradients_of_another_kind(world, value):
 def test_groups_out_of_range(world, groups):
     text = f"fold_into: groups must be 1 or more; got {groups}."
     refused(world, ValueError, text, cubn.fold_into, world.x, None, world.state, output_axis=1, groups=groups)
-
-
-def test_no_remedy_asks_for_what_no_index_has():
-    """The project is on no package index, so a message names the packages that are missing."""
-    for file in pathlib.Path(cubn.__file__).parent.rglob("*.py"):
-        if file.name not in ("cache.py", "demo.py"):
-            assert "'cubn[" not in file.read_text(encoding="utf-8"), file

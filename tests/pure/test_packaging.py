@@ -29,6 +29,20 @@ def test_what_is_always_installed_computes_on_the_cpu():
     assert names(PROJECT["dependencies"]) == ["numpy", "numba"]
 
 
+def test_remedies_name_packages_that_can_be_installed_from_anywhere():
+    """Not cubn itself, which may have come from a checkout and be on no index."""
+    known = {"llvmlite", *names(PROJECT["dependencies"])}
+    known |= {name for extra in PROJECT["optional-dependencies"].values() for name in names(extra)} - {"cubn"}
+    commands = [
+        (path.name, command)
+        for path in (ROOT / "cubn").rglob("*.py")
+        for command in re.findall(r"pip install ((?:'?[a-z][\w\[\]-]+'? ?)+)", path.read_text())
+    ]
+    assert commands
+    for place, command in commands:
+        assert set(names(command.replace("'", "").split())) <= known, place
+
+
 def test_readme_has_two_commands_of_one_line_whose_extras_exist():
     assert len(README_COMMANDS) == 2
     assert README_COMMANDS[0].endswith("-m cubn demo")
