@@ -1,5 +1,6 @@
 """What the README and the documents show: their Python runs, their links lead somewhere, their tables were measured."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -53,3 +54,30 @@ def test_table_is_that_of_the_committed_result_file(script, result, document):
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert table in document.read_text()
     assert path.parent.name in document.read_text()
+
+
+BAD_INPUT = (ROOT / "docs" / "bad_input.md").read_text()
+
+
+def exceptions(text):
+    return set(re.findall(r"\b(\w*Error|CollectiveMismatch|BackendUnavailable)\b", text))
+
+
+def named_by_tests():
+    """By number, the exceptions that the tests of bad input name, from their decorators to their ends."""
+    source = (ROOT / "tests" / "pure" / "test_bad_input.py").read_text()
+    found = {}
+    for node in ast.parse(source).body:
+        numbers = re.match(r"test((_\d+)+)_", getattr(node, "name", ""))
+        if numbers:
+            begin = min(part.lineno for part in (node, *node.decorator_list))
+            text = "\n".join(source.splitlines()[begin - 1 : node.end_lineno])
+            for number in numbers[1].split("_")[1:]:
+                found.setdefault(int(number), set()).update(exceptions(text) - {"CudaError"})
+    return found
+
+
+def test_every_number_of_bad_input_is_tested_for_the_exceptions_that_the_page_names():
+    rows = re.findall(r"^\| (\d+) \| .*? \| ([^|]*) \| [^|]* \|$", BAD_INPUT, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 26))
+    assert {int(number): exceptions(named) for number, named in rows} == named_by_tests()
