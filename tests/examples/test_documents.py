@@ -39,6 +39,25 @@ def test_links_lead_somewhere(path):
         assert (path.parent / target).exists(), target
 
 
+FOLDERS = ("cubn", "kernels", "tests", "examples", "asv_benchmarks")
+OF_THE_READER = {"train.py"}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_files_that_are_named_exist(path):
+    there = {file.name for folder in FOLDERS for file in (ROOT / folder).rglob("*.*")}
+    named = set(re.findall(r"\b(\w+\.(?:py|cuh?|sh))\b", path.read_text()))
+    assert named - there == named & OF_THE_READER
+
+
+def test_the_architecture_names_every_file_of_the_package():
+    named = (ROOT / "docs" / "architecture.md").read_text()
+    folders_of_one_kind = {"_arrays", "plan"}
+    files = [path for path in (ROOT / "cubn").rglob("*.py") if path.parent.name not in folders_of_one_kind]
+    left_out = {path.name for path in files if not re.search(rf"\b{path.name}\b", named)} - {"__init__.py"}
+    assert left_out == set()
+
+
 @pytest.mark.parametrize(
     ("script", "result", "document"),
     [
