@@ -182,7 +182,7 @@ def update(state: BatchNormState, moments: Moments) -> None:
     running = (1 - momentum) * running + momentum * value, for mean and unbiased variance; with `momentum=None`, the
     cumulative average. A channel whose moments or new values are not finite, or that has fewer than two values, stays
     as it was and is counted in `state.skipped`. One whose old mean or variance is not finite takes both new values, and
-    its cumulative average begins anew; at a momentum of 1 every channel takes them. A momentum of 0 changes nothing.
+    its cumulative average begins anew; at a momentum of 1 every channel takes them. A momentum of 0 moves nothing.
 
     Parameters
     ----------
