@@ -39,6 +39,17 @@ def test_links_lead_somewhere(path):
         assert (path.parent / target).exists(), target
 
 
+def anchors(path):
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_links_to_headings_find_them(path):
+    for target, anchor in re.findall(r"\]\(((?!https?:)[^)#]*)#([^)]+)\)", path.read_text()):
+        assert anchor in anchors(path.parent / target if target else path), (target, anchor)
+
+
 FOLDERS = ("cubn", "kernels", "tests", "examples", "asv_benchmarks")
 OF_THE_READER = {"train.py"}
 
