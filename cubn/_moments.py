@@ -241,7 +241,7 @@ class Moments:
         return self._m2_over(self._count)
 
     def var_unbiased(self) -> Float64:
-        """Variance m2 / (count - 1), the one that running_var averages.
+        """Variance m2 / (count - 1), the one that running_var averages by default.
 
         Returns
         -------

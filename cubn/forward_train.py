@@ -32,7 +32,8 @@ def forward_train(
     """Normalise by the batch's own statistics, and move the running statistics towards them: training.
 
     y = (x - mean) / sqrt(var + eps) * gamma + beta, then + residual, then ReLU, with mean and var = m2 / count over all
-    present values of a channel; running = (1 - momentum) * running + momentum * batch, its variance m2 / (count - 1).
+    present values of a channel; running = (1 - momentum) * running + momentum * batch, its variance m2 / (count - 1),
+    or m2 / count where the state's `running_variance` is "biased".
 
     Parameters
     ----------

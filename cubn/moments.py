@@ -179,10 +179,11 @@ def finite_mask(x: Any, *, channel_axis: int = 1) -> Any:
 def update(state: BatchNormState, moments: Moments) -> None:
     """Move a state's running statistics towards given moments.
 
-    running = (1 - momentum) * running + momentum * value, for mean and unbiased variance; with `momentum=None`, the
-    cumulative average. A channel whose moments or new values are not finite, or that has fewer than two values, stays
-    as it was and is counted in `state.skipped`. One whose old mean or variance is not finite takes both new values, and
-    its cumulative average begins anew; at a momentum of 1 every channel takes them. A momentum of 0 changes nothing.
+    running = (1 - momentum) * running + momentum * value, for mean and variance: m2 / (count - 1), or m2 / count where
+    the state's `running_variance` is "biased". With `momentum=None`, the cumulative average. A channel whose moments or
+    new values are not finite, or that has fewer than two values, stays as it was and is counted in `state.skipped`. One
+    whose old mean or variance is not finite takes both new values, and its cumulative average begins anew; at a
+    momentum of 1 every channel takes them. A momentum of 0 changes nothing but the counters.
 
     Parameters
     ----------

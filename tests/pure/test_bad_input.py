@@ -11,7 +11,7 @@ import pytest
 import cubn
 from cubn import _arguments
 from cubn._arrays import dlpack
-from cubn.errors import BackendUnavailable
+from cubn.errors import BackendUnavailable, CollectiveMismatch
 from cubn.sync import threads
 
 F32 = "dtype=float32, device=cpu"
@@ -617,6 +617,39 @@ def test_21_deleted(world):
         "forward: x must not be deleted; got a deleted array (shape=(3, 4, 2), dtype=float32). Donate a copy instead."
     )
     refused(world, ValueError, text, cubn.forward, x, world.state)
+
+
+def on_ranks(world, call):
+    """What call(comm, state) raised on each of three ranks, whose states did not change."""
+    states = [world.state.copy() for _ in range(3)]
+    with pytest.raises(ExceptionGroup) as caught:
+        threads.run(3, lambda comm: call(comm, states[comm.rank]))
+    for state in states:
+        np.testing.assert_equal(state.to_dict(), world.state.to_dict())
+    return {error.__notes__[0]: error for error in caught.value.exceptions}
+
+
+def test_22_ranks_that_disagree(world):
+    def call(comm, state):
+        return cubn.forward_train(world.x, state, comm=comm, relu=comm.rank == 1)
+
+    errors = on_ranks(world, call)
+    assert sorted(errors) == ["on rank 0", "on rank 1", "on rank 2"]
+    for error in errors.values():
+        assert type(error) is CollectiveMismatch
+        assert "got update on ranks 0, 2; update, relu on rank 1." in str(error)
+
+
+def test_23_an_argument_that_one_rank_cannot_use(world):
+    def call(comm, state):
+        return cubn.forward_train(world.x, state, comm=comm, mask=np.ones((2, 2), bool) if comm.rank == 1 else None)
+
+    errors = on_ranks(world, call)
+    assert type(errors.pop("on rank 1")) is ValueError
+    assert sorted(errors) == ["on rank 0", "on rank 2"]
+    for error in errors.values():
+        assert type(error) is CollectiveMismatch
+        assert "got an error on rank 1. Its own error says more." in str(error)
 
 
 def test_24_a_cuda_array_without_cupy(world, monkeypatch):
