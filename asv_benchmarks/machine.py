@@ -4,12 +4,12 @@ import json
 import os
 import platform
 import re
-import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import cubn
+
 RESULTS = Path(__file__).parent / "results"
-PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 def processor() -> str:
@@ -31,7 +31,7 @@ def write(name: str, options: dict[str, object], rows: list[dict[str, object]]) 
         "processor": processor(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
-        "cubn": tomllib.loads(PROJECT.read_text())["project"]["version"],  # of this checkout, installed or not
+        "cubn": cubn.__version__,
         **{package: metadata.version(package) for package in ("numpy", "numba", "llvmlite", "torch")},
         **options,
     }
