@@ -35,14 +35,15 @@ def uncached(monkeypatch):
     monkeypatch.setenv("CUBN_CACHE_DIR", "")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def anew(monkeypatch):
     """As in a process that has not compiled yet."""
     monkeypatch.setattr(compile, "_stopwatch", compile._Stopwatch())
+    monkeypatch.setattr(compile, "_kernels", {})
 
 
 @pytest.mark.parametrize(("patience", "lines"), [(0.0, 1), (1e9, 0)])
-def test_what_takes_long_is_announced_once_and_without_a_thread(anew, patience, lines, monkeypatch, caplog):
+def test_what_takes_long_is_announced_once_and_without_a_thread(patience, lines, monkeypatch, caplog):
     def start(thread):
         raise RuntimeError("can't start new thread")
 
@@ -53,7 +54,7 @@ def test_what_takes_long_is_announced_once_and_without_a_thread(anew, patience, 
     assert caplog.messages == ["cubn: compiling kernels for this CPU, about 1 s, once"] * lines
 
 
-def test_the_time_of_all_kernels_counts(anew, monkeypatch, caplog):
+def test_the_time_of_all_kernels_counts(monkeypatch, caplog):
     ticks = itertools.count(0, 3)
     clock = SimpleNamespace(monotonic=lambda: next(ticks) / 100)  # looked at three times a kernel
     monkeypatch.setattr(compile, "time", clock)
@@ -75,7 +76,8 @@ def test_a_kernel_that_cannot_be_translated_leaves_the_next_ones_alone():
 
 
 def test_threads_that_compile_at_once():
-    start = threading.Barrier(8)
+    """Each kernel once, though there is no cache."""
+    start, before = threading.Barrier(8), len(compile.compiled_here)
 
     def one(i):
         start.wait()
@@ -83,6 +85,7 @@ def test_threads_that_compile_at_once():
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(one, range(8))) == [i % 3 for i in range(8)]
+    assert sorted(compile.compiled_here[before:]) == ["answer-0", "answer-1", "answer-2"]
 
 
 def run(program, *arguments, **environment):
