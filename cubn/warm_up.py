@@ -85,8 +85,11 @@ def _dtype(name: str) -> np.dtype[Any]:
 
 
 def _alone() -> None:
-    """What a process that makes calls is: two threads, as kernels of several differ; its parent does the talking."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What a process that makes calls is: two threads, as kernels of several differ; its parent does the talking.
+
+    Ctrl-C, which a terminal sends to all, ends it at once; no file of the cache is ever half written.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     logging.getLogger("cubn").setLevel(logging.ERROR)
     cubn.set_num_threads(2)
 

@@ -4,10 +4,12 @@ import ctypes
 import itertools
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -163,6 +165,21 @@ def test_after_a_warm_up_nothing_is_left_to_compile(tmp_path):
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
     again = warm_up()
     assert (again.returncode, again.stdout[:19]) == (0, "Compiled 0 kernels ")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal to a group of processes, as a terminal does")
+def test_ctrl_c_ends_a_warm_up_without_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "cubn", "warm-up", "--processes", "2"]
+    environment = os.environ | {"CUBN_CACHE_DIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as begun:
+        while not [*tmp_path.rglob("*.o")]:
+            time.sleep(0.01)
+        os.killpg(begun.pid, signal.SIGINT)
+        said = begun.stderr.read()
+        kept = {path.name for path in tmp_path.rglob("*.o")}
+    assert begun.returncode == 130
+    assert "Traceback" not in said and "Error" not in said
+    assert len(kept) < 20, "what was being compiled, and nothing after it"
 
 
 def test_a_warm_up_that_keeps_nothing_fails():
