@@ -25,7 +25,7 @@ from cubn.backends.threads import cores
 SHAPES = {  # by layout: channel axis and shapes, of which no two are worked on by the same kernels
     "nchw": (1, ((16, 64, 32, 32), (16, 3, 64, 64), (64, 64, 7, 7), (4096, 3, 7, 7))),
     "nhwc": (-1, ((16, 16, 16, 64), (16, 16, 16, 256))),
-    "2d": (1, ((4096, 64), (4096, 256))),
+    "2d": (1, ((4096, 64), (4096, 256), (4096, 8))),
 }
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 FUSED = ("plain", "relu", "residual", "residual-relu")
