@@ -93,7 +93,7 @@ class Moments:
         return self
 
     @classmethod
-    @default_floating_point()
+    @default_floating_point
     def from_statistics(cls, count: int, mean: Any, var: Any) -> Self:
         """Moments of numbers that somebody else took.
 
@@ -250,7 +250,7 @@ class Moments:
         """
         return self._m2_over(max(self._count - 1, 0))
 
-    @default_floating_point()
+    @default_floating_point
     def std(self) -> Float64:
         """Standard deviation, the square root of `var()`.
 
@@ -313,7 +313,7 @@ class Moments:
         nodes = Nodes(parts[0].blocks + parts[1].blocks, np.concatenate([part.table for part in parts]))
         return Moments._of(left.start, right.stop, _nodes.merge(nodes))
 
-    @default_floating_point()
+    @default_floating_point
     def __add__(self, other: Moments) -> Moments:
         """Moments of the values of both, whatever their ranges (Chan, Golub & LeVeque 1979).
 
@@ -360,7 +360,7 @@ class Moments:
             f"Moments({of}num_features={self.num_features}, count={self._count}{'' if self.exact else ', exact=False'})"
         )
 
-    @default_floating_point()
+    @default_floating_point
     def _m2_over(self, count: int) -> Float64:
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.m2 / np.float64(count or np.nan)

@@ -18,7 +18,7 @@ from cubn.backends import Nodes
 Float64 = NDArray[np.float64]
 
 
-@default_floating_point()
+@default_floating_point
 def merge(nodes: Nodes) -> Nodes:
     """Moments of the same neighbouring blocks with every complete aligned pair merged: one row per maximal block."""
     steps, rows, blocks = pair_order(nodes.blocks)
@@ -28,7 +28,7 @@ def merge(nodes: Nodes) -> Nodes:
     return joined(blocks, *(np.array([found[row][part] for row in rows]) for part in range(3))) if rows else nodes
 
 
-@default_floating_point()
+@default_floating_point
 def root(nodes: Nodes) -> tuple[Any, Float64, Float64]:
     """(count (), mean (C,), m2 (C,)) of all rows, which must be neighbours; absent rows are the identity."""
     if not nodes.blocks:
@@ -40,7 +40,10 @@ def root(nodes: Nodes) -> tuple[Any, Float64, Float64]:
 
 def joined(blocks: tuple[Block, ...], count: NDArray[np.int64], first: Float64, second: Float64) -> Nodes:
     """Nodes of their parts."""
-    return Nodes(blocks, np.column_stack([count.view(np.float64), first, second]))
+    rows, C = first.shape
+    table = np.empty((rows, 1 + 2 * C))
+    table[:, 0], table[:, 1 : 1 + C], table[:, 1 + C :] = count.view(np.float64), first, second
+    return Nodes(blocks, table)
 
 
 def _each(nodes: Nodes) -> list[reference.Node]:

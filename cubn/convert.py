@@ -18,7 +18,7 @@ from cubn.state import BatchNormState, checked_state
 Float64 = NDArray[np.float64]
 
 
-@default_floating_point()
+@default_floating_point
 def fold(state: BatchNormState) -> tuple[Any, Any]:
     """The scale and shift that `forward` amounts to.
 
@@ -53,7 +53,7 @@ def fold(state: BatchNormState) -> tuple[Any, Any]:
     return home.library.from_numpy(scale, home.dtype, home), home.library.from_numpy(shift, home.dtype, home)
 
 
-@default_floating_point()
+@default_floating_point
 def fold_into(
     weight: Any, bias: Any, state: BatchNormState, *, output_axis: int = 0, groups: int = 1
 ) -> tuple[Any, Any]:

@@ -47,7 +47,7 @@ def _cpu_settings() -> dict[str, str]:
     from cubn.backends.cpu import cache
 
     try:
-        threads = f"{get_num_threads()}, a pool of cubn's own; numba's threading layers are not used"
+        threads = f"{get_num_threads()}, in a pool of cubn's own"
     except ValueError as error:
         threads = str(error)
     return {

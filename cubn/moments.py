@@ -128,7 +128,7 @@ _INTEGERS = {"float32": 1 << 24, "float64": 1 << 53}
 """Up to which a dtype holds every integer."""
 
 
-@default_floating_point()
+@default_floating_point
 def _converted(x: Any, dtype: str) -> np.ndarray[Any, Any]:
     """x in another dtype, without loss."""
     name = _arguments.dtype_name(dtype, ("float32", "float64"), "moments")

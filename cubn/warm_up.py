@@ -25,7 +25,7 @@ from cubn.backends.threads import cores
 SHAPES = {  # by layout: channel axis and shapes, of which no two are worked on by the same kernels
     "nchw": (1, ((16, 64, 32, 32), (16, 3, 64, 64), (64, 64, 7, 7), (4096, 3, 7, 7))),
     "nhwc": (-1, ((16, 16, 16, 64), (16, 16, 16, 256))),
-    "2d": (1, ((4096, 64), (4096, 256))),
+    "2d": (1, ((4096, 64), (4096, 256), (4096, 8))),
 }
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 FUSED = ("plain", "relu", "residual", "residual-relu")
@@ -85,8 +85,11 @@ def _dtype(name: str) -> np.dtype[Any]:
 
 
 def _alone() -> None:
-    """What a process that makes calls is: two threads, as kernels of several differ; its parent does the talking."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What a process that makes calls is: two threads, as kernels of several differ; its parent does the talking.
+
+    Ctrl-C, which a terminal sends to all, ends it at once; no file of the cache is ever half written.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     logging.getLogger("cubn").setLevel(logging.ERROR)
     cubn.set_num_threads(2)
 

@@ -360,7 +360,7 @@ def test_a_full_disk_leaves_nothing_behind(size, place):
 
 
 @pytest.mark.parametrize("failing", ["open", "fstat", "replace"])
-def test_a_failing_write_leaves_nothing_behind(failing, place, monkeypatch):
+def test_a_failing_write_leaves_nothing_behind_and_is_said_once(failing, place, monkeypatch, caplog):
     cache.store("first", b"code")
 
     def full(*arguments, **options):
@@ -369,7 +369,10 @@ def test_a_failing_write_leaves_nothing_behind(failing, place, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, failing, full)
         cache.store("kernel", b"code")
+        cache.store("kernel", b"code")
     assert files(place) == ["first.o"]
+    (said,) = caplog.messages
+    assert said.endswith(f"{str(place)!r} cannot be written (No space left on device)")
 
 
 def test_an_interrupted_write_leaves_nothing_behind(place, monkeypatch):

@@ -4,10 +4,12 @@ import ctypes
 import itertools
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -35,14 +37,15 @@ def uncached(monkeypatch):
     monkeypatch.setenv("CUBN_CACHE_DIR", "")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def anew(monkeypatch):
     """As in a process that has not compiled yet."""
     monkeypatch.setattr(compile, "_stopwatch", compile._Stopwatch())
+    monkeypatch.setattr(compile, "_kernels", {})
 
 
 @pytest.mark.parametrize(("patience", "lines"), [(0.0, 1), (1e9, 0)])
-def test_what_takes_long_is_announced_once_and_without_a_thread(anew, patience, lines, monkeypatch, caplog):
+def test_what_takes_long_is_announced_once_and_without_a_thread(patience, lines, monkeypatch, caplog):
     def start(thread):
         raise RuntimeError("can't start new thread")
 
@@ -53,7 +56,7 @@ def test_what_takes_long_is_announced_once_and_without_a_thread(anew, patience, 
     assert caplog.messages == ["cubn: compiling kernels for this CPU, about 1 s, once"] * lines
 
 
-def test_the_time_of_all_kernels_counts(anew, monkeypatch, caplog):
+def test_the_time_of_all_kernels_counts(monkeypatch, caplog):
     ticks = itertools.count(0, 3)
     clock = SimpleNamespace(monotonic=lambda: next(ticks) / 100)  # looked at three times a kernel
     monkeypatch.setattr(compile, "time", clock)
@@ -75,7 +78,8 @@ def test_a_kernel_that_cannot_be_translated_leaves_the_next_ones_alone():
 
 
 def test_threads_that_compile_at_once():
-    start = threading.Barrier(8)
+    """Each kernel once, though there is no cache."""
+    start, before = threading.Barrier(8), len(compile.compiled_here)
 
     def one(i):
         start.wait()
@@ -83,6 +87,7 @@ def test_threads_that_compile_at_once():
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(one, range(8))) == [i % 3 for i in range(8)]
+    assert sorted(compile.compiled_here[before:]) == ["answer-0", "answer-1", "answer-2"]
 
 
 def run(program, *arguments, **environment):
@@ -136,7 +141,7 @@ from cubn.backends.cpu.compile import compiled_here
 
 cubn.set_num_threads(3)
 for shape, axis in (((8, 32, 40, 40), 1), ((7, 5, 50, 50), 1), ((64, 48, 9, 9), 1), ((16, 20, 20, 96), -1),
-                    ((5, 20, 20, 130), -1), ((3000, 100), 1), ((3000, 1000), 1)):
+                    ((5, 20, 20, 130), -1), ((3000, 100), 1), ((3000, 1000), 1), ((3000, 5), 1)):
     x = np.ones(shape, np.float32)
     state = cubn.BatchNormState(shape[axis], channel_axis=axis)
     y, saved = cubn.forward_train(x, state, residual=x, relu=True)
@@ -162,6 +167,21 @@ def test_after_a_warm_up_nothing_is_left_to_compile(tmp_path):
     assert (again.returncode, again.stdout[:19]) == (0, "Compiled 0 kernels ")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal to a group of processes, as a terminal does")
+def test_ctrl_c_ends_a_warm_up_without_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "cubn", "warm-up", "--processes", "2"]
+    environment = os.environ | {"CUBN_CACHE_DIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as begun:
+        while not [*tmp_path.rglob("*.o")]:
+            time.sleep(0.01)
+        os.killpg(begun.pid, signal.SIGINT)
+        said = begun.stderr.read()
+        kept = {path.name for path in tmp_path.rglob("*.o")}
+    assert begun.returncode == 130
+    assert "Traceback" not in said and "Error" not in said
+    assert len(kept) < 20, "what was being compiled, and nothing after it"
+
+
 def test_a_warm_up_that_keeps_nothing_fails():
     program = """
         import sys
@@ -175,5 +195,5 @@ def test_a_warm_up_that_keeps_nothing_fails():
     assert done.returncode == 1
     assert done.stdout.startswith("Compiled ")
     lines = done.stderr.splitlines()
-    assert lines[:2] == ["compiling: 1 of 2", "compiling: 2 of 2"]
-    assert lines[2].endswith("could not be kept: see the kernel cache in `python -m cubn info`.") and len(lines) == 3
+    assert lines[:3] == [f"compiling: {i} of 3" for i in (1, 2, 3)]
+    assert lines[3].endswith("could not be kept: see the kernel cache in `python -m cubn info`.") and len(lines) == 4

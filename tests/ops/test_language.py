@@ -180,11 +180,15 @@ def test_source_that_is_gone_is_not_guessed(tmp_path):
     "edited",
     [
         "def function(x, y):\n    return x + 2\n",
+        "def function(x, y):\n    return x - 1\n",
+        "def function(x, y):\n    return y + 1\n",
+        "# a line more\ndef function(x, y):\n    return x + 1\n",
         "def function(x, z):\n    return x + 1\n",
         "def another(x, y):\n    return x + 1\n",
         "def function(x, y):\n    return other(x + 1)\n",
         "x = 1\n",
         "def function(\n",
+        "\0",
         "",
     ],
 )
@@ -194,3 +198,22 @@ def test_source_that_was_edited_since_it_was_loaded_is_not_compiled(edited, tmp_
     (tmp_path / "source.py").write_text(edited)
     with pytest.raises(language.NoSource):
         native(python)
+
+
+def test_source_is_known_for_what_it_is_wherever_it_stands(tmp_path):
+    """Within another function, behind decorators, with lines of text that are not indented as it is."""
+    source = """
+def around(n):
+    @(lambda function: function)
+    @(
+        lambda function: function
+    )
+    def function(x, y):
+        '''Text
+    of several
+            lines.'''
+        return x + n * y
+    return function
+"""
+    python = written(tmp_path, source, "around")(3)
+    assert native(python)(10, 2) == 16

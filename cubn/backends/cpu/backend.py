@@ -99,7 +99,7 @@ def reduced(
     if 0 in extents:
         return Nodes((), np.zeros((0, 2 * C + 1)))
     layouts = [argument and argument[1:] for argument in arguments]
-    cut = plan.reduction(extents, prepare.reduced_kind(extents, names, layouts), start)
+    cut = plan.reduction(extents, prepare.reduced_kind(extents, names, *layouts), start)
     rows = len(cut.table)
     parts: tuple[Any, ...] = np.empty(rows, np.int64), np.empty((rows, C)), np.empty((rows, C))
     names += ("node_count", "node_first", "node_second")

@@ -1,7 +1,7 @@
 """Object files of kernels: kept in a folder, and found again by later processes.
 
 The key covers everything an object file depends on, the source of this package included, so an edit is never stale. A
-cache that cannot be written or read is no error.
+cache that cannot be written or read is no error: the log says so once.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _digest(key: str, name: str, code: bytes) -> bytes:
 
 @functools.cache
 def _tell(reason: str) -> None:
-    """Say once why the cache is not used."""
+    """Say once why the cache is not used, or keeps nothing."""
     logger.warning("cubn: compiled anew, not taken from the kernel cache: %s", reason)
 
 
@@ -155,8 +155,8 @@ def store(name: str, code: bytes) -> None:
                 folder.write(f"{name}.o", _digest(key, name, code) + code)
     except Refused as reason:
         _tell(str(reason))
-    except OSError:
-        pass
+    except OSError as error:
+        _tell(f"{str(cache_folder())!r} cannot be written ({error.strerror})")
 
 
 def state() -> str:

@@ -27,6 +27,8 @@ if hasattr(os, "register_at_fork"):  # a child has no thread that would finish w
     )
 _engines: list[llvm.ExecutionEngine] = []  # what they loaded lives as long as they do
 
+_kernels: dict[str, Kernel] = {}
+
 compiled_here: list[str] = []
 """Names of the kernels that this process has compiled."""
 
@@ -57,14 +59,19 @@ def _machine() -> llvm.TargetMachine:
 
 
 def compiled(name: str, build: Callable[[], Callable[[int, int], None]]) -> Kernel:
-    """The native `kernel(parameters, worker)` that `build()` gives as a function in the language of kernels."""
+    """The native `kernel(parameters, worker)` that `build()` gives as a function in the language of kernels.
+
+    Threads that ask for the same one at the same time wait for the first of them.
+    """
     with _compiling:
-        code = cache.load(name)
-        if code is None:
-            code = _object_code(build)
-            compiled_here.append(name)
-            cache.store(name, code)
-        return _load(code)
+        if name not in _kernels:
+            code = cache.load(name)
+            if code is None:
+                code = _object_code(build)
+                compiled_here.append(name)
+                cache.store(name, code)
+            _kernels[name] = _load(code)
+        return _kernels[name]
 
 
 def _object_code(build: Callable[[], Callable[[int, int], None]]) -> bytes:

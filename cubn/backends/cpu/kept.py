@@ -35,10 +35,14 @@ class Kept(Generic[T]):
         self._entries: dict[tuple[Any, ...], _Entry[T]] = {}
 
     def __call__(self, *key: Any) -> T:
-        entry = self._entries.get(key)
-        if entry is not None:
-            entry.asked_for = True
-            return entry.value
+        try:
+            entry = self._entries[key]
+        except KeyError:
+            return self._added(key)
+        entry.asked_for = True
+        return entry.value
+
+    def _added(self, key: tuple[Any, ...]) -> T:
         entry = _Entry(self._function(*key))
         if entry.nbytes <= self._most:
             self._make_room(entry.nbytes)

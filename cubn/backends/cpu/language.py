@@ -9,11 +9,10 @@ compiled. So little of Python needs no inference of types, and is translated in 
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
-import tokenize
+import functools
+import linecache
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
@@ -75,27 +74,43 @@ class NoSource(OSError):
 
 
 def _tree(python: Callable[..., Any]) -> ast.FunctionDef:
+    """A function's source. It is not what was loaded, where the package was upgraded under a running process."""
+    code = python.__code__
+    linecache.checkcache(code.co_filename)
+    text = "".join(linecache.getlines(code.co_filename, python.__globals__))
     try:
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(python))).body
-    except (OSError, SyntaxError, tokenize.TokenError) as error:
-        raise NoSource(str(error)) from error
-    if not isinstance(tree, ast.FunctionDef) or not _is_of(tree, python.__code__):
-        raise NoSource(f"{python.__code__.co_filename} was changed since it was loaded")
-    ast.increment_lineno(tree, python.__code__.co_firstlineno - 1)
+        tree, found = _functions(code.co_filename, text)[code.co_name, code.co_firstlineno]
+    except (KeyError, SyntaxError, ValueError) as error:
+        raise NoSource(f"{code.co_filename} does not hold what was loaded from it") from error
+    if any(getattr(found, part) != getattr(code, part) for part in _MEANING):
+        raise NoSource(f"{code.co_filename} was changed since it was loaded")
     return tree
 
 
-def _is_of(tree: ast.FunctionDef, code: CodeType) -> bool:
-    """Whether this is the source of that bytecode, as far as names and constants tell."""
-    plain = ast.FunctionDef(tree.name, tree.args, tree.body, [], tree.returns, lineno=1, col_offset=0)
-    module = compile(ast.Module([plain], []), code.co_filename, "exec")
-    found: CodeType = next(one for one in module.co_consts if isinstance(one, CodeType))
-    return (found.co_name, found.co_varnames, found.co_consts, {*found.co_names}) == (
-        code.co_name,
-        code.co_varnames,
-        code.co_consts,
-        {*code.co_names, *code.co_freevars},
-    )
+_MEANING = ("co_code", "co_consts", "co_names", "co_varnames", "co_freevars")
+"""What two functions that do the same have in common."""
+
+
+@functools.lru_cache(16)
+def _functions(file: str, text: str) -> dict[tuple[str, int], tuple[ast.FunctionDef, CodeType]]:
+    """The functions in a file, by name and first line: as trees, and as bytecode."""
+    module = ast.parse(text)
+    loaded = compile(module, file, "exec", dont_inherit=True)
+    codes = {(code.co_name, code.co_firstlineno): code for code in _within(loaded)}
+    found = {}
+    for tree in ast.walk(module):
+        if isinstance(tree, ast.FunctionDef):
+            place = tree.name, min([tree.lineno, *(decorator.lineno for decorator in tree.decorator_list)])
+            if place in codes:  # else a branch that is never taken
+                found[place] = tree, codes[place]
+    return found
+
+
+def _within(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _within(constant)
 
 
 def _results(tree: ast.FunctionDef) -> int | None:

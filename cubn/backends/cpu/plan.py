@@ -196,7 +196,7 @@ def slab(extents: Extents, kind: str, itemsize: int, threads: int) -> Slab | Non
 
 
 @kept(KEPT_BYTES)
-@default_floating_point()
+@default_floating_point
 def column_table(length: int, double: bool) -> NDArray[np.floating]:
     """Shares and weights of the merges of the columns of a tile of `length` positions.
 

@@ -141,7 +141,8 @@ def kind_of(extents: Extents, names: tuple[str, ...], *layouts: Layout | None) -
     return kind
 
 
-def reduced_kind(extents: Extents, names: tuple[str, ...], layouts: Sequence[Layout | None]) -> str:
+@functools.lru_cache(1024)
+def reduced_kind(extents: Extents, names: tuple[str, ...], *layouts: Layout | None) -> str:
     """`kind_of` for a reduction, which takes narrow 2-D arrays in a way of its own."""
     kind = kind_of(extents, names, *layouts)
     if kind == "single" and plan.is_narrow(extents, _operands(dict(zip(names, layouts, strict=True)))):
@@ -288,7 +289,7 @@ def _reduction(
     layouts: tuple[Layout | None, ...],
 ) -> tuple[str, Part]:
     """Node rows and their merges, as `plan.reduction` cuts it, and the kind; without a start of a whole batch."""
-    dtype, kind = _dtype(names, layouts), reduced_kind(extents, names, layouts)
+    dtype, kind = _dtype(names, layouts), reduced_kind(extents, names, *layouts)
     cut = plan.reduction(extents, kind, start or 0)
     steps = cut.to_root if start is None else cut.steps
     tasks = len(cut.table) * cut.chunks

@@ -38,7 +38,7 @@ class Tree:
 
 
 @functools.lru_cache(1024)
-@default_floating_point()
+@default_floating_point
 def tree_of(S: int, dtype: str) -> Tree:
     """The tree of samples of S positions. Shares are computed in the type that merges them."""
     acc = np.float64 if dtype == "float64" else np.float32
