@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,7 +14,10 @@ import numpy as np
 from cubn import _arrays, _layout
 from cubn._arrays import BOOL, Array, Output
 from cubn.backends import CPU, Backend, Extents, Operand, backend_for
-from cubn.errors import device_name, message
+from cubn.errors import device_name, message, shown
+
+DTYPES = ("float32", "float64")
+"""Those that a state is made in, and running statistics are updated in."""
 
 backend = lru_cache(maxsize=None)(backend_for)
 
@@ -126,7 +130,7 @@ def flag(value: bool, function: str, argument: str) -> bool:
         return value
     if isinstance(value, np.bool_):
         return bool(value)
-    raise TypeError(message(function, argument, "be True or False", repr(value)))
+    raise TypeError(message(function, argument, "be True or False", shown(value)))
 
 
 def one_of(choices: tuple[str, ...], value: str, function: str, argument: str) -> str:
@@ -134,18 +138,19 @@ def one_of(choices: tuple[str, ...], value: str, function: str, argument: str) -
     if type(value) is str and value in choices:
         return value
     rule = f"be {' or '.join(map(repr, choices))}"
-    raise (ValueError if isinstance(value, str) else TypeError)(message(function, argument, rule, repr(value)))
+    raise (ValueError if isinstance(value, str) else TypeError)(message(function, argument, rule, shown(value)))
 
 
-def dtype_name(dtype: Any, choices: tuple[str, ...], function: str) -> str:
-    """The name of a dtype, however a library or the user writes it."""
-    try:
-        name: str = np.dtype(dtype).name
-    except TypeError:
-        name = str(dtype).rpartition(".")[2]
-    if name in choices:
-        return name
-    raise TypeError(message(function, "dtype", f"be {' or '.join(map(repr, choices))}", repr(dtype)))
+def dtype_name(dtype: Any, function: str) -> str:
+    """One of DTYPES, given as a name, or as a library's own."""
+    name = "" if isinstance(dtype, str) else shown(dtype).rpartition(".")[2]  # of torch.float32
+    if name not in DTYPES and dtype is not None:
+        with suppress(Exception):  # which may be of any kind
+            found = np.dtype(dtype)
+            name = found.name if found.isnative else found.str
+    if name not in DTYPES:
+        raise TypeError(message(function, "dtype", f"be {' or '.join(map(repr, DTYPES))}", shown(dtype)))
+    return name
 
 
 def whole(value: int, function: str, argument: str) -> int:
@@ -155,10 +160,10 @@ def whole(value: int, function: str, argument: str) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(message(function, argument, "be an integer", repr(value))) from None
+        raise TypeError(message(function, argument, "be an integer", shown(value))) from None
 
 
-def shown(array: Any) -> str:
+def outlined(array: Any) -> str:
     """An array in a repr: `float32 (32, 64)`."""
     if not hasattr(array, "dtype"):
         return "None" if array is None else type(array).__name__

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from cubn import _arrays
 from cubn._arguments import one_of, whole
 from cubn._arrays import COUNTS
-from cubn.errors import message
+from cubn.errors import message, shown
 
 STATE = "BatchNormState"
 RUNNING_VARIANCES = ("unbiased", "biased")
-DTYPES = ("float32", "float64")
 
 _MOST_CHANNELS = 1 << 48  # more have no addresses
 _MOST_BATCHES = 1 << 62  # so that no counter wraps
@@ -79,21 +78,6 @@ def checked_variance(running_variance: str) -> str:
     return one_of(RUNNING_VARIANCES, running_variance, STATE, "running_variance")
 
 
-def checked_dtype(dtype: Any) -> str:
-    """The name of a dtype, given as a name, or as NumPy's, JAX's or PyTorch's own."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES and dtype is not None:
-        try:
-            found = np.dtype(dtype)
-        except TypeError:
-            pass
-        else:
-            name = found.name if found.isnative else found.str
-    if name not in DTYPES:
-        raise TypeError(message(STATE, "dtype", "be 'float32' or 'float64'", shown(dtype)))
-    return name
-
-
 def counts(values: Any, name: str, channels: int) -> NDArray[np.int64]:
     """A number, or one for each channel in an array of any library, as a new array of whole numbers."""
     if isinstance(values, np.generic):
@@ -121,15 +105,6 @@ def check_counts(tracked: NDArray[np.int64], skipped: NDArray[np.int64]) -> None
         got = f"skipped {skipped[c]} of {tracked[c]} in channel {c}"
         remedy = "reset(statistics=False) makes both 0."
         raise ValueError(message(STATE, "tracked", "be at least skipped", got, remedy))
-
-
-def shown(value: Any) -> str:
-    """A value in a message, which may be of any kind and size."""
-    try:
-        text = repr(value)
-    except Exception:  # of an array that was deleted, of an integer with too many digits
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _number(value: float, function: str, argument: str) -> float:

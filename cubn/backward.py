@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cubn import _arguments, _arrays
-from cubn._arguments import flag, one_of, refusal, region, shown
+from cubn._arguments import flag, one_of, outlined, refusal, region
 from cubn._arrays import BOOL, FLOATS, Output
 from cubn._layout import operand, vector
 from cubn.backends import Arrays, BackendArray, Nodes, Vector
@@ -40,7 +40,7 @@ class Gradients(NamedTuple):
     dvar: Any = None
 
     def __repr__(self) -> str:
-        return f"Gradients({', '.join(f'{name}={shown(array)}' for name, array in self._asdict().items())})"
+        return f"Gradients({', '.join(f'{name}={outlined(array)}' for name, array in self._asdict().items())})"
 
 
 def backward(

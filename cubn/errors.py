@@ -40,6 +40,15 @@ def message(
     return f"{function}: {argument} must {rule}; got {got}{known}." + (f" {remedy}" if remedy else "")
 
 
+def shown(value: object) -> str:
+    """A value in a message, which may be of any kind and size."""
+    try:
+        text = repr(value)
+    except Exception:  # of an array that was deleted, of an integer with too many digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def device_name(device: tuple[int, int]) -> str:
     """A DLPack device (type, index) as people write it: `cpu`, `cuda:0`."""
     kind, index = device

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 
-from cubn._arguments import Companion, Source, shown
+from cubn._arguments import Companion, Source, outlined
 from cubn._arrays import Array
 from cubn._given import Parameters
 from cubn.backends import BackendArray, Gate, Statistics
@@ -97,7 +97,7 @@ class Saved:
             "beta": beta and beta.home,
             "mask": forward.mask and forward.mask.array,
         }
-        arrays = ", ".join(f"{name}={shown(array)}" for name, array in parts.items())
+        arrays = ", ".join(f"{name}={outlined(array)}" for name, array in parts.items())
         return (
             f"Saved({arrays}, residual={forward.has_residual}, relu={forward.gate.kind != 'none'}, normalised by {of})"
         )

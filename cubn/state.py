@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays, _modules
-from cubn._arguments import flag
+from cubn._arguments import dtype_name, flag
 from cubn._arrays import Array
 from cubn._holding import COUNTERS, Holding
 from cubn._state_arrays import ARRAYS, Held, described, filled, hold, on_host, placed, summary
@@ -19,7 +19,6 @@ from cubn._state_options import (
     STATE,
     Options,
     checked_axis,
-    checked_dtype,
     checked_eps,
     checked_momentum,
     checked_options,
@@ -151,7 +150,7 @@ class BatchNormState(Holding):
         like: Any = None,
         running_variance: str = "unbiased",
     ) -> None:
-        dtype = checked_dtype(dtype)
+        dtype = dtype_name(dtype, STATE)
         beside = _beside(like, STATE)
         fills = {"gamma": 1, "beta": 0} if flag(affine, STATE, "affine") else {}
         if flag(track, STATE, "track"):
