@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
@@ -15,8 +15,11 @@ from cubn import _arrays, _layout
 from cubn._arrays import BOOL, Array, Output
 from cubn.backends import CPU, Backend, Extents, Operand, backend_for
 from cubn.errors import device_name, message, shown
+from cubn.typing import DTypeName
 
-DTYPES = ("float32", "float64")
+Word = TypeVar("Word", bound=str)
+
+DTYPES: tuple[DTypeName, ...] = get_args(DTypeName)
 """Those that a state is made in, and running statistics are updated in."""
 
 backend = lru_cache(maxsize=None)(backend_for)
@@ -133,7 +136,7 @@ def flag(value: bool, function: str, argument: str) -> bool:
     raise TypeError(message(function, argument, "be True or False", shown(value)))
 
 
-def one_of(choices: tuple[str, ...], value: str, function: str, argument: str) -> str:
+def one_of(choices: tuple[Word, ...], value: Word, function: str, argument: str) -> Word:
     """One of a few words."""
     if type(value) is str and value in choices:
         return value
@@ -141,7 +144,7 @@ def one_of(choices: tuple[str, ...], value: str, function: str, argument: str) -
     raise (ValueError if isinstance(value, str) else TypeError)(message(function, argument, rule, shown(value)))
 
 
-def dtype_name(dtype: Any, function: str) -> str:
+def dtype_name(dtype: Any, function: str) -> DTypeName:
     """One of DTYPES, given as a name, or as a library's own."""
     name = "" if isinstance(dtype, str) else shown(dtype).rpartition(".")[2]  # of torch.float32
     if name not in DTYPES and dtype is not None:

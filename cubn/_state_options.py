@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,10 @@ from cubn import _arrays
 from cubn._arguments import one_of, whole
 from cubn._arrays import COUNTS
 from cubn.errors import message, shown
+from cubn.typing import RunningVariance
 
 STATE = "BatchNormState"
-RUNNING_VARIANCES = ("unbiased", "biased")
+RUNNING_VARIANCES: tuple[RunningVariance, ...] = get_args(RunningVariance)
 
 _MOST_CHANNELS = 1 << 48  # more have no addresses
 _MOST_BATCHES = 1 << 62  # so that no counter wraps
@@ -28,11 +29,11 @@ class Options(NamedTuple):
     eps: float
     momentum: float | None
     channel_axis: int
-    running_variance: str
+    running_variance: RunningVariance
 
 
 def checked_options(
-    num_features: int, eps: float, momentum: float | None, channel_axis: int, running_variance: str
+    num_features: int, eps: float, momentum: float | None, channel_axis: int, running_variance: RunningVariance
 ) -> Options:
     """Options that a state can have. Whether momentum is a weight is asked where it is given or used as one."""
     channels = whole(num_features, STATE, "num_features")
@@ -73,7 +74,7 @@ def checked_axis(channel_axis: int) -> int:
     return axis
 
 
-def checked_variance(running_variance: str) -> str:
+def checked_variance(running_variance: RunningVariance) -> RunningVariance:
     """Which variance running_var averages."""
     return one_of(RUNNING_VARIANCES, running_variance, STATE, "running_variance")
 

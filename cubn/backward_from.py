@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, overload
 
 import numpy as np
 
@@ -11,28 +11,68 @@ from cubn._arguments import Companion, Source, flag, whole
 from cubn._given import Given, kept_parameters
 from cubn._layout import vector
 from cubn.backends import Affine, Gate, Statistics
-from cubn.backward import Gradients, Prepared
+from cubn.backward import Prepared
 from cubn.errors import message
+from cubn.gradients import Gradients, StatisticsGradients
 from cubn.saved import Forward
 from cubn.state import hold
+from cubn.typing import ArrayT, Mask, SupportsDLPack
+
+
+@overload
+def backward_from(
+    dy: ArrayT,
+    x: ArrayT,
+    *,
+    mean: SupportsDLPack,
+    invstd: SupportsDLPack,
+    gamma: SupportsDLPack | None = None,
+    beta: SupportsDLPack | None = None,
+    mask: Mask | None = None,
+    relu: bool = False,
+    count: int | None = None,
+    frozen: bool = False,
+    statistics: Literal[False] = False,
+    channel_axis: int = 1,
+    out: ArrayT | None = None,
+) -> Gradients[ArrayT]: ...
+
+
+@overload
+def backward_from(
+    dy: ArrayT,
+    x: ArrayT,
+    *,
+    mean: SupportsDLPack,
+    invstd: SupportsDLPack,
+    gamma: SupportsDLPack | None = None,
+    beta: SupportsDLPack | None = None,
+    mask: Mask | None = None,
+    relu: bool = False,
+    count: int | None = None,
+    frozen: Literal[True],
+    statistics: Literal[True],
+    channel_axis: int = 1,
+    out: ArrayT | None = None,
+) -> StatisticsGradients[ArrayT]: ...
 
 
 def backward_from(
-    dy: Any,
-    x: Any,
+    dy: ArrayT,
+    x: ArrayT,
     *,
-    mean: Any,
-    invstd: Any,
-    gamma: Any = None,
-    beta: Any = None,
-    mask: Any = None,
+    mean: SupportsDLPack,
+    invstd: SupportsDLPack,
+    gamma: SupportsDLPack | None = None,
+    beta: SupportsDLPack | None = None,
+    mask: Mask | None = None,
     relu: bool = False,
     count: int | None = None,
     frozen: bool = False,
     statistics: bool = False,
     channel_axis: int = 1,
-    out: Any = None,
-) -> Gradients:
+    out: ArrayT | None = None,
+) -> Gradients[ArrayT] | StatisticsGradients[ArrayT]:
     """`backward` of a normalisation whose statistics the caller kept, without a Saved.
 
     With y = (x - mean) * invstd * gamma + beta, then ReLU. The formulas are those of `backward`; with the mean and
@@ -67,7 +107,9 @@ def backward_from(
     Returns
     -------
     Gradients
-        (dx, dgamma, dbeta, None, dmean, dvar).
+        (dx, dgamma, dbeta, None).
+    StatisticsGradients
+        (dx, dgamma, dbeta, None, dmean, dvar), with `statistics=True`.
 
     Raises
     ------
@@ -85,7 +127,7 @@ def backward_from(
     >>> x = np.random.default_rng(0).standard_normal((8, 3, 5))
     >>> mean, invstd = x.mean((0, 2)), 1 / np.sqrt(x.var((0, 2)) + 1e-5)
     >>> cubn.backward_from(np.ones_like(x), x, mean=mean, invstd=invstd)
-    Gradients(dx=float64 (8, 3, 5), dgamma=None, dbeta=None, dresidual=None, dmean=None, dvar=None)
+    Gradients(dx=float64 (8, 3, 5), dgamma=None, dbeta=None, dresidual=None)
     """
     function = "backward_from"
     relu, frozen = flag(relu, function, "relu"), flag(frozen, function, "frozen")

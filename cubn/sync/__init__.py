@@ -19,6 +19,7 @@ from cubn.errors import message
 
 if TYPE_CHECKING:
     from cubn.backends.cuda.device import Device
+    from cubn.typing import Comm
 
 Bytes = NDArray[np.uint8]
 
@@ -93,7 +94,7 @@ class Communicator(ABC):
         self.broken = why
 
 
-def communicator(comm: Any) -> Communicator:
+def communicator(comm: Comm) -> Communicator:
     """The communicator behind what a user passed as `comm=`.
 
     Parameters
