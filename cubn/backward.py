@@ -17,7 +17,7 @@ from cubn.gradients import Gradients, StatisticsGradients
 from cubn.saved import Forward, Saved
 from cubn.sync import collective
 from cubn.sync.collective import Place, Shared, Started, Terms
-from cubn.typing import ArrayT, ParameterGradients
+from cubn.typing import ArrayT, Like, ParameterGradients
 
 Sums = tuple[BackendArray, BackendArray]
 _WHOSE: tuple[ParameterGradients, ...] = get_args(ParameterGradients)
@@ -28,7 +28,7 @@ OfChannels = tuple[Any, Any, Any, Any]  # dgamma, dbeta, dmean, dvar
 
 @overload
 def backward(
-    dy: ArrayT,
+    dy: Like[ArrayT],
     saved: Saved[ArrayT],
     *,
     parameter_gradients: ParameterGradients = "local",
@@ -39,7 +39,7 @@ def backward(
 
 @overload
 def backward(
-    dy: ArrayT,
+    dy: Like[ArrayT],
     saved: Saved[ArrayT],
     *,
     parameter_gradients: ParameterGradients = "local",
@@ -49,7 +49,7 @@ def backward(
 
 
 def backward(
-    dy: ArrayT,
+    dy: Like[ArrayT],
     saved: Saved[ArrayT],
     *,
     parameter_gradients: ParameterGradients = "local",
@@ -118,7 +118,7 @@ def backward(
 
 @overload
 def backward_start(
-    dy: ArrayT,
+    dy: Like[ArrayT],
     saved: Saved[ArrayT],
     *,
     parameter_gradients: ParameterGradients = "local",
@@ -129,7 +129,7 @@ def backward_start(
 
 @overload
 def backward_start(
-    dy: ArrayT,
+    dy: Like[ArrayT],
     saved: Saved[ArrayT],
     *,
     parameter_gradients: ParameterGradients = "local",
@@ -139,7 +139,7 @@ def backward_start(
 
 
 def backward_start(
-    dy: ArrayT,
+    dy: Like[ArrayT],
     saved: Saved[ArrayT],
     *,
     parameter_gradients: ParameterGradients = "local",

@@ -16,19 +16,19 @@ from cubn.errors import message
 from cubn.gradients import Gradients, StatisticsGradients
 from cubn.saved import Forward
 from cubn.state import hold
-from cubn.typing import ArrayT, Mask, SupportsDLPack
+from cubn.typing import AnyArray, ArrayT, Like, SupportsDLPack
 
 
 @overload
 def backward_from(
-    dy: ArrayT,
+    dy: Like[ArrayT],
     x: ArrayT,
     *,
     mean: SupportsDLPack,
     invstd: SupportsDLPack,
     gamma: SupportsDLPack | None = None,
     beta: SupportsDLPack | None = None,
-    mask: Mask | None = None,
+    mask: AnyArray | None = None,
     relu: bool = False,
     count: int | None = None,
     frozen: bool = False,
@@ -40,14 +40,14 @@ def backward_from(
 
 @overload
 def backward_from(
-    dy: ArrayT,
+    dy: Like[ArrayT],
     x: ArrayT,
     *,
     mean: SupportsDLPack,
     invstd: SupportsDLPack,
     gamma: SupportsDLPack | None = None,
     beta: SupportsDLPack | None = None,
-    mask: Mask | None = None,
+    mask: AnyArray | None = None,
     relu: bool = False,
     count: int | None = None,
     frozen: Literal[True],
@@ -58,14 +58,14 @@ def backward_from(
 
 
 def backward_from(
-    dy: ArrayT,
+    dy: Like[ArrayT],
     x: ArrayT,
     *,
     mean: SupportsDLPack,
     invstd: SupportsDLPack,
     gamma: SupportsDLPack | None = None,
     beta: SupportsDLPack | None = None,
-    mask: Mask | None = None,
+    mask: AnyArray | None = None,
     relu: bool = False,
     count: int | None = None,
     frozen: bool = False,

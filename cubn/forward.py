@@ -13,15 +13,15 @@ from cubn.saved import Forward, Saved, as_read
 from cubn.state import BatchNormState, Held, checked_eps, hold
 from cubn.sync import communicator
 from cubn.sync.collective import Place, check_sizes
-from cubn.typing import ArrayT, Comm, Mask, Sizes, SupportsDLPack
+from cubn.typing import AnyArray, ArrayT, Comm, Like, Sizes, SupportsDLPack
 
 
 def forward(
     x: ArrayT,
     state: BatchNormState,
     *,
-    mask: Mask | None = None,
-    residual: ArrayT | None = None,
+    mask: AnyArray | None = None,
+    residual: Like[ArrayT] | None = None,
     relu: bool = False,
     out: ArrayT | None = None,
 ) -> ArrayT:
@@ -85,8 +85,8 @@ def forward_frozen(
     x: ArrayT,
     state: BatchNormState,
     *,
-    mask: Mask | None = None,
-    residual: ArrayT | None = None,
+    mask: AnyArray | None = None,
+    residual: Like[ArrayT] | None = None,
     relu: bool = False,
     comm: Comm | None = None,
     sizes: Sizes | None = None,
@@ -163,8 +163,8 @@ def normalize(
     beta: SupportsDLPack | None = None,
     eps: float = 1e-5,
     channel_axis: int = 1,
-    mask: Mask | None = None,
-    residual: ArrayT | None = None,
+    mask: AnyArray | None = None,
+    residual: Like[ArrayT] | None = None,
     relu: bool = False,
     out: ArrayT | None = None,
 ) -> ArrayT:

@@ -15,15 +15,15 @@ from cubn.saved import Forward, Saved, as_read
 from cubn.state import BatchNormState, Held
 from cubn.sync import collective
 from cubn.sync.collective import Place, Shared, Started, Terms, check_sizes
-from cubn.typing import ArrayT, Comm, Mask, Sizes
+from cubn.typing import AnyArray, ArrayT, Comm, Like, Sizes
 
 
 def forward_train(
     x: ArrayT,
     state: BatchNormState,
     *,
-    mask: Mask | None = None,
-    residual: ArrayT | None = None,
+    mask: AnyArray | None = None,
+    residual: Like[ArrayT] | None = None,
     relu: bool = False,
     comm: Comm | None = None,
     sizes: Sizes | None = None,
@@ -100,8 +100,8 @@ def forward_train_start(
     *,
     comm: Comm,
     sizes: Sizes | None = None,
-    mask: Mask | None = None,
-    residual: ArrayT | None = None,
+    mask: AnyArray | None = None,
+    residual: Like[ArrayT] | None = None,
     relu: bool = False,
     update: bool = True,
     out: ArrayT | None = None,

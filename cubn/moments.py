@@ -19,14 +19,14 @@ from cubn.errors import message
 from cubn.state import BatchNormState, checked_state
 from cubn.sync import collective
 from cubn.sync.collective import Shared, Terms, check_sizes
-from cubn.typing import ArrayT, Comm, DType, Mask, Sizes, SupportsDLPack
+from cubn.typing import AnyArray, ArrayT, Comm, DType, Sizes
 
 
 def moments(
-    x: SupportsDLPack | Mask,
+    x: AnyArray,
     *,
     channel_axis: int = 1,
-    mask: Mask | None = None,
+    mask: AnyArray | None = None,
     comm: Comm | None = None,
     sizes: Sizes | None = None,
     start: int = 0,

@@ -19,7 +19,6 @@ from cubn.errors import message
 
 if TYPE_CHECKING:
     from cubn.backends.cuda.device import Device
-    from cubn.typing import Comm
 
 Bytes = NDArray[np.uint8]
 
@@ -92,6 +91,28 @@ class Communicator(ABC):
     def abandon(self, why: str) -> None:
         """Ranks are out of step: what is under way may never arrive, and nothing more can be exchanged."""
         self.broken = why
+
+
+class _MPIComm(Protocol):
+    """mpi4py.MPI.Comm, by what no other communicator has."""
+
+    def Get_rank(self) -> int: ...
+
+    def Get_size(self) -> int: ...
+
+    def Is_inter(self) -> bool: ...
+
+
+class _ProcessGroup(Protocol):
+    """torch.distributed.ProcessGroup."""
+
+    def rank(self) -> int: ...
+
+    def size(self) -> int: ...
+
+
+Comm = Communicator | _MPIComm | _ProcessGroup
+"""What a user may pass as `comm=`."""
 
 
 def communicator(comm: Comm) -> Communicator:

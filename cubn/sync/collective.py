@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from itertools import accumulate, chain, groupby, pairwise
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,7 @@ from cubn._arguments import whole
 from cubn._tree import Block, aligned_blocks
 from cubn.backends import Backend, BackendArray, Nodes
 from cubn.errors import CollectiveMismatch, message
-from cubn.sync import Bytes, Communicator, Pending, communicator
-
-if TYPE_CHECKING:
-    from cubn.typing import Comm
+from cubn.sync import Bytes, Comm, Communicator, Pending, communicator
 
 Headers = NDArray[np.void]
 """What the ranks said, as `_HEADER`s."""
