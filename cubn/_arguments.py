@@ -146,7 +146,8 @@ def one_of(choices: tuple[Word, ...], value: Word, function: str, argument: str)
 
 def dtype_name(dtype: Any, function: str) -> DTypeName:
     """One of DTYPES, given as a name, or as a library's own."""
-    name = "" if isinstance(dtype, str) else shown(dtype).rpartition(".")[2]  # of torch.float32
+    text = dtype if isinstance(dtype, str) else shown(dtype)
+    name = text.rpartition(".")[2]  # of torch.float32
     if name not in DTYPES and dtype is not None:
         with suppress(Exception):  # which may be of any kind
             found = np.dtype(dtype)

@@ -417,7 +417,6 @@ NO_DTYPES = [
     ">f4",
     np.dtype(">f8"),
     "float128x",
-    "torch.float32",
     3,
     10**5000,
     True,
