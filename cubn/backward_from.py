@@ -8,14 +8,13 @@ import numpy as np
 
 from cubn import _arguments
 from cubn._arguments import Companion, Source, flag, whole
-from cubn._given import Given, kept_parameters
+from cubn._given import Given, given_parameters, kept_parameters
 from cubn._layout import vector
 from cubn.backends import Affine, Gate, Statistics
 from cubn.backward import Prepared
 from cubn.errors import message
 from cubn.gradients import Gradients, StatisticsGradients
 from cubn.saved import Forward
-from cubn.state import hold
 from cubn.typing import AnyArray, ArrayT, Like, SupportsDLPack
 
 
@@ -134,11 +133,7 @@ def backward_from(
     source = _arguments.source(function, x, channel_axis)
     masked = None if mask is None else _arguments.mask(function, mask, source)
     taken = [_arguments.parameter(function, *named, source) for named in (("mean", mean), ("invstd", invstd))]
-    affine = {
-        name: _arguments.parameter(function, name, parameter, source)
-        for name, parameter in (("gamma", gamma), ("beta", beta))
-        if parameter is not None
-    }
+    held = given_parameters(function, gamma, beta, source)
     values = 0 if frozen else _count(function, count, source, masked)
     place, C = source.backend, source.extents.C
     (centre, at_centre), (inverse, at_inverse) = place.new_vector(C), place.new_vector(C)
@@ -149,7 +144,7 @@ def backward_from(
         masked,
         has_residual=False,
         statistics=Statistics(number, centre, centre, centre, inverse),  # a backward reads neither m2 nor var
-        parameters=kept_parameters(Given(source, hold(affine, function), masked, None)),
+        parameters=kept_parameters(Given(source, held, masked, None)),
         gate=Gate("recompute" if relu else "none"),
         read=(),
         frozen=taken[0] if frozen else None,

@@ -133,8 +133,9 @@ def _along_outputs(scale: Float64, weight: Array, output_axis: int, groups: int)
         raise np.exceptions.AxisError(message("fold_into", "output_axis", rule, axis))
     axis %= len(shape)
     groups = whole(groups, "fold_into", "groups")
-    if groups < 1:
-        raise ValueError(message("fold_into", "groups", "be 1 or more", groups))
+    if not 1 <= groups <= scale.size:
+        rule = f"be from 1 to {scale.size}, the number of output channels"
+        raise ValueError(message("fold_into", "groups", rule, groups))
     if shape[axis] * groups != scale.size:
         rule = f"have {scale.size} output channels on axis {axis}" + (f" in {groups} groups" if groups != 1 else "")
         raise ValueError(refusal("fold_into", "weight", rule, weight, _meant(scale.size, shape, axis)))

@@ -37,7 +37,11 @@ def message(
         if value is not None
     ]
     known = f" ({', '.join(facts)})" if facts else ""
-    return f"{function}: {argument} must {rule}; got {got}{known}." + (f" {remedy}" if remedy else "")
+    try:
+        value = str(got)
+    except ValueError:  # of an integer with too many digits
+        value = a_type(got)
+    return f"{function}: {argument} must {rule}; got {value}{known}." + (f" {remedy}" if remedy else "")
 
 
 def shown(value: object) -> str:
@@ -45,8 +49,14 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except Exception:  # of an array that was deleted, of an integer with too many digits
-        return f"a {type(value).__name__}"
+        return a_type(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def a_type(x: object) -> str:
+    """As `a numpy.matrix`, `an int`."""
+    name = f"{type(x).__module__.partition('.')[0]}.{type(x).__qualname__}".removeprefix("builtins.")
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
 
 
 def device_name(device: tuple[int, int]) -> str:

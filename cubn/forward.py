@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from cubn import _arguments
 from cubn._arguments import flag
-from cubn._given import beside, gate_kind, given_with_state, kept_parameters, overwrites
+from cubn._given import beside, gate_kind, given_parameters, given_with_state, kept_parameters, overwrites
 from cubn._moments import Moments
 from cubn.backends import Gate, Vector
 from cubn.errors import message
 from cubn.moments import statistics_of
 from cubn.saved import Forward, Saved, as_read
-from cubn.state import BatchNormState, Held, checked_eps, hold
+from cubn.state import BatchNormState, Held, checked_eps
 from cubn.sync import communicator
 from cubn.sync.collective import Place, check_sizes
 from cubn.typing import AnyArray, ArrayT, Comm, Like, Sizes, SupportsDLPack
@@ -208,12 +208,7 @@ def normalize(
     if not moments.count:
         raise ValueError(message("normalize", "moments", "be of at least one value per channel", moments.count))
     eps = checked_eps(eps, "normalize")
-    parameters = {
-        name: _arguments.parameter("normalize", name, parameter, source)
-        for name, parameter in (("gamma", gamma), ("beta", beta))
-        if parameter is not None
-    }
-    held = hold(parameters, "normalize")
+    held = given_parameters("normalize", gamma, beta, source)
     given = beside("normalize", source, held, mask, residual)
     output = given.destination("normalize", out)
     statistics = statistics_of(moments, eps, source.backend)
