@@ -7,20 +7,16 @@ import operator
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from cubn import _arrays, _layout
 from cubn._arrays import BOOL, Array, Output
 from cubn.backends import CPU, Backend, Extents, Operand, backend_for
-from cubn.errors import device_name, message, shown
-from cubn.typing import DTypeName
+from cubn.errors import device_name, message, quoted
 
 Word = TypeVar("Word", bound=str)
-
-DTYPES: tuple[DTypeName, ...] = get_args(DTypeName)
-"""Those that a state is made in, and running statistics are updated in."""
 
 backend = lru_cache(maxsize=None)(backend_for)
 
@@ -133,7 +129,7 @@ def flag(value: bool, function: str, argument: str) -> bool:
         return value
     if isinstance(value, np.bool_):
         return bool(value)
-    raise TypeError(message(function, argument, "be True or False", shown(value)))
+    raise TypeError(message(function, argument, "be True or False", quoted(value)))
 
 
 def one_of(choices: tuple[Word, ...], value: Word, function: str, argument: str) -> Word:
@@ -141,20 +137,20 @@ def one_of(choices: tuple[Word, ...], value: Word, function: str, argument: str)
     if type(value) is str and value in choices:
         return value
     rule = f"be {' or '.join(map(repr, choices))}"
-    raise (ValueError if isinstance(value, str) else TypeError)(message(function, argument, rule, shown(value)))
+    raise (ValueError if isinstance(value, str) else TypeError)(message(function, argument, rule, quoted(value)))
 
 
-def dtype_name(dtype: Any, function: str) -> DTypeName:
-    """One of DTYPES, given as a name, or as a library's own."""
-    text = dtype if isinstance(dtype, str) else shown(dtype)
-    name = text.rpartition(".")[2]  # of torch.float32
-    if name not in DTYPES and dtype is not None:
+def dtype_name(dtype: Any, choices: tuple[Word, ...], function: str) -> Word:
+    """The name of a dtype, given as a name, or as NumPy's, JAX's or PyTorch's own."""
+    name = (dtype if isinstance(dtype, str) else quoted(dtype)).rpartition(".")[2]  # of torch.float32
+    if name not in choices and dtype is not None:
         with suppress(Exception):  # which may be of any kind
             found = np.dtype(dtype)
             name = found.name if found.isnative else found.str
-    if name not in DTYPES:
-        raise TypeError(message(function, "dtype", f"be {' or '.join(map(repr, DTYPES))}", shown(dtype)))
-    return name
+    for choice in choices:
+        if name == choice:
+            return choice
+    raise TypeError(message(function, "dtype", f"be {' or '.join(map(repr, choices))}", quoted(dtype)))
 
 
 def whole(value: int, function: str, argument: str) -> int:
@@ -164,10 +160,10 @@ def whole(value: int, function: str, argument: str) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(message(function, argument, "be an integer", shown(value))) from None
+        raise TypeError(message(function, argument, "be an integer", quoted(value))) from None
 
 
-def outlined(array: Any) -> str:
+def shown(array: Any) -> str:
     """An array in a repr: `float32 (32, 64)`."""
     if not hasattr(array, "dtype"):
         return "None" if array is None else type(array).__name__

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cubn import _nodes
 from cubn._tree import Block
 from cubn.backends import Nodes
-from cubn.errors import message, shown
+from cubn.errors import message
 
 Float64 = NDArray[np.float64]
 
@@ -59,7 +59,7 @@ def check_blocks(start: int, stop: int, blocks: tuple[Block, ...]) -> None:
         at = hi
     if not 0 <= start <= at <= stop < 2 * MOST:
         rule = "be from 0 to stop, with the blocks between"
-        raise ValueError(message("from_dict", "start", rule, f"[{shown(start)}, {shown(stop)}) and {list(blocks)}"))
+        raise ValueError(message("from_dict", "start", rule, f"[{start}, {stop}) and {list(blocks)}"))
 
 
 def check_not_negative(function: str, name: str, values: Float64) -> None:

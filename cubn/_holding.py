@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays
-from cubn._arguments import DTYPES, backend, refusal
+from cubn._arguments import backend, refusal
 from cubn._arrays import Array
 from cubn._arrays.library import HOST
 from cubn._layout import vector
 from cubn._state_arrays import ARRAYS, STATISTICS, Held, check_together, check_values, described, hold
-from cubn._state_options import STATE, Options, check_counts, checked_momentum, counts
+from cubn._state_options import DTYPES, STATE, Options, check_counts, checked_momentum, counts
 from cubn.backends import CPU, Backend, BackendArray, Running
 from cubn.errors import device_name, message
 

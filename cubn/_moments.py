@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cubn import _arrays, _nodes, reference
 from cubn._arguments import flag, refusal, whole
-from cubn._entries import ENTRIES, MOST, Float64, check_blocks, check_not_negative, checked_nodes, scalar
+from cubn._entries import ENTRIES, MOST, check_blocks, check_not_negative, checked_nodes, scalar
 from cubn._floating_point import default_floating_point
 from cubn._tree import Block
 from cubn.backends import Nodes
-from cubn.errors import message, shown
+from cubn.errors import message
 from cubn.typing import SupportsDLPack
+
+Float64 = NDArray[np.float64]
 
 
 class Moments:
@@ -174,7 +177,7 @@ class Moments:
         if exact:
             check_blocks(start, stop, blocks)
         elif (start, stop, blocks) != (0, 0, ((0, 1),)):
-            got = f"start={shown(start)}, stop={shown(stop)}, blocks={list(blocks)}"
+            got = f"start={start}, stop={stop}, blocks={list(blocks)}"
             raise ValueError(message("from_dict", "blocks", "be [(0, 1)] of the range [0, 0) without exact", got))
         return cls._of(start, stop, _nodes.merge(nodes), exact=exact)
 

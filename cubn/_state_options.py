@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from cubn import _arrays
 from cubn._arguments import one_of, whole
 from cubn._arrays import COUNTS
-from cubn.errors import message, shown
-from cubn.typing import RunningVariance
+from cubn.errors import message, quoted
+from cubn.typing import DTypeName, RunningVariance
 
 STATE = "BatchNormState"
 RUNNING_VARIANCES: tuple[RunningVariance, ...] = get_args(RunningVariance)
+DTYPES: tuple[DTypeName, ...] = get_args(DTypeName)
 
 _MOST_CHANNELS = 1 << 48  # more have no addresses
 _MOST_BATCHES = 1 << 62  # so that no counter wraps
@@ -38,7 +39,7 @@ def checked_options(
     """Options that a state can have. Whether momentum is a weight is asked where it is given or used as one."""
     channels = whole(num_features, STATE, "num_features")
     if not 1 <= channels < _MOST_CHANNELS:
-        raise ValueError(message(STATE, "num_features", "be 1 or more and less than 2**48", shown(channels)))
+        raise ValueError(message(STATE, "num_features", "be 1 or more and less than 2**48", quoted(channels)))
     return Options(
         channels,
         checked_eps(eps, STATE),
@@ -70,7 +71,7 @@ def checked_axis(channel_axis: int) -> int:
     """channel_axis as an axis that some array has."""
     axis = whole(channel_axis, STATE, "channel_axis")
     if not -_MOST_CHANNELS < axis < _MOST_CHANNELS:
-        raise ValueError(message(STATE, "channel_axis", "be an axis of x", shown(axis)))
+        raise ValueError(message(STATE, "channel_axis", "be an axis of x", quoted(axis)))
     return axis
 
 
@@ -90,12 +91,12 @@ def counts(values: Any, name: str, channels: int) -> NDArray[np.int64]:
         found = array.library.to_numpy(array)
     else:
         remedy = "Pass an int, or an array of int64."
-        raise TypeError(message(STATE, name, "be a count, or an array of one per channel", shown(values), remedy))
+        raise TypeError(message(STATE, name, "be a count, or an array of one per channel", quoted(values), remedy))
     if found.shape not in ((), (channels,)):
         rule = f"be a number or have shape ({channels},), one count per channel"
         raise ValueError(message(STATE, name, rule, found, shape=found.shape))
     if wrong := [value for value in found.reshape(-1).tolist() if not 0 <= value < _MOST_BATCHES]:
-        raise ValueError(message(STATE, name, "be 0 or more and less than 2**62", shown(wrong[0])))
+        raise ValueError(message(STATE, name, "be 0 or more and less than 2**62", quoted(wrong[0])))
     return np.broadcast_to(found, channels).astype(np.int64)
 
 
@@ -110,8 +111,8 @@ def check_counts(tracked: NDArray[np.int64], skipped: NDArray[np.int64]) -> None
 
 def _number(value: float, function: str, argument: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(message(function, argument, "be a real number", shown(value)))
+        raise TypeError(message(function, argument, "be a real number", quoted(value)))
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(message(function, argument, "be a number that a float can hold", shown(value))) from None
+        raise ValueError(message(function, argument, "be a number that a float can hold", quoted(value))) from None

@@ -134,8 +134,7 @@ def _along_outputs(scale: Float64, weight: Array, output_axis: int, groups: int)
     axis %= len(shape)
     groups = whole(groups, "fold_into", "groups")
     if not 1 <= groups <= scale.size:
-        rule = f"be from 1 to {scale.size}, the number of output channels"
-        raise ValueError(message("fold_into", "groups", rule, groups))
+        raise ValueError(message("fold_into", "groups", f"be from 1 to the {scale.size} channels", groups))
     if shape[axis] * groups != scale.size:
         rule = f"have {scale.size} output channels on axis {axis}" + (f" in {groups} groups" if groups != 1 else "")
         raise ValueError(refusal("fold_into", "weight", rule, weight, _meant(scale.size, shape, axis)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Generic, NamedTuple
 
-from cubn._arguments import outlined
+from cubn._arguments import shown
 from cubn.typing import ArrayT_co
 
 
@@ -49,5 +49,5 @@ class StatisticsGradients(NamedTuple, Generic[ArrayT_co]):
 
 
 def _repr(gradients: Gradients[Any] | StatisticsGradients[Any]) -> str:
-    arrays = ", ".join(f"{name}={outlined(array)}" for name, array in gradients._asdict().items())
+    arrays = ", ".join(f"{name}={shown(array)}" for name, array in gradients._asdict().items())
     return f"{type(gradients).__name__}({arrays})"

@@ -133,7 +133,7 @@ _INTEGERS = {"float32": 1 << 24, "float64": 1 << 53}
 @default_floating_point()
 def _converted(x: Any, dtype: DType) -> np.ndarray[Any, Any]:
     """x in another dtype, without loss."""
-    name = _arguments.dtype_name(dtype, "moments")
+    name = _arguments.dtype_name(dtype, tuple(_INTEGERS), "moments")
     values = _on_host(x, "x", NUMBERS)
     exact = values.dtype.itemsize <= np.dtype(name).itemsize
     if values.dtype.kind in "iu" and values.size:

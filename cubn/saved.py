@@ -6,7 +6,7 @@ from typing import Any, Generic, NamedTuple, NoReturn, Self, cast
 
 import numpy as np
 
-from cubn._arguments import Companion, Source, outlined
+from cubn._arguments import Companion, Source, shown
 from cubn._arrays import Array
 from cubn._given import Parameters
 from cubn.backends import BackendArray, Gate, Statistics
@@ -98,7 +98,7 @@ class Saved(Generic[ArrayT_co]):
             "beta": beta and beta.home,
             "mask": forward.mask and forward.mask.array,
         }
-        arrays = ", ".join(f"{name}={outlined(array)}" for name, array in parts.items())
+        arrays = ", ".join(f"{name}={shown(array)}" for name, array in parts.items())
         return (
             f"Saved({arrays}, residual={forward.has_residual}, relu={forward.gate.kind != 'none'}, normalised by {of})"
         )

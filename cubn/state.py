@@ -16,6 +16,7 @@ from cubn._arrays import Array
 from cubn._holding import COUNTERS, Holding
 from cubn._state_arrays import ARRAYS, Held, described, filled, hold, on_host, placed, summary
 from cubn._state_options import (
+    DTYPES,
     STATE,
     Options,
     checked_axis,
@@ -157,7 +158,7 @@ class BatchNormState(Holding):
         like: SupportsDLPack | None = None,
         running_variance: RunningVariance = "unbiased",
     ) -> None:
-        dtype = dtype_name(dtype, STATE)
+        dtype = dtype_name(dtype, DTYPES, STATE)
         beside = _beside(like, STATE)
         fills = {"gamma": 1, "beta": 0} if flag(affine, STATE, "affine") else {}
         if flag(track, STATE, "track"):
