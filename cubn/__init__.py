@@ -6,12 +6,13 @@ training, `forward_frozen` is fine-tuning. `Moments` are the statistics of any s
 
 from cubn._moments import Moments
 from cubn.backends.threads import get_num_threads, set_num_threads
-from cubn.backward import Gradients, backward, backward_start
+from cubn.backward import backward, backward_start
 from cubn.backward_from import backward_from
 from cubn.convert import fold, fold_into
 from cubn.errors import BackendUnavailable, CollectiveMismatch, StateWarning
 from cubn.forward import forward, forward_frozen, normalize
 from cubn.forward_train import forward_train, forward_train_start
+from cubn.gradients import Gradients, StatisticsGradients
 from cubn.moments import finite_mask, moments, update
 from cubn.saved import Saved
 from cubn.state import BatchNormState
@@ -32,6 +33,7 @@ __all__ = [
     "Saved",
     "Started",
     "StateWarning",
+    "StatisticsGradients",
     "backward",
     "backward_from",
     "backward_start",

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from cubn import _arrays, _layout
 from cubn._arrays import BOOL, Array, Output
 from cubn.backends import CPU, Backend, Extents, Operand, backend_for
-from cubn.errors import device_name, message
+from cubn.errors import device_name, message, quoted
+
+Word = TypeVar("Word", bound=str)
 
 backend = lru_cache(maxsize=None)(backend_for)
 
@@ -126,26 +129,28 @@ def flag(value: bool, function: str, argument: str) -> bool:
         return value
     if isinstance(value, np.bool_):
         return bool(value)
-    raise TypeError(message(function, argument, "be True or False", repr(value)))
+    raise TypeError(message(function, argument, "be True or False", quoted(value)))
 
 
-def one_of(choices: tuple[str, ...], value: str, function: str, argument: str) -> str:
+def one_of(choices: tuple[Word, ...], value: Word, function: str, argument: str) -> Word:
     """One of a few words."""
     if type(value) is str and value in choices:
         return value
     rule = f"be {' or '.join(map(repr, choices))}"
-    raise (ValueError if isinstance(value, str) else TypeError)(message(function, argument, rule, repr(value)))
+    raise (ValueError if isinstance(value, str) else TypeError)(message(function, argument, rule, quoted(value)))
 
 
-def dtype_name(dtype: Any, choices: tuple[str, ...], function: str) -> str:
-    """The name of a dtype, however a library or the user writes it."""
-    try:
-        name: str = np.dtype(dtype).name
-    except TypeError:
-        name = str(dtype).rpartition(".")[2]
-    if name in choices:
-        return name
-    raise TypeError(message(function, "dtype", f"be {' or '.join(map(repr, choices))}", repr(dtype)))
+def dtype_name(dtype: Any, choices: tuple[Word, ...], function: str) -> Word:
+    """The name of a dtype, given as a name, or as NumPy's, JAX's or PyTorch's own."""
+    name = (dtype if isinstance(dtype, str) else quoted(dtype)).rpartition(".")[2]  # of torch.float32
+    if name not in choices and dtype is not None:
+        with suppress(Exception):  # which may be of any kind
+            found = np.dtype(dtype)
+            name = found.name if found.isnative else found.str
+    for choice in choices:
+        if name == choice:
+            return choice
+    raise TypeError(message(function, "dtype", f"be {' or '.join(map(repr, choices))}", quoted(dtype)))
 
 
 def whole(value: int, function: str, argument: str) -> int:
@@ -155,7 +160,7 @@ def whole(value: int, function: str, argument: str) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(message(function, argument, "be an integer", repr(value))) from None
+        raise TypeError(message(function, argument, "be an integer", quoted(value))) from None
 
 
 def shown(array: Any) -> str:

@@ -9,7 +9,7 @@ from cubn._arguments import Companion, Source, region
 from cubn._arrays import Array, Output
 from cubn._layout import operand
 from cubn.backends import Affine, Arrays, BackendArray, Vector
-from cubn.state import BatchNormState, Held, checked_state
+from cubn.state import BatchNormState, Held, checked_state, hold
 
 
 class Given(NamedTuple):
@@ -60,6 +60,12 @@ def given_with_state(function: str, x: Any, state: BatchNormState, mask: Any, re
     checked_state(state, function)
     source = _arguments.source(function, x, state.channel_axis, state.num_features)
     return beside(function, source, state._read(function, source.array), mask, residual)
+
+
+def given_parameters(function: str, gamma: Any, beta: Any, source: Source) -> Held:
+    """gamma and beta, where they are given."""
+    given = {"gamma": gamma, "beta": beta}
+    return hold({n: _arguments.parameter(function, n, a, source) for n, a in given.items() if a is not None}, function)
 
 
 def beside(function: str, source: Source, held: Held, mask: Any, residual: Any) -> Given:

@@ -15,6 +15,7 @@ from cubn._floating_point import default_floating_point
 from cubn._tree import Block
 from cubn.backends import Nodes
 from cubn.errors import message
+from cubn.typing import SupportsDLPack
 
 Float64 = NDArray[np.float64]
 
@@ -94,7 +95,7 @@ class Moments:
 
     @classmethod
     @default_floating_point
-    def from_statistics(cls, count: int, mean: Any, var: Any) -> Self:
+    def from_statistics(cls, count: int, mean: SupportsDLPack, var: SupportsDLPack) -> Self:
         """Moments of numbers that somebody else took.
 
         Parameters

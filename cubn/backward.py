@@ -3,49 +3,59 @@
 from __future__ import annotations
 
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 
 from cubn import _arguments, _arrays
-from cubn._arguments import flag, one_of, refusal, region, shown
+from cubn._arguments import flag, one_of, refusal, region
 from cubn._arrays import BOOL, FLOATS, Output
 from cubn._layout import operand, vector
 from cubn.backends import Arrays, BackendArray, Nodes, Vector
 from cubn.errors import message
+from cubn.gradients import Gradients, StatisticsGradients
 from cubn.saved import Forward, Saved
 from cubn.sync import collective
-from cubn.sync.collective import Shared, Started, Terms
+from cubn.sync.collective import Place, Shared, Started, Terms
+from cubn.typing import ArrayT, Like, ParameterGradients
 
 Sums = tuple[BackendArray, BackendArray]
+_WHOSE: tuple[ParameterGradients, ...] = get_args(ParameterGradients)
+
+AnyGradients = Gradients[Any] | StatisticsGradients[Any]
 OfChannels = tuple[Any, Any, Any, Any]  # dgamma, dbeta, dmean, dvar
 
 
-class Gradients(NamedTuple):
-    """Gradients of a loss, from `backward`.
+@overload
+def backward(
+    dy: Like[ArrayT],
+    saved: Saved[ArrayT],
+    *,
+    parameter_gradients: ParameterGradients = "local",
+    statistics: Literal[False] = False,
+    out: ArrayT | None = None,
+) -> Gradients[ArrayT]: ...
 
-    Attributes
-    ----------
-    dx : array like x
-    dgamma, dbeta : array of shape (C,) in gamma's and beta's dtype and library; None where the state has none
-    dresidual : array like x; None where there was no residual
-    dmean, dvar : array of shape (C,) in running_mean's dtype and library; None unless asked for by `statistics=True`
-    """
 
-    dx: Any
-    dgamma: Any
-    dbeta: Any
-    dresidual: Any
-    dmean: Any = None
-    dvar: Any = None
-
-    def __repr__(self) -> str:
-        return f"Gradients({', '.join(f'{name}={shown(array)}' for name, array in self._asdict().items())})"
+@overload
+def backward(
+    dy: Like[ArrayT],
+    saved: Saved[ArrayT],
+    *,
+    parameter_gradients: ParameterGradients = "local",
+    statistics: Literal[True],
+    out: ArrayT | None = None,
+) -> StatisticsGradients[ArrayT]: ...
 
 
 def backward(
-    dy: Any, saved: Saved, *, parameter_gradients: str = "local", statistics: bool = False, out: Any = None
-) -> Gradients:
+    dy: Like[ArrayT],
+    saved: Saved[ArrayT],
+    *,
+    parameter_gradients: ParameterGradients = "local",
+    statistics: bool = False,
+    out: ArrayT | None = None,
+) -> Gradients[ArrayT] | StatisticsGradients[ArrayT]:
     """Gradients of a loss by x, gamma, beta and residual, from its gradient by y.
 
     With d = x - mean and dy taken as 0 where a ReLU or the mask stopped y:
@@ -77,8 +87,9 @@ def backward(
     Returns
     -------
     Gradients
-        (dx, dgamma, dbeta, dresidual, dmean, dvar). dx and dresidual share no memory, and are 0 where the mask is
-        False.
+        (dx, dgamma, dbeta, dresidual). dx and dresidual share no memory, and are 0 where the mask is False.
+    StatisticsGradients
+        (dx, dgamma, dbeta, dresidual, dmean, dvar), with `statistics=True`.
 
     Raises
     ------
@@ -101,14 +112,40 @@ def backward(
     """
     forward = _forward_of(saved)
     if forward.place is not None:
-        options = {"parameter_gradients": parameter_gradients, "statistics": statistics, "out": out}
-        return backward_start(dy, saved, **options).finish()
+        return _start(forward.place, dy, forward, parameter_gradients, statistics, out).finish()
     return Prepared("backward", dy, forward, parameter_gradients, statistics, out).run()
 
 
+@overload
 def backward_start(
-    dy: Any, saved: Saved, *, parameter_gradients: str = "local", statistics: bool = False, out: Any = None
-) -> Started[Gradients]:
+    dy: Like[ArrayT],
+    saved: Saved[ArrayT],
+    *,
+    parameter_gradients: ParameterGradients = "local",
+    statistics: Literal[False] = False,
+    out: ArrayT | None = None,
+) -> Started[Gradients[ArrayT]]: ...
+
+
+@overload
+def backward_start(
+    dy: Like[ArrayT],
+    saved: Saved[ArrayT],
+    *,
+    parameter_gradients: ParameterGradients = "local",
+    statistics: Literal[True],
+    out: ArrayT | None = None,
+) -> Started[StatisticsGradients[ArrayT]]: ...
+
+
+def backward_start(
+    dy: Like[ArrayT],
+    saved: Saved[ArrayT],
+    *,
+    parameter_gradients: ParameterGradients = "local",
+    statistics: bool = False,
+    out: ArrayT | None = None,
+) -> Started[Gradients[ArrayT] | StatisticsGradients[ArrayT]]:
     """Begin the `backward` of a forward with `comm=`, and leave time for other work until its `finish`.
 
     Takes this rank's sums and begins to send them; dx is written in `finish`.
@@ -132,17 +169,22 @@ def backward_start(
     if forward.place is None:
         remedy = "Use backward, or give the forward a comm."
         raise ValueError(message("backward_start", "saved", "be of a forward with comm=", "one without", remedy))
-    make = partial(Prepared, "backward", dy, forward, parameter_gradients, statistics, out)
-    return collective.start("backward", forward.place.communicator, forward.place.sizes, make)
+    return _start(forward.place, dy, forward, parameter_gradients, statistics, out)
 
 
 class Prepared:
     """A backward whose arguments were checked and whose outputs are ready; nothing is written yet."""
 
     def __init__(
-        self, function: str, dy: Any, forward: Forward, parameter_gradients: str, statistics: bool, out: Any
+        self,
+        function: str,
+        dy: Any,
+        forward: Forward,
+        parameter_gradients: ParameterGradients,
+        statistics: bool,
+        out: Any,
     ) -> None:
-        self.everywhere = one_of(("local", "global"), parameter_gradients, function, "parameter_gradients") == "global"
+        self.everywhere = one_of(_WHOSE, parameter_gradients, function, "parameter_gradients") == "global"
         self.by_statistics = flag(statistics, function, "statistics")
         if self.by_statistics and forward.frozen is None:
             rule, remedy = "be False where the statistics were taken of x", "dx has their part of the gradient."
@@ -189,7 +231,7 @@ class Prepared:
             gathers=self.everywhere or forward.frozen is None,
         )
 
-    def run(self) -> Gradients:
+    def run(self) -> AnyGradients:
         """The whole batch is here."""
         source, forward = self.source, self.forward
         if self.in_given and self._may_fail():
@@ -212,13 +254,13 @@ class Prepared:
     def accept(self, values: int) -> None:
         """The forward has been."""
 
-    def finish(self, shared: Shared) -> Gradients:
+    def finish(self, shared: Shared) -> AnyGradients:
         sums = self.backend.root_sums(shared.nodes) if self.terms.gathers else None
         needed = self.parameters or self.by_statistics
         own = (sums if self.everywhere else self.backend.root_sums(shared.own)) if needed else None
         return self._apply(own, sums)
 
-    def _apply(self, own: Sums | None, sums: Sums | None) -> Gradients:
+    def _apply(self, own: Sums | None, sums: Sums | None) -> AnyGradients:
         """Gradients of channels from own sums, then dx from those of all ranks: what may fail comes before `out`."""
         if self.parameters and own:
             self.backend.parameter_gradients(self.forward.statistics, own, *self.parameters)
@@ -261,12 +303,19 @@ class Prepared:
         new = home.library.from_numpy
         return new(dmean, home.dtype, home), new(dvar, home.dtype, home)
 
-    def _written(self, of_channels: OfChannels) -> Gradients:
+    def _written(self, of_channels: OfChannels) -> AnyGradients:
         dgamma, dbeta, dmean, dvar = of_channels
-        return Gradients(self.dx.finish(), dgamma, dbeta, self.dresidual and self.dresidual.finish(), dmean, dvar)
+        dx, dresidual = self.dx.finish(), self.dresidual and self.dresidual.finish()
+        if self.by_statistics:
+            return StatisticsGradients(dx, dgamma, dbeta, dresidual, dmean, dvar)
+        return Gradients(dx, dgamma, dbeta, dresidual)
 
 
-def _forward_of(saved: Saved) -> Forward:
+def _start(place: Place, *arguments: Any) -> Started[AnyGradients]:
+    return collective.start("backward", place.communicator, place.sizes, partial(Prepared, "backward", *arguments))
+
+
+def _forward_of(saved: Saved[Any]) -> Forward:
     if not isinstance(saved, Saved):
         remedy = "It is the second result of forward_train and forward_frozen."
         raise TypeError(message("backward", "saved", "be a Saved", type(saved).__name__, remedy))

@@ -2,37 +2,76 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, overload
 
 import numpy as np
 
 from cubn import _arguments
 from cubn._arguments import Companion, Source, flag, whole
-from cubn._given import Given, kept_parameters
+from cubn._given import Given, given_parameters, kept_parameters
 from cubn._layout import vector
 from cubn.backends import Affine, Gate, Statistics
-from cubn.backward import Gradients, Prepared
+from cubn.backward import Prepared
 from cubn.errors import message
+from cubn.gradients import Gradients, StatisticsGradients
 from cubn.saved import Forward
-from cubn.state import hold
+from cubn.typing import AnyArray, ArrayT, Like, SupportsDLPack
+
+
+@overload
+def backward_from(
+    dy: Like[ArrayT],
+    x: ArrayT,
+    *,
+    mean: SupportsDLPack,
+    invstd: SupportsDLPack,
+    gamma: SupportsDLPack | None = None,
+    beta: SupportsDLPack | None = None,
+    mask: AnyArray | None = None,
+    relu: bool = False,
+    count: int | None = None,
+    frozen: bool = False,
+    statistics: Literal[False] = False,
+    channel_axis: int = 1,
+    out: ArrayT | None = None,
+) -> Gradients[ArrayT]: ...
+
+
+@overload
+def backward_from(
+    dy: Like[ArrayT],
+    x: ArrayT,
+    *,
+    mean: SupportsDLPack,
+    invstd: SupportsDLPack,
+    gamma: SupportsDLPack | None = None,
+    beta: SupportsDLPack | None = None,
+    mask: AnyArray | None = None,
+    relu: bool = False,
+    count: int | None = None,
+    frozen: Literal[True],
+    statistics: Literal[True],
+    channel_axis: int = 1,
+    out: ArrayT | None = None,
+) -> StatisticsGradients[ArrayT]: ...
 
 
 def backward_from(
-    dy: Any,
-    x: Any,
+    dy: Like[ArrayT],
+    x: ArrayT,
     *,
-    mean: Any,
-    invstd: Any,
-    gamma: Any = None,
-    beta: Any = None,
-    mask: Any = None,
+    mean: SupportsDLPack,
+    invstd: SupportsDLPack,
+    gamma: SupportsDLPack | None = None,
+    beta: SupportsDLPack | None = None,
+    mask: AnyArray | None = None,
     relu: bool = False,
     count: int | None = None,
     frozen: bool = False,
     statistics: bool = False,
     channel_axis: int = 1,
-    out: Any = None,
-) -> Gradients:
+    out: ArrayT | None = None,
+) -> Gradients[ArrayT] | StatisticsGradients[ArrayT]:
     """`backward` of a normalisation whose statistics the caller kept, without a Saved.
 
     With y = (x - mean) * invstd * gamma + beta, then ReLU. The formulas are those of `backward`; with the mean and
@@ -67,7 +106,9 @@ def backward_from(
     Returns
     -------
     Gradients
-        (dx, dgamma, dbeta, None, dmean, dvar).
+        (dx, dgamma, dbeta, None).
+    StatisticsGradients
+        (dx, dgamma, dbeta, None, dmean, dvar), with `statistics=True`.
 
     Raises
     ------
@@ -85,18 +126,14 @@ def backward_from(
     >>> x = np.random.default_rng(0).standard_normal((8, 3, 5))
     >>> mean, invstd = x.mean((0, 2)), 1 / np.sqrt(x.var((0, 2)) + 1e-5)
     >>> cubn.backward_from(np.ones_like(x), x, mean=mean, invstd=invstd)
-    Gradients(dx=float64 (8, 3, 5), dgamma=None, dbeta=None, dresidual=None, dmean=None, dvar=None)
+    Gradients(dx=float64 (8, 3, 5), dgamma=None, dbeta=None, dresidual=None)
     """
     function = "backward_from"
     relu, frozen = flag(relu, function, "relu"), flag(frozen, function, "frozen")
     source = _arguments.source(function, x, channel_axis)
     masked = None if mask is None else _arguments.mask(function, mask, source)
     taken = [_arguments.parameter(function, *named, source) for named in (("mean", mean), ("invstd", invstd))]
-    affine = {
-        name: _arguments.parameter(function, name, parameter, source)
-        for name, parameter in (("gamma", gamma), ("beta", beta))
-        if parameter is not None
-    }
+    held = given_parameters(function, gamma, beta, source)
     values = 0 if frozen else _count(function, count, source, masked)
     place, C = source.backend, source.extents.C
     (centre, at_centre), (inverse, at_inverse) = place.new_vector(C), place.new_vector(C)
@@ -107,7 +144,7 @@ def backward_from(
         masked,
         has_residual=False,
         statistics=Statistics(number, centre, centre, centre, inverse),  # a backward reads neither m2 nor var
-        parameters=kept_parameters(Given(source, hold(affine, function), masked, None)),
+        parameters=kept_parameters(Given(source, held, masked, None)),
         gate=Gate("recompute" if relu else "none"),
         read=(),
         frozen=taken[0] if frozen else None,

@@ -14,6 +14,7 @@ from cubn._floating_point import default_floating_point
 from cubn._state_arrays import check_variance
 from cubn.errors import message
 from cubn.state import BatchNormState, checked_state
+from cubn.typing import ArrayT, SupportsDLPack
 
 Float64 = NDArray[np.float64]
 
@@ -55,8 +56,8 @@ def fold(state: BatchNormState) -> tuple[Any, Any]:
 
 @default_floating_point
 def fold_into(
-    weight: Any, bias: Any, state: BatchNormState, *, output_axis: int = 0, groups: int = 1
-) -> tuple[Any, Any]:
+    weight: ArrayT, bias: SupportsDLPack | None, state: BatchNormState, *, output_axis: int = 0, groups: int = 1
+) -> tuple[ArrayT, Any]:
     """Weight and bias with which a convolution or linear layer does its batch norm too.
 
     weight' = weight * scale along the output channels and bias' = bias * scale + shift, with scale and shift as in
@@ -132,8 +133,8 @@ def _along_outputs(scale: Float64, weight: Array, output_axis: int, groups: int)
         raise np.exceptions.AxisError(message("fold_into", "output_axis", rule, axis))
     axis %= len(shape)
     groups = whole(groups, "fold_into", "groups")
-    if groups < 1:
-        raise ValueError(message("fold_into", "groups", "be 1 or more", groups))
+    if not 1 <= groups <= scale.size:
+        raise ValueError(message("fold_into", "groups", f"be from 1 to the {scale.size} channels", groups))
     if shape[axis] * groups != scale.size:
         rule = f"have {scale.size} output channels on axis {axis}" + (f" in {groups} groups" if groups != 1 else "")
         raise ValueError(refusal("fold_into", "weight", rule, weight, _meant(scale.size, shape, axis)))

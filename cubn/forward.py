@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from cubn import _arguments
 from cubn._arguments import flag
-from cubn._given import beside, gate_kind, given_with_state, kept_parameters, overwrites
+from cubn._given import beside, gate_kind, given_parameters, given_with_state, kept_parameters, overwrites
 from cubn._moments import Moments
 from cubn.backends import Gate, Vector
 from cubn.errors import message
 from cubn.moments import statistics_of
 from cubn.saved import Forward, Saved, as_read
-from cubn.state import BatchNormState, Held, checked_eps, hold
+from cubn.state import BatchNormState, Held, checked_eps
 from cubn.sync import communicator
 from cubn.sync.collective import Place, check_sizes
+from cubn.typing import AnyArray, ArrayT, Comm, Like, Sizes, SupportsDLPack
 
 
 def forward(
-    x: Any, state: BatchNormState, *, mask: Any = None, residual: Any = None, relu: bool = False, out: Any = None
-) -> Any:
+    x: ArrayT,
+    state: BatchNormState,
+    *,
+    mask: AnyArray | None = None,
+    residual: Like[ArrayT] | None = None,
+    relu: bool = False,
+    out: ArrayT | None = None,
+) -> ArrayT:
     """Normalise by running statistics: inference.
 
     y = (x - running_mean) / sqrt(running_var + eps) * gamma + beta, then + residual, then ReLU.
@@ -72,20 +77,21 @@ def forward(
     running = _running(held, "forward")
     output = given.destination("forward", out)
     source.backend.forward(source.extents, given.arrays(output), running, state.eps, held.affine, relu=relu)
-    return output.finish()
+    y: ArrayT = output.finish()
+    return y
 
 
 def forward_frozen(
-    x: Any,
+    x: ArrayT,
     state: BatchNormState,
     *,
-    mask: Any = None,
-    residual: Any = None,
+    mask: AnyArray | None = None,
+    residual: Like[ArrayT] | None = None,
     relu: bool = False,
-    comm: Any = None,
-    sizes: Any = None,
-    out: Any = None,
-) -> tuple[Any, Saved]:
+    comm: Comm | None = None,
+    sizes: Sizes | None = None,
+    out: ArrayT | None = None,
+) -> tuple[ArrayT, Saved[ArrayT]]:
     """Normalise by running statistics, with a backward: fine-tuning on statistics that stay as they are.
 
     y = (x - running_mean) / sqrt(running_var + eps) * gamma + beta, then + residual, then ReLU; the same bits as
@@ -150,18 +156,18 @@ def forward_frozen(
 
 
 def normalize(
-    x: Any,
+    x: ArrayT,
     moments: Moments,
     *,
-    gamma: Any = None,
-    beta: Any = None,
+    gamma: SupportsDLPack | None = None,
+    beta: SupportsDLPack | None = None,
     eps: float = 1e-5,
     channel_axis: int = 1,
-    mask: Any = None,
-    residual: Any = None,
+    mask: AnyArray | None = None,
+    residual: Like[ArrayT] | None = None,
     relu: bool = False,
-    out: Any = None,
-) -> Any:
+    out: ArrayT | None = None,
+) -> ArrayT:
     """Normalise by given moments: of this batch, of several batches, of a data set.
 
     y = (x - mean) / sqrt(var + eps) * gamma + beta, then + residual, then ReLU, with var = m2 / count. With
@@ -202,17 +208,13 @@ def normalize(
     if not moments.count:
         raise ValueError(message("normalize", "moments", "be of at least one value per channel", moments.count))
     eps = checked_eps(eps, "normalize")
-    parameters = {
-        name: _arguments.parameter("normalize", name, parameter, source)
-        for name, parameter in (("gamma", gamma), ("beta", beta))
-        if parameter is not None
-    }
-    held = hold(parameters, "normalize")
+    held = given_parameters("normalize", gamma, beta, source)
     given = beside("normalize", source, held, mask, residual)
     output = given.destination("normalize", out)
     statistics = statistics_of(moments, eps, source.backend)
     source.backend.normalize(source.extents, given.arrays(output), statistics, held.affine, relu=relu, keep_bits=False)
-    return output.finish()
+    y: ArrayT = output.finish()
+    return y
 
 
 def _running(held: Held, function: str) -> tuple[Vector, Vector]:

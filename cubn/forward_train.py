@@ -15,20 +15,21 @@ from cubn.saved import Forward, Saved, as_read
 from cubn.state import BatchNormState, Held
 from cubn.sync import collective
 from cubn.sync.collective import Place, Shared, Started, Terms, check_sizes
+from cubn.typing import AnyArray, ArrayT, Comm, Like, Sizes
 
 
 def forward_train(
-    x: Any,
+    x: ArrayT,
     state: BatchNormState,
     *,
-    mask: Any = None,
-    residual: Any = None,
+    mask: AnyArray | None = None,
+    residual: Like[ArrayT] | None = None,
     relu: bool = False,
-    comm: Any = None,
-    sizes: Any = None,
+    comm: Comm | None = None,
+    sizes: Sizes | None = None,
     update: bool = True,
-    out: Any = None,
-) -> tuple[Any, Saved]:
+    out: ArrayT | None = None,
+) -> tuple[ArrayT, Saved[ArrayT]]:
     """Normalise by the batch's own statistics, and move the running statistics towards them: training.
 
     y = (x - mean) / sqrt(var + eps) * gamma + beta, then + residual, then ReLU, with mean and var = m2 / count over all
@@ -88,25 +89,24 @@ def forward_train(
     """
     check_sizes("forward_train", sizes, comm)
     if comm is not None:
-        options = {"mask": mask, "residual": residual, "relu": relu, "update": update, "out": out}
-        return forward_train_start(x, state, comm=comm, sizes=sizes, **options).finish()
+        return _start(comm, sizes, x, state, mask, residual, relu, update, out).finish()
     training = _Training(x, state, mask, residual, relu, update, out)
     training.check_count()
     return training.run()
 
 
 def forward_train_start(
-    x: Any,
+    x: ArrayT,
     state: BatchNormState,
     *,
-    comm: Any,
-    sizes: Any = None,
-    mask: Any = None,
-    residual: Any = None,
+    comm: Comm,
+    sizes: Sizes | None = None,
+    mask: AnyArray | None = None,
+    residual: Like[ArrayT] | None = None,
     relu: bool = False,
     update: bool = True,
-    out: Any = None,
-) -> Started[tuple[Any, Saved]]:
+    out: ArrayT | None = None,
+) -> Started[tuple[ArrayT, Saved[ArrayT]]]:
     """Begin a `forward_train` over the ranks of a communicator, and leave time for other work until its `finish`.
 
     Takes this rank's statistics and begins to send them; nothing is changed before `finish`.
@@ -126,8 +126,11 @@ def forward_train_start(
     TypeError, ValueError, CollectiveMismatch, numpy.exceptions.AxisError, BackendUnavailable, ImportError
         As in `forward_train`; here or in `finish`, but on all ranks in the same place.
     """
-    make = partial(_Begun, x, state, mask, residual, relu, update, out)
-    return collective.start("forward_train", comm, sizes, make)
+    return _start(comm, sizes, x, state, mask, residual, relu, update, out)
+
+
+def _start(comm: Comm, sizes: Sizes | None, *arguments: Any) -> Started[tuple[Any, Saved[Any]]]:
+    return collective.start("forward_train", comm, sizes, partial(_Begun, *arguments))
 
 
 class _Training:
@@ -161,7 +164,7 @@ class _Training:
         got = f"{self.values} where the mask is True" if mask else self.values
         _check_count(self.values, got, "", shape=array.shape, dtype=array.dtype, device=array.device)
 
-    def run(self) -> tuple[Any, Saved]:
+    def run(self) -> tuple[Any, Saved[Any]]:
         """The whole step at once. y is its library's before the state is changed for good: an adoption may fail."""
         source, held = self.given.source, self.given.held
         kept = new_parameters(self.given)
@@ -189,7 +192,9 @@ class _Training:
         """The running statistics (those held a moment ago), if they are to move."""
         return self.state._moving("forward_train", held) if self.updates else nullcontext()
 
-    def saved(self, statistics: Statistics, bits: Any, parameters: Parameters, place: Place | None = None) -> Saved:
+    def saved(
+        self, statistics: Statistics, bits: Any, parameters: Parameters, place: Place | None = None
+    ) -> Saved[Any]:
         source, _, mask, residual = self.given
         return Saved._of(
             Forward(
@@ -236,7 +241,7 @@ class _Begun(_Training):
     def accept(self, values: int) -> None:
         _check_count(values, values, " over all ranks")
 
-    def finish(self, shared: Shared) -> tuple[Any, Saved]:
+    def finish(self, shared: Shared) -> tuple[Any, Saved[Any]]:
         statistics = self.backend.statistics(*self.backend.root(shared.nodes), self.eps)
         extents, affine = self.given.source.extents, self.parameters.affine
         bits = self.backend.normalize(extents, self.arrays, statistics, affine, **self.then)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cubn import _arguments, _arrays, _nodes
 from cubn._arrays import BOOL, NUMBERS
@@ -18,17 +19,18 @@ from cubn.errors import message
 from cubn.state import BatchNormState, checked_state
 from cubn.sync import collective
 from cubn.sync.collective import Shared, Terms, check_sizes
+from cubn.typing import AnyArray, ArrayT, Comm, DType, Sizes
 
 
 def moments(
-    x: Any,
+    x: AnyArray,
     *,
     channel_axis: int = 1,
-    mask: Any = None,
-    comm: Any = None,
-    sizes: Any = None,
+    mask: AnyArray | None = None,
+    comm: Comm | None = None,
+    sizes: Sizes | None = None,
     start: int = 0,
-    dtype: str | None = None,
+    dtype: DType | None = None,
 ) -> Moments:
     """Count, mean and sum of squared deviations of each channel of x.
 
@@ -90,7 +92,7 @@ def moments(
 class _Taking:
     """A `moments` whose arguments were checked."""
 
-    def __init__(self, x: Any, channel_axis: int, mask: Any, start: int, dtype: str | None) -> None:
+    def __init__(self, x: Any, channel_axis: int, mask: Any, start: int, dtype: DType | None) -> None:
         if dtype is not None:
             x, mask = _converted(x, dtype), None if mask is None else _on_host(mask, "mask", BOOL)
         self.source = source = _arguments.source("moments", x, channel_axis)
@@ -129,9 +131,9 @@ _INTEGERS = {"float32": 1 << 24, "float64": 1 << 53}
 
 
 @default_floating_point
-def _converted(x: Any, dtype: str) -> np.ndarray[Any, Any]:
+def _converted(x: Any, dtype: DType) -> np.ndarray[Any, Any]:
     """x in another dtype, without loss."""
-    name = _arguments.dtype_name(dtype, ("float32", "float64"), "moments")
+    name = _arguments.dtype_name(dtype, tuple(_INTEGERS), "moments")
     values = _on_host(x, "x", NUMBERS)
     exact = values.dtype.itemsize <= np.dtype(name).itemsize
     if values.dtype.kind in "iu" and values.size:
@@ -141,6 +143,14 @@ def _converted(x: Any, dtype: str) -> np.ndarray[Any, Any]:
         rule = f"hold what {name} can hold exactly"
         raise ValueError(message("moments", "x", rule, f"values of {values.dtype}", remedy, shape=values.shape))
     return values.astype(name)
+
+
+@overload
+def finite_mask(x: NDArray[Any], *, channel_axis: int = 1) -> NDArray[np.bool_]: ...
+
+
+@overload
+def finite_mask(x: ArrayT, *, channel_axis: int = 1) -> ArrayT: ...
 
 
 def finite_mask(x: Any, *, channel_axis: int = 1) -> Any:

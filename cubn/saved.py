@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, Generic, NamedTuple, NoReturn, Self, cast
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from cubn._arrays import Array
 from cubn._given import Parameters
 from cubn.backends import BackendArray, Gate, Statistics
 from cubn.sync.collective import Place
+from cubn.typing import ArrayT_co
 
 
 class Forward(NamedTuple):
@@ -38,7 +39,7 @@ def as_read(source: Source, mask: Companion | None) -> tuple[tuple[str, Array, i
     return read if mask is None else (*read, ("mask", mask.array, mask.array.library.version(mask.array)))
 
 
-class Saved:
+class Saved(Generic[ArrayT_co]):
     """What `backward` needs from the forward that returned it.
 
     Holds a reference to x (and to the mask), and copies of everything else, so that later updates of the state do not
@@ -103,8 +104,8 @@ class Saved:
         )
 
     @property
-    def x(self) -> Any:
-        return self._forward.source.array.owner
+    def x(self) -> ArrayT_co:
+        return cast(ArrayT_co, self._forward.source.array.owner)
 
     @property
     def count(self) -> Any:

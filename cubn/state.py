@@ -5,21 +5,21 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays, _modules
-from cubn._arguments import flag
+from cubn._arguments import dtype_name, flag
 from cubn._arrays import Array
 from cubn._holding import COUNTERS, Holding
 from cubn._state_arrays import ARRAYS, Held, described, filled, hold, on_host, placed, summary
 from cubn._state_options import (
+    DTYPES,
     STATE,
     Options,
     checked_axis,
-    checked_dtype,
     checked_eps,
     checked_momentum,
     checked_options,
@@ -27,6 +27,7 @@ from cubn._state_options import (
 )
 from cubn.backends import CPU
 from cubn.errors import message
+from cubn.typing import DType, RunningVariance, SupportsDLPack
 
 __all__ = ["BatchNormState", "Held", "checked_eps", "checked_state", "hold"]
 
@@ -40,10 +41,16 @@ class _Attribute:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
+    @overload
+    def __get__(self, state: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(self, state: BatchNormState, owner: type) -> Any: ...
+
     def __get__(self, state: BatchNormState | None, owner: type) -> Any:
         return self if state is None else state._arrays[self._name]
 
-    def __set__(self, state: BatchNormState, array: Any) -> None:
+    def __set__(self, state: BatchNormState, array: SupportsDLPack | None) -> None:
         state._assign({self._name: array})
 
 
@@ -147,11 +154,11 @@ class BatchNormState(Holding):
         affine: bool = True,
         track: bool = True,
         channel_axis: int = 1,
-        dtype: Any = "float32",
-        like: Any = None,
-        running_variance: str = "unbiased",
+        dtype: DType = "float32",
+        like: SupportsDLPack | None = None,
+        running_variance: RunningVariance = "unbiased",
     ) -> None:
-        dtype = checked_dtype(dtype)
+        dtype = dtype_name(dtype, DTYPES, STATE)
         beside = _beside(like, STATE)
         fills = {"gamma": 1, "beta": 0} if flag(affine, STATE, "affine") else {}
         if flag(track, STATE, "track"):
@@ -164,17 +171,17 @@ class BatchNormState(Holding):
     def from_arrays(
         cls,
         *,
-        gamma: Any = None,
-        beta: Any = None,
-        running_mean: Any = None,
-        running_var: Any = None,
+        gamma: SupportsDLPack | None = None,
+        beta: SupportsDLPack | None = None,
+        running_mean: SupportsDLPack | None = None,
+        running_var: SupportsDLPack | None = None,
         num_features: int | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         channel_axis: int = 1,
-        running_variance: str = "unbiased",
-        tracked: Any = None,
-        skipped: Any = None,
+        running_variance: RunningVariance = "unbiased",
+        tracked: int | SupportsDLPack | None = None,
+        skipped: int | SupportsDLPack | None = None,
         check: bool = True,
     ) -> Self:
         """A state of existing arrays, used in place: a framework module's own parameters and buffers, say.
@@ -249,7 +256,7 @@ class BatchNormState(Holding):
         return cls._of(arrays, arguments.pop("num_features"), counters, check, **arguments)
 
     @classmethod
-    def from_dict(cls, d: Mapping[str, Any], *, like: Any = None, check: bool = True) -> Self:
+    def from_dict(cls, d: Mapping[str, Any], *, like: SupportsDLPack | None = None, check: bool = True) -> Self:
         """The state that `to_dict` wrote down, in arrays of its own.
 
         Parameters
@@ -288,7 +295,7 @@ class BatchNormState(Holding):
         options = (found.get("momentum"), found["channel_axis"], found.get("running_variance", "unbiased"))
         return cls._of(arrays, found["num_features"], counters, check, found["eps"], *options)
 
-    def to_dict(self, *, like: Any = None) -> dict[str, Any]:
+    def to_dict(self, *, like: SupportsDLPack | None = None) -> dict[str, Any]:
         """Everything the state holds, as plain numbers, words and arrays of its own.
 
         `np.savez(path, **state.to_dict())` and `torch.save(state.to_dict(like=tensor), path)` store it so that
@@ -377,12 +384,12 @@ class BatchNormState(Holding):
         self._choose(channel_axis=checked_axis(channel_axis))
 
     @property
-    def running_variance(self) -> str:
+    def running_variance(self) -> RunningVariance:
         """Which variance of a batch running_var averages: "unbiased" or "biased"."""
         return self._options.running_variance
 
     @running_variance.setter
-    def running_variance(self, running_variance: str) -> None:
+    def running_variance(self, running_variance: RunningVariance) -> None:
         self._choose(running_variance=checked_variance(running_variance))
 
     def __repr__(self) -> str:
@@ -414,7 +421,7 @@ class BatchNormState(Holding):
         eps: float,
         momentum: float | None,
         channel_axis: int,
-        running_variance: str = "unbiased",
+        running_variance: RunningVariance = "unbiased",
     ) -> Self:
         """A state of arrays."""
         flag(check, STATE, "check")

@@ -93,7 +93,29 @@ class Communicator(ABC):
         self.broken = why
 
 
-def communicator(comm: Any) -> Communicator:
+class _MPIComm(Protocol):
+    """mpi4py.MPI.Comm, by what no other communicator has."""
+
+    def Get_rank(self) -> int: ...
+
+    def Get_size(self) -> int: ...
+
+    def Is_inter(self) -> bool: ...
+
+
+class _ProcessGroup(Protocol):
+    """torch.distributed.ProcessGroup."""
+
+    def rank(self) -> int: ...
+
+    def size(self) -> int: ...
+
+
+Comm = Communicator | _MPIComm | _ProcessGroup
+"""What a user may pass as `comm=`."""
+
+
+def communicator(comm: Comm) -> Communicator:
     """The communicator behind what a user passed as `comm=`.
 
     Parameters

@@ -28,7 +28,7 @@ from cubn._arguments import whole
 from cubn._tree import Block, aligned_blocks
 from cubn.backends import Backend, BackendArray, Nodes
 from cubn.errors import CollectiveMismatch, message
-from cubn.sync import Bytes, Communicator, Pending, communicator
+from cubn.sync import Bytes, Comm, Communicator, Pending, communicator
 
 Headers = NDArray[np.void]
 """What the ranks said, as `_HEADER`s."""
@@ -105,7 +105,7 @@ class Half(Protocol[T_co]):
         """The other half."""
 
 
-class Started(Generic[T]):
+class Started(Generic[T_co]):
     """An operation whose exchange is under way; `finish` waits for it and gives the operation's result.
 
     Every started operation must be finished, on every rank; several may be in any order. Until then its arrays must
@@ -116,7 +116,7 @@ class Started(Generic[T]):
         self._exchange = exchange
         self._index = index
 
-    def finish(self) -> T:
+    def finish(self) -> T_co:
         """Wait for the other ranks and compute the rest.
 
         Returns
@@ -131,7 +131,7 @@ class Started(Generic[T]):
         ValueError
             If there are not enough values per channel over all ranks; or inside the `together` this was started in.
         """
-        return cast(T, self._exchange.result(self._index))
+        return cast(T_co, self._exchange.result(self._index))
 
 
 # --- the header -----------------------------------------------------------------------------------------------------
@@ -602,7 +602,7 @@ def start(function: str, comm: Any, sizes: Any, make: Callable[[], Half[T]]) -> 
 
 
 @contextmanager
-def together(comm: Any) -> Iterator[None]:
+def together(comm: Comm) -> Iterator[None]:
     """Let the operations started inside share one message: one latency instead of one each.
 
     Parameters

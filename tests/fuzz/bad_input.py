@@ -180,6 +180,7 @@ ROLES: dict[str, dict[str, dict[str, Weird]]] = {
     "saved": {},
     "Moments": {},
     "Gradients": {},
+    "StatisticsGradients": {},
 }
 DEFAULTS: dict[str, tuple[str, ...]] = {
     "forward": ("x", "state"),
@@ -198,7 +199,13 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     "fold_into": ("weight", "bias", "state"),
     "from_arrays": ("gamma", "beta", "running_mean", "running_var"),
 }
-RESULTS = ("saved", "Moments", "Gradients")
+CLASSES = {
+    "saved": cubn.Saved,
+    "Moments": cubn.Moments,
+    "Gradients": cubn.Gradients,
+    "StatisticsGradients": cubn.StatisticsGradients,
+}
+RESULTS = tuple(CLASSES)
 
 
 def _public(kind: type) -> list[str]:
@@ -209,7 +216,7 @@ def _of_objects() -> None:
     """Nothing of what operations return can be set to anything."""
     values = {name: Weird(w.make, (AttributeError, *w.raises)) for name, w in weird.OBJECT.items()}
     values |= {name: Weird(w.make, (AttributeError, TypeError)) for name, w in weird.COUNTER.items()}
-    for target, kind in (("saved", cubn.Saved), ("Moments", cubn.Moments), ("Gradients", cubn.Gradients)):
+    for target, kind in CLASSES.items():
         ROLES[target] = dict.fromkeys(_public(kind), values)
     anything = {name: Weird(w.make, EITHER + w.raises) for name, w in (weird.OBJECT | weird.COUNTER).items()}
     for target in ("__setstate__", "moments.from_dict"):
@@ -387,8 +394,13 @@ def _compare(w: World, case: Case, result: Any, positional: list[Any], arguments
 
 def _set_on_result(w: World, target: str, name: str, value: Any) -> None:
     """What an operation returned, with an attribute set: used if that should be possible, and a fault anyway."""
-    result = {"saved": w.saved, "Moments": w.moments, "Gradients": cubn.backward(w.dy, w.saved)}[target]
-    setattr(result, name, value)
+    results = {
+        "saved": lambda: w.saved,
+        "Moments": lambda: w.moments,
+        "Gradients": lambda: cubn.backward(w.dy, w.saved),
+        "StatisticsGradients": lambda: cubn.backward(w.dy, cubn.forward_frozen(w.x, w.state)[1], statistics=True),
+    }
+    setattr(results[target](), name, value)
     with contextlib.suppress(Exception):
         cubn.backward(w.dy, w.saved)
         cubn.normalize(w.x, w.moments)

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-VERSIONED, UNVERSIONED = b"dltensor_versioned", b"dltensor"
+from tests.dlpack import NAMES, Managed, Tensor, Versioned, address_of, integers, new
+
+VERSIONED, UNVERSIONED = NAMES[Versioned], NAMES[Managed]
 READ_ONLY, IS_COPIED = 1, 2
 CODES = {
     "float16": (2, 16),
@@ -20,46 +22,10 @@ CODES = {
 }
 """DLPack's type code, and bits, of dtypes by name."""
 
-_new = ctypes.pythonapi.PyCapsule_New
-_new.argtypes, _new.restype = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p), ctypes.py_object
-_is_valid = ctypes.pythonapi.PyCapsule_IsValid
+_is_valid = ctypes.pythonapi["PyCapsule_IsValid"]
 _is_valid.argtypes, _is_valid.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_int
-_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer = ctypes.pythonapi["PyCapsule_GetPointer"]
 _pointer.argtypes, _pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
-
-
-class Tensor(ctypes.Structure):
-    """DLTensor of dlpack.h; pointers are plain addresses, so that any can be written down."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_index", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class Managed(ctypes.Structure):
-    """DLManagedTensor, as exporters older than DLPack 1 make it."""
-
-    _fields_ = (("tensor", Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
-
-
-class ManagedVersioned(ctypes.Structure):
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("tensor", Tensor),
-    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +50,7 @@ _alive = deque(maxlen=10_000)  # the structs of the latest capsules, and the nam
 
 def capsule(fields, address):
     """A capsule of these fields for memory at an address. It frees nothing."""
-    shape, strides = ((ctypes.c_int64 * len(v))(*v) if v is not None else None for v in (fields.shape, fields.strides))
+    shape, strides = integers(fields.shape), integers(fields.strides)
     tensor = Tensor(
         address or None,
         *fields.device,
@@ -92,16 +58,16 @@ def capsule(fields, address):
         fields.code,
         fields.bits,
         fields.lanes,
-        ctypes.addressof(shape) if shape is not None else None,
-        ctypes.addressof(strides) if strides is not None else None,
+        address_of(shape),
+        address_of(strides),
         fields.byte_offset,
     )
     if fields.name.endswith(VERSIONED):
-        managed = ManagedVersioned(*fields.version, None, None, fields.flags, tensor)
+        managed = Versioned(*fields.version, None, None, fields.flags, tensor)
     else:
         managed = Managed(tensor, None, None)
     _alive.append((managed, shape, strides, fields.name))
-    return _new(ctypes.addressof(managed), fields.name, None)
+    return new(ctypes.addressof(managed), fields.name, None)
 
 
 class Foreign:
@@ -126,7 +92,7 @@ class Foreign:
 def from_dlpack(x):
     """The array of an exporter, in its memory."""
     exported = x.__dlpack__(max_version=(1, 0))
-    kind, name = (ManagedVersioned, VERSIONED) if _is_valid(exported, VERSIONED) else (Managed, UNVERSIONED)
+    kind, name = (Versioned, VERSIONED) if _is_valid(exported, VERSIONED) else (Managed, UNVERSIONED)
     tensor = kind.from_address(_pointer(exported, name)).tensor
     dtype = next(name for name, code in CODES.items() if code == (tensor.code, tensor.bits))
     store = np.dtype("uint16" if dtype == "bfloat16" else dtype)

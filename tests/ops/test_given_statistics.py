@@ -48,7 +48,6 @@ def test_gradients_by_statistics_are_like_the_statistics(backend, library):
     x = values(5, 6, C, 4).astype(np.float32)
     _, saved = cubn.forward_frozen(x, cubn.BatchNormState.from_arrays(**given))
     plain, gradients = cubn.backward(x, saved), cubn.backward(x, saved, statistics=True)
-    assert plain.dmean is plain.dvar is None
     for name in ("dmean", "dvar"):
         found = getattr(gradients, name)
         assert arrays.library_of(found) == library
@@ -78,6 +77,29 @@ def test_gradients_by_statistics_of_several_ranks(whose):
                 arrays.assert_same(getattr(part, name), getattr(whole, name), name)
             else:  # another order of blocks than in a batch of its own
                 np.testing.assert_allclose(getattr(part, name), getattr(whole, name), rtol=1e-12, atol=1e-13)
+
+
+def test_gradients_are_four_unless_those_by_statistics_are_asked_for():
+    """So that `dx, dgamma, dbeta, dresidual = backward(...)` is right, however the gradients are taken."""
+    x, given = values(0, 4, C), {"mean": np.zeros(C), "invstd": np.ones(C), "frozen": True}
+
+    def gradients(comm, **statistics):
+        _, saved = cubn.forward_frozen(x, cubn.BatchNormState(C), comm=comm)
+        return [
+            cubn.backward(x, saved, **statistics),
+            cubn.backward_from(x, x, **given, **statistics),
+            *([] if comm is None else [cubn.backward_start(x, saved, **statistics).finish()]),
+        ]
+
+    def rank(comm):
+        return gradients(comm), gradients(comm, statistics=True)
+
+    for plain, by_statistics in (rank(None), *threads.run(1, rank)):
+        assert {type(found) for found in plain} == {cubn.Gradients}
+        assert {type(found) for found in by_statistics} == {cubn.StatisticsGradients}
+    names = ("dx", "dgamma", "dbeta", "dresidual")
+    assert cubn.Gradients._fields == names
+    assert cubn.StatisticsGradients._fields == (*names, "dmean", "dvar")
 
 
 def test_gradients_by_statistics_of_nothing(backend):

@@ -1065,7 +1065,7 @@ def test_parameter_gradients_of_another_kind(world, value):
     refused(world, TypeError, text, cubn.backward, world.dy, world.saved, parameter_gradients=value)
 
 
-@pytest.mark.parametrize("groups", [0, -2])
+@pytest.mark.parametrize("groups", [0, -2, 5])
 def test_groups_out_of_range(world, groups):
-    text = f"fold_into: groups must be 1 or more; got {groups}."
+    text = f"fold_into: groups must be from 1 to the 4 channels; got {groups}."
     refused(world, ValueError, text, cubn.fold_into, world.x, None, world.state, output_axis=1, groups=groups)

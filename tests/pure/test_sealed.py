@@ -224,8 +224,7 @@ def test_a_repr_has_shapes_and_no_numbers(saved):
         "normalised by its own statistics)"
     )
     assert repr(cubn.backward(np.ones_like(saved.x), saved)) == (
-        "Gradients(dx=float32 (4, 400, 3), dgamma=float32 (400,), dbeta=float32 (400,), dresidual=float32 (4, 400, 3), "
-        "dmean=None, dvar=None)"
+        "Gradients(dx=float32 (4, 400, 3), dgamma=float32 (400,), dbeta=float32 (400,), dresidual=float32 (4, 400, 3))"
     )
 
 
@@ -238,3 +237,6 @@ def test_a_repr_of_other_libraries_arrays():
         "normalised by running statistics)"
     )
     assert repr(cubn.backward(x, saved)).startswith("Gradients(dx=bfloat16 (2, 3, 4), dgamma=None,")
+    text = repr(cubn.backward(x, saved, statistics=True))
+    assert text.startswith("StatisticsGradients(dx=bfloat16 (2, 3, 4), dgamma=None,")
+    assert text.endswith(", dmean=float32 (3,), dvar=float32 (3,))")

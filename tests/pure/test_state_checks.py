@@ -2,6 +2,7 @@
 
 import copy
 import fractions
+import math
 import pickle
 import warnings
 
@@ -395,12 +396,51 @@ def test_dtypes_by_their_own_names(dtype):
     torch, jnp = pytest.importorskip("torch"), pytest.importorskip("jax.numpy")
     for given in (getattr(np, dtype), np.dtype(dtype), getattr(torch, dtype), getattr(jnp, dtype), dtype):
         assert made(dtype=given).gamma.dtype == dtype
+        assert cubn.moments(np.ones((2, 3), np.int8), dtype=given).mean.tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("dtype", [None, "float16", np.float16, np.int32, ">f4", np.dtype(">f8"), "float128x", 3, "x"])
+class Vague:
+    """An object whose dtype and text are errors."""
+
+    @property
+    def dtype(self):
+        raise AttributeError
+
+    def __repr__(self):
+        raise RuntimeError
+
+
+NO_DTYPES = [
+    "float16",
+    np.float16,
+    np.int32,
+    ">f4",
+    np.dtype(">f8"),
+    "float128x",
+    3,
+    10**5000,
+    True,
+    ["float32"],
+    "x",
+    math,
+    {},
+    {"names": 3},
+    Vague(),
+    Vague,
+]
+
+
+@pytest.mark.parametrize("dtype", NO_DTYPES, ids=lambda dtype: type(dtype).__name__)
 def test_dtypes_that_are_none_of_these(dtype):
     with pytest.raises(TypeError, match="BatchNormState: dtype must be 'float32' or 'float64'; got"):
         made(dtype=dtype)
+    with pytest.raises(TypeError, match="moments: dtype must be 'float32' or 'float64'; got"):
+        cubn.moments(X, dtype=dtype)
+
+
+def test_no_dtype_of_a_state():
+    with pytest.raises(TypeError, match="BatchNormState: dtype must be 'float32' or 'float64'; got None"):
+        made(dtype=None)
 
 
 def test_more_channels_than_memory():
