@@ -13,7 +13,7 @@ import numpy as np
 from cubn import _arrays, _layout
 from cubn._arrays import BOOL, Array, Output
 from cubn.backends import CPU, Backend, Extents, Operand, backend_for
-from cubn.errors import device_name, message
+from cubn.errors import device_name, message, quoted
 
 backend = lru_cache(maxsize=None)(backend_for)
 
@@ -78,6 +78,27 @@ def parameter(function: str, argument: str, given: Any, x: Source) -> Array:
     return array
 
 
+def stored(value: Any, function: str, argument: str, dtypes: tuple[str, ...]) -> np.ndarray[Any, Any]:
+    """What was written down for an array, as a new one in NumPy: an array of any library, or nested lists."""
+    if not hasattr(type(value), "__dlpack__"):
+        try:
+            value = np.array(value)
+        except ValueError:
+            rule = "be an array, or lists of one shape"
+            raise ValueError(message(function, argument, rule, quoted(value))) from None
+    return on_host(_arrays.describe(value, function, argument, dtypes, detach=True))
+
+
+def plain(value: Any) -> Any:
+    """A number, a word or None, which may have been stored as an array without axes."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def on_host(array: Array) -> np.ndarray[Any, Any]:
+    """A copy in NumPy; bfloat16 comes, exactly, as float32."""
+    return array.library.to_numpy(array)
+
+
 class Region(NamedTuple):
     """The memory from an array's lowest address to its highest."""
 
@@ -126,7 +147,7 @@ def flag(value: bool, function: str, argument: str) -> bool:
         return value
     if isinstance(value, np.bool_):
         return bool(value)
-    raise TypeError(message(function, argument, "be True or False", repr(value)))
+    raise TypeError(message(function, argument, "be True or False", quoted(value)))
 
 
 def one_of(choices: tuple[str, ...], value: str, function: str, argument: str) -> str:
@@ -134,18 +155,22 @@ def one_of(choices: tuple[str, ...], value: str, function: str, argument: str) -
     if type(value) is str and value in choices:
         return value
     rule = f"be {' or '.join(map(repr, choices))}"
-    raise (ValueError if isinstance(value, str) else TypeError)(message(function, argument, rule, repr(value)))
+    raise (ValueError if isinstance(value, str) else TypeError)(message(function, argument, rule, quoted(value)))
 
 
 def dtype_name(dtype: Any, choices: tuple[str, ...], function: str) -> str:
-    """The name of a dtype, however a library or the user writes it."""
-    try:
-        name: str = np.dtype(dtype).name
-    except TypeError:
-        name = str(dtype).rpartition(".")[2]
-    if name in choices:
-        return name
-    raise TypeError(message(function, "dtype", f"be {' or '.join(map(repr, choices))}", repr(dtype)))
+    """The name of a dtype, given as a name, or as NumPy's, JAX's or PyTorch's own."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in choices and dtype is not None:
+        try:
+            found = np.dtype(dtype)
+        except TypeError:
+            pass
+        else:
+            name = found.name if found.isnative else found.str
+    if name not in choices:
+        raise TypeError(message(function, "dtype", f"be {' or '.join(map(repr, choices))}", quoted(dtype)))
+    return name
 
 
 def whole(value: int, function: str, argument: str) -> int:
@@ -155,12 +180,12 @@ def whole(value: int, function: str, argument: str) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(message(function, argument, "be an integer", repr(value))) from None
+        raise TypeError(message(function, argument, "be an integer", quoted(value))) from None
 
 
 def shown(array: Any) -> str:
     """An array in a repr: `float32 (32, 64)`."""
-    if not hasattr(array, "dtype"):
+    if not (hasattr(array, "dtype") and hasattr(array, "shape")):
         return "None" if array is None else type(array).__name__
     return f"{str(array.dtype).rpartition('.')[2]} {tuple(array.shape)}"
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays, _nodes, reference
-from cubn._arguments import flag, refusal, whole
-from cubn._entries import ENTRIES, MOST, check_blocks, check_not_negative, checked_nodes, scalar
+from cubn._arguments import flag, plain, refusal, whole
+from cubn._entries import ENTRIES, MOST, check_blocks, check_not_negative, checked_nodes
 from cubn._floating_point import default_floating_point
 from cubn._tree import Block
 from cubn.backends import Nodes
@@ -169,15 +169,14 @@ class Moments:
         if missing := [name for name in ENTRIES if name not in d]:
             rule = "have every entry of Moments.to_dict"
             raise KeyError(message("from_dict", "d", rule, f"no {', '.join(missing)}"))
-        entries = {name: np.asarray(d[name]) for name in ENTRIES}
-        start, stop = (whole(scalar(entries[name], name), "from_dict", name) for name in ("start", "stop"))
-        exact = flag(scalar(entries["exact"], "exact"), "from_dict", "exact")
-        blocks, nodes = checked_nodes(entries)
+        start, stop = (whole(plain(d[name]), "from_dict", name) for name in ("start", "stop"))
+        exact = flag(plain(d["exact"]), "from_dict", "exact")
+        blocks, nodes = checked_nodes(d)
         if exact:
             check_blocks(start, stop, blocks)
         elif (start, stop, blocks) != (0, 0, ((0, 1),)):
-            got = f"start={start}, stop={stop}, blocks={list(blocks)}"
-            raise ValueError(message("from_dict", "blocks", "be [(0, 1)] of the range [0, 0) without exact", got))
+            rule = "be [(0, 1)] of the range [0, 0) where exact is False"
+            raise ValueError(message("from_dict", "blocks", rule, (start, stop, blocks)))
         return cls._of(start, stop, _nodes.merge(nodes), exact=exact)
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cubn import _arrays
-from cubn._arguments import Region, refusal, region
+from cubn._arguments import Region, on_host, refusal, region
 from cubn._arrays import FLOATS, Array, Headers
 from cubn._layout import vector
 from cubn._state_options import STATE
@@ -82,14 +82,6 @@ def placed(values: np.ndarray[Any, Any], beside: Array | None) -> Any:
     return values if beside is None else beside.library.from_numpy(values, values.dtype.name, beside)
 
 
-def on_host(values: Any, name: str) -> Any:
-    """What was stored for an array, in NumPy: an array of any library, or nested lists."""
-    if not hasattr(type(values), "__dlpack__"):
-        return np.array(values)
-    array = _arrays.describe(values, STATE, name, (*FLOATS, *_arrays.COUNTS), detach=True)
-    return array.library.to_numpy(array)
-
-
 def check_together(described: Mapping[str, Array]) -> None:
     """Running statistics come both or neither, and share no memory with another array."""
     held = [name for name in STATISTICS if name in described]
@@ -110,7 +102,7 @@ def check_values(described: Mapping[str, Array], function: str = STATE) -> None:
     """
     host = {name: described[name] for name in STATISTICS if name in described and described[name].device[0] == CPU}
     if "running_var" in host:
-        check_variance(values_of(host["running_var"]), host["running_var"], function)
+        check_variance(on_host(host["running_var"]), host["running_var"], function)
     for name, array in host.items():
         if wild := not_finite(array):
             text = f"{function}: {name} is not finite in {channels(wild)}; the y of forward is not, either. "
@@ -126,14 +118,9 @@ def check_variance(var: np.ndarray[Any, Any], array: Array, function: str) -> No
         raise ValueError(refusal(function, "running_var", rule, array, remedy))
 
 
-def values_of(array: Array) -> np.ndarray[Any, Any]:
-    """A copy in NumPy."""
-    return array.library.to_numpy(array)
-
-
 def not_finite(array: Array) -> list[int]:
     """The channels where it is NaN or infinite."""
-    found: list[int] = np.flatnonzero(~np.isfinite(values_of(array))).tolist()
+    found: list[int] = np.flatnonzero(~np.isfinite(on_host(array))).tolist()
     return found
 
 
@@ -161,7 +148,7 @@ def summary(owners: Mapping[str, Any]) -> list[str]:
         if array.device[0] == CPU:
             if wild := not_finite(array):
                 wrong.append(f"{name} not finite in {channels(wild)}")
-            if name == "running_var" and (below := np.flatnonzero(values_of(array) < 0).tolist()):
+            if name == "running_var" and (below := np.flatnonzero(on_host(array) < 0).tolist()):
                 wrong.append(f"{name} negative in {channels(below)}")
     return [*(f"{', '.join(names)}: {kind}" for kind, names in alike.items()), *wrong]
 

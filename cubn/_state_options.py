@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cubn import _arrays
 from cubn._arguments import one_of, whole
 from cubn._arrays import COUNTS
-from cubn.errors import message
+from cubn.errors import message, quoted
 
 STATE = "BatchNormState"
 RUNNING_VARIANCES = ("unbiased", "biased")
@@ -38,7 +38,7 @@ def checked_options(
     """Options that a state can have. Whether momentum is a weight is asked where it is given or used as one."""
     channels = whole(num_features, STATE, "num_features")
     if not 1 <= channels < _MOST_CHANNELS:
-        raise ValueError(message(STATE, "num_features", "be 1 or more and less than 2**48", shown(channels)))
+        raise ValueError(message(STATE, "num_features", "be 1 or more and less than 2**48", quoted(channels)))
     return Options(
         channels,
         checked_eps(eps, STATE),
@@ -70,28 +70,13 @@ def checked_axis(channel_axis: int) -> int:
     """channel_axis as an axis that some array has."""
     axis = whole(channel_axis, STATE, "channel_axis")
     if not -_MOST_CHANNELS < axis < _MOST_CHANNELS:
-        raise ValueError(message(STATE, "channel_axis", "be an axis of x", shown(axis)))
+        raise ValueError(message(STATE, "channel_axis", "be an axis of x", quoted(axis)))
     return axis
 
 
 def checked_variance(running_variance: str) -> str:
     """Which variance running_var averages."""
     return one_of(RUNNING_VARIANCES, running_variance, STATE, "running_variance")
-
-
-def checked_dtype(dtype: Any) -> str:
-    """The name of a dtype, given as a name, or as NumPy's, JAX's or PyTorch's own."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES and dtype is not None:
-        try:
-            found = np.dtype(dtype)
-        except TypeError:
-            pass
-        else:
-            name = found.name if found.isnative else found.str
-    if name not in DTYPES:
-        raise TypeError(message(STATE, "dtype", "be 'float32' or 'float64'", shown(dtype)))
-    return name
 
 
 def counts(values: Any, name: str, channels: int) -> NDArray[np.int64]:
@@ -105,12 +90,12 @@ def counts(values: Any, name: str, channels: int) -> NDArray[np.int64]:
         found = array.library.to_numpy(array)
     else:
         remedy = "Pass an int, or an array of int64."
-        raise TypeError(message(STATE, name, "be a count, or an array of one per channel", shown(values), remedy))
+        raise TypeError(message(STATE, name, "be a count, or an array of one per channel", quoted(values), remedy))
     if found.shape not in ((), (channels,)):
         rule = f"be a number or have shape ({channels},), one count per channel"
-        raise ValueError(message(STATE, name, rule, found, shape=found.shape))
+        raise ValueError(message(STATE, name, rule, "an array", shape=found.shape))
     if wrong := [value for value in found.reshape(-1).tolist() if not 0 <= value < _MOST_BATCHES]:
-        raise ValueError(message(STATE, name, "be 0 or more and less than 2**62", shown(wrong[0])))
+        raise ValueError(message(STATE, name, "be 0 or more and less than 2**62", quoted(wrong[0])))
     return np.broadcast_to(found, channels).astype(np.int64)
 
 
@@ -123,19 +108,10 @@ def check_counts(tracked: NDArray[np.int64], skipped: NDArray[np.int64]) -> None
         raise ValueError(message(STATE, "tracked", "be at least skipped", got, remedy))
 
 
-def shown(value: Any) -> str:
-    """A value in a message, which may be of any kind and size."""
-    try:
-        text = repr(value)
-    except Exception:  # of an array that was deleted, of an integer with too many digits
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _number(value: float, function: str, argument: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(message(function, argument, "be a real number", shown(value)))
+        raise TypeError(message(function, argument, "be a real number", quoted(value)))
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(message(function, argument, "be a number that a float can hold", shown(value))) from None
+        raise ValueError(message(function, argument, "be a number that a float can hold", quoted(value))) from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class BackendUnavailable(RuntimeError):
     """The device has no usable backend here; the message says which command or setting mends it."""
@@ -37,7 +39,27 @@ def message(
         if value is not None
     ]
     known = f" ({', '.join(facts)})" if facts else ""
-    return f"{function}: {argument} must {rule}; got {got}{known}." + (f" {remedy}" if remedy else "")
+    text = got if isinstance(got, str) else _written(got, str)
+    return f"{function}: {argument} must {rule}; got {text}{known}." + (f" {remedy}" if remedy else "")
+
+
+def quoted(value: object) -> str:
+    """A value in a message, which may be of any kind and size: as Python writes it, on one line."""
+    text = " ".join(_written(value, repr).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def a_type(x: object) -> str:
+    """As `a numpy.matrix`, `an int`."""
+    name = f"{type(x).__module__.partition('.')[0]}.{type(x).__qualname__}".removeprefix("builtins.")
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
+
+
+def _written(value: object, write: Callable[[object], str]) -> str:
+    try:
+        return write(value)
+    except Exception:  # of an array that was deleted, of an integer with too many digits
+        return a_type(value)
 
 
 def device_name(device: tuple[int, int]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cubn import _arguments, _arrays, _nodes
+from cubn._arguments import on_host
 from cubn._arrays import BOOL, NUMBERS
 from cubn._entries import MOST
 from cubn._floating_point import default_floating_point
@@ -92,7 +93,8 @@ class _Taking:
 
     def __init__(self, x: Any, channel_axis: int, mask: Any, start: int, dtype: str | None) -> None:
         if dtype is not None:
-            x, mask = _converted(x, dtype), None if mask is None else _on_host(mask, "mask", BOOL)
+            described = None if mask is None else _arrays.describe(mask, "moments", "mask", BOOL)
+            x, mask = _converted(x, dtype), described and on_host(described)
         self.source = source = _arguments.source("moments", x, channel_axis)
         self.mask = None if mask is None else _arguments.mask("moments", mask, source)
         first = _arguments.whole(start, "moments", "start")
@@ -118,12 +120,6 @@ class _Taking:
         return nodes._replace(table=self.backend.to_host(nodes.table))
 
 
-def _on_host(array: Any, argument: str, dtypes: tuple[str, ...]) -> np.ndarray[Any, Any]:
-    """A copy in NumPy."""
-    described = _arrays.describe(array, "moments", argument, dtypes)
-    return described.library.to_numpy(described)
-
-
 _INTEGERS = {"float32": 1 << 24, "float64": 1 << 53}
 """Up to which a dtype holds every integer."""
 
@@ -131,8 +127,8 @@ _INTEGERS = {"float32": 1 << 24, "float64": 1 << 53}
 @default_floating_point()
 def _converted(x: Any, dtype: str) -> np.ndarray[Any, Any]:
     """x in another dtype, without loss."""
-    name = _arguments.dtype_name(dtype, ("float32", "float64"), "moments")
-    values = _on_host(x, "x", NUMBERS)
+    name = _arguments.dtype_name(dtype, tuple(_INTEGERS), "moments")
+    values = on_host(_arrays.describe(x, "moments", "x", NUMBERS))
     exact = values.dtype.itemsize <= np.dtype(name).itemsize
     if values.dtype.kind in "iu" and values.size:
         exact = -_INTEGERS[name] <= int(values.min()) and int(values.max()) <= _INTEGERS[name]

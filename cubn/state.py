@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays, _modules
-from cubn._arguments import flag
-from cubn._arrays import Array
+from cubn._arguments import dtype_name, flag, plain, stored
+from cubn._arrays import COUNTS, FLOATS, Array
 from cubn._holding import COUNTERS, Holding
-from cubn._state_arrays import ARRAYS, Held, described, filled, hold, on_host, placed, summary
+from cubn._state_arrays import ARRAYS, Held, check_values, described, filled, hold, placed, summary
 from cubn._state_options import (
+    DTYPES,
     STATE,
     Options,
     checked_axis,
-    checked_dtype,
     checked_eps,
     checked_momentum,
     checked_options,
@@ -151,7 +151,7 @@ class BatchNormState(Holding):
         like: Any = None,
         running_variance: str = "unbiased",
     ) -> None:
-        dtype = checked_dtype(dtype)
+        dtype = dtype_name(dtype, DTYPES, STATE)
         beside = _beside(like, STATE)
         fills = {"gamma": 1, "beta": 0} if flag(affine, STATE, "affine") else {}
         if flag(track, STATE, "track"):
@@ -274,7 +274,7 @@ class BatchNormState(Holding):
         """
         if not isinstance(d, Mapping):
             raise TypeError(message("from_dict", "d", "be a mapping, as from to_dict", type(d).__name__))
-        found = {name: value for name in d if (value := _plain(d[name])) is not None}
+        found = {name: value for name in d if (value := plain(d[name])) is not None}
         needed = _NEEDED + (COUNTERS if "running_mean" in found else ())
         if missing := [name for name in needed if name not in found]:
             remedy = "For arrays of another origin there is from_arrays."
@@ -283,10 +283,13 @@ class BatchNormState(Holding):
             remedy = "A misspelt entry would be one that is left out."
             raise ValueError(message("from_dict", "d", "have no other entries", ", ".join(other), remedy))
         beside = _beside(like, "from_dict")
-        arrays = {name: placed(on_host(found[name], name), beside) for name in ARRAYS if name in found}
-        counters = {name: on_host(found[name], name) for name in COUNTERS if name in found}
+        arrays = {name: stored(found[name], STATE, name, FLOATS) for name in ARRAYS if name in found}
+        counters = {name: stored(found[name], STATE, name, COUNTS) for name in COUNTERS if name in found}
+        if flag(check, STATE, "check"):  # before they are on a device
+            check_values({name: described(array, name) for name, array in arrays.items()})
+        arrays = {name: placed(array, beside) for name, array in arrays.items()}
         options = (found.get("momentum"), found["channel_axis"], found.get("running_variance", "unbiased"))
-        return cls._of(arrays, found["num_features"], counters, check, found["eps"], *options)
+        return cls._of(arrays, found["num_features"], counters, False, found["eps"], *options)
 
     def to_dict(self, *, like: Any = None) -> dict[str, Any]:
         """Everything the state holds, as plain numbers, words and arrays of its own.
@@ -444,11 +447,6 @@ def _beside(like: Any, function: str) -> Array | None:
 def _present(**values: Any) -> dict[str, Any]:
     """Those that are not None."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _plain(value: Any) -> Any:
-    """A number, a word or None that was stored as an array without axes."""
-    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _span(counts: NDArray[np.int64]) -> str:

@@ -20,8 +20,9 @@ from cubn._arrays.jax import Jax
 from cubn._arrays.library import BOOL, COUNTS, FLOATS, NUMBERS, Array, Library, Output
 from cubn._arrays.memory import addresses, overlap
 from cubn._arrays.numpy import NUMPY, Headers
-from cubn._arrays.refusals import a_type, refuse, refuse_non_array, refuse_stand_in, refuse_subclass
+from cubn._arrays.refusals import refuse, refuse_non_array, refuse_stand_in, refuse_subclass
 from cubn._arrays.torch import Torch
+from cubn.errors import a_type
 
 __all__ = [
     "BOOL",

@@ -9,7 +9,7 @@ import numpy as np
 
 from cubn._arrays.library import Array
 from cubn.backends import CPU, CUDA
-from cubn.errors import message
+from cubn.errors import a_type, message
 
 _DEVICE_TYPES = {"cpu": CPU, "cuda": CUDA}
 _LIBRARY = re.compile(r"^\w+\.(?=\w+$)")  # in torch.float32
@@ -87,12 +87,6 @@ def _attribute(x: Any, name: str) -> Any:
         return getattr(x, name, None)
     except Exception:
         return None
-
-
-def a_type(x: Any) -> str:
-    """As `a numpy.matrix`, `an int`."""
-    name = f"{type(x).__module__.partition('.')[0]}.{type(x).__qualname__}".removeprefix("builtins.")
-    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
 
 
 def _to_array(x: Any) -> str:
