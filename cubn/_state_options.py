@@ -103,8 +103,8 @@ def check_counts(tracked: NDArray[np.int64], skipped: NDArray[np.int64]) -> None
     """Only updates that were seen can have been skipped."""
     if (more := np.flatnonzero(skipped > tracked)).size:
         c = more[0]
-        got = f"skipped {skipped[c]} of {tracked[c]} in channel {c}"
-        remedy = "reset(statistics=False) makes both 0."
+        got = f"{skipped[c]} skipped of {tracked[c]} tracked in channel {c}"
+        remedy = "reset(statistics=False) sets both to 0."
         raise ValueError(message(STATE, "tracked", "be at least skipped", got, remedy))
 
 

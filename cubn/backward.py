@@ -145,7 +145,10 @@ class Prepared:
         self.everywhere = one_of(("local", "global"), parameter_gradients, function, "parameter_gradients") == "global"
         self.by_statistics = flag(statistics, function, "statistics")
         if self.by_statistics and forward.frozen is None:
-            rule, remedy = "be False where the statistics were taken of x", "dx has their part of the gradient."
+            rule, remedy = (
+                "be False unless the statistics are frozen",
+                "What passes through a batch's own is part of dx.",
+            )
             raise ValueError(message(function, "statistics", rule, True, remedy))
         self.forward = forward
         self.source = x = forward.source

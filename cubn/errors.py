@@ -45,7 +45,7 @@ def message(
 
 def quoted(value: object) -> str:
     """A value in a message, which may be of any kind and size: as Python writes it, on one line."""
-    text = " ".join(_written(value, repr).split())
+    text = " ".join(line.strip() for line in _written(value, repr).splitlines())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

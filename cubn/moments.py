@@ -134,7 +134,7 @@ def _converted(x: Any, dtype: str) -> np.ndarray[Any, Any]:
         exact = -_INTEGERS[name] <= int(values.min()) and int(values.max()) <= _INTEGERS[name]
     if not exact:
         remedy = "Convert it first, if rounding is meant." if name == "float64" else "Use dtype='float64'."
-        rule = f"hold what {name} can hold exactly"
+        rule = f"hold numbers that {name} can hold exactly"
         raise ValueError(message("moments", "x", rule, f"values of {values.dtype}", remedy, shape=values.shape))
     return values.astype(name)
 

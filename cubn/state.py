@@ -14,7 +14,7 @@ from cubn import _arrays, _modules
 from cubn._arguments import dtype_name, flag, plain, stored
 from cubn._arrays import COUNTS, FLOATS, Array
 from cubn._holding import COUNTERS, Holding
-from cubn._state_arrays import ARRAYS, Held, check_values, described, filled, hold, placed, summary
+from cubn._state_arrays import ARRAYS, Held, check_on_host, described, filled, hold, placed, summary
 from cubn._state_options import (
     DTYPES,
     STATE,
@@ -280,13 +280,13 @@ class BatchNormState(Holding):
             remedy = "For arrays of another origin there is from_arrays."
             raise KeyError(message("from_dict", "d", "have the entries of to_dict", f"no {', '.join(missing)}", remedy))
         if other := [str(name) for name in found if name not in (*_OPTIONS, *ARRAYS, *COUNTERS)]:
-            remedy = "A misspelt entry would be one that is left out."
-            raise ValueError(message("from_dict", "d", "have no other entries", ", ".join(other), remedy))
+            rule, remedy = "have the entries of to_dict and no others", "Correct its name, or leave it out."
+            raise ValueError(message("from_dict", "d", rule, ", ".join(other), remedy))
         beside = _beside(like, "from_dict")
         arrays = {name: stored(found[name], STATE, name, FLOATS) for name in ARRAYS if name in found}
         counters = {name: stored(found[name], STATE, name, COUNTS) for name in COUNTERS if name in found}
         if flag(check, STATE, "check"):  # before they are on a device
-            check_values({name: described(array, name) for name, array in arrays.items()})
+            check_on_host({name: described(array, name) for name, array in arrays.items()})
         arrays = {name: placed(array, beside) for name, array in arrays.items()}
         options = (found.get("momentum"), found["channel_axis"], found.get("running_variance", "unbiased"))
         return cls._of(arrays, found["num_features"], counters, False, found["eps"], *options)
@@ -435,7 +435,7 @@ class BatchNormState(Holding):
 def checked_state(state: Any, function: str) -> BatchNormState:
     """state, if it is one."""
     if not isinstance(state, BatchNormState):
-        remedy = "BatchNormState.from_arrays makes one of the arrays of a module."
+        remedy = "BatchNormState.from_module makes one of a torch batch norm, from_arrays of any arrays."
         raise TypeError(message(function, "state", "be a BatchNormState", type(state).__name__, remedy))
     return state
 

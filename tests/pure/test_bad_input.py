@@ -706,7 +706,7 @@ def test_an_update_of_statistics_in_16_bits(world, operation):
     world.also = [mean, var]
     text = (
         f"{operation}: running_mean must have dtype float32 or float64 to be updated; got a numpy array "
-        "(shape=(4,), dtype=float16, device=cpu). Convert both: at small momenta a variance of 16 bits stops moving."
+        "(shape=(4,), dtype=float16, device=cpu). Make a state of float32 copies: at small momenta a variance of 16 bits stops moving."
     )
     refused(world, TypeError, text, UPDATES[operation], world, state)
     assert not state.tracked.any()
@@ -782,7 +782,7 @@ def test_a_dictionary_that_is_not_of_a_state():
 @pytest.mark.parametrize("name", ["tracked", "skipped"])
 def test_counters_of_other_channels(world, name):
     rule = "be a number or have shape (4,), one count per channel"
-    text = f"BatchNormState: {name} must {rule}; got [1 2 3] (shape=(3,))."
+    text = f"BatchNormState: {name} must {rule}; got an array (shape=(3,))."
     written = world.state.to_dict() | {name: np.array([1, 2, 3])}
     refused(world, ValueError, text, cubn.BatchNormState.from_dict, written)
 
@@ -852,7 +852,7 @@ def test_running_statistics_that_require_a_gradient(world):
     refused(world, ValueError, text, cubn.forward_train, torch.from_numpy(world.x), state)
 
 
-MAKE_ONE = "BatchNormState.from_arrays makes one of the arrays of a module."
+MAKE_ONE = "BatchNormState.from_module makes one of a torch batch norm, from_arrays of any arrays."
 
 
 @pytest.mark.parametrize(
@@ -1033,9 +1033,9 @@ def test_parameter_gradients_of_another_kind(world, value):
     refused(world, TypeError, text, cubn.backward, world.dy, world.saved, parameter_gradients=value)
 
 
-@pytest.mark.parametrize("groups", [0, -2])
+@pytest.mark.parametrize("groups", [0, -2, 5])
 def test_groups_out_of_range(world, groups):
-    text = f"fold_into: groups must be 1 or more; got {groups}."
+    text = f"fold_into: groups must be from 1 to the 4 channels; got {groups}."
     refused(world, ValueError, text, cubn.fold_into, world.x, None, world.state, output_axis=1, groups=groups)
 
 

@@ -157,7 +157,7 @@ def test_the_layer_is_left_alone():
             (6, 2, 3),
             {"groups": 2},
             "fold_into: weight must have 6 output channels on axis 0 in 2 groups; got a numpy array "
-            "(shape=(6, 2, 3), FACTS). A layer that has all of them there is given without groups.",
+            "(shape=(6, 2, 3), FACTS). It has all of them on that axis: leave groups at 1.",
         ),
         (
             (3, 5, 3),
@@ -204,5 +204,5 @@ def test_no_running_statistics():
         with pytest.raises(ValueError) as caught:
             function(*arguments, cubn.BatchNormState(6, track=False))
         text = f"{function.__name__}: state must have running statistics; got a state with track=False. "
-        text += "What follows from a batch alone cannot be folded."
+        text += "Only running statistics can be folded: a batch's own differ from batch to batch."
         assert str(caught.value) == text

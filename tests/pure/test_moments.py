@@ -292,7 +292,7 @@ def test_narrow_floats_are_widened_when_asked(kind):
 def test_a_conversion_that_would_round_is_refused(x, dtype, remedy):
     with pytest.raises(ValueError) as caught:
         cubn.moments(x, dtype=dtype)
-    rule = f"moments: x must hold what {dtype} can hold exactly"
+    rule = f"moments: x must hold numbers that {dtype} can hold exactly"
     assert str(caught.value) == f"{rule}; got values of {x.dtype} (shape=(2, 1)). {remedy}"
 
 

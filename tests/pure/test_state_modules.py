@@ -107,13 +107,13 @@ def test_a_loaded_state_dict_is_seen():
 @pytest.mark.parametrize(
     ("module", "remedy"),
     [
-        (torch.nn.LayerNorm(4), "Pass the arrays of another module to from_arrays"),
-        (torch.nn.InstanceNorm1d(4, affine=True), "Pass the arrays of another module to from_arrays"),
+        (torch.nn.LayerNorm(4), "Of another module, pass the arrays, eps and momentum to from_arrays"),
+        (torch.nn.InstanceNorm1d(4, affine=True), "Of another module, pass the arrays, eps and momentum to from_arrays"),
         (torch.nn.LazyBatchNorm1d(), "Let it see a batch first"),
-        (torch.nn.BatchNorm1d, "Pass the arrays"),
-        (torch.nn.BatchNorm1d(4).state_dict(), "Pass the arrays"),
-        (cubn.BatchNormState(4), "Pass the arrays"),
-        (None, "Pass the arrays"),
+        (torch.nn.BatchNorm1d, "Of another module, pass the arrays"),
+        (torch.nn.BatchNorm1d(4).state_dict(), "Of another module, pass the arrays"),
+        (cubn.BatchNormState(4), "Of another module, pass the arrays"),
+        (None, "Of another module, pass the arrays"),
     ],
     ids=["layer norm", "instance norm", "lazy", "class", "state_dict", "state", "none"],
 )

@@ -127,7 +127,7 @@ def test_a_restored_state_is_apart():
 def test_a_misspelt_entry_is_refused():
     held = trained().to_dict()
     held["gama"] = held.pop("gamma")
-    text = "from_dict: d must have no other entries; got gama. A misspelt entry would be one that is left out."
+    text = "from_dict: d must have the entries of to_dict and no others; got gama. Correct its name, or leave it out."
     with pytest.raises(ValueError, match=text):
         cubn.BatchNormState.from_dict(held)
 
