@@ -10,6 +10,7 @@ import numpy as np
 from cubn import _arguments, _arrays
 from cubn._arguments import flag, one_of, refusal, region, shown
 from cubn._arrays import BOOL, FLOATS, Output
+from cubn._floating_point import default_floating_point
 from cubn._layout import operand, vector
 from cubn.backends import Arrays, BackendArray, Nodes, Vector
 from cubn.errors import message
@@ -252,6 +253,7 @@ class Prepared:
             *(self._of_statistics(sums) if self.by_statistics and sums else (None, None)),
         )
 
+    @default_floating_point()
     @np.errstate(all="ignore")
     def _of_statistics(self, sums: Sums) -> tuple[Any, Any]:
         """The gradients by given mean and variance, of which invstd is a function."""

@@ -239,9 +239,9 @@ class BatchNormState(Holding):
         Notes
         -----
         The state holds the tensors the module has now. Where the module gets others (`load_state_dict(assign=True)`,
-        `copy.deepcopy`, `to_empty`, an assigned `running_mean`) the state keeps the old ones: make it afterwards. It
-        counts in `tracked`, and leaves `num_batches_tracked` alone. A momentum that is no weight is an error of the
-        first update.
+        `to_empty`, an assigned `running_mean`) the state keeps the old ones: make it afterwards. It counts in
+        `tracked`, and leaves `num_batches_tracked` alone. A momentum that is no weight is an error of the first update.
+        `copy.deepcopy` of a model that holds both leaves its copies joined; of the module alone, or by pickle, not.
         """
         arguments = _modules.of_torch(bn)
         arrays = _present(**{name: arguments.pop(name) for name in ARRAYS})
@@ -399,8 +399,18 @@ class BatchNormState(Holding):
         return f"{STATE}({', '.join(options)}; {'; '.join(holds) or 'no arrays'})"
 
     def __getstate__(self) -> dict[str, Any]:
+        return self._copied({})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Of a model that holds a module and its state, the copy's state has the arrays of the copy's module."""
+        state = type(self).__new__(type(self))
+        state.__setstate__(self._copied(memo))
+        return state
+
+    def _copied(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """All there is, copied at one moment."""
         with self._turn("copy"):
-            return {"arrays": copy.deepcopy(self._arrays), **self._options._asdict(), **self._counts()}
+            return {"arrays": copy.deepcopy(self._arrays, memo), **self._options._asdict(), **self._counts()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         options = checked_options(*(({"running_variance": "unbiased"} | state)[name] for name in _OPTIONS))

@@ -56,7 +56,9 @@ class Library(Protocol):
         """Memory for an array on like's device."""
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
-        """A new array of these values on like's device; NumPy's own for a library cubn does not know."""
+        """A new array of these values, rounded once, on like's device; NumPy's own for a library cubn does not know
+        (then of float32 in place of bfloat16).
+        """
 
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         """A copy in host memory; bfloat16 comes, exactly, as float32."""

@@ -146,3 +146,10 @@ def test_half_of_the_running_statistics(name):
     del held[name]
     with pytest.raises(ValueError, match=f"{name} must be given together with"):
         cubn.BatchNormState.from_dict(held)
+
+
+@pytest.mark.parametrize("name", [*ARRAYS, "tracked", "skipped"])
+def test_lists_of_no_shape_are_refused(name):
+    text = rf"^BatchNormState: {name} must be an array, or lists of one shape; got \[1, \[2\]\]\."
+    with pytest.raises(ValueError, match=text):
+        cubn.BatchNormState.from_dict(trained().to_dict() | {name: [1, [2]]})
