@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -151,8 +150,9 @@ def finite_mask(x: Any, *, channel_axis: int = 1) -> Any:
     Returns
     -------
     array of bool
-        Of x's library, on its device; x's shape without the channel axis, as `mask=` takes it. A mask has no channel
-        axis: where one channel is NaN, the position is left out of the others too.
+        Of x's library, on its device (of a library cubn does not know: NumPy's); x's shape without the channel axis, as
+        `mask=` takes it. A mask has no channel axis: where one channel is NaN, the position is left out of the others
+        too.
 
     Raises
     ------
@@ -169,7 +169,7 @@ def finite_mask(x: Any, *, channel_axis: int = 1) -> Any:
     array([3., 3.])
     """
     source = _arguments.source("finite_mask", x, channel_axis)
-    return (abs(x) < math.inf).all(source.axis)
+    return source.array.library.finite(source.array, source.axis)
 
 
 def update(state: BatchNormState, moments: Moments) -> None:

@@ -38,5 +38,8 @@ class Foreign(Library):
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
         return rounded(values, dtype)
 
+    def finite(self, array: Array, axis: int) -> Any:
+        return np.isfinite(self.to_numpy(array)).all(axis)
+
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         return widened(host_copy(array), array.dtype)
