@@ -138,7 +138,7 @@ def values_per_channel(x: Source, mask: Companion | None) -> int | None:
     if mask.array.device[0] != CPU:
         return None
     repeats = N * S // max(1, math.prod(mask.array.shape))
-    return int(np.count_nonzero(mask.array.library.to_numpy(mask.array))) * repeats
+    return int(np.count_nonzero(on_host(mask.array))) * repeats
 
 
 def flag(value: bool, function: str, argument: str) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays, _nodes, reference
-from cubn._arguments import flag, plain, refusal, whole
+from cubn._arguments import flag, on_host, plain, refusal, whole
 from cubn._entries import ENTRIES, MOST, check_blocks, check_not_negative, checked_nodes
 from cubn._floating_point import default_floating_point
 from cubn._tree import Block
@@ -133,7 +133,7 @@ class Moments:
         for name, array in zip(("mean", "var"), described, strict=True):
             if len(shape) != 1 or not shape[0] or array.shape != shape:
                 raise ValueError(refusal(function, name, "have shape (C,), one value per channel, as the other", array))
-        centre, variance = (array.library.to_numpy(array).astype(np.float64) for array in described)
+        centre, variance = (on_host(array).astype(np.float64) for array in described)
         check_not_negative(function, "var", variance)
         with np.errstate(over="ignore"):
             return cls._pooled((np.array(values), centre, variance * values))

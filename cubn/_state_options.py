@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays
-from cubn._arguments import one_of, whole
+from cubn._arguments import on_host, one_of, whole
 from cubn._arrays import COUNTS
 from cubn.errors import message, quoted
 
@@ -87,7 +87,7 @@ def counts(values: Any, name: str, channels: int) -> NDArray[np.int64]:
         found = np.array(values, np.int64 if abs(values) < _MOST_BATCHES else object)
     elif hasattr(type(values), "__dlpack__"):
         array = _arrays.describe(values, STATE, name, COUNTS)
-        found = array.library.to_numpy(array)
+        found = on_host(array)
     else:
         remedy = "Pass an int, or an array of int64."
         raise TypeError(message(STATE, name, "be a count, or an array of one per channel", quoted(values), remedy))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays
-from cubn._arguments import refusal, whole
+from cubn._arguments import on_host, refusal, whole
 from cubn._arrays import Array
 from cubn._floating_point import default_floating_point
 from cubn._state_arrays import STATISTICS, check_values, described
@@ -111,10 +111,10 @@ def fold_into(
     along = _along_outputs(scale, array, output_axis, groups)
     if given is not None and given.shape != scale.shape:
         raise ValueError(refusal("fold_into", "bias", f"have shape {scale.shape}, one value per channel", given))
-    offset = 0.0 if given is None else given.library.to_numpy(given).astype(np.float64)
+    offset = 0.0 if given is None else on_host(given).astype(np.float64)
     home = given or array
     return (
-        array.library.from_numpy(array.library.to_numpy(array) * along, array.dtype, array),
+        array.library.from_numpy(on_host(array) * along, array.dtype, array),
         home.library.from_numpy(offset * scale + shift, home.dtype, home),
     )
 
@@ -130,7 +130,7 @@ def _folded(state: BatchNormState, function: str) -> tuple[Float64, Float64, Arr
     home = found["running_var"][0]
     gamma = held["gamma"].astype(np.float64) if "gamma" in held else 1.0
     beta = held["beta"].astype(np.float64) if "beta" in held else 0.0
-    scale = gamma / np.sqrt(held["running_var"].astype(np.float64) + state.eps)
+    scale = gamma / np.sqrt(held["running_var"].astype(np.float64) + held["eps"])
     return scale, beta - held["running_mean"] * scale, home
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays, _modules
-from cubn._arguments import dtype_name, flag, plain, stored
+from cubn._arguments import dtype_name, flag, on_host, plain, stored
 from cubn._arrays import COUNTS, FLOATS, Array
 from cubn._holding import COUNTERS, Holding
 from cubn._state_arrays import ARRAYS, Held, check_on_host, described, filled, hold, placed, summary
@@ -307,12 +307,12 @@ class BatchNormState(Holding):
         dict
             num_features, eps, momentum, channel_axis, running_variance; gamma, beta, running_mean, running_var, tracked
             and skipped, each an array of shape (C,). What the state does not have is left out, `momentum=None` too. A
-            bfloat16 parameter comes as float32, which holds it exactly.
+            bfloat16 array comes as float32, which holds it exactly.
         """
         beside = _beside(like, "to_dict")
         with self._turn("to_dict"):
             held = self._describe(self._arrays, "to_dict")
-            arrays = {name: array.library.to_numpy(array) for name, array in held.items()} | self._counts()
+            arrays = {name: on_host(array) for name, array in held.items()} | self._counts()
         return _present(**self._options._asdict()) | {name: placed(arrays[name], beside) for name in arrays}
 
     def copy(self) -> Self:
