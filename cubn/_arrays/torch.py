@@ -122,9 +122,10 @@ class Torch(Library):
         return self._torch.tensor(rounded(values, dtype), dtype=self._dtypes[dtype], device=like.owner.device)
 
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
-        host = array.owner.detach().cpu()
+        host = array.owner.detach().to("cpu", copy=True)  # `numpy` makes a storage one that cannot be resized
         try:
-            return np.array((host.float() if array.dtype == "bfloat16" else host).numpy())
+            values: np.ndarray[Any, Any] = (host.float() if array.dtype == "bfloat16" else host).numpy()
+            return values
         except RuntimeError:
             if array.device != HOST:
                 raise
