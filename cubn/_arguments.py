@@ -81,6 +81,27 @@ def parameter(function: str, argument: str, given: Any, x: Source) -> Array:
     return array
 
 
+def stored(value: Any, function: str, argument: str, dtypes: tuple[str, ...]) -> np.ndarray[Any, Any]:
+    """What was written down for an array, as a new one in NumPy: an array of any library, or nested lists."""
+    if not hasattr(type(value), "__dlpack__"):
+        try:
+            value = np.array(value)
+        except ValueError:
+            rule = "be an array, or lists of one shape"
+            raise ValueError(message(function, argument, rule, quoted(value))) from None
+    return on_host(_arrays.describe(value, function, argument, dtypes, detach=True))
+
+
+def plain(value: Any) -> Any:
+    """A number, a word or None, which may have been stored as an array without axes."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def on_host(array: Array) -> np.ndarray[Any, Any]:
+    """A copy in NumPy; bfloat16 comes, exactly, as float32."""
+    return array.library.to_numpy(array)
+
+
 class Region(NamedTuple):
     """The memory from an array's lowest address to its highest."""
 
@@ -120,7 +141,7 @@ def values_per_channel(x: Source, mask: Companion | None) -> int | None:
     if mask.array.device[0] != CPU:
         return None
     repeats = N * S // max(1, math.prod(mask.array.shape))
-    return int(np.count_nonzero(mask.array.library.to_numpy(mask.array))) * repeats
+    return int(np.count_nonzero(on_host(mask.array))) * repeats
 
 
 def flag(value: bool, function: str, argument: str) -> bool:
@@ -165,7 +186,7 @@ def whole(value: int, function: str, argument: str) -> int:
 
 def shown(array: Any) -> str:
     """An array in a repr: `float32 (32, 64)`."""
-    if not hasattr(array, "dtype"):
+    if not (hasattr(array, "dtype") and hasattr(array, "shape")):
         return "None" if array is None else type(array).__name__
     return f"{str(array.dtype).rpartition('.')[2]} {tuple(array.shape)}"
 

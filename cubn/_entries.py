@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _nodes
+from cubn._arguments import stored
 from cubn._tree import Block
 from cubn.backends import Nodes
 from cubn.errors import message
@@ -21,24 +22,15 @@ MOST = 1 << 62
 """Samples and values are fewer than this, so that no sum of two counts overflows."""
 
 
-def scalar(entry: NDArray[Any], name: str) -> Any:
-    if entry.shape:
-        raise ValueError(message("from_dict", name, "be a single value", f"an array of shape {entry.shape}"))
-    return entry.item()
-
-
-def checked_nodes(entries: Mapping[str, NDArray[Any]]) -> tuple[tuple[Block, ...], Nodes]:
+def checked_nodes(entries: Mapping[str, Any]) -> tuple[tuple[Block, ...], Nodes]:
     """Rows of count, mean and m2 that fit each other."""
-    kinds = {"blocks": np.int64, "count": np.int64, "mean": np.float64, "m2": np.float64}
-    for name, kind in kinds.items():
-        if entries[name].dtype != kind:
-            rule = f"be an array of {np.dtype(kind).name}"
-            raise TypeError(message("from_dict", name, rule, f"one of {entries[name].dtype}"))
-    blocks, count, mean, m2 = (entries[name] for name in kinds)
+    kinds = {"blocks": "int64", "count": "int64", "mean": "float64", "m2": "float64"}
+    found = {name: stored(entries[name], "from_dict", name, (kind,)) for name, kind in kinds.items()}
+    blocks, count, mean, m2 = found.values()
     rows = len(count) if count.ndim == 1 else -1
     C = mean.shape[1] if mean.ndim == 2 else 0
     if not C or blocks.shape != (rows, 2) or mean.shape != (rows, C) or m2.shape != (rows, C):
-        got = ", ".join(f"{name} {entries[name].shape}" for name in kinds)
+        got = ", ".join(f"{name} {array.shape}" for name, array in found.items())
         rule = "have shape (rows, C) as m2 has, beside blocks (rows, 2) and count (rows,)"
         raise ValueError(message("from_dict", "mean", rule, got))
     if (count < 0).any() or sum(count.tolist()) >= MOST:
@@ -59,7 +51,7 @@ def check_blocks(start: int, stop: int, blocks: tuple[Block, ...]) -> None:
         at = hi
     if not 0 <= start <= at <= stop < 2 * MOST:
         rule = "be from 0 to stop, with the blocks between"
-        raise ValueError(message("from_dict", "start", rule, f"[{start}, {stop}) and {list(blocks)}"))
+        raise ValueError(message("from_dict", "start", rule, (start, stop, blocks)))
 
 
 def check_not_negative(function: str, name: str, values: Float64) -> None:

@@ -17,7 +17,7 @@ from cubn._arguments import backend, refusal
 from cubn._arrays import Array
 from cubn._arrays.library import HOST
 from cubn._layout import vector
-from cubn._state_arrays import ARRAYS, STATISTICS, Held, check_together, check_values, described, hold
+from cubn._state_arrays import ARRAYS, STATISTICS, Held, check_on_host, check_together, described, hold
 from cubn._state_options import DTYPES, STATE, Options, check_counts, checked_momentum, counts
 from cubn.backends import CPU, Backend, BackendArray, Running
 from cubn.errors import device_name, message
@@ -87,7 +87,7 @@ class Holding:
             held = hold(found, STATE)
             check_together(found)
             if check:
-                check_values({name: found[name] for name in changes if name in found})
+                check_on_host({name: found[name] for name in changes if name in found})
             self._arrays = arrays
             self._keep(held)
             if held.running and self._counters is None:
@@ -144,7 +144,7 @@ class Holding:
         for name in STATISTICS:
             array = held.arrays[name]
             if array.dtype not in DTYPES:
-                remedy = "Convert both: at small momenta a variance of 16 bits stops moving."
+                remedy = "Make a state of float32 copies: at small momenta a variance of 16 bits stops moving."
                 rule = "have dtype float32 or float64 to be updated"
                 raise TypeError(refusal(function, name, rule, array, remedy))
             if not array.library.immutable:
@@ -161,7 +161,7 @@ class Holding:
     def _turn(self, function: str) -> threading.RLock:
         """The lock, for a `with`; an error where this thread holds it, since what it is at would be torn."""
         if self._lock._is_owned():  # type: ignore[attr-defined]
-            rule = "not be used by what interrupts its own update, copy or assignment"
+            rule = "not be used in the midst of its own update, copy or assignment"
             got = "a call from a signal handler, a __del__ or the like"
             remedy = "Set a flag there, and do this after the step."
             raise RuntimeError(message(function, "state", rule, got, remedy))

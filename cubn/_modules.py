@@ -19,7 +19,7 @@ def of_torch(module: Any) -> dict[str, Any]:
         remedy = (
             "Let it see a batch first: it has no parameters yet."
             if lazy
-            else "Pass the arrays of another module to from_arrays, with its eps and momentum."
+            else "Of another module, pass the arrays, eps and momentum to from_arrays."
         )
         raise TypeError(message(f"{STATE}.from_module", "bn", "be a batch norm of torch.nn", kind.__name__, remedy))
     return {

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays, _nodes, reference
-from cubn._arguments import flag, refusal, whole
-from cubn._entries import ENTRIES, MOST, check_blocks, check_not_negative, checked_nodes, scalar
+from cubn._arguments import flag, on_host, plain, refusal, whole
+from cubn._entries import ENTRIES, MOST, check_blocks, check_not_negative, checked_nodes
 from cubn._floating_point import default_floating_point
 from cubn._tree import Block
 from cubn.backends import Nodes
@@ -134,7 +134,7 @@ class Moments:
         for name, array in zip(("mean", "var"), described, strict=True):
             if len(shape) != 1 or not shape[0] or array.shape != shape:
                 raise ValueError(refusal(function, name, "have shape (C,), one value per channel, as the other", array))
-        centre, variance = (array.library.to_numpy(array).astype(np.float64) for array in described)
+        centre, variance = (on_host(array).astype(np.float64) for array in described)
         check_not_negative(function, "var", variance)
         with np.errstate(over="ignore"):
             return cls._pooled((np.array(values), centre, variance * values))
@@ -170,15 +170,14 @@ class Moments:
         if missing := [name for name in ENTRIES if name not in d]:
             rule = "have every entry of Moments.to_dict"
             raise KeyError(message("from_dict", "d", rule, f"no {', '.join(missing)}"))
-        entries = {name: np.asarray(d[name]) for name in ENTRIES}
-        start, stop = (whole(scalar(entries[name], name), "from_dict", name) for name in ("start", "stop"))
-        exact = flag(scalar(entries["exact"], "exact"), "from_dict", "exact")
-        blocks, nodes = checked_nodes(entries)
+        start, stop = (whole(plain(d[name]), "from_dict", name) for name in ("start", "stop"))
+        exact = flag(plain(d["exact"]), "from_dict", "exact")
+        blocks, nodes = checked_nodes(d)
         if exact:
             check_blocks(start, stop, blocks)
         elif (start, stop, blocks) != (0, 0, ((0, 1),)):
-            got = f"start={start}, stop={stop}, blocks={list(blocks)}"
-            raise ValueError(message("from_dict", "blocks", "be [(0, 1)] of the range [0, 0) without exact", got))
+            rule = "be [(0, 1)] of the range [0, 0) where exact is False"
+            raise ValueError(message("from_dict", "blocks", rule, (start, stop, blocks)))
         return cls._of(start, stop, _nodes.merge(nodes), exact=exact)
 
     def to_dict(self) -> dict[str, Any]:

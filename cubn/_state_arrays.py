@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cubn import _arrays
-from cubn._arguments import Region, refusal, region
+from cubn._arguments import Region, on_host, refusal, region
 from cubn._arrays import FLOATS, Array, Headers
 from cubn._layout import vector
 from cubn._state_options import STATE
@@ -82,14 +82,6 @@ def placed(values: np.ndarray[Any, Any], beside: Array | None) -> Any:
     return values if beside is None else beside.library.from_numpy(values, values.dtype.name, beside)
 
 
-def on_host(values: Any, name: str) -> Any:
-    """What was stored for an array, in NumPy: an array of any library, or nested lists."""
-    if not hasattr(type(values), "__dlpack__"):
-        return np.array(values)
-    array = _arrays.describe(values, STATE, name, (*FLOATS, *_arrays.COUNTS), detach=True)
-    return array.library.to_numpy(array)
-
-
 def check_together(described: Mapping[str, Array]) -> None:
     """Running statistics come both or neither, and share no memory with another array."""
     held = [name for name in STATISTICS if name in described]
@@ -104,36 +96,29 @@ def check_together(described: Mapping[str, Array]) -> None:
                 raise ValueError(refusal(STATE, name, f"share no memory with {other}", described[name], remedy))
 
 
-def check_values(described: Mapping[str, Array], function: str = STATE) -> None:
-    """Running statistics on the host, as far as they are among these: no variance below 0, and a warning of what is not
-    finite. A device is not waited for.
-    """
+def check_on_host(described: Mapping[str, Array]) -> None:
+    """Check the values of those running statistics that are on the host. A device is not waited for."""
     host = {name: described[name] for name in STATISTICS if name in described and described[name].device[0] == CPU}
-    if "running_var" in host:
-        check_variance(values_of(host["running_var"]), host["running_var"], function)
-    for name, array in host.items():
-        if wild := not_finite(array):
-            text = f"{function}: {name} is not finite in {channels(wild)}; the y of forward is not, either. "
-            remedy = "BatchNormState.reset starts anew; check=False takes such statistics without a warning."
-            warnings.warn(text + remedy, StateWarning, stacklevel=_outside())
+    advice = "check=False takes it all the same, to be examined or repaired."
+    check_values({name: (array, on_host(array)) for name, array in host.items()}, STATE, advice)
 
 
-def check_variance(var: np.ndarray[Any, Any], array: Array, function: str) -> None:
-    """Raise unless these values of running_var are possible."""
-    if below := np.flatnonzero(var < 0).tolist():
-        rule = f"be 0 or more, but is negative in {channels(below)}"
-        remedy = "from_arrays and from_dict take it with check=False, to be looked at or repaired."
-        raise ValueError(refusal(function, "running_var", rule, array, remedy))
+def check_values(found: Mapping[str, tuple[Array, np.ndarray[Any, Any]]], function: str, advice: str = "") -> None:
+    """Raise where a variance is negative, and warn where running statistics are not finite."""
+    if "running_var" in found:
+        array, var = found["running_var"]
+        if below := _where(var < 0):
+            rule = f"be 0 or more, but is negative in {channels(below)}"
+            raise ValueError(refusal(function, "running_var", rule, array, f"{advice} reset() starts over.".lstrip()))
+    for name, (_, values) in found.items():
+        if wild := _where(~np.isfinite(values)):
+            text = f"{function}: {name} is not finite in {channels(wild)}, and neither is what is computed from it."
+            repair = "The next training batch replaces it, and reset() starts over."
+            warnings.warn(f"{text} {repair} {advice}".rstrip(), StateWarning, stacklevel=_outside())
 
 
-def values_of(array: Array) -> np.ndarray[Any, Any]:
-    """A copy in NumPy."""
-    return array.library.to_numpy(array)
-
-
-def not_finite(array: Array) -> list[int]:
-    """The channels where it is NaN or infinite."""
-    found: list[int] = np.flatnonzero(~np.isfinite(values_of(array))).tolist()
+def _where(wrong: np.ndarray[Any, Any]) -> list[int]:
+    found: list[int] = np.flatnonzero(wrong).tolist()
     return found
 
 
@@ -159,9 +144,10 @@ def summary(owners: Mapping[str, Any]) -> list[str]:
         kind = f"{array.library.name} {array.dtype} on {device_name(array.device)}"
         alike.setdefault(kind, []).append(name)
         if array.device[0] == CPU:
-            if wild := not_finite(array):
+            values = on_host(array)
+            if wild := _where(~np.isfinite(values)):
                 wrong.append(f"{name} not finite in {channels(wild)}")
-            if name == "running_var" and (below := np.flatnonzero(values_of(array) < 0).tolist()):
+            if name == "running_var" and (below := _where(values < 0)):
                 wrong.append(f"{name} negative in {channels(below)}")
     return [*(f"{', '.join(names)}: {kind}" for kind, names in alike.items()), *wrong]
 
@@ -169,6 +155,6 @@ def summary(owners: Mapping[str, Any]) -> list[str]:
 def _outside() -> int:
     """The stack level, for a warning of the caller, of the code that called cubn."""
     level = 2
-    while (sys._getframe(level).f_globals.get("__name__") or "").partition(".")[0] == "cubn":
+    while (sys._getframe(level).f_globals.get("__name__") or "").partition(".")[0] in ("cubn", "contextlib"):
         level += 1
     return level

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays
-from cubn._arguments import one_of, whole
+from cubn._arguments import on_host, one_of, whole
 from cubn._arrays import COUNTS
 from cubn.errors import message, quoted
 from cubn.typing import DTypeName, RunningVariance
@@ -88,13 +88,13 @@ def counts(values: Any, name: str, channels: int) -> NDArray[np.int64]:
         found = np.array(values, np.int64 if abs(values) < _MOST_BATCHES else object)
     elif hasattr(type(values), "__dlpack__"):
         array = _arrays.describe(values, STATE, name, COUNTS)
-        found = array.library.to_numpy(array)
+        found = on_host(array)
     else:
         remedy = "Pass an int, or an array of int64."
         raise TypeError(message(STATE, name, "be a count, or an array of one per channel", quoted(values), remedy))
     if found.shape not in ((), (channels,)):
         rule = f"be a number or have shape ({channels},), one count per channel"
-        raise ValueError(message(STATE, name, rule, found, shape=found.shape))
+        raise ValueError(message(STATE, name, rule, "an array", shape=found.shape))
     if wrong := [value for value in found.reshape(-1).tolist() if not 0 <= value < _MOST_BATCHES]:
         raise ValueError(message(STATE, name, "be 0 or more and less than 2**62", quoted(wrong[0])))
     return np.broadcast_to(found, channels).astype(np.int64)
@@ -104,8 +104,8 @@ def check_counts(tracked: NDArray[np.int64], skipped: NDArray[np.int64]) -> None
     """Only updates that were seen can have been skipped."""
     if (more := np.flatnonzero(skipped > tracked)).size:
         c = more[0]
-        got = f"skipped {skipped[c]} of {tracked[c]} in channel {c}"
-        remedy = "reset(statistics=False) makes both 0."
+        got = f"{skipped[c]} skipped of {tracked[c]} tracked in channel {c}"
+        remedy = "reset(statistics=False) sets both to 0."
         raise ValueError(message(STATE, "tracked", "be at least skipped", got, remedy))
 
 

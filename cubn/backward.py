@@ -10,6 +10,7 @@ import numpy as np
 from cubn import _arguments, _arrays
 from cubn._arguments import flag, one_of, refusal, region
 from cubn._arrays import BOOL, FLOATS, Output
+from cubn._floating_point import default_floating_point
 from cubn._layout import operand, vector
 from cubn.backends import Arrays, BackendArray, Nodes, Vector
 from cubn.errors import message
@@ -187,7 +188,10 @@ class Prepared:
         self.everywhere = one_of(_WHOSE, parameter_gradients, function, "parameter_gradients") == "global"
         self.by_statistics = flag(statistics, function, "statistics")
         if self.by_statistics and forward.frozen is None:
-            rule, remedy = "be False where the statistics were taken of x", "dx has their part of the gradient."
+            rule, remedy = (
+                "be False unless the statistics are frozen",
+                "What passes through a batch's own is part of dx.",
+            )
             raise ValueError(message(function, "statistics", rule, True, remedy))
         self.forward = forward
         self.source = x = forward.source
@@ -291,6 +295,7 @@ class Prepared:
             *(self._of_statistics(sums) if self.by_statistics and sums else (None, None)),
         )
 
+    @default_floating_point
     @np.errstate(all="ignore")
     def _of_statistics(self, sums: Sums) -> tuple[Any, Any]:
         """The gradients by given mean and variance, of which invstd is a function."""

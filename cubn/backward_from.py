@@ -157,7 +157,7 @@ def _count(function: str, count: int | None, x: Source, mask: Companion | None) 
     if count is None:
         present = _arguments.values_per_channel(x, mask)
         if present is None:
-            rule, remedy = "be given beside a mask on a device", "It is how many positions are present."
+            rule, remedy = "be given together with a mask on a device", "It is how many positions are present."
             raise ValueError(message(function, "count", rule, None, remedy))
         return present
     number = whole(count, function, "count")

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays
-from cubn._arguments import refusal, whole
+from cubn._arguments import on_host, refusal, whole
 from cubn._arrays import Array
 from cubn._floating_point import default_floating_point
-from cubn._state_arrays import check_variance
+from cubn._state_arrays import STATISTICS, check_values, described
 from cubn.errors import message
 from cubn.state import BatchNormState, checked_state
 from cubn.typing import ArrayT, SupportsDLPack
@@ -41,6 +41,11 @@ def fold(state: BatchNormState) -> tuple[Any, Any]:
         If state is not a BatchNormState.
     ValueError
         If the state has no running statistics, or a running_var is negative.
+
+    Warns
+    -----
+    StateWarning
+        If running statistics hold a NaN or an infinity.
 
     Notes
     -----
@@ -92,6 +97,11 @@ def fold_into(
     numpy.exceptions.AxisError
         If weight has no such output_axis.
 
+    Warns
+    -----
+    StateWarning
+        As in `fold`.
+
     Notes
     -----
     Computed in float64 and rounded once. The folded layer has other bits than the layer followed by `forward`.
@@ -102,10 +112,10 @@ def fold_into(
     along = _along_outputs(scale, array, output_axis, groups)
     if given is not None and given.shape != scale.shape:
         raise ValueError(refusal("fold_into", "bias", f"have shape {scale.shape}, one value per channel", given))
-    offset = 0.0 if given is None else given.library.to_numpy(given).astype(np.float64)
+    offset = 0.0 if given is None else on_host(given).astype(np.float64)
     home = given or array
     return (
-        array.library.from_numpy(array.library.to_numpy(array) * along, array.dtype, array),
+        array.library.from_numpy(on_host(array) * along, array.dtype, array),
         home.library.from_numpy(offset * scale + shift, home.dtype, home),
     )
 
@@ -113,14 +123,15 @@ def fold_into(
 def _folded(state: BatchNormState, function: str) -> tuple[Float64, Float64, Array]:
     """scale, shift, and the array they are like."""
     if checked_state(state, function).running_var is None:
-        remedy = "What follows from a batch alone cannot be folded."
+        remedy = "Only running statistics can be folded: a batch's own differ from batch to batch."
         raise ValueError(message(function, "state", "have running statistics", "a state with track=False", remedy))
     held = state.to_dict()
-    home = _arrays.describe(state.running_var, function, "running_var")
-    check_variance(held["running_var"], home, function)
+    found = {name: (described(getattr(state, name), name, function), held[name]) for name in STATISTICS}
+    check_values(found, function)
+    home = found["running_var"][0]
     gamma = held["gamma"].astype(np.float64) if "gamma" in held else 1.0
     beta = held["beta"].astype(np.float64) if "beta" in held else 0.0
-    scale = gamma / np.sqrt(held["running_var"].astype(np.float64) + state.eps)
+    scale = gamma / np.sqrt(held["running_var"].astype(np.float64) + held["eps"])
     return scale, beta - held["running_mean"] * scale, home
 
 
@@ -150,7 +161,7 @@ def _along_outputs(scale: Float64, weight: Array, output_axis: int, groups: int)
 def _meant(C: int, shape: tuple[int, ...], axis: int) -> str:
     """What the layer may be, if C output channels are not where they were said to be."""
     if shape[axis] == C:
-        return "A layer that has all of them there is given without groups."
+        return "It has all of them on that axis: leave groups at 1."
     groups, rest = divmod(C, shape[axis] or C + 1)
     if axis and not rest and shape[0] % groups == 0:
         return f"A transposed convolution of {groups} groups fits: pass groups={groups}."

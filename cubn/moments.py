@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, overload
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arguments, _arrays, _nodes
+from cubn._arguments import on_host
 from cubn._arrays import BOOL, NUMBERS
 from cubn._entries import MOST
 from cubn._floating_point import default_floating_point
@@ -94,7 +94,8 @@ class _Taking:
 
     def __init__(self, x: Any, channel_axis: int, mask: Any, start: int, dtype: DType | None) -> None:
         if dtype is not None:
-            x, mask = _converted(x, dtype), None if mask is None else _on_host(mask, "mask", BOOL)
+            described = None if mask is None else _arrays.describe(mask, "moments", "mask", BOOL)
+            x, mask = _converted(x, dtype), described and on_host(described)
         self.source = source = _arguments.source("moments", x, channel_axis)
         self.mask = None if mask is None else _arguments.mask("moments", mask, source)
         first = _arguments.whole(start, "moments", "start")
@@ -120,12 +121,6 @@ class _Taking:
         return nodes._replace(table=self.backend.to_host(nodes.table))
 
 
-def _on_host(array: Any, argument: str, dtypes: tuple[str, ...]) -> np.ndarray[Any, Any]:
-    """A copy in NumPy."""
-    described = _arrays.describe(array, "moments", argument, dtypes)
-    return described.library.to_numpy(described)
-
-
 _INTEGERS = {"float32": 1 << 24, "float64": 1 << 53}
 """Up to which a dtype holds every integer."""
 
@@ -134,13 +129,13 @@ _INTEGERS = {"float32": 1 << 24, "float64": 1 << 53}
 def _converted(x: Any, dtype: DType) -> np.ndarray[Any, Any]:
     """x in another dtype, without loss."""
     name = _arguments.dtype_name(dtype, tuple(_INTEGERS), "moments")
-    values = _on_host(x, "x", NUMBERS)
+    values = on_host(_arrays.describe(x, "moments", "x", NUMBERS))
     exact = values.dtype.itemsize <= np.dtype(name).itemsize
     if values.dtype.kind in "iu" and values.size:
         exact = -_INTEGERS[name] <= int(values.min()) and int(values.max()) <= _INTEGERS[name]
     if not exact:
         remedy = "Convert it first, if rounding is meant." if name == "float64" else "Use dtype='float64'."
-        rule = f"hold what {name} can hold exactly"
+        rule = f"hold numbers that {name} can hold exactly"
         raise ValueError(message("moments", "x", rule, f"values of {values.dtype}", remedy, shape=values.shape))
     return values.astype(name)
 
@@ -165,8 +160,9 @@ def finite_mask(x: Any, *, channel_axis: int = 1) -> Any:
     Returns
     -------
     array of bool
-        Of x's library, on its device; x's shape without the channel axis, as `mask=` takes it. A mask has no channel
-        axis: where one channel is NaN, the position is left out of the others too.
+        Of x's library, on its device (of a library cubn does not know: NumPy's); x's shape without the channel axis, as
+        `mask=` takes it. A mask has no channel axis: where one channel is NaN, the position is left out of the others
+        too.
 
     Raises
     ------
@@ -183,7 +179,7 @@ def finite_mask(x: Any, *, channel_axis: int = 1) -> Any:
     array([3., 3.])
     """
     source = _arguments.source("finite_mask", x, channel_axis)
-    return (abs(x) < math.inf).all(source.axis)
+    return source.array.library.finite(source.array, source.axis)
 
 
 def update(state: BatchNormState, moments: Moments) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays, _modules
-from cubn._arguments import dtype_name, flag
-from cubn._arrays import Array
+from cubn._arguments import dtype_name, flag, on_host, plain, stored
+from cubn._arrays import COUNTS, FLOATS, Array
 from cubn._holding import COUNTERS, Holding
-from cubn._state_arrays import ARRAYS, Held, described, filled, hold, on_host, placed, summary
+from cubn._state_arrays import ARRAYS, Held, check_on_host, described, filled, hold, placed, summary
 from cubn._state_options import (
     DTYPES,
     STATE,
@@ -246,9 +246,9 @@ class BatchNormState(Holding):
         Notes
         -----
         The state holds the tensors the module has now. Where the module gets others (`load_state_dict(assign=True)`,
-        `copy.deepcopy`, `to_empty`, an assigned `running_mean`) the state keeps the old ones: make it afterwards. It
-        counts in `tracked`, and leaves `num_batches_tracked` alone. A momentum that is no weight is an error of the
-        first update.
+        `to_empty`, an assigned `running_mean`) the state keeps the old ones: make it afterwards. It counts in
+        `tracked`, and leaves `num_batches_tracked` alone. A momentum that is no weight is an error of the first update.
+        `copy.deepcopy` of a model that holds both leaves its copies joined; of the module alone, or by pickle, not.
         """
         arguments = _modules.of_torch(bn)
         arrays = _present(**{name: arguments.pop(name) for name in ARRAYS})
@@ -281,19 +281,22 @@ class BatchNormState(Holding):
         """
         if not isinstance(d, Mapping):
             raise TypeError(message("from_dict", "d", "be a mapping, as from to_dict", type(d).__name__))
-        found = {name: value for name in d if (value := _plain(d[name])) is not None}
+        found = {name: value for name in d if (value := plain(d[name])) is not None}
         needed = _NEEDED + (COUNTERS if "running_mean" in found else ())
         if missing := [name for name in needed if name not in found]:
             remedy = "For arrays of another origin there is from_arrays."
             raise KeyError(message("from_dict", "d", "have the entries of to_dict", f"no {', '.join(missing)}", remedy))
         if other := [str(name) for name in found if name not in (*_OPTIONS, *ARRAYS, *COUNTERS)]:
-            remedy = "A misspelt entry would be one that is left out."
-            raise ValueError(message("from_dict", "d", "have no other entries", ", ".join(other), remedy))
+            rule, remedy = "have the entries of to_dict and no others", "Correct its name, or leave it out."
+            raise ValueError(message("from_dict", "d", rule, ", ".join(other), remedy))
         beside = _beside(like, "from_dict")
-        arrays = {name: placed(on_host(found[name], name), beside) for name in ARRAYS if name in found}
-        counters = {name: on_host(found[name], name) for name in COUNTERS if name in found}
+        arrays = {name: stored(found[name], STATE, name, FLOATS) for name in ARRAYS if name in found}
+        counters = {name: stored(found[name], STATE, name, COUNTS) for name in COUNTERS if name in found}
+        if flag(check, STATE, "check"):  # before they are on a device
+            check_on_host({name: described(array, name) for name, array in arrays.items()})
+        arrays = {name: placed(array, beside) for name, array in arrays.items()}
         options = (found.get("momentum"), found["channel_axis"], found.get("running_variance", "unbiased"))
-        return cls._of(arrays, found["num_features"], counters, check, found["eps"], *options)
+        return cls._of(arrays, found["num_features"], counters, False, found["eps"], *options)
 
     def to_dict(self, *, like: SupportsDLPack | None = None) -> dict[str, Any]:
         """Everything the state holds, as plain numbers, words and arrays of its own.
@@ -311,12 +314,12 @@ class BatchNormState(Holding):
         dict
             num_features, eps, momentum, channel_axis, running_variance; gamma, beta, running_mean, running_var, tracked
             and skipped, each an array of shape (C,). What the state does not have is left out, `momentum=None` too. A
-            bfloat16 parameter comes as float32, which holds it exactly.
+            bfloat16 array comes as float32, which holds it exactly.
         """
         beside = _beside(like, "to_dict")
         with self._turn("to_dict"):
             held = self._describe(self._arrays, "to_dict")
-            arrays = {name: array.library.to_numpy(array) for name, array in held.items()} | self._counts()
+            arrays = {name: on_host(array) for name, array in held.items()} | self._counts()
         return _present(**self._options._asdict()) | {name: placed(arrays[name], beside) for name in arrays}
 
     def copy(self) -> Self:
@@ -403,8 +406,18 @@ class BatchNormState(Holding):
         return f"{STATE}({', '.join(options)}; {'; '.join(holds) or 'no arrays'})"
 
     def __getstate__(self) -> dict[str, Any]:
+        return self._copied({})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Of a model that holds a module and its state, the copy's state has the arrays of the copy's module."""
+        state = type(self).__new__(type(self))
+        state.__setstate__(self._copied(memo))
+        return state
+
+    def _copied(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """All there is, copied at one moment."""
         with self._turn("copy"):
-            return {"arrays": copy.deepcopy(self._arrays), **self._options._asdict(), **self._counts()}
+            return {"arrays": copy.deepcopy(self._arrays, memo), **self._options._asdict(), **self._counts()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         options = checked_options(*(({"running_variance": "unbiased"} | state)[name] for name in _OPTIONS))
@@ -439,7 +452,7 @@ class BatchNormState(Holding):
 def checked_state(state: Any, function: str) -> BatchNormState:
     """state, if it is one."""
     if not isinstance(state, BatchNormState):
-        remedy = "BatchNormState.from_arrays makes one of the arrays of a module."
+        remedy = "BatchNormState.from_module makes one of a torch batch norm, from_arrays of any arrays."
         raise TypeError(message(function, "state", "be a BatchNormState", type(state).__name__, remedy))
     return state
 
@@ -451,11 +464,6 @@ def _beside(like: Any, function: str) -> Array | None:
 def _present(**values: Any) -> dict[str, Any]:
     """Those that are not None."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _plain(value: Any) -> Any:
-    """A number, a word or None that was stored as an array without axes."""
-    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _span(counts: NDArray[np.int64]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cubn._arrays.library import Array, Library, Output
-from cubn._arrays.memory import in_bytes
+from cubn._arrays.memory import in_bytes, rounded
 from cubn._arrays.numpy import NUMPY, layout_of
 from cubn._arrays.refusals import refuse_device, refuse_dtype, refuse_misaligned
 from cubn._layout import Shape, Strides
@@ -48,7 +48,7 @@ class Cupy(Library):
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
         with like.owner.device:
-            return self._cupy.array(values, dtype)
+            return self._cupy.array(rounded(values, dtype), dtype)
 
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         values: np.ndarray[Any, Any] = array.owner.get()

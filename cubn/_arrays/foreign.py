@@ -9,7 +9,7 @@ import numpy as np
 
 from cubn._arrays.capsules import host_copy, new_output, read
 from cubn._arrays.library import Array, Library, Output
-from cubn._arrays.numpy import NUMPY
+from cubn._arrays.memory import rounded, widened
 from cubn._layout import Shape, Strides
 from cubn.errors import message
 
@@ -36,10 +36,10 @@ class Foreign(Library):
         return Output(output, lambda: adopt(exporter))
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
-        return NUMPY.from_numpy(values, dtype, like)
+        return rounded(values, dtype)
+
+    def finite(self, array: Array, axis: int) -> Any:
+        return np.isfinite(self.to_numpy(array)).all(axis)
 
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
-        values = host_copy(array)
-        if array.dtype == "bfloat16":
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        return values
+        return widened(host_copy(array), array.dtype)

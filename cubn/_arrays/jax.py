@@ -9,6 +9,7 @@ import numpy as np
 from cubn._arrays import dlpack
 from cubn._arrays.capsules import new_output, read
 from cubn._arrays.library import Array, Library, Output
+from cubn._arrays.memory import rounded
 from cubn._arrays.numpy import NUMPY, dtype_name
 from cubn._arrays.refusals import refuse, refuse_dtype
 from cubn._layout import Shape, Strides
@@ -67,7 +68,7 @@ class Jax(Library):
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
         with self._jax.enable_x64(dtype in ("float64", "int64")):
-            return self._jax.device_put(values.astype(dtype), like.owner.device)
+            return self._jax.device_put(rounded(values, dtype).astype(dtype, copy=False), like.owner.device)
 
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         return np.array(array.owner, "float32" if array.dtype == "bfloat16" else None)

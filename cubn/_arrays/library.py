@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -56,10 +57,16 @@ class Library(Protocol):
         """Memory for an array on like's device."""
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
-        """A new array of these values on like's device; NumPy's own for a library cubn does not know."""
+        """A new array of these values, rounded once, on like's device; NumPy's own for a library cubn does not know
+        (then of float32 in place of bfloat16).
+        """
 
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         """A copy in host memory; bfloat16 comes, exactly, as float32."""
+
+    def finite(self, array: Array, axis: int) -> Any:
+        """Where all values along an axis are finite: an array of bool on the same device; else as `from_numpy`."""
+        return (abs(array.owner) < math.inf).all(axis)
 
     def unchanged(self, array: Array) -> bool:
         """Whether the owner is as it was described: a yes is quick, a no may mean that one has to describe it again."""

@@ -64,6 +64,26 @@ def storage(dtype: str) -> np.dtype[Any]:
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
+def widened(bits: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """What is in `storage`, as numbers: bfloat16, exactly, as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else bits
+
+
+@np.errstate(all="ignore")
+def rounded(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """The values, rounded once, so that a library has nothing left to round: those of bfloat16 in float32."""
+    if dtype != "bfloat16":
+        return values.astype(dtype)
+    near = values.astype(np.float32)
+    bits = near.view(np.uint32)
+    beyond, inexact = abs(near) > abs(values), near != values
+    odd = np.where(
+        inexact, (bits - beyond) | 1, bits
+    )  # towards 0, with a last bit that says so: the next step is right
+    even = odd + (0x7FFF + (odd >> 16 & 1)) & 0xFFFF0000
+    return np.where(np.isnan(near), near, even.view(np.float32))
+
+
 @lru_cache(maxsize=1024)
 def in_bytes(strides: Strides, size: int) -> Strides:
     return tuple(stride * size for stride in strides)

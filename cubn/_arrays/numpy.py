@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cubn._arrays.library import HOST, ITEMSIZE, Array, Library, Output
-from cubn._arrays.memory import in_bytes
+from cubn._arrays.memory import in_bytes, rounded
 from cubn._arrays.refusals import refuse, refuse_dtype, refuse_misaligned
 from cubn._layout import Shape, Strides, span
 
@@ -56,7 +56,7 @@ class NumPy(Library):
         return Output(Array(pointer, shape, strides, dtype, HOST, True, y, self), lambda: y)
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
-        return np.array(values, dtype)
+        return rounded(values, dtype).astype(dtype, copy=False)
 
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         return np.array(array.owner, "float32" if array.dtype == "bfloat16" else None)

@@ -33,7 +33,7 @@ def refuse_subclass(x: Any, function: str, argument: str) -> NoReturn:
     """Subclasses of NumPy's array mean more, or other, than their numbers: masks, units, matrix products."""
     remedy = f"Pass numpy.asarray({argument})."
     if isinstance(x, np.ma.MaskedArray):
-        remedy = f"Pass {argument}.filled(0), or what else shall be where it is masked."
+        remedy = f"Pass {argument}.filled(0), or with what should stand where it is masked."
         if argument == "x":  # the only one that has a mask beside it
             mask = "mask=~numpy.ma.getmaskarray(x).any(channel_axis)"
             remedy = f"Pass x.filled(0), with {mask}: a position is present in all channels or in none."

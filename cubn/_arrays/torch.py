@@ -11,6 +11,7 @@ import numpy as np
 
 from cubn._arrays import dlpack
 from cubn._arrays.library import HOST, ITEMSIZE, Array, Library, Output
+from cubn._arrays.memory import rounded, view, widened
 from cubn._arrays.refusals import refuse, refuse_device, refuse_dtype, refuse_misaligned, refuse_stand_in
 from cubn._layout import Shape, Strides, span
 from cubn.backends import CUDA
@@ -118,12 +119,17 @@ class Torch(Library):
         return Output(Array(pointer, shape, strides, dtype, like.device, True, y, self), lambda: y)
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
-        rounded = values if dtype == "bfloat16" else values.astype(dtype)  # in this thread, not in torch's own
-        return self._torch.tensor(rounded, dtype=self._dtypes[dtype], device=like.owner.device)
+        return self._torch.tensor(rounded(values, dtype), dtype=self._dtypes[dtype], device=like.owner.device)
 
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
-        host = array.owner.detach().cpu()
-        return np.array((host.float() if array.dtype == "bfloat16" else host).numpy())
+        host = array.owner.detach().to("cpu", copy=True)  # `numpy` makes a storage one that cannot be resized
+        try:
+            values: np.ndarray[Any, Any] = (host.float() if array.dtype == "bfloat16" else host).numpy()
+            return values
+        except RuntimeError:
+            if array.device != HOST:
+                raise
+            return widened(np.array(view(array)), array.dtype)  # inside of torch.func, torch itself cannot
 
     def unchanged(self, array: Array) -> bool:
         x = array.owner  # assigning to x.data moves or converts it

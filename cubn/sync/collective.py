@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from cubn._arguments import whole
 from cubn._tree import Block, aligned_blocks
 from cubn.backends import Backend, BackendArray, Nodes
-from cubn.errors import CollectiveMismatch, message
+from cubn.errors import CollectiveMismatch, message, quoted
 from cubn.sync import Bytes, Comm, Communicator, Pending, communicator
 
 Headers = NDArray[np.void]
@@ -580,9 +580,9 @@ def _declared(function: str, sizes: Any, group: Communicator) -> tuple[int, ...]
     """The samples of each rank, as the caller knows them."""
     rule = f"be the number of samples of each of the {group.size} ranks"
     if not isinstance(sizes, Iterable):
-        raise TypeError(message(function, "sizes", rule, repr(sizes)))
+        raise TypeError(message(function, "sizes", rule, quoted(sizes)))
     declared = tuple(whole(size, function, "sizes") for size in sizes)
-    if len(declared) != group.size or min(declared) < 0:
+    if len(declared) != group.size or not all(0 <= size < 1 << 62 for size in declared):
         raise ValueError(message(function, "sizes", rule, sizes))
     return declared
 

@@ -244,3 +244,12 @@ assert expected.dtype == torch.bfloat16 and torch.equal(torch.from_dlpack(y), ex
 print(torch.from_dlpack(y).abs().sum().item() > 1)
 """
     assert run(program) == "True"
+
+
+@pytest.mark.parametrize("library", libraries.FOREIGN)
+def test_a_finite_mask_of_a_library_without_arithmetic(library):
+    store = np.array([[1, 2], [np.nan, 3], [5, 4], [5, np.inf]], np.float32)
+    x = libraries.carry(store, library)
+    mask = cubn.finite_mask(x)
+    np.testing.assert_array_equal(mask, [True, False, True, False])
+    assert cubn.moments(x, mask=mask).mean.tolist() == [3, 3]

@@ -119,6 +119,25 @@ def test_a_transformation_makes_no_output_for_a_tensor_from_outside(transformati
         getattr(torch.func, transformation)(lambda a: a * cubn.forward(X, held).sum())(value)
 
 
+@pytest.mark.parametrize("transformation", ["grad", "jvp", "vmap"])
+def test_tensors_from_outside_a_transformation_are_read(transformation):
+    """On the host: torch.func lets nobody read them through torch."""
+    held, x, mask = state(), X[:, :, 0], torch.ones(len(X), dtype=torch.bool)
+    expected = cubn.fold(held)[0].sum(), held.to_dict(), cubn.moments(x, mask=mask).mean
+    found = []
+
+    def f(a):
+        found.append((cubn.fold(held)[0].sum(), held.to_dict(), cubn.moments(x, mask=mask).mean))
+        cubn.BatchNormState.from_arrays(running_mean=held.running_mean, running_var=held.running_var)
+        return a.sum()
+
+    given = torch.ones(2)
+    transform = getattr(torch.func, transformation)
+    with quiet():
+        transform(f, (given,), (given,)) if transformation == "jvp" else transform(f)(given)
+    np.testing.assert_equal(found[0][1:], expected[1:])
+
+
 def test_a_plain_tensor_under_a_mode_that_fakes():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -154,7 +154,7 @@ def test_the_remedy_for_a_masked_array():
 def test_the_remedy_for_a_masked_array_beside_x():
     residual = np.ma.masked_array(F32, F32 > 3)
     state = cubn.BatchNormState(3)
-    with pytest.raises(TypeError, match=r"Pass residual\.filled\(0\), or what else shall be where it is masked\.$"):
+    with pytest.raises(TypeError, match=r"Pass residual\.filled\(0\), or with what should stand where it is masked\.$"):
         cubn.forward(F32, state, residual=residual)
     cubn.forward(F32, state, residual=residual.filled(0))
     mask = np.ma.masked_array(np.ones(2, bool), [True, False])

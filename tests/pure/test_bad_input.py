@@ -738,7 +738,8 @@ def test_an_update_of_statistics_in_16_bits(world, operation):
     world.also = [mean, var]
     text = (
         f"{operation}: running_mean must have dtype float32 or float64 to be updated; got a numpy array "
-        "(shape=(4,), dtype=float16, device=cpu). Convert both: at small momenta a variance of 16 bits stops moving."
+        "(shape=(4,), dtype=float16, device=cpu). "
+        "Make a state of float32 copies: at small momenta a variance of 16 bits stops moving."
     )
     refused(world, TypeError, text, UPDATES[operation], world, state)
     assert not state.tracked.any()
@@ -814,7 +815,7 @@ def test_a_dictionary_that_is_not_of_a_state():
 @pytest.mark.parametrize("name", ["tracked", "skipped"])
 def test_counters_of_other_channels(world, name):
     rule = "be a number or have shape (4,), one count per channel"
-    text = f"BatchNormState: {name} must {rule}; got [1 2 3] (shape=(3,))."
+    text = f"BatchNormState: {name} must {rule}; got an array (shape=(3,))."
     written = world.state.to_dict() | {name: np.array([1, 2, 3])}
     refused(world, ValueError, text, cubn.BatchNormState.from_dict, written)
 
@@ -884,7 +885,7 @@ def test_running_statistics_that_require_a_gradient(world):
     refused(world, ValueError, text, cubn.forward_train, torch.from_numpy(world.x), state)
 
 
-MAKE_ONE = "BatchNormState.from_arrays makes one of the arrays of a module."
+MAKE_ONE = "BatchNormState.from_module makes one of a torch batch norm, from_arrays of any arrays."
 
 
 @pytest.mark.parametrize(
@@ -1069,3 +1070,40 @@ def test_parameter_gradients_of_another_kind(world, value):
 def test_groups_out_of_range(world, groups):
     text = f"fold_into: groups must be from 1 to the 4 channels; got {groups}."
     refused(world, ValueError, text, cubn.fold_into, world.x, None, world.state, output_axis=1, groups=groups)
+
+
+HUGE = 10**5000
+WITH_HUGE_NUMBERS = {
+    "num_features": lambda world: cubn.BatchNormState(HUGE),
+    "eps": lambda world: cubn.BatchNormState(4, eps=HUGE),
+    "channel_axis": lambda world: cubn.moments(world.x, channel_axis=HUGE),
+    "start": lambda world: cubn.moments(world.x, start=HUGE),
+    "tracked": lambda world: setattr(world.state, "tracked", HUGE),
+    "output_axis": lambda world: cubn.fold_into(np.ones((4, 2)), None, world.state, output_axis=HUGE),
+    "groups": lambda world: cubn.fold_into(np.ones((4, 2)), None, world.state, groups=HUGE),
+    "count": lambda world: cubn.Moments.from_statistics(HUGE, np.ones(4), np.ones(4)),
+    "backward_from's count": lambda world: with_option(world, "backward_from", count=HUGE)(),
+    "Moments' start": lambda world: cubn.Moments.from_dict(world.moments.to_dict() | {"start": HUGE}),
+    "Moments' stop": lambda world: cubn.Moments.from_dict(world.moments.to_dict() | {"stop": HUGE}),
+    "sizes": lambda world: threads.run(1, lambda comm: cubn.moments(world.x, comm=comm, sizes=[HUGE])),
+}
+
+
+@pytest.mark.parametrize("call", WITH_HUGE_NUMBERS.values(), ids=WITH_HUGE_NUMBERS)
+def test_a_number_of_too_many_digits_is_refused_in_words(world, call):
+    """Python does not write down an integer of more than 4300 digits."""
+    with pytest.raises((ValueError, ExceptionGroup)) as caught:
+        call(world)
+    error = caught.value.exceptions[0] if isinstance(caught.value, ExceptionGroup) else caught.value
+    assert " must " in str(error) and "digits" not in str(error)
+
+
+class Unspeakable:
+    def __repr__(self):
+        raise RuntimeError("deleted")
+
+
+@pytest.mark.parametrize(("function", "option"), FLAGS)
+def test_an_option_that_has_no_repr(world, function, option):
+    text = f"{function}: {option} must be True or False; got a tests.Unspeakable."
+    refused(world, TypeError, text, with_option(world, function, **{option: Unspeakable()}))

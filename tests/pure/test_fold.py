@@ -55,6 +55,35 @@ def test_rounded_once():
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_bfloat16_is_rounded_once(library):
+    """Not by way of float32: what lies just above the middle of two would become the middle, and then even."""
+    pytest.importorskip("ml_dtypes")
+    pytest.importorskip(library)
+    gamma = np.array([1 + 2**-8 + 2**-40, 1 + 3 * 2**-8 - 2**-40])
+    mean, var = (
+        carry(arrays.normal(np.random.default_rng(0), 2, "bfloat16") * 0 + bits, library) for bits in (0, 0x3F80)
+    )
+    state = cubn.BatchNormState.from_arrays(gamma=gamma, running_mean=mean, running_var=var, eps=1e-300)
+    scale, _ = cubn.fold(state)
+    np.testing.assert_array_equal(arrays.store_of(scale), [0x3F81, 0x3F81])
+    weight, _ = cubn.fold_into(carry(np.full((2, 1), 0x3F80, np.uint16), library), None, state)
+    np.testing.assert_array_equal(arrays.store_of(weight), [[0x3F81], [0x3F81]])
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_folding_what_is_not_finite_comes_with_a_warning(name):
+    state = state_of()
+    getattr(state, name)[2] = np.nan
+    text = f"^{{}}: {name} is not finite in channel 2, and neither"
+    with pytest.warns(cubn.StateWarning, match=text.format("fold")) as caught:
+        cubn.fold(state)
+    assert caught[0].filename == __file__ and "check=False" not in str(caught[0].message)
+    with pytest.warns(cubn.StateWarning, match=text.format("fold_into")) as caught:
+        cubn.fold_into(np.ones((C, 1)), None, state)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
 def test_scale_and_shift_in_the_library_of_the_state(library):
     pytest.importorskip(library)
     for folded, expected in zip(cubn.fold(state_of(library=library)), cubn.fold(state_of()), strict=True):
@@ -157,7 +186,7 @@ def test_the_layer_is_left_alone():
             (6, 2, 3),
             {"groups": 2},
             "fold_into: weight must have 6 output channels on axis 0 in 2 groups; got a numpy array "
-            "(shape=(6, 2, 3), FACTS). A layer that has all of them there is given without groups.",
+            "(shape=(6, 2, 3), FACTS). It has all of them on that axis: leave groups at 1.",
         ),
         (
             (3, 5, 3),
@@ -204,5 +233,5 @@ def test_no_running_statistics():
         with pytest.raises(ValueError) as caught:
             function(*arguments, cubn.BatchNormState(6, track=False))
         text = f"{function.__name__}: state must have running statistics; got a state with track=False. "
-        text += "What follows from a batch alone cannot be folded."
+        text += "Only running statistics can be folded: a batch's own differ from batch to batch."
         assert str(caught.value) == text

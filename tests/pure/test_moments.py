@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import json
 import pickle
 
 import numpy as np
@@ -250,6 +251,24 @@ def test_written_down_and_read_again(make, way):
     assert_same(again._nodes.table.view(np.int64), m._nodes.table.view(np.int64))
 
 
+def test_read_again_from_lists_and_from_tensors():
+    torch = pytest.importorskip("torch")
+    m = cubn.moments(X)
+    written = m.to_dict()
+    lists = {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in written.items()}
+    tensors = {name: torch.tensor(v, requires_grad=name in ("mean", "m2")) for name, v in written.items()}
+    for d in (json.loads(json.dumps(lists)), tensors):
+        assert_same_moments(cubn.Moments.from_dict(d), m)
+
+
+@pytest.mark.parametrize("name", ["blocks", "count", "mean", "m2"])
+def test_lists_of_no_shape_are_refused(name):
+    with pytest.raises(
+        ValueError, match=rf"^from_dict: {name} must be an array, or lists of one shape; got \[\[1, 2\], \[3\]\]"
+    ):
+        cubn.Moments.from_dict(cubn.moments(X).to_dict() | {name: [[1, 2], [3]]})
+
+
 def test_what_was_written_down_merges_on():
     assert_same_moments(stored(cubn.moments(X[:5])).merge(stored(cubn.moments(X[5:], start=5))), cubn.moments(X))
 
@@ -292,7 +311,7 @@ def test_narrow_floats_are_widened_when_asked(kind):
 def test_a_conversion_that_would_round_is_refused(x, dtype, remedy):
     with pytest.raises(ValueError) as caught:
         cubn.moments(x, dtype=dtype)
-    rule = f"moments: x must hold what {dtype} can hold exactly"
+    rule = f"moments: x must hold numbers that {dtype} can hold exactly"
     assert str(caught.value) == f"{rule}; got values of {x.dtype} (shape=(2, 1)). {remedy}"
 
 

@@ -242,7 +242,7 @@ def test_what_is_read_of_a_counter_is_apart(name):
 
 def test_more_skipped_than_seen():
     state = trained()
-    text = r"tracked must be at least skipped; got skipped 2 of 1 in channel 0. reset\(statistics=False\)"
+    text = r"tracked must be at least skipped; got 2 skipped of 1 tracked in channel 0. reset\(statistics=False\)"
     with pytest.raises(ValueError, match=text):
         state.skipped = 2
     with pytest.raises(ValueError, match="tracked must be at least skipped"):

@@ -108,7 +108,7 @@ INTERRUPTS = [by_finaliser, *([by_signal] if hasattr(signal, "SIGUSR1") else [])
 @pytest.mark.parametrize("use", USES)
 def test_a_use_in_the_midst_of_another_says_what_to_do(use, interrupt):
     (text,) = interrupted(interrupt, USES[use])
-    assert "state must not be used by what interrupts its own update" in text
+    assert "state must not be used in the midst of its own update" in text
     assert text.endswith("Set a flag there, and do this after the step.")
 
 

@@ -56,6 +56,29 @@ def test_training_by_a_module_s_state_is_the_module_s(kind):
         torch.testing.assert_close(cubn.forward(X, state), reference.eval()(X).detach(), rtol=1e-5, atol=1e-5)
 
 
+class Holder(torch.nn.Module):
+    """A model that holds a module and its state."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = torch.nn.BatchNorm1d(4)
+        self.state = cubn.BatchNormState.from_module(self.bn)
+
+
+def test_a_copied_model_s_state_is_of_the_copied_module():
+    model = Holder()
+    cubn.forward_train(X, model.state)
+    copied = copy.deepcopy(model)
+    assert copied.state.gamma is copied.bn.weight and copied.state.beta is copied.bn.bias
+    assert copied.state.running_mean is copied.bn.running_mean and copied.state.running_var is copied.bn.running_var
+    np.testing.assert_equal(copied.state.to_dict(), model.state.to_dict())
+    before = copy.deepcopy(model.state.to_dict())
+    cubn.forward_train(X, copied.state)
+    assert torch.equal(copied.bn.running_mean, copied.state.running_mean)
+    np.testing.assert_equal(model.state.to_dict(), before)
+    assert (copied.state.tracked == 2).all()
+
+
 @pytest.mark.parametrize("convert", ["half", "bfloat16", "double"])
 def test_inference_of_a_converted_module(convert):
     module = drawn(torch.nn.BatchNorm1d(4))
@@ -107,13 +130,16 @@ def test_a_loaded_state_dict_is_seen():
 @pytest.mark.parametrize(
     ("module", "remedy"),
     [
-        (torch.nn.LayerNorm(4), "Pass the arrays of another module to from_arrays"),
-        (torch.nn.InstanceNorm1d(4, affine=True), "Pass the arrays of another module to from_arrays"),
+        (torch.nn.LayerNorm(4), "Of another module, pass the arrays, eps and momentum to from_arrays"),
+        (
+            torch.nn.InstanceNorm1d(4, affine=True),
+            "Of another module, pass the arrays, eps and momentum to from_arrays",
+        ),
         (torch.nn.LazyBatchNorm1d(), "Let it see a batch first"),
-        (torch.nn.BatchNorm1d, "Pass the arrays"),
-        (torch.nn.BatchNorm1d(4).state_dict(), "Pass the arrays"),
-        (cubn.BatchNormState(4), "Pass the arrays"),
-        (None, "Pass the arrays"),
+        (torch.nn.BatchNorm1d, "Of another module, pass the arrays"),
+        (torch.nn.BatchNorm1d(4).state_dict(), "Of another module, pass the arrays"),
+        (cubn.BatchNormState(4), "Of another module, pass the arrays"),
+        (None, "Of another module, pass the arrays"),
     ],
     ids=["layer norm", "instance norm", "lazy", "class", "state_dict", "state", "none"],
 )

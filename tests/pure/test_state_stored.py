@@ -127,7 +127,7 @@ def test_a_restored_state_is_apart():
 def test_a_misspelt_entry_is_refused():
     held = trained().to_dict()
     held["gama"] = held.pop("gamma")
-    text = "from_dict: d must have no other entries; got gama. A misspelt entry would be one that is left out."
+    text = "from_dict: d must have the entries of to_dict and no others; got gama. Correct its name, or leave it out."
     with pytest.raises(ValueError, match=text):
         cubn.BatchNormState.from_dict(held)
 
@@ -146,3 +146,10 @@ def test_half_of_the_running_statistics(name):
     del held[name]
     with pytest.raises(ValueError, match=f"{name} must be given together with"):
         cubn.BatchNormState.from_dict(held)
+
+
+@pytest.mark.parametrize("name", [*ARRAYS, "tracked", "skipped"])
+def test_lists_of_no_shape_are_refused(name):
+    text = rf"^BatchNormState: {name} must be an array, or lists of one shape; got \[1, \[2\]\]\."
+    with pytest.raises(ValueError, match=text):
+        cubn.BatchNormState.from_dict(trained().to_dict() | {name: [1, [2]]})
