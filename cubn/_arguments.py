@@ -91,7 +91,10 @@ def stored(value: Any, function: str, argument: str, dtypes: tuple[str, ...]) ->
 
 def plain(value: Any) -> Any:
     """A number, a word or None, which may have been stored as an array without axes."""
-    return value.item() if getattr(value, "shape", None) == () else value
+    try:
+        return value.item() if value.shape == () else value
+    except Exception:  # it has no shape; or was deleted, or is still to be initialized, and raises anything
+        return value
 
 
 def on_host(array: Array) -> np.ndarray[Any, Any]:

@@ -153,3 +153,10 @@ def test_lists_of_no_shape_are_refused(name):
     text = rf"^BatchNormState: {name} must be an array, or lists of one shape; got \[1, \[2\]\]\."
     with pytest.raises(ValueError, match=text):
         cubn.BatchNormState.from_dict(trained().to_dict() | {name: [1, [2]]})
+
+
+@pytest.mark.parametrize("name", [*ARRAYS, "tracked", "skipped"])
+def test_parameters_that_are_still_to_be_initialized(name):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=rf"^BatchNormState: {name} must be initialized"):
+        cubn.BatchNormState.from_dict(trained().to_dict() | {name: torch.nn.UninitializedParameter()})
