@@ -80,10 +80,10 @@ def parameter(function: str, argument: str, given: Any, x: Source) -> Array:
 
 def stored(value: Any, function: str, argument: str, dtypes: tuple[str, ...]) -> np.ndarray[Any, Any]:
     """What was written down for an array, as a new one in NumPy: an array of any library, or nested lists."""
-    if not hasattr(type(value), "__dlpack__"):
+    if isinstance(value, (list, tuple, int, float)):
         try:
             value = np.array(value)
-        except ValueError:
+        except Exception:  # of what is in the lists
             rule = "be an array, or lists of one shape"
             raise ValueError(message(function, argument, rule, quoted(value))) from None
     return on_host(_arrays.describe(value, function, argument, dtypes, detach=True))
