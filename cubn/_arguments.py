@@ -167,9 +167,10 @@ def dtype_name(dtype: Any, choices: tuple[str, ...], function: str) -> str:
     if name not in choices and dtype is not None:
         try:
             found = np.dtype(dtype)
-            name = found.name if found.isnative else found.str
-        except Exception:  # it asks what it does not know for a `dtype`, which may be anything
+        except TypeError:
             pass
+        else:
+            name = found.name if found.isnative else found.str
     if name not in choices:
         raise TypeError(message(function, "dtype", f"be {' or '.join(map(repr, choices))}", quoted(dtype)))
     return name
