@@ -83,10 +83,10 @@ def parameter(function: str, argument: str, given: Any, x: Source) -> Array:
 
 def stored(value: Any, function: str, argument: str, dtypes: tuple[str, ...]) -> np.ndarray[Any, Any]:
     """What was written down for an array, as a new one in NumPy: an array of any library, or nested lists."""
-    if not hasattr(type(value), "__dlpack__"):
+    if isinstance(value, (list, tuple, int, float)):
         try:
             value = np.array(value)
-        except ValueError:
+        except Exception:  # of what is in the lists
             rule = "be an array, or lists of one shape"
             raise ValueError(message(function, argument, rule, quoted(value))) from None
     return on_host(_arrays.describe(value, function, argument, dtypes, detach=True))
@@ -94,7 +94,10 @@ def stored(value: Any, function: str, argument: str, dtypes: tuple[str, ...]) ->
 
 def plain(value: Any) -> Any:
     """A number, a word or None, which may have been stored as an array without axes."""
-    return value.item() if getattr(value, "shape", None) == () else value
+    try:
+        return value.item() if value.shape == () else value
+    except Exception:  # it has no shape; or was deleted, or is still to be initialized, and raises anything
+        return value
 
 
 def on_host(array: Array) -> np.ndarray[Any, Any]:

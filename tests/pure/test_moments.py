@@ -335,3 +335,17 @@ def test_a_finite_mask_of_what_is_no_x():
         cubn.finite_mask(np.ones(3))
     with pytest.raises(np.exceptions.AxisError, match=r"^finite_mask: channel_axis"):
         cubn.finite_mask(np.ones((3, 2)), channel_axis=2)
+
+
+class Untyped:
+    @property
+    def dtype(self):
+        raise RuntimeError("not yet")
+
+
+@pytest.mark.parametrize("dtype", [np, Untyped(), "float32 "], ids=["module", "raises", "space"])
+def test_what_has_a_dtype_that_is_none(dtype):
+    with pytest.raises(TypeError, match=r"^BatchNormState: dtype must be 'float32' or 'float64'; got"):
+        cubn.BatchNormState(2, dtype=dtype)
+    with pytest.raises(TypeError, match=r"^moments: dtype must be 'float32' or 'float64'; got"):
+        cubn.moments(np.ones((2, 2)), dtype=dtype)

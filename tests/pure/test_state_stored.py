@@ -153,3 +153,19 @@ def test_lists_of_no_shape_are_refused(name):
     text = rf"^BatchNormState: {name} must be an array, or lists of one shape; got \[1, \[2\]\]\."
     with pytest.raises(ValueError, match=text):
         cubn.BatchNormState.from_dict(trained().to_dict() | {name: [1, [2]]})
+
+
+@pytest.mark.parametrize("name", [*ARRAYS, "tracked", "skipped"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_keys_are_no_numbers(name, nested):
+    jax = pytest.importorskip("jax")
+    keys = jax.random.split(jax.random.key(0), 4)
+    with pytest.raises((TypeError, ValueError), match=rf"^BatchNormState: {name} must (have dtype|be an array)"):
+        cubn.BatchNormState.from_dict(trained().to_dict() | {name: list(keys) if nested else keys})
+
+
+@pytest.mark.parametrize("name", [*ARRAYS, "tracked", "skipped"])
+def test_parameters_that_are_still_to_be_initialized(name):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=rf"^BatchNormState: {name} must be initialized"):
+        cubn.BatchNormState.from_dict(trained().to_dict() | {name: torch.nn.UninitializedParameter()})
