@@ -80,8 +80,8 @@ def test_a_first_use_without_a_compiler_says_what_to_install(absent):
 import os, sys
 os.environ["CUBN_CACHE_DIR"] = ""
 sys.modules["{absent}"] = None
-import inspect
-inspect.getsource = lambda python: open("no such file")
+import linecache
+linecache.getlines = lambda *place: []  # no source
 import cubn, numpy
 try:
     cubn.moments(numpy.ones((2, 3)))
