@@ -90,8 +90,25 @@ def _alone() -> None:
     Ctrl-C, which a terminal sends to all, ends it at once; no file of the cache is ever half written.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if _CAN_WAIT:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     logging.getLogger("cubn").setLevel(logging.ERROR)
     cubn.set_num_threads(2)
+
+
+_CAN_WAIT = hasattr(signal, "pthread_sigmask")
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Until later, here and in processes that are started: those could only end with a traceback yet."""
+    if _CAN_WAIT:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if _CAN_WAIT:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def warm_up(
@@ -107,7 +124,8 @@ def warm_up(
     begin, names = time.monotonic(), set[str]()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _alone) as executor:
-        futures = [executor.submit(make, call) for call in wanted]
+        with _ctrl_c_waits():
+            futures = [executor.submit(make, call) for call in wanted]
         try:
             for future in _with_progress(futures):
                 names.update(future.result())

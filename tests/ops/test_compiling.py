@@ -168,11 +168,13 @@ def test_after_a_warm_up_nothing_is_left_to_compile(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to a group of processes, as a terminal does")
-def test_ctrl_c_ends_a_warm_up_without_a_traceback(tmp_path):
+@pytest.mark.parametrize("at_work", [True, False], ids=["compiling", "starting"])
+def test_ctrl_c_ends_a_warm_up_without_a_traceback(at_work, tmp_path):
     command = [sys.executable, "-m", "cubn", "warm-up", "--processes", "2"]
     environment = os.environ | {"CUBN_CACHE_DIR": str(tmp_path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as begun:
-        while not [*tmp_path.rglob("*.o")]:
+        begun.stderr.read(1)  # the other processes have been started
+        while at_work and not [*tmp_path.rglob("*.o")]:
             time.sleep(0.01)
         os.killpg(begun.pid, signal.SIGINT)
         said = begun.stderr.read()
