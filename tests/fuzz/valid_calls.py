@@ -584,7 +584,7 @@ def _set(constants: dict[str, int]) -> None:
         setattr(plan, name, value)
     for module in (plan, prepare):
         for function in vars(module).values():
-            if hasattr(function, "cache_clear"):
+            if hasattr(function, "cache_clear") and function is not prepare.kernel:  # which stays loaded for ever
                 function.cache_clear()
 
 
