@@ -344,9 +344,12 @@ FEATURES = {
     "int8": Weird(lambda a: np.int8(4), FINE, 4),
 }
 THREADS = {
-    **{name: Weird(w.make, BOTH) for name, w in NO_NUMBERS.items()},
-    **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (0, -1, -(2**63), -(10**400))},
-    **{str(v): Weird(lambda a, v=v: v, EITHER) for v in (True, None, 2**31, 2**63, 10**400, np.int8(2))},
+    **INTEGER,
+    "None": Weird(lambda a: None, KIND),
+    "True": Weird(lambda a: True, KIND),
+    **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (0, -1, -(2**63), -(10**400), 2**31, 2**63, 10**400)},
+    "int8": Weird(lambda a: np.int8(2), FINE, 2),
+    "a 0-d array": Weird(lambda a: np.array(2), FINE, 2),
 }
 COUNT = {**INTEGER, **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (0, -1, 2**62, 2**63, 10**400, -(10**400))}}
 GROUPS = {**INTEGER, **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (0, -1, 3, 2**63, 10**400)}}
