@@ -9,7 +9,7 @@ import pytest
 
 import cubn
 from cubn import reference
-from cubn.backends.cpu import plan
+from cubn.backends.cpu import plan, prepare
 from tests import oracle
 from tests.fuzz import harness, memory, valid_calls
 
@@ -89,15 +89,71 @@ def test_an_oracle_that_is_a_little_wrong_is_found(change, monkeypatch, seed):
 
 
 def test_a_plan_that_leaves_out_a_task_is_found(monkeypatch, seed):
+    """Also where the right one had been kept."""
     honest = plan.elementwise_tasks
 
     def one_less(extents, kind, itemsize):
         tasks, rows = honest(extents, kind, itemsize)
         return max(1, tasks - 1), rows
 
+    def failure(numbers):
+        with valid_calls.planned((("BLOCK_BYTES", 64),)):
+            return next(
+                (n for n in numbers if harness.failure(FEW_KERNELS, harness.case_of(FEW_KERNELS, seed, n))), None
+            )
+
     monkeypatch.setattr(plan, "elementwise_tasks", one_less)
-    with valid_calls.planned((("BLOCK_BYTES", 64),)):
-        assert harness.first_failure(FEW_KERNELS, seed, 60) is not None
+    found = failure(range(60))
+    assert found is not None
+    monkeypatch.setattr(plan, "elementwise_tasks", honest)
+    assert failure([found]) is None
+    monkeypatch.setattr(plan, "elementwise_tasks", one_less)
+    assert failure([found]) == found
+
+
+PROBES = [
+    ((16, 40, 6, 50), (0, 1, 2, 3)),
+    ((16, 40, 300), (0, 2, 1)),
+    ((300, 40, 3), (0, 2, 1)),
+    ((4, 1024, 20), (0, 1, 2)),
+    ((40, 3, 100), (0, 2, 1)),
+    ((5000, 200), (0, 1)),
+    ((900, 4, 3), (0, 1, 2)),
+]
+"""Shapes of x, and its axes from the outermost to the innermost."""
+PLANNED = ("tasks", "chunk", "chunks", "pass_tasks", "block", "period", "stream", "steps", "scratch_size")
+
+
+def _plans(monkeypatch):
+    """What was planned for training steps and moments of the probes, without addresses."""
+    found = []
+    run = prepare.Launch.run
+
+    def recorded(self, arguments):
+        helpers = self.program.words[3::2].tolist()  # of every stage
+        found.append((helpers, [self.block[prepare.PLACE[name]] for name in PLANNED]))
+        run(self, arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Launch, "run", recorded)
+        for shape, order in PROBES:
+            x = np.ones([shape[axis] for axis in order], np.float32).transpose(np.argsort(order))
+            cubn.forward_train(x, cubn.BatchNormState(shape[1]))
+            cubn.moments(x)
+    return found
+
+
+@pytest.mark.parametrize("constant", valid_calls.CONSTANTS)
+def test_constants_that_are_drawn_plan_anew(constant, monkeypatch):
+    """Nothing planned before is used with them, nor what they planned after."""
+    cubn.set_num_threads(3)
+    before = _plans(monkeypatch)
+    drawn = []
+    for value in valid_calls.CONSTANTS[constant]:
+        with valid_calls.planned(((constant, value),)):
+            drawn.append(_plans(monkeypatch))
+    assert any(plans != before for plans in drawn)
+    assert _plans(monkeypatch) == before
 
 
 def test_a_write_beside_an_array_is_found():
