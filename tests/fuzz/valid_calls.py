@@ -43,6 +43,7 @@ CONSTANTS = {
     "TASKS": [1, 3, 1000],
     "WIDEST": [16, 48],
     "SAMPLES_A_ROW": [1, 16, 2048],
+    "VALUES_A_ROW": [1, 1 << 12, 1 << 20],
 }
 """Other values for constants of `plan`: all make valid plans."""
 
