@@ -17,7 +17,7 @@ import numpy as np
 
 import cubn
 from tests.fuzz.memory import UNTOUCHED, Placed, dense
-from tests.fuzz.valid_calls import planned
+from tests.fuzz.plans import planned
 from tests.ops import arrays
 
 OPERATIONS = ["forward", "train", "frozen", "backward", "moments", "normalize", "update"]

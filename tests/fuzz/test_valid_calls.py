@@ -11,7 +11,7 @@ import cubn
 from cubn import reference
 from cubn.backends.cpu import plan, prepare
 from tests import oracle
-from tests.fuzz import harness, memory, valid_calls
+from tests.fuzz import cases, given, harness, memory, plans, valid_calls
 
 
 def test_valid_calls(campaign):
@@ -23,7 +23,7 @@ def _of_few_kernels(rng):
     case = dataclasses.replace(valid_calls.draw(rng), dtype="float32", library="numpy", wild=0.0, out="fresh")
     rank = len(case.shape)
     dense = {"x": memory.dense(rank), "others": memory.dense(rank), "vectors": memory.dense(1)}
-    return valid_calls._settled(dataclasses.replace(case, **dense))
+    return cases.settled(dataclasses.replace(case, **dense))
 
 
 FEW_KERNELS = SimpleNamespace(__name__="few kernels", draw=_of_few_kernels, run=valid_calls.run)
@@ -97,7 +97,7 @@ def test_a_plan_that_leaves_out_a_task_is_found(monkeypatch, seed):
         return max(1, tasks - 1), rows
 
     def failure(numbers):
-        with valid_calls.planned((("BLOCK_BYTES", 64),)):
+        with plans.planned((("BLOCK_BYTES", 64),)):
             return next(
                 (n for n in numbers if harness.failure(FEW_KERNELS, harness.case_of(FEW_KERNELS, seed, n))), None
             )
@@ -144,16 +144,16 @@ def _plans(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("constant", valid_calls.CONSTANTS)
+@pytest.mark.parametrize("constant", plans.CONSTANTS)
 def test_constants_that_are_drawn_plan_anew(constant, monkeypatch):
     """Nothing planned before is used with them, nor what they planned after."""
     cubn.set_num_threads(3)
     before = _plans(monkeypatch)
     drawn = []
-    for value in valid_calls.CONSTANTS[constant]:
-        with valid_calls.planned(((constant, value),)):
+    for value in plans.CONSTANTS[constant]:
+        with plans.planned(((constant, value),)):
             drawn.append(_plans(monkeypatch))
-    assert any(plans != before for plans in drawn)
+    assert any(planned != before for planned in drawn)
     assert _plans(monkeypatch) == before
 
 
@@ -183,4 +183,4 @@ def test_simpler_cases_are_valid_too():
         if not candidates:
             break
         case = rng.choice(candidates)
-        valid_calls.Given(case)
+        given.Given(case)
