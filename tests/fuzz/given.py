@@ -143,8 +143,7 @@ class Given:
             return carry(placed.array.copy() if copied else placed.array, self.case.library)
 
         with warnings.catch_warnings():
-            if hasattr(cubn, "StateWarning"):  # statistics that are not finite are part of the campaign
-                warnings.simplefilter("ignore", cubn.StateWarning)
+            warnings.simplefilter("ignore", cubn.StateWarning)  # what is not finite is part of the campaign
             return cubn.BatchNormState.from_arrays(
                 **{name: carried(placed) for name, placed in self.parameters.items()},
                 running_mean=carried(self.running_mean),

@@ -96,6 +96,5 @@ def use(w: World, state: Any, *, changed: bool = False) -> None:
 
 @cache
 def world() -> World:
-    if hasattr(cubn, "StateWarning"):  # this part is about errors
-        warnings.simplefilter("ignore", cubn.StateWarning)
+    warnings.simplefilter("ignore", cubn.StateWarning)  # this part is about errors
     return World()
