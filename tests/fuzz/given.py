@@ -123,6 +123,15 @@ class Given:
         wanted = {"dx": found.dx} | {f"d{name}": getattr(found, f"d{name}") for name in self.parameters}
         return wanted | ({"dresidual": found.dresidual} if self.case.residual else {})
 
+    def folded(self) -> dict[str, Any]:
+        """Computed in float64, and rounded once."""
+        given = {name: oracle.widen(placed.array).astype(np.float64) for name, placed in self.parameters.items()}
+        mean, var = (self.values[name].astype(np.float64) for name in ("running_mean", "running_var"))
+        with np.errstate(all="ignore"):
+            scale = given.get("gamma", 1.0) / np.sqrt(var + self.case.eps)
+            folded = {"scale": scale, "shift": given.get("beta", 0.0) - mean * scale}
+            return {name: value.astype(self.values["running_var"].dtype) for name, value in folded.items()}
+
     def updated(self, statistics: Any) -> dict[str, Any]:
         zeros = np.zeros(self.C, np.int64)
         after = oracle.State(self.values["running_mean"], self.values["running_var"], zeros, zeros)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,18 @@ def _forward(given: Given) -> Any:
     state = given.state()
     options |= _outs(given, "y", x, options)
     given.protect()
-    return lambda: {"y": cubn.forward(x, state, **options)}, lambda: given.output(given.statistics())
+
+    def perform() -> dict[str, Any]:
+        scale, shift = _fold(state)
+        return {"y": cubn.forward(x, state, **options), "scale": scale, "shift": shift}
+
+    return perform, lambda: given.output(given.statistics()) | given.folded()
+
+
+def _fold(state: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cubn.StateWarning)
+        return cubn.fold(state)
 
 
 def _train(given: Given) -> Any:
@@ -111,7 +123,7 @@ def _edges(case: Case) -> list[tuple[int, int]]:
 
 
 def _normalize(given: Given) -> Any:
-    """By moments of parts, merged in an order of their own."""
+    """By moments of parts, merged in an order of their own; and an update by them."""
     case = given.case
     rng = random.Random(case.seed)
     parts = []
@@ -121,6 +133,7 @@ def _normalize(given: Given) -> Any:
     x, options = given.arguments()
     parameters = {name: carry(placed.array, case.library) for name, placed in given.parameters.items()}
     options |= _outs(given, "y", x, options)
+    state = given.state()
     given.protect()
 
     def perform() -> dict[str, Any]:
@@ -131,12 +144,14 @@ def _normalize(given: Given) -> Any:
             found[i : i + 2] = [a.merge(b) if rng.random() < 0.5 else b.merge(a)]
         (moments,) = found
         y = cubn.normalize(x, moments, **parameters, eps=case.eps, channel_axis=case.axis, **options)
-        return {"y": y, "count": moments.count, "mean": moments.mean, "m2": moments.m2}
+        cubn.update(state, moments)
+        moved = {name: getattr(state, name) for name in ("running_mean", "running_var", "tracked", "skipped")}
+        return {"y": y, "count": moments.count, "mean": moments.mean, "m2": moments.m2} | moved
 
     def expected() -> dict[str, Any]:
         statistics = given.statistics(case.start)
         of_moments = {"count": statistics.count, "mean": statistics.mean, "m2": statistics.m2}
-        return given.output(statistics) | of_moments
+        return given.output(statistics) | of_moments | given.updated(statistics)
 
     return perform, expected
 
