@@ -1,4 +1,4 @@
-"""What was written down of a state or of Moments, checked before anything is computed of it."""
+"""What was written down of Moments, checked before anything is computed of it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cubn import _arrays, _nodes
-from cubn._arrays import NUMBERS
-from cubn._arrays.refusals import a_type
+from cubn import _nodes
 from cubn._tree import Block
 from cubn.backends import Nodes
 from cubn.errors import message
@@ -21,18 +19,6 @@ ENTRIES = ("start", "stop", "exact", "blocks", "count", "mean", "m2")
 
 MOST = 1 << 62
 """Samples and values are fewer than this, so that no sum of two counts overflows."""
-
-
-def on_host(value: Any, name: str, function: str) -> NDArray[Any]:
-    """What was stored for an entry, in NumPy: an array of any library, nested lists, a number or a word."""
-    if hasattr(type(value), "__dlpack__"):
-        array = _arrays.describe(value, function, name, NUMBERS, detach=True)
-        return array.library.to_numpy(array)
-    try:
-        return np.array(value)
-    except Exception as error:  # lists of no one length, of deleted arrays and the like
-        rule = "be an array, or nested lists of numbers"
-        raise TypeError(message(function, name, rule, a_type(value))) from error
 
 
 def scalar(entry: NDArray[Any], name: str) -> Any:

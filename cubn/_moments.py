@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cubn import _arrays, _nodes, reference
 from cubn._arguments import flag, refusal, whole
-from cubn._entries import ENTRIES, MOST, check_blocks, check_not_negative, checked_nodes, on_host, scalar
+from cubn._entries import ENTRIES, MOST, check_blocks, check_not_negative, checked_nodes, scalar
 from cubn._floating_point import default_floating_point
 from cubn._tree import Block
 from cubn.backends import Nodes
@@ -169,7 +169,7 @@ class Moments:
         if missing := [name for name in ENTRIES if name not in d]:
             rule = "have every entry of Moments.to_dict"
             raise KeyError(message("from_dict", "d", rule, f"no {', '.join(missing)}"))
-        entries = {name: on_host(d[name], name, "from_dict") for name in ENTRIES}
+        entries = {name: np.asarray(d[name]) for name in ENTRIES}
         start, stop = (whole(scalar(entries[name], name), "from_dict", name) for name in ("start", "stop"))
         exact = flag(scalar(entries["exact"], "exact"), "from_dict", "exact")
         blocks, nodes = checked_nodes(entries)

@@ -82,6 +82,14 @@ def placed(values: np.ndarray[Any, Any], beside: Array | None) -> Any:
     return values if beside is None else beside.library.from_numpy(values, values.dtype.name, beside)
 
 
+def on_host(values: Any, name: str) -> Any:
+    """What was stored for an array, in NumPy: an array of any library, or nested lists."""
+    if not hasattr(type(values), "__dlpack__"):
+        return np.array(values)
+    array = _arrays.describe(values, STATE, name, (*FLOATS, *_arrays.COUNTS), detach=True)
+    return array.library.to_numpy(array)
+
+
 def check_together(described: Mapping[str, Array]) -> None:
     """Running statistics come both or neither, and share no memory with another array."""
     held = [name for name in STATISTICS if name in described]

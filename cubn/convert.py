@@ -19,7 +19,6 @@ Float64 = NDArray[np.float64]
 
 
 @default_floating_point()
-@np.errstate(all="ignore")
 def fold(state: BatchNormState) -> tuple[Any, Any]:
     """The scale and shift that `forward` amounts to.
 
@@ -55,7 +54,6 @@ def fold(state: BatchNormState) -> tuple[Any, Any]:
 
 
 @default_floating_point()
-@np.errstate(all="ignore")
 def fold_into(
     weight: Any, bias: Any, state: BatchNormState, *, output_axis: int = 0, groups: int = 1
 ) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from cubn.moments import statistics_of
 from cubn.saved import Forward, Saved, as_read
 from cubn.state import BatchNormState, Held, checked_eps, hold
 from cubn.sync import communicator
-from cubn.sync.collective import Place, check_own_size, check_sizes, declared_sizes
+from cubn.sync.collective import Place, check_sizes
 
 
 def forward(
@@ -122,14 +122,10 @@ def forward_frozen(
     """
     check_sizes("forward_frozen", sizes, comm)
     relu = flag(relu, "forward_frozen", "relu")
-    place = None
-    if comm is not None:
-        group = communicator(comm)
-        place = Place(group, declared_sizes("forward_frozen", sizes, group), 0)
+    group = None if comm is None else communicator(comm)
     given = given_with_state("forward_frozen", x, state, mask, residual)
     source, held, _, _ = given
-    if place:
-        check_own_size("forward_frozen", place.sizes, place.communicator, source.extents.N)
+    place = Place.without_exchange("forward_frozen", group, sizes, source.extents.N) if group else None
     running = _running(held, "forward_frozen")
     output = given.destination("forward_frozen", out)
     parameters = kept_parameters(given)

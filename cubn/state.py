@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from cubn import _arrays, _modules
 from cubn._arguments import flag
 from cubn._arrays import Array
-from cubn._entries import on_host
 from cubn._holding import COUNTERS, Holding
-from cubn._state_arrays import ARRAYS, Held, described, filled, hold, placed, summary
+from cubn._state_arrays import ARRAYS, Held, described, filled, hold, on_host, placed, summary
 from cubn._state_options import (
     STATE,
     Options,
@@ -32,7 +31,6 @@ from cubn.errors import message
 __all__ = ["BatchNormState", "Held", "checked_eps", "checked_state", "hold"]
 
 _OPTIONS = Options._fields
-_ENTRIES = (*_OPTIONS, *ARRAYS, *COUNTERS)
 _NEEDED = ("num_features", "eps", "channel_axis")  # in a dictionary; what else a state has not is left out
 
 
@@ -276,17 +274,17 @@ class BatchNormState(Holding):
         """
         if not isinstance(d, Mapping):
             raise TypeError(message("from_dict", "d", "be a mapping, as from to_dict", type(d).__name__))
-        found = {name: value for name in d if (value := _plain(d[name], name)) is not None}
+        found = {name: value for name in d if (value := _plain(d[name])) is not None}
         needed = _NEEDED + (COUNTERS if "running_mean" in found else ())
         if missing := [name for name in needed if name not in found]:
             remedy = "For arrays of another origin there is from_arrays."
             raise KeyError(message("from_dict", "d", "have the entries of to_dict", f"no {', '.join(missing)}", remedy))
-        if other := [str(name) for name in found if name not in _ENTRIES]:
+        if other := [str(name) for name in found if name not in (*_OPTIONS, *ARRAYS, *COUNTERS)]:
             remedy = "A misspelt entry would be one that is left out."
             raise ValueError(message("from_dict", "d", "have no other entries", ", ".join(other), remedy))
         beside = _beside(like, "from_dict")
-        arrays = {name: placed(on_host(found[name], name, STATE), beside) for name in ARRAYS if name in found}
-        counters = {name: on_host(found[name], name, STATE) for name in COUNTERS if name in found}
+        arrays = {name: placed(on_host(found[name], name), beside) for name in ARRAYS if name in found}
+        counters = {name: on_host(found[name], name) for name in COUNTERS if name in found}
         options = (found.get("momentum"), found["channel_axis"], found.get("running_variance", "unbiased"))
         return cls._of(arrays, found["num_features"], counters, check, found["eps"], *options)
 
@@ -448,13 +446,9 @@ def _present(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _plain(value: Any, name: str) -> Any:
+def _plain(value: Any) -> Any:
     """A number, a word or None that was stored as an array without axes."""
-    if not isinstance(value, (np.ndarray, np.generic)):
-        if name not in _ENTRIES or not hasattr(type(value), "__dlpack__"):
-            return value
-        value = on_host(value, name, STATE)
-    return value if value.ndim else value.item()
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _span(counts: NDArray[np.int64]) -> str:

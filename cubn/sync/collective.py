@@ -85,6 +85,13 @@ class Place(NamedTuple):
     exchange: int
     """Number of the forward's exchange; 0 if there was none."""
 
+    @classmethod
+    def without_exchange(cls, function: str, group: Communicator, sizes: Any, N: int) -> Place:
+        """Of an operation on N samples here that exchanges nothing, and checks what its backward will rely on."""
+        declared = _declared(function, sizes, group)
+        _check_own(function, declared, group, N)
+        return cls(group, declared, 0)
+
 
 class Half(Protocol[T_co]):
     """An operation up to its exchange: its arguments checked, its outputs allocated, nothing changed yet."""
@@ -280,13 +287,13 @@ class Exchange:
     def add(self, function: str, sizes: Any, make: Callable[[], Half[T]]) -> Started[T]:
         """One more operation, made here so that its errors reach the other ranks."""
         self._function = function
-        declared = declared_sizes(function, sizes, self.communicator)
+        declared = _declared(function, sizes, self.communicator)
         if self._halves and declared != self._declared:
             raise ValueError(message(function, "sizes", "be the same throughout a `with together` block", sizes))
         self._declared = declared
         half = make()
         N = half.terms.N
-        check_own_size(function, declared, self.communicator, N)
+        _check_own(function, declared, self.communicator, N)
         if self._halves and N != self._halves[0].terms.N:
             rule = f"have {self._halves[0].terms.N} samples, as in the first operation of the `with together` block"
             raise ValueError(message(function, "x", rule, N, "Start it outside the block."))
@@ -574,7 +581,7 @@ def check_sizes(function: str, sizes: Any, comm: Any) -> None:
         raise ValueError(message(function, "sizes", "be given together with comm", "comm=None", remedy))
 
 
-def declared_sizes(function: str, sizes: Any, group: Communicator) -> tuple[int, ...] | None:
+def _declared(function: str, sizes: Any, group: Communicator) -> tuple[int, ...] | None:
     """The samples of each rank, where the caller knows them."""
     if sizes is None:
         return None
@@ -587,7 +594,7 @@ def declared_sizes(function: str, sizes: Any, group: Communicator) -> tuple[int,
     return declared
 
 
-def check_own_size(function: str, declared: tuple[int, ...] | None, group: Communicator, N: int) -> None:
+def _check_own(function: str, declared: tuple[int, ...] | None, group: Communicator, N: int) -> None:
     """This rank's size is that of its x."""
     if declared is not None and declared[group.rank] != N:
         rule = f"be {N} for rank {group.rank}, the samples of its x"
