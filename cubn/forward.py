@@ -128,9 +128,10 @@ def forward_frozen(
     """
     check_sizes("forward_frozen", sizes, comm)
     relu = flag(relu, "forward_frozen", "relu")
-    place = None if comm is None else Place(communicator(comm), sizes, 0)
+    group = None if comm is None else communicator(comm)
     given = given_with_state("forward_frozen", x, state, mask, residual)
     source, held, _, _ = given
+    place = Place.without_exchange("forward_frozen", group, sizes, source.extents.N) if group else None
     running = _running(held, "forward_frozen")
     output = given.destination("forward_frozen", out)
     parameters = kept_parameters(given)

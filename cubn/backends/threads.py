@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import os
 
 from cubn.errors import message
+
+MOST = 1 << 22
+"""Threads that Linux has at most."""
 
 _limit: int | None = None
 
@@ -18,19 +22,26 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n : int
-        At least 1; more than there are cores is allowed.
+        From 1 to 2**22, of Python or any library; more than there are cores is allowed.
 
     Raises
     ------
     TypeError, ValueError
-        `n` is not an integer, or below 1.
+        `n` is not an integer, below 1, or more than 2**22.
     """
     global _limit
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"set_num_threads: n must be an int; got {type(n).__name__}. Pass 1 for no parallelism.")
-    if n < 1:
-        raise ValueError(f"set_num_threads: n must be at least 1; got {n}. Pass 1 for no parallelism.")
-    _limit = n
+    remedy = "Pass 1 for no parallelism."
+    try:
+        if isinstance(n, bool):
+            raise TypeError
+        number = operator.index(n)
+    except TypeError:
+        raise TypeError(message("set_num_threads", "n", "be an int", type(n).__name__, remedy)) from None
+    if number < 1:
+        raise ValueError(message("set_num_threads", "n", "be at least 1", number if number > -MOST else "less", remedy))
+    if number > MOST:
+        raise ValueError(message("set_num_threads", "n", "be at most 2**22", "more"))
+    _limit = number
 
 
 def get_num_threads() -> int:
@@ -53,10 +64,10 @@ def _asked_for() -> int | None:
     asked = os.environ.get("CUBN_NUM_THREADS", "").strip()
     if asked in ("", "auto"):
         return None
-    if asked.isascii() and asked.isdigit() and int(asked) > 0:
+    if asked.isascii() and asked.isdigit() and len(asked) < 20 and 0 < int(asked) <= MOST:
         return int(asked)
     remedy = "Unset it for as many threads as there are cores."
-    raise ValueError(message("cubn", "CUBN_NUM_THREADS", "be a whole number, 1 or more, or auto", repr(asked), remedy))
+    raise ValueError(message("cubn", "CUBN_NUM_THREADS", "be a whole number, 1 to 2**22, or auto", repr(asked), remedy))
 
 
 def cores() -> int:

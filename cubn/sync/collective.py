@@ -80,10 +80,17 @@ class Place(NamedTuple):
     """What the backward of an operation needs to meet the other ranks again."""
 
     communicator: Communicator
-    sizes: Any
+    sizes: tuple[int, ...] | None
     """As the caller declared them; None if not."""
     exchange: int
     """Number of the forward's exchange; 0 if there was none."""
+
+    @classmethod
+    def without_exchange(cls, function: str, group: Communicator, sizes: Any, N: int) -> Place:
+        """Of an operation on N samples here that exchanges nothing, and checks what its backward will rely on."""
+        declared = _declared(function, sizes, group)
+        _check_own(function, declared, group, N)
+        return cls(group, declared, 0)
 
 
 class Half(Protocol[T_co]):
@@ -280,15 +287,13 @@ class Exchange:
     def add(self, function: str, sizes: Any, make: Callable[[], Half[T]]) -> Started[T]:
         """One more operation, made here so that its errors reach the other ranks."""
         self._function = function
-        declared = None if sizes is None else _declared(function, sizes, self.communicator)
+        declared = _declared(function, sizes, self.communicator)
         if self._halves and declared != self._declared:
             raise ValueError(message(function, "sizes", "be the same throughout a `with together` block", sizes))
         self._declared = declared
         half = make()
         N = half.terms.N
-        if declared is not None and declared[self.communicator.rank] != N:
-            rule = f"be {N} for rank {self.communicator.rank}, the samples of its x"
-            raise ValueError(message(function, "sizes", rule, declared))
+        _check_own(function, declared, self.communicator, N)
         if self._halves and N != self._halves[0].terms.N:
             rule = f"have {self._halves[0].terms.N} samples, as in the first operation of the `with together` block"
             raise ValueError(message(function, "x", rule, N, "Start it outside the block."))
@@ -576,8 +581,10 @@ def check_sizes(function: str, sizes: Any, comm: Any) -> None:
         raise ValueError(message(function, "sizes", "be given together with comm", "comm=None", remedy))
 
 
-def _declared(function: str, sizes: Any, group: Communicator) -> tuple[int, ...]:
-    """The samples of each rank, as the caller knows them."""
+def _declared(function: str, sizes: Any, group: Communicator) -> tuple[int, ...] | None:
+    """The samples of each rank, where the caller knows them."""
+    if sizes is None:
+        return None
     rule = f"be the number of samples of each of the {group.size} ranks"
     if not isinstance(sizes, Iterable):
         raise TypeError(message(function, "sizes", rule, quoted(sizes)))
@@ -585,6 +592,13 @@ def _declared(function: str, sizes: Any, group: Communicator) -> tuple[int, ...]
     if len(declared) != group.size or not all(0 <= size < 1 << 62 for size in declared):
         raise ValueError(message(function, "sizes", rule, sizes))
     return declared
+
+
+def _check_own(function: str, declared: tuple[int, ...] | None, group: Communicator, N: int) -> None:
+    """This rank's size is that of its x."""
+    if declared is not None and declared[group.rank] != N:
+        rule = f"be {N} for rank {group.rank}, the samples of its x"
+        raise ValueError(message(function, "sizes", rule, declared))
 
 
 # --- how operations begin one ---------------------------------------------------------------------------------------

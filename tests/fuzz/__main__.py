@@ -17,9 +17,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="for how long; 10 without --case and --cases")
     parser.add_argument("--journal", help="a file for the case that is under way")
     given = parser.parse_args()
+    if given.journal:
+        harness.end_with_the_test()
     if given.case is not None:
         given.first, given.cases = given.case, 1
-        print(harness.case_of(harness.part_named(given.part), given.seed, given.case), flush=True)
+        if not given.journal:
+            print(harness.case_of(harness.part_named(given.part), given.seed, given.case), flush=True)
     elif given.cases is None and given.seconds is None:
         given.seconds = 10.0
     numbers = harness.numbers(given.first, given.cases)

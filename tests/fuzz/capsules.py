@@ -169,8 +169,7 @@ def run(case: Case) -> None:
     raises = FAULTS[case.fault].raises if case.fault != "none" else ()
     try:
         with warnings.catch_warnings():
-            if hasattr(cubn, "StateWarning"):
-                warnings.simplefilter("ignore", cubn.StateWarning)
+            warnings.simplefilter("ignore", cubn.StateWarning)
             got = world.call(case.role, array)
     except raises:
         assert np.array_equal(placed.array, before, equal_nan=case.dtype != "bool"), (

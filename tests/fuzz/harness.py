@@ -8,11 +8,13 @@ journal, a file that outlives a crash.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import importlib
 import mmap
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 240  # seconds that a case may take; on a busy machine it compiles a few kernels
@@ -76,33 +78,30 @@ def case_of(part: Any, seed: int, number: int) -> Any:
     return part.draw(random.Random(f"{part.__name__} {seed} {number}"))
 
 
-def command(part: str, seed: int, number: int) -> str:
-    return f"python -m tests.fuzz {part} --seed {seed} --case {number}"
-
-
 # --- in the process that runs cases ---------------------------------------------------------------------------------
 
 
 def work(part: str, seed: int, numbers: Iterable[int], seconds: float | None, journal: str | None) -> int:
     """Run cases until one fails or the time is over; the exit status."""
+    begin = time.monotonic()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
-    module = part_named(part)
+    module = part_named(part)  # which takes seconds where it imports torch and JAX
     warnings.simplefilter("error")
     record = Journal(journal).write if journal else lambda number, case: None
-    begin, cpu, done = time.monotonic(), time.process_time(), 0
+    if seconds is not None:
+        end = max(begin + seconds, time.monotonic() + seconds / 4)
+    cpu, done = time.process_time(), 0
     for number in numbers:
-        if seconds is not None and done and time.monotonic() - begin > seconds:
+        if seconds is not None and done and time.monotonic() > end:
             break
         case = case_of(module, seed, number)
         record(number, case)
         if error := failure(module, case):
-            simplest = simplified(module, case)
-            traceback.print_exception(error)
-            print(f"\n{part}: case {number} of seed {seed}: {case!r}")
-            if simplest != case:
+            traceback.print_exception(error, file=sys.stdout)
+            print(f"\n{part}: case {number} of seed {seed}: {case!r}", flush=True)  # what is simpler may crash
+            if (simplest := simplified(module, case)) != case:
                 print(f"\nSimpler, and fails too: {simplest!r}")
-            print(f"\nAgain: {command(part, seed, number)}")
             return 1
         done += 1
     print(f"{part}: {Report(done, time.process_time() - cpu)}")
@@ -123,11 +122,13 @@ def failure(module: Any, case: Any) -> BaseException | None:
 def simplified(module: Any, case: Any, tries: int = 200) -> Any:
     """A case that fails although nothing can be made simpler any more, where the part knows what is simpler."""
     simpler: Callable[[Any], Iterator[Any]] | None = getattr(module, "simpler", None)
-    found = simpler is not None
+    found, end = simpler is not None, time.monotonic() + PATIENCE / 4
     while found and simpler:
         found = False
         for candidate in islice(simpler(case), tries):
             tries -= 1
+            if time.monotonic() > end:
+                break
             if failure(module, candidate):
                 case, found = candidate, True
                 break
@@ -154,57 +155,97 @@ def campaign(
 ) -> str:
     """Run cases of a part in a process of their own, for a time or a number of them; what it says at the end.
 
-    Raises Failed where one of them fails, ends the process, or does not come to an end.
+    The time is that of the process, imports and all; but a quarter of it is left to cases in any event. Raises Failed
+    where one of them fails, ends the process, or does not come to an end.
     """
+    settings = environment or {}
+    which = {"--first": first}
+    which |= {} if seconds is None else {"--seconds": seconds}
+    which |= {} if cases is None else {"--cases": cases}
+    result = _run(part, seed, which, settings, patience)
+    if not result.how:
+        return result.said.splitlines()[-1]
+    text = f"{part}: case {result.number} of seed {seed} {result.how}:\n{result.case}\n\n{result.said}"
+    which, note = {"--case": result.number}, ""
+    if result.number is None:
+        which = {}
+    elif not _run(part, seed, which, settings, patience).how:
+        which, note = {"--first": first, "--cases": result.number - first + 1}, " (not without the cases before it)"
+    again = [
+        *(f"{name}={shlex.quote(value)}" for name, value in settings.items()),
+        *_command("python", part, seed, which),
+    ]
+    raise Failed(f"{text}\n\nAgain{note}: {' '.join(again)}\n")
+
+
+class Result(NamedTuple):
+    """How a process ended ("" if well), what it said, and its last case."""
+
+    how: str
+    said: str
+    number: int | None
+    case: str
+
+
+def _command(python: str, part: str, seed: int, which: dict[str, Any]) -> list[str]:
+    return [
+        python,
+        "-m",
+        "tests.fuzz",
+        part,
+        "--seed",
+        str(seed),
+        *(str(word) for pair in which.items() for word in pair),
+    ]
+
+
+def _run(part: str, seed: int, which: dict[str, Any], settings: dict[str, str], patience: float) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         journal, output = Path(folder, "journal"), Path(folder, "output")
         journal.touch()
-        arguments = [part, "--seed", seed, "--first", first, "--journal", journal]
-        arguments += [] if seconds is None else ["--seconds", seconds]
-        arguments += [] if cases is None else ["--cases", cases]
         with output.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.fuzz", *map(str, arguments)],
+                _command(sys.executable, part, seed, {**which, "--journal": journal}),
                 cwd=ROOT,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, **settings},
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
-            hung = not _ends(process, str(journal), patience)
-        said = output.read_text(errors="replace")
-        number, case = Journal.read(str(journal))
-    if not hung and process.returncode == 0:
-        return said.splitlines()[-1]
-    settings = "".join(f"{name}={value} " for name, value in (environment or {}).items())
-    if hung:
-        how = f"hung for {patience:.0f} s"
-    elif process.returncode == 1:
-        how = "failed"
-    else:
-        how = f"ended the process with status {process.returncode}"
-    again = settings + (command(part, seed, number) if number is not None else f"python -m tests.fuzz {part}")
-    raise Failed(f"{part}: case {number} of seed {seed} {how}:\n{case}\n\nAgain: {again}\n\n{said}")
+            ends = _ends(process, str(journal), patience)
+        how = {0: "", 1: "failed"}.get(process.returncode, f"ended the process with status {process.returncode}")
+        return Result(
+            how if ends else f"hung for {patience:g} s",
+            output.read_text(errors="replace"),
+            *Journal.read(str(journal)),
+        )
 
 
 def _ends(process: subprocess.Popen[bytes], journal: str, patience: float) -> bool:
     """Whether the process comes to its end; one that stays at a case is made to say where it is, and killed."""
+    last, since = None, time.monotonic()
     try:
-        last: int | None = -1
         while True:
             try:
-                process.wait(patience)
+                process.wait(patience / 4)
                 return True
             except subprocess.TimeoutExpired:
                 now, _ = Journal.read(journal)
-                if now == last:
+                if now != last:
+                    last, since = now, time.monotonic()
+                elif time.monotonic() - since > (PATIENCE if now is None else patience):  # nothing begun: it imports
                     process.send_signal(signal.SIGUSR1)
-                    time.sleep(1)
+                    time.sleep(0.5)
                     return False
-                last = now
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def end_with_the_test() -> None:
+    """Have this process killed when the one that started it is no more."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def numbers(first: int, cases: int | None) -> Iterable[int]:

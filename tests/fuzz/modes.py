@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from tests.fuzz import valid_calls
@@ -49,6 +50,14 @@ def run(case: Case) -> None:
     valid_calls.run(case.call, partial(mode, case.rounding, case.flush))
 
 
+def flushes() -> bool:
+    """Whether this thread takes subnormal numbers for 0."""
+    return not np.any(_SUBNORMAL * np.float32(1))
+
+
+_SUBNORMAL = np.array([1e-39], np.float32)
+
+
 @contextlib.contextmanager
 def mode(rounding: str, flush: bool) -> Iterator[None]:
     """The calling thread's mode, and that of threads it starts."""
@@ -57,6 +66,7 @@ def mode(rounding: str, flush: bool) -> Iterator[None]:
     try:
         yield
         assert _libm.fegetround() == ROUNDING[rounding], "the caller's direction of rounding was changed"
+        assert flushes() == flush, "whether subnormal numbers are flushed was changed"
     finally:
         _libm.fesetround(0)
         torch.set_flush_denormal(False)

@@ -23,7 +23,13 @@ def simpler(case: Case) -> Iterator[Case]:
         yield replace(case, number=case.number // 2)
 
 
+_run: list[Case] = []
+
+
 def run(case: Case) -> None:
+    _run.append(case)
+    if len(_run) > 4 and os.environ.get("CUBN_PLANTED") == "fails after four":
+        raise AssertionError("as planted")
     if case.fault:
         match os.environ.get("CUBN_PLANTED"):
             case "fails":

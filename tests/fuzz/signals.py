@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 import cubn
-from cubn.backends.cpu import plan
 from tests.fuzz.memory import UNTOUCHED, Placed, dense
+from tests.fuzz.plans import planned
 from tests.ops import arrays
 
 OPERATIONS = ["forward", "train", "frozen", "backward", "moments", "normalize", "update"]
@@ -46,9 +46,16 @@ def draw(rng: random.Random) -> Case:
 
 
 def run(case: Case) -> None:
-    signal.signal(signal.SIGALRM, _raise)
-    plan.SERIAL_BYTES = 0  # threads for arrays of any size; the process is this part's own
+    before = signal.signal(signal.SIGALRM, _raise)
     cubn.set_num_threads(case.threads)
+    try:
+        with planned((("SERIAL_BYTES", 0),)):  # threads for arrays of any size
+            _interrupt(case)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def _interrupt(case: Case) -> None:
     step = Step(case)
     step.renew()
     step.call()

@@ -9,9 +9,9 @@ import pytest
 
 import cubn
 from cubn import reference
-from cubn.backends.cpu import plan
+from cubn.backends.cpu import plan, prepare
 from tests import oracle
-from tests.fuzz import harness, memory, valid_calls
+from tests.fuzz import cases, given, harness, memory, plans, valid_calls
 
 
 def test_valid_calls(campaign):
@@ -23,7 +23,7 @@ def _of_few_kernels(rng):
     case = dataclasses.replace(valid_calls.draw(rng), dtype="float32", library="numpy", wild=0.0, out="fresh")
     rank = len(case.shape)
     dense = {"x": memory.dense(rank), "others": memory.dense(rank), "vectors": memory.dense(1)}
-    return valid_calls._settled(dataclasses.replace(case, **dense))
+    return cases.settled(dataclasses.replace(case, **dense))
 
 
 FEW_KERNELS = SimpleNamespace(__name__="few kernels", draw=_of_few_kernels, run=valid_calls.run)
@@ -89,15 +89,72 @@ def test_an_oracle_that_is_a_little_wrong_is_found(change, monkeypatch, seed):
 
 
 def test_a_plan_that_leaves_out_a_task_is_found(monkeypatch, seed):
+    """Also where the right one had been kept."""
     honest = plan.elementwise_tasks
 
     def one_less(extents, kind, itemsize):
         tasks, rows = honest(extents, kind, itemsize)
         return max(1, tasks - 1), rows
 
+    def failure(numbers):
+        with plans.planned((("BLOCK_BYTES", 64),)):
+            return next(
+                (n for n in numbers if harness.failure(FEW_KERNELS, harness.case_of(FEW_KERNELS, seed, n))), None
+            )
+
     monkeypatch.setattr(plan, "elementwise_tasks", one_less)
-    with valid_calls.planned((("BLOCK_BYTES", 64),)):
-        assert harness.first_failure(FEW_KERNELS, seed, 60) is not None
+    found = failure(range(60))
+    assert found is not None
+    monkeypatch.setattr(plan, "elementwise_tasks", honest)
+    assert failure([found]) is None
+    monkeypatch.setattr(plan, "elementwise_tasks", one_less)
+    assert failure([found]) == found
+
+
+PROBES = [
+    ((16, 40, 6, 50), (0, 1, 2, 3)),
+    ((16, 40, 300), (0, 2, 1)),
+    ((300, 40, 3), (0, 2, 1)),
+    ((4, 1024, 20), (0, 1, 2)),
+    ((40, 3, 100), (0, 2, 1)),
+    ((5000, 200), (0, 1)),
+    ((40000, 4), (0, 1)),
+    ((900, 4, 3), (0, 1, 2)),
+]
+"""Shapes of x, and its axes from the outermost to the innermost."""
+PLANNED = ("tasks", "chunk", "chunks", "pass_tasks", "block", "period", "stream", "steps", "scratch_size")
+
+
+def _plans(monkeypatch):
+    """What was planned for training steps and moments of the probes, without addresses."""
+    found = []
+    run = prepare.Launch.run
+
+    def recorded(self, arguments):
+        helpers = self.program.words[3::2].tolist()  # of every stage
+        found.append((helpers, [self.block[prepare.PLACE[name]] for name in PLANNED]))
+        run(self, arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Launch, "run", recorded)
+        for shape, order in PROBES:
+            x = np.ones([shape[axis] for axis in order], np.float32).transpose(np.argsort(order))
+            cubn.forward_train(x, cubn.BatchNormState(shape[1]))
+            cubn.moments(x)
+    return found
+
+
+@pytest.mark.parametrize("constant", plans.CONSTANTS)
+def test_constants_that_are_drawn_plan_anew(constant, monkeypatch):
+    """Nothing planned before is used with them, nor what they planned after."""
+    cubn.set_num_threads(3)
+    before = _plans(monkeypatch)
+    drawn = []
+    for value in plans.CONSTANTS[constant]:
+        with plans.planned(((constant, value),)):
+            drawn.append(_plans(monkeypatch))
+    assert any(planned != before for planned in drawn)
+    assert _plans(monkeypatch) == before
 
 
 def test_a_write_beside_an_array_is_found():
@@ -126,11 +183,4 @@ def test_simpler_cases_are_valid_too():
         if not candidates:
             break
         case = rng.choice(candidates)
-        valid_calls.Given(case)
-
-
-@pytest.fixture(autouse=True)
-def number_of_threads():
-    before = cubn.get_num_threads()
-    yield
-    cubn.set_num_threads(before)
+        given.Given(case)

@@ -1,6 +1,5 @@
 """What fails on the way, in a library or in a thread, leaves the state (and a gradient's `out`) as it was."""
 
-import threading
 import types
 
 import numpy as np
@@ -8,6 +7,8 @@ import pytest
 
 import cubn
 from cubn import _arrays
+from cubn.backends.cpu import pool, prepare
+from cubn.backends.cpu.kept import Kept
 from cubn.sync import threads
 from tests.interop.test_foreign import Grid
 
@@ -207,32 +208,60 @@ def test_backward_from_refused():
 # --- threads ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", ["forward_train", "update", "backward"])
-def test_no_thread_can_be_started(monkeypatch, operation):
-    """Computed all the same, or refused with nothing changed."""
+@pytest.fixture
+def no_threads(monkeypatch):
+    """`no_threads(error)`: a pool without workers, where to start one raises the error; the numbers that were asked."""
+    fresh = pool.Pool()
+    asked = []
+
+    def patch(error):
+        def start(*arguments):
+            asked.append(arguments)
+            raise error
+
+        monkeypatch.setattr(pool._thread, "start_new_thread", start)
+        for name in ("program", "run"):
+            monkeypatch.setattr(pool, name, getattr(fresh, name))
+        forget_launches()
+        return asked
+
+    before = cubn.get_num_threads()
+    cubn.set_num_threads(11)
+    yield patch
+    cubn.set_num_threads(before)
+    forget_launches()
+
+
+def forget_launches():
+    """Those that were prepared, which are of one pool."""
+    for function in vars(prepare).values():
+        if isinstance(function, Kept):
+            function.cache_clear()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=["refused", "failed"])
+@pytest.mark.parametrize("operation", ["forward_train", "moments", "backward"])
+def test_no_thread_can_be_started(no_threads, operation, error):
+    """Computed all the same where the system has no more of them; whatever else is raised, nothing is changed."""
     x, dy, state = values(0, 64, C, 4096), values(1, 64, C, 4096), trained()
-    moments = cubn.moments(x)
     _, saved = cubn.forward_train(x, state, update=False)
     before, out = state.to_dict(), np.zeros_like(x)
     call = {
-        "forward_train": lambda: cubn.forward_train(x, state, out=out),
-        "update": lambda: cubn.update(state, moments),
-        "backward": lambda: cubn.backward(dy, saved, out=out),
+        "forward_train": lambda: [cubn.forward_train(x, state, out=out)[0]],
+        "moments": lambda: [cubn.moments(x).mean],
+        "backward": lambda: list(cubn.backward(dy, saved, out=out)[:3]),
     }[operation]
-
-    def start(self):
-        raise RuntimeError("can't start new thread")
-
-    threads_before = cubn.get_num_threads()
-    cubn.set_num_threads(11)
-    try:
-        monkeypatch.setattr(threading.Thread, "start", start)
-        try:
+    asked = no_threads(error)
+    if isinstance(error, MemoryError):
+        with pytest.raises(MemoryError):
             call()
-        except RuntimeError:
-            np.testing.assert_equal(state.to_dict(), before)
-            assert (out == 0).all()
-        else:
-            assert operation == "backward" or (state.tracked == before["tracked"] + 1).all()
-    finally:
-        cubn.set_num_threads(threads_before)
+        assert (out == 0).all()
+        np.testing.assert_equal(state.to_dict(), before)
+        found = None
+    else:
+        found = [result if result is None else result.copy() for result in call()]
+        assert (state.tracked == before["tracked"] + (operation == "forward_train")).all()
+    assert asked, "no thread was asked for: the test shows nothing"
+    cubn.set_num_threads(1)
+    expected = call()
+    assert found is None or all(map(np.array_equal, found, expected))

@@ -255,6 +255,42 @@ def test_an_error_while_computing_reaches_the_others(outcomes, operation, declar
         assert str(error) == f"{operation}: ranks {SAME} an error on rank 1. Its own error says more."
 
 
+@pytest.mark.parametrize(
+    ("sizes", "kind", "text"),
+    [
+        ([4, 4], ValueError, "sizes must be the number of samples of each of the 3 ranks; got [4, 4]."),
+        ([4, 4, -4], ValueError, "sizes must be the number of samples of each of the 3 ranks; got [4, 4, -4]."),
+        ([4, 5, 4], ValueError, "sizes must be 4 for rank 1, the samples of its x; got (4, 5, 4)."),
+        (4, TypeError, "sizes must be the number of samples of each of the 3 ranks; got 4."),
+        ([4, 4.0, 4], TypeError, "sizes must be an integer; got 4.0."),
+    ],
+)
+def test_bad_sizes_are_refused_where_they_are_declared(sizes, kind, text):
+    """By forward_frozen, which exchanges nothing, and not only by its backward."""
+
+    def body(comm):
+        x, state = np.ones((4, C, 3), np.float32), cubn.BatchNormState(C)
+        if comm.rank == 1:
+            with pytest.raises(kind, match="^" + re.escape(f"forward_frozen: {text}")):
+                cubn.forward_frozen(x, state, comm=comm, sizes=sizes)
+
+    threads.run(3, body)
+
+
+def test_sizes_are_read_once():
+    """What the caller does with the list afterwards is nothing to a backward, nor that an iterator has an end."""
+
+    def body(comm):
+        x, state, sizes = np.ones((4, C, 3), np.float32), cubn.BatchNormState(C), [4, 4]
+        _, saved = cubn.forward_frozen(x, state, comm=comm, sizes=sizes)
+        sizes.append(3)
+        _, again = cubn.forward_frozen(x, state, comm=comm, sizes=iter([4, 4]))
+        return [cubn.backward(x, s).dgamma for s in (saved, again, again)]
+
+    for dgamma in threads.run(2, body):
+        assert all((a == b).all() for a, b in zip(dgamma, dgamma[:1] * 3, strict=True))
+
+
 @pytest.mark.parametrize("operation", ["forward_train", "backward", "frozen"])
 def test_an_error_of_a_rank_without_a_record_reaches_the_others(outcomes, operation, monkeypatch):
     """Rank 1 has no samples, or sums that nobody else needs."""

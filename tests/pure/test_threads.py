@@ -1,9 +1,11 @@
 """How many threads an operation may use: what the environment variable may say."""
 
 import os
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import cubn
@@ -26,7 +28,7 @@ def test_a_number_is_taken(monkeypatch):
     assert number(monkeypatch, "3") == number(monkeypatch, " 3 ") == 3
 
 
-@pytest.mark.parametrize("setting", ["0", "-1", "two", "4.0", "1e3", "4,2", "²", "٣", "AUTO!"])
+@pytest.mark.parametrize("setting", ["0", "-1", "two", "4.0", "1e3", "4,2", "²", "٣", "AUTO!", "4194305", "9" * 5000])
 def test_what_is_no_number_of_threads_is_refused(monkeypatch, setting):
     with pytest.raises(ValueError, match=r"cubn: CUBN_NUM_THREADS must .*; got .*Unset it"):
         number(monkeypatch, setting)
@@ -38,6 +40,37 @@ def test_a_number_set_by_the_program_stands_above_the_variable(monkeypatch):
     monkeypatch.setattr(threads, "_limit", None)  # put back afterwards
     cubn.set_num_threads(2)
     assert cubn.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("n", [2, np.int8(2), np.uint64(2), np.array(2)])
+def test_an_integer_of_any_library_is_a_number_of_threads(monkeypatch, n):
+    monkeypatch.setattr(threads, "_limit", None)
+    cubn.set_num_threads(n)
+    assert type(cubn.get_num_threads()) is int
+    assert cubn.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("n", "error", "text"),
+    [
+        (True, TypeError, "be an int; got bool. Pass 1"),
+        (2.0, TypeError, "be an int; got float. Pass 1"),
+        (np.float32(2), TypeError, "be an int; got float32. Pass 1"),
+        (np.array([1, 2]), TypeError, "be an int; got ndarray. Pass 1"),
+        (None, TypeError, "be an int; got NoneType. Pass 1"),
+        (0, ValueError, "be at least 1; got 0. Pass 1"),
+        (np.int8(-1), ValueError, "be at least 1; got -1. Pass 1"),
+        (2**22 + 1, ValueError, "be at most 2**22; got more."),
+        (2**64, ValueError, "be at most 2**22; got more."),
+        pytest.param(10**5000, ValueError, "be at most 2**22; got more.", id="huge"),
+        pytest.param(-(10**5000), ValueError, "be at least 1; got less. Pass 1", id="huge below"),
+    ],
+)
+def test_what_cannot_be_set_is_refused_and_changes_nothing(monkeypatch, n, error, text):
+    monkeypatch.setattr(threads, "_limit", 3)
+    with pytest.raises(error, match="^" + re.escape(f"set_num_threads: n must {text}")):
+        cubn.set_num_threads(n)
+    assert cubn.get_num_threads() == 3
 
 
 def test_info_says_what_is_wrong_with_it():
