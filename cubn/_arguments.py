@@ -12,11 +12,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from cubn import _arrays, _layout
-from cubn._arrays import BOOL, Array, Output
+from cubn._arrays import BOOL, NUMBERS, Array, Output
 from cubn.backends import CPU, Backend, Extents, Operand, backend_for
 from cubn.errors import device_name, message, quoted
 
 Word = TypeVar("Word", bound=str)
+
+UNREADABLE = (TypeError, ValueError, RuntimeError)
+"""What libraries raise for an array that was deleted, never filled or stands for another; a signal handler, others."""
 
 backend = lru_cache(maxsize=None)(backend_for)
 
@@ -86,15 +89,21 @@ def stored(value: Any, function: str, argument: str, dtypes: tuple[str, ...]) ->
     if not hasattr(type(value), "__dlpack__"):
         try:
             value = np.array(value)
-        except ValueError:
-            rule = "be an array, or lists of one shape"
-            raise ValueError(message(function, argument, rule, quoted(value))) from None
+        except UNREADABLE as error:  # lists of several lengths, random keys, what fails to become an array
+            kind = ValueError if isinstance(error, ValueError) else TypeError
+            raise kind(message(function, argument, "be an array, or lists of one shape", quoted(value))) from error
     return on_host(_arrays.describe(value, function, argument, dtypes, detach=True))
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, function: str, argument: str) -> Any:
     """A number, a word or None, which may have been stored as an array without axes."""
-    return value.item() if getattr(value, "shape", None) == () else value
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value if value.ndim else value.item()
+    try:
+        has_axes = not hasattr(type(value), "__dlpack__") or value.shape != ()
+    except UNREADABLE:  # refused where it is used
+        return value
+    return value if has_axes else stored(value, function, argument, NUMBERS).item()
 
 
 def on_host(array: Array) -> np.ndarray[Any, Any]:
@@ -180,7 +189,7 @@ def whole(value: int, function: str, argument: str) -> int:
         if isinstance(value, bool):
             raise TypeError
         return operator.index(value)
-    except TypeError:
+    except UNREADABLE:
         raise TypeError(message(function, argument, "be an integer", quoted(value))) from None
 
 

@@ -170,8 +170,8 @@ class Moments:
         if missing := [name for name in ENTRIES if name not in d]:
             rule = "have every entry of Moments.to_dict"
             raise KeyError(message("from_dict", "d", rule, f"no {', '.join(missing)}"))
-        start, stop = (whole(plain(d[name]), "from_dict", name) for name in ("start", "stop"))
-        exact = flag(plain(d["exact"]), "from_dict", "exact")
+        start, stop = (whole(plain(d[name], "from_dict", name), "from_dict", name) for name in ("start", "stop"))
+        exact = flag(plain(d["exact"], "from_dict", "exact"), "from_dict", "exact")
         blocks, nodes = checked_nodes(d)
         if exact:
             check_blocks(start, stop, blocks)

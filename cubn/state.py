@@ -281,7 +281,7 @@ class BatchNormState(Holding):
         """
         if not isinstance(d, Mapping):
             raise TypeError(message("from_dict", "d", "be a mapping, as from to_dict", type(d).__name__))
-        found = {name: value for name in d if (value := plain(d[name])) is not None}
+        found = {name: value for name in d if (value := plain(d[name], STATE, name)) is not None}
         needed = _NEEDED + (COUNTERS if "running_mean" in found else ())
         if missing := [name for name in needed if name not in found]:
             remedy = "For arrays of another origin there is from_arrays."
