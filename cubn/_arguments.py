@@ -18,6 +18,9 @@ from cubn.errors import device_name, message, quoted
 
 Word = TypeVar("Word", bound=str)
 
+UNREADABLE = (TypeError, ValueError, RuntimeError)
+"""What libraries raise for an array that was deleted, never filled or stands for another; a signal handler, others."""
+
 backend = lru_cache(maxsize=None)(backend_for)
 
 
@@ -86,7 +89,7 @@ def stored(value: Any, function: str, argument: str, dtypes: tuple[str, ...]) ->
     if isinstance(value, (list, tuple, int, float)):
         try:
             value = np.array(value)
-        except Exception:  # of what is in the lists
+        except UNREADABLE:  # what is in the lists
             rule = "be an array, or lists of one shape"
             raise ValueError(message(function, argument, rule, quoted(value))) from None
     return on_host(_arrays.describe(value, function, argument, dtypes, detach=True))
@@ -96,7 +99,7 @@ def plain(value: Any) -> Any:
     """A number, a word or None, which may have been stored as an array without axes."""
     try:
         return value.item() if value.shape == () else value
-    except Exception:  # it has no shape; or was deleted, or is still to be initialized, and raises anything
+    except (AttributeError, *UNREADABLE):  # it has no shape, or was deleted, or is still to be initialized
         return value
 
 
@@ -183,7 +186,7 @@ def whole(value: int, function: str, argument: str) -> int:
         if isinstance(value, bool):
             raise TypeError
         return operator.index(value)
-    except TypeError:
+    except UNREADABLE:
         raise TypeError(message(function, argument, "be an integer", quoted(value))) from None
 
 

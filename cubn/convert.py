@@ -56,7 +56,8 @@ def fold(state: BatchNormState) -> tuple[Any, Any]:
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     """
     scale, shift, home = _folded(state, "fold")
-    return home.library.from_numpy(scale, home.dtype, home), home.library.from_numpy(shift, home.dtype, home)
+    with np.errstate(all="ignore"):
+        return home.library.from_numpy(scale, home.dtype, home), home.library.from_numpy(shift, home.dtype, home)
 
 
 @default_floating_point
@@ -114,10 +115,11 @@ def fold_into(
         raise ValueError(refusal("fold_into", "bias", f"have shape {scale.shape}, one value per channel", given))
     offset = 0.0 if given is None else on_host(given).astype(np.float64)
     home = given or array
-    return (
-        array.library.from_numpy(on_host(array) * along, array.dtype, array),
-        home.library.from_numpy(offset * scale + shift, home.dtype, home),
-    )
+    with np.errstate(all="ignore"):
+        return (
+            array.library.from_numpy(on_host(array) * along, array.dtype, array),
+            home.library.from_numpy(offset * scale + shift, home.dtype, home),
+        )
 
 
 def _folded(state: BatchNormState, function: str) -> tuple[Float64, Float64, Array]:
@@ -131,8 +133,9 @@ def _folded(state: BatchNormState, function: str) -> tuple[Float64, Float64, Arr
     home = found["running_var"][0]
     gamma = held["gamma"].astype(np.float64) if "gamma" in held else 1.0
     beta = held["beta"].astype(np.float64) if "beta" in held else 0.0
-    scale = gamma / np.sqrt(held["running_var"].astype(np.float64) + held["eps"])
-    return scale, beta - held["running_mean"] * scale, home
+    with np.errstate(all="ignore"):  # of what is not finite, the state's own warning tells
+        scale = gamma / np.sqrt(held["running_var"].astype(np.float64) + held["eps"])
+        return scale, beta - held["running_mean"] * scale, home
 
 
 def _along_outputs(scale: Float64, weight: Array, output_axis: int, groups: int) -> Float64:

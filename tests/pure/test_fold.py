@@ -1,5 +1,7 @@
 """A folded layer is the layer followed by batch norm, in any library and weight layout."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -89,6 +91,24 @@ def test_scale_and_shift_in_the_library_of_the_state(library):
     for folded, expected in zip(cubn.fold(state_of(library=library)), cubn.fold(state_of()), strict=True):
         assert arrays.library_of(folded) == library
         np.testing.assert_array_equal(np.asarray(folded), expected)
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_what_is_not_finite_is_folded_without_a_word_of_numpy_s(into):
+    """inf - inf, 0 * inf and what float32 cannot hold; cubn itself may warn of such a state."""
+    inf, nan = np.inf, np.nan
+    gamma, beta, mean = (np.array(v, np.float32) for v in ([1, inf, nan, 3e38], [inf, 1, 1, 0], [inf, 1, 0, 0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cubn.StateWarning)
+        var = np.array([1, inf, 1, 1e-9], np.float32)
+        state = cubn.BatchNormState.from_arrays(gamma=gamma, beta=beta, running_mean=mean, running_var=var, eps=1e-9)
+        if into:
+            scale, shift = cubn.fold_into(np.ones((4, 1), np.float32), None, state)
+            scale = scale[:, 0]
+        else:
+            scale, shift = cubn.fold(state)
+    np.testing.assert_array_equal(scale[1:], [nan, nan, inf])
+    np.testing.assert_array_equal(shift, [nan, nan, nan, 0])
 
 
 # --- into a layer ---------------------------------------------------------------------------------------------------
