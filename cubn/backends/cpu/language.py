@@ -76,7 +76,6 @@ class NoSource(OSError):
 def _tree(python: Callable[..., Any]) -> ast.FunctionDef:
     """A function's source. It is not what was loaded, where the package was upgraded under a running process."""
     code = python.__code__
-    linecache.checkcache(code.co_filename)
     text = "".join(linecache.getlines(code.co_filename, python.__globals__))
     try:
         tree, found = _functions(code.co_filename, text)[code.co_name, code.co_firstlineno]
