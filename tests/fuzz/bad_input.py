@@ -181,7 +181,8 @@ def draw(rng: random.Random) -> Case:
     target = rng.choice(TARGETS)
     roles = ROLES[target]
     names = rng.sample(list(roles), min(len(roles), rng.choice([1, 1, 1, 2])))
-    if target in ("state", "__setstate__", "moments.from_dict", *RESULTS):
+    alone = target in ("state", "__setstate__", "moments.from_dict", *RESULTS)
+    if alone or {"x", "dtype"} <= {*names}:  # integers are good where a dtype is given
         names = names[:1]
     bad = tuple((name, rng.choice(VALUES[target, name])) for name in names)
     optional = [n for n in ("mask", "residual", "out", "beta", "gamma") if n in roles and n not in names]
