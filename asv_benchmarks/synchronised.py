@@ -26,7 +26,8 @@ import numpy as np
 from machine import RESULTS, machine, write
 
 import cubn
-from cubn.backends import CPU, Nodes, backend_for
+from cubn._types import CPU, Nodes
+from cubn.backends import backend_for
 
 IMAGES = 2
 RANKS = (2, 4)

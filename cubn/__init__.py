@@ -8,7 +8,7 @@ from cubn._moments import Moments
 from cubn.backends.threads import get_num_threads, set_num_threads
 from cubn.backward import backward, backward_start
 from cubn.backward_from import backward_from
-from cubn.convert import fold, fold_into
+from cubn.fold import fold, fold_into
 from cubn.errors import BackendUnavailable, CollectiveMismatch, StateWarning
 from cubn.forward import forward, forward_frozen, normalize
 from cubn.forward_train import forward_train, forward_train_start

@@ -20,11 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     command = options.pop("command")
     try:
         if command == "warm-up":
-            from cubn.warm_up import warm_up
+            from cubn.cli.warm_up import warm_up
 
             return warm_up(**options)
         if command == "demo":
-            from cubn.demo import demo
+            from cubn.cli.demo import demo
 
             return demo()
     except ImportError as error:  # a package that is missing, and how to get it
@@ -32,14 +32,14 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    from cubn.info import info
+    from cubn.cli.info import info
 
     print(info())
     return 0
 
 
 def _add_warm_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from cubn.warm_up import DTYPES, FUSED, OPERATIONS, SHAPES
+    from cubn.cli.warm_up import DTYPES, FUSED, OPERATIONS, SHAPES
 
     parser = commands.add_parser(
         "warm-up",

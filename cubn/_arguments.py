@@ -13,7 +13,9 @@ import numpy as np
 
 from cubn import _arrays, _layout
 from cubn._arrays import BOOL, Array, Output
-from cubn.backends import CPU, Backend, Extents, Operand, backend_for
+from cubn._types import CPU, Extents, Operand
+from cubn.backends import backend_for
+from cubn.backends.protocol import Backend
 from cubn.errors import device_name, message, quoted
 
 Word = TypeVar("Word", bound=str)

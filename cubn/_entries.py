@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cubn import _nodes
 from cubn._arguments import stored
 from cubn._tree import Block
-from cubn.backends import Nodes
+from cubn._types import Nodes
 from cubn.errors import message
 
 Float64 = NDArray[np.float64]

@@ -8,7 +8,7 @@ from cubn import _arguments, _arrays
 from cubn._arguments import Companion, Source, region
 from cubn._arrays import Array, Output
 from cubn._layout import operand
-from cubn.backends import Affine, Arrays, BackendArray, Vector
+from cubn._types import Affine, BackendArray, Operands, Vector
 from cubn.state import BatchNormState, Held, checked_state, hold
 
 

@@ -6,7 +6,7 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from cubn.backends import Extents, Operand, Vector
+from cubn._types import Extents, Operand, Vector
 from cubn.errors import message
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from cubn._arguments import flag, on_host, plain, refusal, whole
 from cubn._entries import ENTRIES, MOST, check_blocks, check_not_negative, checked_nodes
 from cubn._floating_point import default_floating_point
 from cubn._tree import Block
-from cubn.backends import Nodes
+from cubn._types import Nodes
 from cubn.errors import message
 from cubn.typing import SupportsDLPack
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cubn import reference
 from cubn._floating_point import default_floating_point
 from cubn._tree import Block, pair_order
-from cubn.backends import Nodes
+from cubn._types import Nodes
 
 Float64 = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ from cubn._arguments import flag, one_of, refusal, region
 from cubn._arrays import BOOL, FLOATS, Output
 from cubn._floating_point import default_floating_point
 from cubn._layout import operand, vector
-from cubn.backends import Arrays, BackendArray, Nodes, Vector
+from cubn._types import BackendArray, Nodes, Operands, Vector
 from cubn.errors import message
 from cubn.gradients import Gradients, StatisticsGradients
 from cubn.saved import Forward, Saved

@@ -10,7 +10,7 @@ from cubn import _arguments
 from cubn._arguments import Companion, Source, flag, whole
 from cubn._given import Given, given_parameters, kept_parameters
 from cubn._layout import vector
-from cubn.backends import Affine, Gate, Statistics
+from cubn._types import Affine, Gate, Statistics
 from cubn.backward import Prepared
 from cubn.errors import message
 from cubn.gradients import Gradients, StatisticsGradients

@@ -6,7 +6,7 @@ from cubn import _arguments
 from cubn._arguments import flag
 from cubn._given import beside, gate_kind, given_parameters, given_with_state, kept_parameters, overwrites
 from cubn._moments import Moments
-from cubn.backends import Gate, Vector
+from cubn._types import Gate, Vector
 from cubn.errors import message
 from cubn.moments import statistics_of
 from cubn.saved import Forward, Saved, as_read

@@ -9,7 +9,7 @@ from typing import Any
 from cubn import _arguments
 from cubn._arguments import flag
 from cubn._given import Parameters, gate_kind, given_with_state, kept_parameters, new_parameters, overwrites
-from cubn.backends import Gate, Nodes, Running, Statistics
+from cubn._types import Gate, Nodes, Running, Statistics
 from cubn.errors import message
 from cubn.saved import Forward, Saved, as_read
 from cubn.state import BatchNormState, Held

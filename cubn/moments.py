@@ -14,7 +14,8 @@ from cubn._arrays import BOOL, NUMBERS
 from cubn._entries import MOST
 from cubn._floating_point import default_floating_point
 from cubn._moments import Moments
-from cubn.backends import Arrays, Backend, Nodes, Statistics
+from cubn._types import Nodes, Operands, Statistics
+from cubn.backends.protocol import Backend
 from cubn.errors import message
 from cubn.state import BatchNormState, checked_state
 from cubn.sync import collective

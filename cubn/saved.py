@@ -9,7 +9,7 @@ import numpy as np
 from cubn._arguments import Companion, Source, shown
 from cubn._arrays import Array
 from cubn._given import Parameters
-from cubn.backends import BackendArray, Gate, Statistics
+from cubn._types import BackendArray, Gate, Statistics
 from cubn.sync.collective import Place
 from cubn.typing import ArrayT_co
 

@@ -10,12 +10,13 @@ from typing import Any, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from cubn import _arrays, _modules
+from cubn import _arrays
 from cubn._arguments import dtype_name, flag, on_host, plain, stored
 from cubn._arrays import COUNTS, FLOATS, Array
-from cubn._holding import COUNTERS, Holding
-from cubn._state_arrays import ARRAYS, Held, check_on_host, described, filled, hold, placed, summary
-from cubn._state_options import (
+from cubn._state import modules
+from cubn._state.holding import COUNTERS, Holding
+from cubn._state.arrays import ARRAYS, Held, check_on_host, described, filled, hold, placed, summary
+from cubn._state.options import (
     DTYPES,
     STATE,
     Options,
@@ -25,7 +26,7 @@ from cubn._state_options import (
     checked_options,
     checked_variance,
 )
-from cubn.backends import CPU
+from cubn._types import CPU
 from cubn.errors import message
 from cubn.typing import DType, RunningVariance, SupportsDLPack
 
@@ -250,7 +251,7 @@ class BatchNormState(Holding):
         `tracked`, and leaves `num_batches_tracked` alone. A momentum that is no weight is an error of the first update.
         `copy.deepcopy` of a model that holds both leaves its copies joined; of the module alone, or by pickle, not.
         """
-        arguments = _modules.of_torch(bn)
+        arguments = modules.of_torch(bn)
         arrays = _present(**{name: arguments.pop(name) for name in ARRAYS})
         counters = _present(tracked=arguments.pop("tracked"))
         return cls._of(arrays, arguments.pop("num_features"), counters, check, **arguments)

@@ -14,7 +14,7 @@ from cubn._arrays.memory import in_bytes, storage, view
 from cubn._arrays.numpy import address_of
 from cubn._arrays.refusals import facts, refuse_device, refuse_dtype, refuse_misaligned
 from cubn._layout import Shape, Strides, Unaddressable
-from cubn.backends import CPU, CUDA
+from cubn._types import CPU, CUDA
 from cubn.errors import device_name, message
 
 _ALIGNMENT = 64

@@ -12,7 +12,7 @@ from cubn._arrays.memory import in_bytes, rounded
 from cubn._arrays.numpy import NUMPY, layout_of
 from cubn._arrays.refusals import refuse_device, refuse_dtype, refuse_misaligned
 from cubn._layout import Shape, Strides
-from cubn.backends import CUDA
+from cubn._types import CUDA
 
 
 class Cupy(Library):

@@ -10,7 +10,7 @@ import numpy as np
 
 from cubn._arrays import dlpack
 from cubn._layout import Shape, Strides
-from cubn.backends import CPU
+from cubn._types import CPU
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 BOOL = ("bool",)

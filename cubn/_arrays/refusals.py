@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from cubn._arrays.library import Array
-from cubn.backends import CPU, CUDA
+from cubn._types import CPU, CUDA
 from cubn.errors import a_type, message
 
 _DEVICE_TYPES = {"cpu": CPU, "cuda": CUDA}

@@ -14,7 +14,7 @@ from cubn._arrays.library import HOST, ITEMSIZE, Array, Library, Output
 from cubn._arrays.memory import rounded, view, widened
 from cubn._arrays.refusals import refuse, refuse_device, refuse_dtype, refuse_misaligned, refuse_stand_in
 from cubn._layout import Shape, Strides, span
-from cubn.backends import CUDA
+from cubn._types import CUDA
 
 _HUGE = 4 << 20  # bytes from which huge pages pay; NumPy asks for them itself, from the same size
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cubn.backends import Backend, BackendArray
+from cubn._types import BackendArray
+from cubn.backends.protocol import Backend
 from cubn.errors import message
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from cubn._arguments import whole
 from cubn._tree import Block, aligned_blocks
-from cubn.backends import Backend, BackendArray, Nodes
+from cubn._types import BackendArray, Nodes
+from cubn.backends.protocol import Backend
 from cubn.errors import CollectiveMismatch, message, quoted
 from cubn.sync import Bytes, Comm, Communicator, Pending, communicator
 

@@ -13,7 +13,8 @@ from typing import Any, cast
 import numpy as np
 from mpi4py import MPI
 
-from cubn.backends import Backend, BackendArray
+from cubn._types import BackendArray
+from cubn.backends.protocol import Backend
 from cubn.backends.cuda.device import Device
 from cubn.errors import message
 from cubn.sync import Bytes, Communicator, cuda_aware

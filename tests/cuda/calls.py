@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cubn import reference
-from cubn.backends import Affine, Arrays, Extents, Gate, Operand, Running, Vector
+from cubn._types import Affine, Extents, Gate, Operand, Operands, Running, Vector
 from cubn.backends.cuda.plan import VECTOR_BYTES
 from tests import oracle
 from tests.cuda_on_cpu import sanitized

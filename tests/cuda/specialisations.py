@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cubn.backends import ITEMSIZE, Affine, Arrays, Extents, Gate, Operand, Running, Vector
+from cubn._types import Affine, Extents, Gate, ITEMSIZE, Operand, Operands, Running, Vector
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import Launch, Limits
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cubn import reference
-from cubn.backends import Affine, Arrays, Extents, Gate, Operand, Running, Vector
+from cubn._types import Affine, Extents, Gate, Operand, Operands, Running, Vector
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import Limits
 from tests import oracle

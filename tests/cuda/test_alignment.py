@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from cubn.backends import ITEMSIZE
+from cubn._types import ITEMSIZE
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import VECTOR_BYTES
 from tests.conftest import CUDA_ON_CPU

@@ -5,7 +5,7 @@ import weakref
 import numpy as np
 import pytest
 
-from cubn.backends import Nodes
+from cubn._types import Nodes
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.sync import threads
 from tests.cuda.named import RESIDENT

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cubn.backends import Extents, Operand
+from cubn._types import Extents, Operand
 from cubn.backends.cuda import plan
 from cubn.backends.cuda.plan import Limits
 from tests.cuda.steps import DTYPES, Case, clusters, train_and_back

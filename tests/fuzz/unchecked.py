@@ -32,7 +32,7 @@ CHECKS = {
         "mask",
     ),
     "writable": Check("cubn._arrays", "check_writable", lambda *arguments: None, "forward", "out"),
-    "statistics": Check("cubn._holding", "check_together", lambda described: None, "state", "running_mean"),
+    "statistics": Check("cubn._state.holding", "check_together", lambda described: None, "state", "running_mean"),
 }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cubn.backends.cpu import cache, folder
-from cubn.info import info
+from cubn.cli.info import info
 
 resource = pytest.importorskip("resource", reason="this system has neither owners nor limits of files")
 

@@ -11,7 +11,8 @@ import pytest
 import cubn
 from cubn import _arguments
 from cubn._arrays import dlpack
-from cubn.backends import CUDA, cuda
+from cubn._types import CUDA
+from cubn.backends import cuda
 from cubn.backends.cuda.backend import CudaBackend
 from tests.cuda_on_cpu.build import unavailable
 from tests.cuda_on_cpu.device import CpuDevice

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cubn
-from cubn.backends import Affine, Arrays, Extents, Operand, Running, Vector, cpu
+from cubn._types import Affine, Extents, Operand, Operands, Running, Vector
+from cubn.backends import cpu
 from tests import oracle
 from tests.ops import arrays
 

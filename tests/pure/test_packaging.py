@@ -14,7 +14,7 @@ from hatchling.builders.wheel import WheelBuilder
 
 import cubn
 from cubn.__main__ import main
-from cubn.info import info, version_of
+from cubn.cli.info import info, version_of
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

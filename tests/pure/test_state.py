@@ -310,7 +310,7 @@ def test_a_state_without_arrays_has_a_number_of_channels():
 @pytest.mark.parametrize("how", ["forward_train", "update"])
 @pytest.mark.parametrize("variance", ["unbiased", "biased"])
 def test_backends_are_told_which_variance(variance, how, monkeypatch):
-    from cubn._holding import Holding
+    from cubn._state.holding import Holding
 
     seen, moving = [], Holding._moving
 

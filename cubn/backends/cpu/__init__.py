@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from cubn.backends import Backend
+from cubn.backends.protocol import Backend
 from cubn.backends.cpu.backend import CpuBackend
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cubn import _nodes
 from cubn._arrays.numpy import address_of
-from cubn.backends import Affine, Arrays, Extents, Gate, Nodes, Running, Statistics, Vector
+from cubn._types import Affine, Extents, Gate, Nodes, Operands, Running, Statistics, Vector
 from cubn.backends.cpu import plan, prepare
 from cubn.backends.cpu.launch import CODES
 from cubn.backends.cpu.plan import LANES
@@ -22,8 +22,8 @@ Address = tuple[int]
 # Names of arguments, in the order in which they are given.
 OLD = ("old_mean", "old_var")
 FROZEN = (*OLD, *Statistics._fields)
-INFERENCE = (*Arrays._fields, *Affine._fields, *OLD)
-PASS = (*Arrays._fields, *Affine._fields, *Statistics._fields, "bits")
+INFERENCE = (*Operands._fields, *Affine._fields, *OLD)
+PASS = (*Operands._fields, *Affine._fields, *Statistics._fields, "bits")
 SUMS = ("first", "second")
 KEPT = ("kept_gamma", "kept_beta")
 UPDATE = (*OLD, "new_mean", "new_var", "tracked", "skipped")
@@ -54,7 +54,7 @@ def new_statistics(C: int) -> Statistics:
     return Statistics(np.zeros((), np.int64), *rows_of(4, C))
 
 
-def pass_over(arrays: Arrays, affine: Affine, s: Statistics, bits: Bits | None) -> tuple[Any, ...]:
+def pass_over(arrays: Operands, affine: Affine, s: Statistics, bits: Bits | None) -> tuple[Any, ...]:
     """The arguments of a pass over all elements."""
     return (*arrays, *affine, *map(at, s), rows_in(bits))
 
@@ -132,7 +132,7 @@ class CpuBackend:
     def keep(self, affine: Affine, kept: Affine, C: int) -> None:
         launch(prepare.per_channel, ("keep", (), C, ()), (*Affine._fields, *KEPT), (*affine, *places(kept)))
 
-    def moments(self, extents: Extents, arrays: Arrays, start: int) -> Nodes:
+    def moments(self, extents: Extents, arrays: Operands, start: int) -> Nodes:
         return reduced((), ("moments",), extents, start, ("x", "mask"), (arrays.x, arrays.mask))
 
     def root(self, nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]:
@@ -169,14 +169,14 @@ class CpuBackend:
     def normalize(
         self,
         extents: Extents,
-        arrays: Arrays,
+        arrays: Operands,
         statistics: Statistics,
         affine: Affine,
         *,
         relu: bool,
         keep_bits: bool,
     ) -> Bits | None:
-        bits = new_bits(extents, prepare.kind(extents, Arrays._fields, arrays)) if keep_bits else None
+        bits = new_bits(extents, prepare.kind(extents, Operands._fields, arrays)) if keep_bits else None
         if 0 in extents:
             return bits
         what = ("normalize", arrays.g is not None, relu, keep_bits)
@@ -187,7 +187,7 @@ class CpuBackend:
     def forward(
         self,
         extents: Extents,
-        arrays: Arrays,
+        arrays: Operands,
         running: tuple[Vector, Vector],
         eps: float,
         affine: Affine,
@@ -202,7 +202,7 @@ class CpuBackend:
     def train(
         self,
         extents: Extents,
-        arrays: Arrays,
+        arrays: Operands,
         eps: float,
         affine: Affine,
         *,
@@ -212,7 +212,7 @@ class CpuBackend:
         running: Running | None = None,
     ) -> tuple[Statistics, Bits | None]:
         found = new_statistics(extents.C)
-        bits = new_bits(extents, prepare.kind(extents, Arrays._fields, arrays)) if keep_bits else None
+        bits = new_bits(extents, prepare.kind(extents, Operands._fields, arrays)) if keep_bits else None
         names: tuple[str, ...] = PASS
         given = pass_over(arrays, affine, found, bits)
         numbers: prepare.Numbers = (("eps", eps),)
@@ -233,7 +233,7 @@ class CpuBackend:
     def backward_sums(
         self,
         extents: Extents,
-        arrays: Arrays,
+        arrays: Operands,
         statistics: Statistics,
         affine: Affine,
         *,
@@ -246,7 +246,7 @@ class CpuBackend:
     def backward_apply(
         self,
         extents: Extents,
-        arrays: Arrays,
+        arrays: Operands,
         statistics: Statistics,
         affine: Affine,
         sums: Sums | None,
@@ -268,7 +268,7 @@ class CpuBackend:
     def backward(
         self,
         extents: Extents,
-        arrays: Arrays,
+        arrays: Operands,
         statistics: Statistics,
         affine: Affine,
         *,

@@ -29,7 +29,7 @@ __all__ = ["cache_folder", "fingerprint", "llvm", "load", "state", "store", "wit
 logger = logging.getLogger("cubn")
 
 
-SHARED = ("cubn.backends", "cubn._floating_point", "cubn._tree")
+SHARED = ("cubn._types", "cubn._floating_point", "cubn._tree")
 """The modules outside this package that kernels take constants from."""
 
 WITHOUT_EFFECT = re.compile("NUMBA_(CUDA_|THREADING_|CACHE_|(NUM_THREADS|DISABLE_(CUDA|JIT)|FULL_TRACEBACKS)$)")

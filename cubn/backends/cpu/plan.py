@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cubn._floating_point import default_floating_point
 from cubn._tree import COLUMNS, TILE, Block, Step, aligned_blocks, pair_order, root_order
-from cubn.backends import Extents, Operand
+from cubn._types import Extents, Operand
 from cubn.backends.cpu.kept import kept
 
 LANES = 16

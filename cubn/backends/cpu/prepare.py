@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from cubn._arrays.numpy import address_of
 from cubn._tree import TILE, Block, root_order
-from cubn.backends import ITEMSIZE, Extents, Operand, Vector, threads
+from cubn._types import Extents, ITEMSIZE, Operand, Vector
+from cubn.backends import threads
 from cubn.backends.cpu import plan, pool
 from cubn.backends.cpu.compile import Kernel, compiled
 from cubn.backends.cpu.kept import kept

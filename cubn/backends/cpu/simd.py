@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 
-from cubn.backends import ITEMSIZE
+from cubn._types import ITEMSIZE
 from cubn.backends.cpu.conversions import narrowed_bfloat, narrowed_half, widened_bfloat, widened_half
 
 LANES = 16

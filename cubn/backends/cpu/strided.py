@@ -1,4 +1,4 @@
-"""Arrays of any strides, and masks: 16 channels at a time are gathered into lanes, position by position.
+"""Operands of any strides, and masks: 16 channels at a time are gathered into lanes, position by position.
 
 Bits as on the fast paths: present values of a column are packed into consecutive rows, and the same leaf is taken of
 them.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cubn._tree import aligned_blocks, stack_order
-from cubn.backends import ITEMSIZE, Affine, Arrays, BackendArray, Extents, Gate, Nodes, Running, Statistics, Vector
+from cubn._types import Affine, BackendArray, Extents, Gate, ITEMSIZE, Nodes, Operands, Running, Statistics, Vector
 from cubn.backends.cuda import plan, prepare
 from cubn.backends.cuda.device import Device
 from cubn.backends.cuda.parameters import Fields as Addresses
@@ -18,7 +18,7 @@ from cubn.backends.cuda.prepare import Ready
 
 Sums = tuple[BackendArray, BackendArray]
 
-_POINTERS = tuple(f"{name}.pointer" for name in Arrays._fields)
+_POINTERS = tuple(f"{name}.pointer" for name in Operands._fields)
 
 
 class Bits(NamedTuple):
@@ -67,8 +67,8 @@ class CudaBackend:
 
     # --- statistics ---------------------------------------------------------------------------------------------------
 
-    def moments(self, extents: Extents, arrays: Arrays, start: int) -> Nodes:
-        return self._nodes("Moments", extents, Arrays(arrays.x, mask=arrays.mask), Gate("none"), {}, start)
+    def moments(self, extents: Extents, arrays: Operands, start: int) -> Nodes:
+        return self._nodes("Moments", extents, Operands(arrays.x, mask=arrays.mask), Gate("none"), {}, start)
 
     def root(self, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
         return self._root_of("Moments", nodes)
@@ -99,7 +99,7 @@ class CudaBackend:
     def train(
         self,
         extents: Extents,
-        arrays: Arrays,
+        arrays: Operands,
         eps: float,
         affine: Affine,
         *,
@@ -123,7 +123,7 @@ class CudaBackend:
             return found, bits
         coefficients = self._new_coefficients(extents.C, arrays.x.dtype)
         fields["coefficients"] = self._at(coefficients)
-        self._root("Moments", extents, Arrays(arrays.x, mask=arrays.mask), Gate("none"), {}, fields)
+        self._root("Moments", extents, Operands(arrays.x, mask=arrays.mask), Gate("none"), {}, fields)
         bits = self._normalize(extents, arrays, coefficients, relu, keep_bits)
         if running:  # last: an error on the way leaves the state as it was
             self.update(found, running)
@@ -132,7 +132,7 @@ class CudaBackend:
     def normalize(
         self,
         extents: Extents,
-        arrays: Arrays,
+        arrays: Operands,
         statistics: Statistics,
         affine: Affine,
         *,
@@ -145,7 +145,7 @@ class CudaBackend:
     def forward(
         self,
         extents: Extents,
-        arrays: Arrays,
+        arrays: Operands,
         running: tuple[Vector, Vector],
         eps: float,
         affine: Affine,
@@ -158,7 +158,7 @@ class CudaBackend:
         self._normalize(extents, arrays, coefficients, relu, False)
 
     def _normalize(
-        self, extents: Extents, arrays: Arrays, coefficients: BackendArray, relu: bool, keep_bits: bool
+        self, extents: Extents, arrays: Operands, coefficients: BackendArray, relu: bool, keep_bits: bool
     ) -> Bits | None:
         if 0 in extents:
             return None
@@ -173,7 +173,7 @@ class CudaBackend:
     def backward(
         self,
         extents: Extents,
-        arrays: Arrays,
+        arrays: Operands,
         statistics: Statistics,
         affine: Affine,
         *,
@@ -202,7 +202,7 @@ class CudaBackend:
     def backward_sums(
         self,
         extents: Extents,
-        arrays: Arrays,
+        arrays: Operands,
         statistics: Statistics,
         affine: Affine,
         *,
@@ -216,7 +216,7 @@ class CudaBackend:
     def backward_apply(
         self,
         extents: Extents,
-        arrays: Arrays,
+        arrays: Operands,
         statistics: Statistics,
         affine: Affine,
         sums: Sums | None,
@@ -236,7 +236,7 @@ class CudaBackend:
         self._input_gradient(extents, arrays, coefficients, sums is None, gate)
 
     def _input_gradient(
-        self, extents: Extents, arrays: Arrays, coefficients: BackendArray, frozen: bool, gate: Gate
+        self, extents: Extents, arrays: Operands, coefficients: BackendArray, frozen: bool, gate: Gate
     ) -> None:
         if 0 in extents:
             return
@@ -257,7 +257,7 @@ class CudaBackend:
     # --- the tree -----------------------------------------------------------------------------------------------------
 
     def _root(
-        self, what: str, extents: Extents, arrays: Arrays, gate: Gate, fields: Addresses, last: Addresses
+        self, what: str, extents: Extents, arrays: Operands, gate: Gate, fields: Addresses, last: Addresses
     ) -> None:
         """Reduce a batch, whose tree begins at its first sample, and let `finish` say what follows, with the last."""
         N, C, S = extents
@@ -268,7 +268,7 @@ class CudaBackend:
             finish = prepare.finish(C, what, 1, arrays.x.dtype)
         self._launch(finish, {**self._rows_fields("from", rows), **last})
 
-    def _reduce(self, what: str, extents: Extents, arrays: Arrays, gate: Gate, fields: Addresses) -> tuple[Rows, Ready]:
+    def _reduce(self, what: str, extents: Extents, arrays: Operands, gate: Gate, fields: Addresses) -> tuple[Rows, Ready]:
         """Rows of nodes of a batch that has values, few enough for the launch that comes with them."""
         kind, limits = gate.bits.kind if gate.bits else "", self.device.limits
         cut = prepare.reduction(extents, what, gate.kind, kind, limits, prepare.layouts(arrays))
@@ -283,7 +283,7 @@ class CudaBackend:
         self._launch(merge, {**self._rows_fields("from", rows), **self._rows_fields("node", merged)})
         return merged
 
-    def _nodes(self, what: str, extents: Extents, arrays: Arrays, gate: Gate, fields: Addresses, start: int) -> Nodes:
+    def _nodes(self, what: str, extents: Extents, arrays: Operands, gate: Gate, fields: Addresses, start: int) -> Nodes:
         """One node for each maximal aligned block of samples: each is a batch of its own."""
         N, C, S = extents
         blocks = aligned_blocks(start, start + N) if S else ()
@@ -327,7 +327,7 @@ class CudaBackend:
     def _launch(self, ready: Ready, fields: Addresses) -> None:
         self.device.launch(ready.launch, pack(fields, ready.words))
 
-    def _run(self, ready: Ready, arrays: Arrays, bits: Bits | None, fields: Addresses) -> None:
+    def _run(self, ready: Ready, arrays: Operands, bits: Bits | None, fields: Addresses) -> None:
         addresses = {name: o.pointer for name, o in zip(_POINTERS, arrays, strict=True) if o is not None}
         self._launch(ready, {**fields, **addresses, **self._bits_fields(bits)})
 
@@ -394,9 +394,9 @@ class CudaBackend:
         return {"bits": self._at(bits.memory), "bits_first": bits.first, **steps}
 
 
-def _from_sample(n: int, arrays: Arrays) -> Arrays:
+def _from_sample(n: int, arrays: Operands) -> Operands:
     """The arrays but for the n samples before."""
-    return Arrays(
+    return Operands(
         *(o and o._replace(pointer=o.pointer + n * o.sample_stride * ITEMSIZE[o.dtype]) for o in arrays)  # type: ignore[arg-type]
     )
 
@@ -418,11 +418,11 @@ def _of_old(running: tuple[Vector, Vector]) -> Addresses:
     return {**of_vector("old_mean", mean), **of_vector("old_var", var)}
 
 
-def _normalize_options(arrays: Arrays, relu: bool, keep_bits: bool) -> tuple[str, ...]:
+def _normalize_options(arrays: Operands, relu: bool, keep_bits: bool) -> tuple[str, ...]:
     return plan.option(OPERATION="NORMALIZE", RESIDUAL=arrays.g is not None, RELU=relu, KEEP_BITS=keep_bits)
 
 
-def _gradient_options(arrays: Arrays, gate: Gate, frozen: bool) -> tuple[str, ...]:
+def _gradient_options(arrays: Operands, gate: Gate, frozen: bool) -> tuple[str, ...]:
     return plan.option(
         OPERATION="GRADIENT", RESIDUAL=arrays.r is not None, GATE=f"GATE_{gate.kind.upper()}", FROZEN=frozen
     )

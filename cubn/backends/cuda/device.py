@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from cubn.backends import BackendArray
+from cubn._types import BackendArray
 from cubn.backends.cuda.plan import Launch, Limits
 
 

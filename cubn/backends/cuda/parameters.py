@@ -8,7 +8,7 @@ import struct
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cubn.backends import Operand, Vector
+from cubn._types import Operand, Vector
 from cubn.backends.cuda import plan
 from cubn.backends.cuda.source import folder
 

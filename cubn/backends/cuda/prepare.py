@@ -8,21 +8,21 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from cubn.backends import Arrays, Extents, Operand
+from cubn._types import Extents, Operand, Operands
 from cubn.backends.cuda import plan
 from cubn.backends.cuda.parameters import of_operand, of_scattered, pack
 from cubn.backends.cuda.plan import VECTOR_BYTES, Launch, Limits
 
 
-def layouts(arrays: Arrays) -> Arrays:
-    return Arrays(*(o and _layout(o) for o in arrays))  # type: ignore[arg-type]
+def layouts(arrays: Operands) -> Operands:
+    return Operands(*(o and _layout(o) for o in arrays))  # type: ignore[arg-type]
 
 
 def _layout(o: Operand) -> Operand:
     return Operand(o.pointer % VECTOR_BYTES, *o[1:])
 
 
-def _values(arrays: Arrays) -> dict[str, Operand]:
+def _values(arrays: Operands) -> dict[str, Operand]:
     """Those that are there, but for the mask."""
     return {name: o for name, o in arrays._asdict().items() if o is not None and name != "mask"}
 
@@ -44,7 +44,7 @@ class Reduction(NamedTuple):
     finish: Ready
 
 
-def _ready(launch: Launch, arrays: Arrays | None = None, kind: str = "", **more: int) -> Ready:
+def _ready(launch: Launch, arrays: Operands | None = None, kind: str = "", **more: int) -> Ready:
     fields: dict[str, int | float] = {**dict(launch.fields), **more}
     if arrays:
         for name, o in _values(arrays).items():
@@ -61,7 +61,7 @@ def channelwise(kernel: str, C: int, dtype: str) -> Ready:
 
 
 @functools.lru_cache(1024)
-def elementwise(extents: Extents, options: tuple[str, ...], bits: str, limits: Limits, arrays: Arrays) -> Ready:
+def elementwise(extents: Extents, options: tuple[str, ...], bits: str, limits: Limits, arrays: Operands) -> Ready:
     """`bits`: the kind of those to be read, if any."""
     operands = tuple(_values(arrays).values())
     kind = "strided" if arrays.mask else plan.elementwise_kind(extents, operands)
@@ -74,7 +74,7 @@ def elementwise(extents: Extents, options: tuple[str, ...], bits: str, limits: L
 
 @functools.lru_cache(1024)
 def resident(
-    extents: Extents, options: tuple[str, ...], staged: int, keep_bits: bool, bits: str, limits: Limits, arrays: Arrays
+    extents: Extents, options: tuple[str, ...], staged: int, keep_bits: bool, bits: str, limits: Limits, arrays: Operands
 ) -> Ready | None:
     """One kernel for a whole training step or gradient, if there is. `bits`: the kind of those to be read, if any."""
     operands = _values(arrays)
@@ -91,7 +91,7 @@ def resident(
 
 
 @functools.lru_cache(1024)
-def reduction(extents: Extents, what: str, gate: str, bits: str, limits: Limits, arrays: Arrays) -> Reduction:
+def reduction(extents: Extents, what: str, gate: str, bits: str, limits: Limits, arrays: Operands) -> Reduction:
     """`bits`: the kind of those to be read, if any."""
     operands = tuple(_values(arrays).values())
     kind = "strided" if arrays.mask else plan.kind_of(extents, operands)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cubn.backends import ITEMSIZE, Extents, Operand
+from cubn._types import Extents, ITEMSIZE, Operand
 from cubn.backends.cuda.plan.launch import OCTET, VECTOR_BYTES, Launch
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
-from cubn.backends import Extents
+from cubn._types import Extents
 from cubn.backends.cuda.plan.launch import (
     ELEMENTS,
     OCTET,

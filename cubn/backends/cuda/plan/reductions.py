@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from cubn._tree import COLUMNS
-from cubn.backends import ITEMSIZE, Extents, Operand
+from cubn._types import Extents, ITEMSIZE, Operand
 from cubn.backends.cuda.plan.launch import (
     ELEMENTS,
     NODE_BYTES,

@@ -8,7 +8,7 @@ from itertools import product
 from typing import NamedTuple
 
 from cubn._tree import COLUMNS, TILE
-from cubn.backends import ITEMSIZE, Extents, Operand
+from cubn._types import Extents, ITEMSIZE, Operand
 from cubn.backends.cuda.plan.launch import (
     ELEMENTS,
     NODE_BYTES,

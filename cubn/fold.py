@@ -11,7 +11,7 @@ from cubn import _arrays
 from cubn._arguments import on_host, refusal, whole
 from cubn._arrays import Array
 from cubn._floating_point import default_floating_point
-from cubn._state_arrays import STATISTICS, check_values, described
+from cubn._state.arrays import STATISTICS, check_values, described
 from cubn.errors import message
 from cubn.state import BatchNormState, checked_state
 from cubn.typing import ArrayT, SupportsDLPack

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from importlib import metadata
 
-from cubn.backends import CPU, CUDA, backend_for
+from cubn._types import CPU, CUDA
+from cubn.backends import backend_for
 from cubn.errors import BackendUnavailable
 
 LIBRARIES = {  # name -> the distributions that may provide it; read from their metadata, never imported

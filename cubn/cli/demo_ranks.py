@@ -1,4 +1,4 @@
-"""One rank of the demo: `mpiexec -n P python -m mpi4py -m cubn.sync.demo inputs.npz` prints P and the digests."""
+"""One rank of the demo: `mpiexec -n P python -m mpi4py -m cubn.cli.demo_ranks inputs.npz` prints P and the digests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import numpy as np
 from mpi4py import MPI
 
-from cubn.demo import digests_of_steps, step
+from cubn.cli.demo import digests_of_steps, step
 
 
 def main(path: str) -> None:

@@ -13,8 +13,8 @@ from cubn import _arrays
 from cubn._arguments import Region, on_host, refusal, region
 from cubn._arrays import FLOATS, Array, Headers
 from cubn._layout import vector
-from cubn._state_options import STATE
-from cubn.backends import CPU, Affine, Vector
+from cubn._state.options import STATE
+from cubn._types import Affine, CPU, Vector
 from cubn.errors import StateWarning, device_name, message
 
 STATISTICS = ("running_mean", "running_var")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from cubn._state_options import STATE
+from cubn._state.options import STATE
 from cubn.errors import message
 
 

@@ -261,7 +261,7 @@ def digests_of_ranks(mpiexec: str, ranks: int, inputs: Path) -> tuple[str, str, 
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     }
-    command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m", "cubn.sync.demo", str(inputs)]
+    command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m", "cubn.cli.demo_ranks", str(inputs)]
     environment = {**os.environ, **as_in_a_container}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     size, *found = run.stdout.split() or ["0"]

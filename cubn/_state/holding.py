@@ -17,9 +17,10 @@ from cubn._arguments import backend, refusal
 from cubn._arrays import Array
 from cubn._arrays.library import HOST
 from cubn._layout import vector
-from cubn._state_arrays import ARRAYS, STATISTICS, Held, check_on_host, check_together, described, hold
-from cubn._state_options import DTYPES, STATE, Options, check_counts, checked_momentum, counts
-from cubn.backends import CPU, Backend, BackendArray, Running
+from cubn._state.arrays import ARRAYS, STATISTICS, Held, check_on_host, check_together, described, hold
+from cubn._state.options import DTYPES, STATE, Options, check_counts, checked_momentum, counts
+from cubn._types import BackendArray, CPU, Running
+from cubn.backends.protocol import Backend
 from cubn.errors import device_name, message
 
 Int64 = NDArray[np.int64]
