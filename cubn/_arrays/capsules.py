@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from cubn._arrays import dlpack
-from cubn._arrays.library import HOST, ITEMSIZE, Array, Library
+from cubn._arrays.library import Array, Library
 from cubn._arrays.memory import in_bytes, storage, view
 from cubn._arrays.numpy import address_of
 from cubn._arrays.refusals import facts, refuse_device, refuse_dtype, refuse_misaligned
 from cubn._layout import Shape, Strides, Unaddressable
-from cubn._types import CPU, CUDA
+from cubn._types import CPU, CUDA, HOST, ITEMSIZE
 from cubn.errors import device_name, message
 
 _ALIGNMENT = 64

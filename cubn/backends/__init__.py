@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from cubn._types import CPU, CUDA
 from cubn.backends.protocol import Backend
 from cubn.errors import BackendUnavailable
 
 
-@lru_cache(maxsize=None)
+@cache
 def backend_for(device: tuple[int, int], library: str = "") -> Backend:
     """The backend of a DLPack device (type, index), for arrays of one library: CUDA work goes to that library's stream.
 

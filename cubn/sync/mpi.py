@@ -14,8 +14,8 @@ import numpy as np
 from mpi4py import MPI
 
 from cubn._types import BackendArray
-from cubn.backends.protocol import Backend
 from cubn.backends.cuda.device import Device
+from cubn.backends.protocol import Backend
 from cubn.errors import message
 from cubn.sync import Bytes, Communicator, cuda_aware
 

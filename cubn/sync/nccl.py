@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from cubn._types import BackendArray
-from cubn.backends.protocol import Backend
 from cubn.backends.cuda.device import Device
+from cubn.backends.protocol import Backend
 from cubn.sync import Bytes, Communicator, Pending
 from cubn.sync import communicator as host_communicator
 
