@@ -72,7 +72,12 @@ class Call(Generic[PreparedT, FactsT]):
         low, high = self._y
         low, high = at + low, at + high
         for begin, reach in zip(in_place, self._in_place, strict=True):
-            if reach is not None and begin + reach[0] < high and low < begin + reach[1] and not (reach[2] and begin == at):
+            if (
+                reach is not None
+                and begin + reach[0] < high
+                and low < begin + reach[1]
+                and not (reach[2] and begin == at)
+            ):
                 return False
         for begin, span in zip(apart, self._apart, strict=True):
             if span is not None and begin + span[0] < high and low < begin + span[1]:

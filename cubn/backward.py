@@ -117,13 +117,8 @@ def backward(
     ----------
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     """
-    if (
-        type(saved) is Saved
-        and statistics is False
-        and type(parameter_gradients) is str
-        and parameter_gradients in _WHOSE
-    ):
-        done = _again(saved._forward, dy, out)
+    if statistics is False and type(saved) is Saved and type(parameter_gradients) is str:
+        done = _again(saved._forward, dy, out) if parameter_gradients in _WHOSE else None
         if done is not None:
             return done
     forward = _forward_of(saved)
@@ -329,8 +324,8 @@ class Differentiation:
         like_x, like_mask, like_dy = (array and array.library.layout(array) for array in (x, mask, dy))
         given = self.dx.array.library.layout(self.dx.array) if self.in_given else None
         outputs = self.dgamma, self.dbeta
-        known = like_x and like_dy and (like_mask if mask else True) and (given if self.in_given else True)
-        if not known or forward.overwritten or any(d and d.array.library.adopts for d in outputs):
+        known = (like_mask or not mask) and (given or not self.in_given)
+        if like_x is None or like_dy is None or not known or forward.overwritten or any(d and d.array.library.adopts for d in outputs):
             return
         gamma, beta = (_beside(name, forward) if self.dgamma else None for name in _homes(forward).values())
         aligned = self.dresidual.array.pointer % ALIGNMENT if self.dresidual else 0

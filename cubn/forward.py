@@ -88,8 +88,8 @@ def forward(
                 call.prepared(at_x, at_residual, at_y, at_mask, *held.addresses, state._options.eps)
                 if out is not None and call.library.counts_versions:
                     call.library.mark_written(out)
-                return y
-    return _forward(x, state, mask, residual, relu, out)
+                return y  # type: ignore[no-any-return]
+    return _forward(x, state, mask, residual, relu, out)  # type: ignore[no-any-return]
 
 
 def _forward(x: Any, state: BatchNormState, mask: Any, residual: Any, relu: bool, out: Any) -> Any:
@@ -102,8 +102,8 @@ def _forward(x: Any, state: BatchNormState, mask: Any, residual: Any, relu: bool
     options = NormalizeOptions(residual is not None, relu)
     operands = inputs.operands(output.array)
     prepared = inputs.backend.prepare_forward(inputs.extents, operands, held.affine, running, options)
-    at = (operand.pointer if operand else 0 for operand in (operands.x, operands.g, operands.y, operands.mask))
-    prepared(*at, *held.addresses, state.eps)
+    at_x, at_residual, at_y, _, at_mask = (operand.pointer if operand else 0 for operand in operands)
+    prepared(at_x, at_residual, at_y, at_mask, *held.addresses, state.eps)
     call = Call(prepared, None, inputs.x, output.array, (inputs.x, inputs.beside), (inputs.mask,))
     _calls.remember(_FORWARDS, call, inputs, state, None if out is None else output.array, relu)
     return output.finish()

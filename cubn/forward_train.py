@@ -246,7 +246,6 @@ class _Training:
     def _train(self, move: Move | None, after: Move | None) -> tuple[Any, Saved[Any]]:
         """One launch, in which running statistics move too, or do so after y is its library's."""
         extents, held = self.inputs.extents, self.inputs.held
-        x, g, y, _, mask = self.operands
         running, biased = (move.old, move.update.biased) if move else (None, False)
         prepared = self.backend.prepare_train(extents, self.operands, held.affine, running, biased, self.options)
         gamma, beta, *_ = held.addresses
@@ -254,8 +253,8 @@ class _Training:
         if move:
             vectors = (*move.old, *move.new)
             moves = (*(vector.pointer for vector in vectors), *move.counters, move.update.momentum)
-        at = (operand.pointer if operand else 0 for operand in (x, g, y, mask))
-        statistics, relu_mask = prepared(*at, gamma, beta, self.eps, *moves)
+        x, residual, y, _, mask = (operand.pointer if operand else 0 for operand in self.operands)
+        statistics, relu_mask = prepared(x, residual, y, mask, gamma, beta, self.eps, *moves)
         if not after:
             self._remember(prepared)
         result = self.output.finish()

@@ -60,7 +60,8 @@ class Held:
         self.affine = Affine(gamma and vector(gamma), beta and vector(beta))
         self.running = Running(vector(mean), vector(var)) if mean and var else None
         self.regions = tuple(region(name, array) for name, array in arrays.items())
-        self.addresses = tuple(array.pointer if array else 0 for array in (gamma, beta, mean, var))
+        at_gamma, at_beta, at_mean, at_var = (a.pointer if a else 0 for a in (gamma, beta, mean, var))
+        self.addresses = at_gamma, at_beta, at_mean, at_var
         self.kind = _kind(arrays)
         self._headers = Headers(array.owner for array in arrays.values() if isinstance(array.owner, np.ndarray))
         movable: dict[Library, list[Array]] = {}  # a library's own: nothing but `Headers` sees what happens to others

@@ -225,7 +225,8 @@ class Holding:
         place, C = self._place("reset"), self._options.num_features
         device = self._current("reset").arrays["running_mean"].device
         statistics = place.new_statistics(C, Affine(None, None))
-        place.statistics(*map(place.from_host, (np.array(2), np.zeros(C), np.ones(C))), self._options.eps, statistics)
+        count, mean, m2 = (place.from_host(a) for a in (np.array(2), np.zeros(C), np.ones(C)))
+        place.statistics(count, mean, m2, self._options.eps, statistics)
         with self._moving("reset") as move:
             uncounted = Counted.placed(device, self._no_counts())
             place.update(statistics, move.old, move.new, uncounted.at, Update(1.0, biased=False))
