@@ -17,7 +17,7 @@ from cubn.errors import message
 from cubn.gradients import Gradients, StatisticsGradients
 from cubn.saved import Forward, Saved
 from cubn.sync import collective
-from cubn.sync.collective import Place, Shared, Started, Terms
+from cubn.sync.collective import Gathered, Started, SyncContext, Terms
 from cubn.typing import ArrayT, Like, ParameterGradients
 
 Sums = tuple[BackendArray, BackendArray]
@@ -258,10 +258,10 @@ class Prepared:
     def accept(self, values: int) -> None:
         """The forward has been."""
 
-    def finish(self, shared: Shared) -> AnyGradients:
-        sums = self.backend.root_sums(shared.nodes) if self.terms.gathers else None
+    def finish(self, gathered: Gathered) -> AnyGradients:
+        sums = self.backend.root_sums(gathered.nodes) if self.terms.gathers else None
         needed = self.parameters or self.by_statistics
-        own = (sums if self.everywhere else self.backend.root_sums(shared.own)) if needed else None
+        own = (sums if self.everywhere else self.backend.root_sums(gathered.own)) if needed else None
         return self._apply(own, sums)
 
     def _apply(self, own: Sums | None, sums: Sums | None) -> AnyGradients:
@@ -316,7 +316,7 @@ class Prepared:
         return Gradients(dx, dgamma, dbeta, dresidual)
 
 
-def _start(place: Place, *arguments: Any) -> Started[AnyGradients]:
+def _start(place: SyncContext, *arguments: Any) -> Started[AnyGradients]:
     return collective.start("backward", place.communicator, place.sizes, partial(Prepared, "backward", *arguments))
 
 

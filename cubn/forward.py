@@ -12,7 +12,7 @@ from cubn.moments import statistics_of
 from cubn.saved import Forward, Saved, as_read
 from cubn.state import BatchNormState, Held, checked_eps
 from cubn.sync import communicator
-from cubn.sync.collective import Place, check_sizes
+from cubn.sync.collective import SyncContext, check_sizes
 from cubn.typing import AnyArray, ArrayT, Comm, Like, Sizes, SupportsDLPack
 
 
@@ -131,7 +131,7 @@ def forward_frozen(
     group = None if comm is None else communicator(comm)
     given = given_with_state("forward_frozen", x, state, mask, residual)
     source, held, _, _ = given
-    place = Place.without_exchange("forward_frozen", group, sizes, source.extents.N) if group else None
+    place = SyncContext.without_exchange("forward_frozen", group, sizes, source.extents.N) if group else None
     running = _running(held, "forward_frozen")
     output = given.destination("forward_frozen", out)
     parameters = kept_parameters(given)

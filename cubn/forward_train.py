@@ -14,7 +14,7 @@ from cubn.errors import message
 from cubn.saved import Forward, Saved, as_read
 from cubn.state import BatchNormState, Held
 from cubn.sync import collective
-from cubn.sync.collective import Place, Shared, Started, Terms, check_sizes
+from cubn.sync.collective import Gathered, Started, SyncContext, Terms, check_sizes
 from cubn.typing import AnyArray, ArrayT, Comm, Like, Sizes
 
 
@@ -193,7 +193,7 @@ class _Training:
         return self.state._moving("forward_train", held) if self.updates else nullcontext()
 
     def saved(
-        self, statistics: Statistics, bits: Any, parameters: Parameters, place: Place | None = None
+        self, statistics: Statistics, bits: Any, parameters: Parameters, place: SyncContext | None = None
     ) -> Saved[Any]:
         source, _, mask, residual = self.given
         return Saved._of(
@@ -241,15 +241,15 @@ class _Begun(_Training):
     def accept(self, values: int) -> None:
         _check_count(values, values, " over all ranks")
 
-    def finish(self, shared: Shared) -> tuple[Any, Saved[Any]]:
-        statistics = self.backend.statistics(*self.backend.root(shared.nodes), self.eps)
+    def finish(self, gathered: Gathered) -> tuple[Any, Saved[Any]]:
+        statistics = self.backend.statistics(*self.backend.root(gathered.nodes), self.eps)
         extents, affine = self.given.source.extents, self.parameters.affine
         bits = self.backend.normalize(extents, self.arrays, statistics, affine, **self.then)
         y = self.output.finish()
         with self.turn(), self.moving(self.given.held) as running:
             if running:
                 self.backend.update(statistics, running._replace(momentum=self.momentum, biased=self.biased))
-        return y, self.saved(statistics, bits, self.parameters, shared.place)
+        return y, self.saved(statistics, bits, self.parameters, gathered.context)
 
 
 def _check_count(count: int, got: object, where: str, **facts: Any) -> None:

@@ -18,7 +18,7 @@ from cubn.backends import Arrays, Backend, Nodes, Statistics
 from cubn.errors import message
 from cubn.state import BatchNormState, checked_state
 from cubn.sync import collective
-from cubn.sync.collective import Shared, Terms, check_sizes
+from cubn.sync.collective import Gathered, Terms, check_sizes
 from cubn.typing import AnyArray, ArrayT, Comm, DType, Sizes
 
 
@@ -112,10 +112,10 @@ class _Taking:
     def accept(self, values: int) -> None:
         """Any number of values has moments."""
 
-    def finish(self, shared: Shared) -> Moments:
-        blocks = shared.nodes.blocks
+    def finish(self, gathered: Gathered) -> Moments:
+        blocks = gathered.nodes.blocks
         start, stop = (blocks[0][0], blocks[-1][1]) if blocks else (self.terms.start,) * 2
-        return Moments._of(start, stop, _nodes.merge(self.on_host(shared.nodes)))
+        return Moments._of(start, stop, _nodes.merge(self.on_host(gathered.nodes)))
 
     def on_host(self, nodes: Nodes) -> Nodes:
         return nodes._replace(table=self.backend.to_host(nodes.table))

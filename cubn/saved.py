@@ -10,7 +10,7 @@ from cubn._arguments import Companion, Source, shown
 from cubn._arrays import Array
 from cubn._given import Parameters
 from cubn.backends import BackendArray, Gate, Statistics
-from cubn.sync.collective import Place
+from cubn.sync.collective import SyncContext
 from cubn.typing import ArrayT_co
 
 
@@ -29,7 +29,7 @@ class Forward(NamedTuple):
     """The running mean, where x was normalised by running statistics."""
     overwritten: bool = False
     """Whether y was written over x."""
-    place: Place | None = None
+    place: SyncContext | None = None
 
 
 def as_read(source: Source, mask: Companion | None) -> tuple[tuple[str, Array, int | None], ...]:
