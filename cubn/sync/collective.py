@@ -65,8 +65,8 @@ class Started(Generic[T_co]):
     stay as they are.
     """
 
-    def __init__(self, group: _Together, index: int) -> None:
-        self._group = group
+    def __init__(self, operations: _Together, index: int) -> None:
+        self._operations = operations
         self._index = index
 
     def finish(self) -> T_co:
@@ -84,7 +84,7 @@ class Started(Generic[T_co]):
         ValueError
             If there are not enough values per channel over all ranks; or inside the `together` this was started in.
         """
-        return cast(T_co, self._group.result(self._index))
+        return cast(T_co, self._operations.result(self._index))
 
 
 # --- how operations begin one ---------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ class CollectiveCall(NamedTuple):
     number: int
     """Of the exchange, on this communicator."""
     function: str
-    parts: Sequence[LocalPart]
+    parts: tuple[LocalPart, ...]
     sizes: tuple[int, ...] | None
     on_device: bool
     """Whether records go from a device's memory to a device's memory."""
@@ -115,7 +115,7 @@ class CollectiveCall(NamedTuple):
         backends = {id(part.backend): part.backend for part in parts if part.terms.gathers}
         on_device = len(backends) == 1 and all(communicator.takes(backend) for backend in backends.values())
         communicator.exchanges += 1
-        return cls(communicator, communicator.exchanges, function, parts, sizes, on_device)
+        return cls(communicator, communicator.exchanges, function, tuple(parts), sizes, on_device)
 
     @property
     def rank(self) -> int:
@@ -210,7 +210,7 @@ def _agree(
 ) -> tuple[RecordLayout, _Contribution | Exception]:
     """How records lie and what this rank gives, now that the samples of each rank are known."""
     group = call.communicator
-    said = _agreed(call, headers)
+    said = _read_matching(call, headers)
     _accept(call, said)
     layout = call.layout(header.samples(said))
     if layout.block_sizes(call.rank) != guess.block_sizes(call.rank):
@@ -221,7 +221,7 @@ def _agree(
         if isinstance(own, Exception):
             _read(call, headers)
             raise _HeardByAll(own)
-        _agreed(call, headers)
+        _read_matching(call, headers)
     return layout, own
 
 
@@ -249,7 +249,7 @@ def _bytes(table: NDArray[Any]) -> Bytes:
 def _receive(exchange: Exchange) -> list[tuple[Nodes, Nodes]]:
     """Wait for the nodes of all ranks, and for what they said if that was not read before."""
     call, layout, local, headers, records = exchange
-    said = None if headers is None else _agreed(call, headers)
+    said = None if headers is None else _read_matching(call, headers)
     if records is not None:
         records.pending.wait()
     if said is not None:
@@ -309,7 +309,7 @@ def _read(call: CollectiveCall, headers: _Gather) -> tuple[Headers, Exception | 
     return said, mismatch
 
 
-def _agreed(call: CollectiveCall, headers: _Gather) -> Headers:
+def _read_matching(call: CollectiveCall, headers: _Gather) -> Headers:
     """What the ranks said, all the same."""
     said, mismatch = _read(call, headers)
     if mismatch is not None:
