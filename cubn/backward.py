@@ -325,7 +325,13 @@ class Differentiation:
         given = self.dx.array.library.layout(self.dx.array) if self.in_given else None
         outputs = self.dgamma, self.dbeta
         known = (like_mask or not mask) and (given or not self.in_given)
-        if like_x is None or like_dy is None or not known or forward.overwritten or any(d and d.array.library.adopts for d in outputs):
+        if (
+            like_x is None
+            or like_dy is None
+            or not known
+            or forward.overwritten
+            or any(d and d.array.library.adopts for d in outputs)
+        ):
             return
         gamma, beta = (_beside(name, forward) if self.dgamma else None for name in _homes(forward).values())
         aligned = self.dresidual.array.pointer % ALIGNMENT if self.dresidual else 0

@@ -88,7 +88,7 @@ def forward(
                 call.prepared(at_x, at_residual, at_y, at_mask, *held.addresses, state._options.eps)
                 if out is not None and call.library.counts_versions:
                     call.library.mark_written(out)
-                return y  # type: ignore[no-any-return]
+                return y
     return _forward(x, state, mask, residual, relu, out)  # type: ignore[no-any-return]
 
 

@@ -15,7 +15,7 @@ from cubn._arrays.library import ALIGNMENT, Allocate, Array, Layout, Library, Ou
 from cubn._arrays.memory import rounded, view, widened
 from cubn._arrays.refusals import refuse, refuse_device, refuse_dtype, refuse_misaligned, refuse_stand_in
 from cubn._layout import Shape, Strides, is_dense, span
-from cubn._types import DTYPES, CUDA, HOST, ITEMSIZE
+from cubn._types import CUDA, DTYPES, HOST, ITEMSIZE
 
 _HUGE = 4 << 20  # bytes from which huge pages pay; NumPy asks for them itself, from the same size
 
