@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from cubn._arrays.capsules import DeviceMemory, provide
 from cubn._types import CPU, CUDA
 from cubn.backends.protocol import Backend
 from cubn.errors import BackendUnavailable
@@ -30,3 +31,12 @@ def backend_for(device: tuple[int, int], library: str = "") -> Backend:
 
         return cuda.backend(index, library)
     raise BackendUnavailable(f"cubn: there is no backend for DLPack device type {kind}. Move the arrays to the CPU")
+
+
+def _cuda_memory() -> DeviceMemory:
+    from cubn.backends import cuda
+
+    return cuda
+
+
+provide(CUDA, _cuda_memory)

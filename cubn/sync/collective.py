@@ -15,9 +15,10 @@ from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast
 from cubn._arguments import whole
 from cubn._types import Nodes
 from cubn.errors import CollectiveMismatch, message, quoted
-from cubn.sync import Comm, Communicator, communicator
+from cubn.sync import Comm, communicator
 from cubn.sync.exchange import Exchange, LocalPart, begin, leave
 from cubn.sync.header import MAX_OPERATIONS, OPERATIONS, Terms
+from cubn.sync.transport import Communicator
 
 __all__ = ["Gathered", "Operation", "Started", "SyncContext", "Terms", "check_sizes", "start", "together"]
 

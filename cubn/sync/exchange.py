@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from cubn._types import BackendArray, Nodes
 from cubn.backends.protocol import Backend
-from cubn.sync import Bytes, Communicator, Pending, header
+from cubn.sync import header
 from cubn.sync.header import HEADER, Headers, Terms
 from cubn.sync.records import RecordLayout, failed_ranks, failed_record, pack, unpack
+from cubn.sync.transport import Bytes, Communicator, Pending
 
 T = TypeVar("T")
 

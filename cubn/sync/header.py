@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn.errors import CollectiveMismatch, message
-from cubn.sync import Bytes
+from cubn.sync.transport import Bytes
 
 OPERATIONS = ("nothing", "several operations", "moments", "forward_train", "backward")
 OPTIONS = (

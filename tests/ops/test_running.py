@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cubn
-from cubn._types import Affine, Extents, Operand, Operands, Running, Vector
+from cubn._types import Affine, Extents, Operand, Running, Vector
 from cubn.backends import cpu
 from tests import oracle
 from tests.ops import arrays

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cubn._tree import COLUMNS, TILE
-from cubn._types import Affine, Extents, Gate, ITEMSIZE, Operand, Operands
+from cubn._types import ITEMSIZE, Affine, Extents, Gate, Operand
 from cubn.backends.cuda import parameters, plan
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import OCTET, THREADS
