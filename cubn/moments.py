@@ -14,7 +14,7 @@ from cubn._entries import MOST
 from cubn._floating_point import default_floating_point
 from cubn._inputs import bind_beside, bind_x
 from cubn._moments import Moments
-from cubn._types import BOOL, NUMBERS, Affine, Nodes, Statistics
+from cubn._types import BOOL, NUMBERS, Nodes, Statistics
 from cubn.backends.protocol import Backend
 from cubn.errors import message
 from cubn.state import BatchNormState, checked_state
@@ -225,7 +225,4 @@ def update(state: BatchNormState, moments: Moments) -> None:
 
 def statistics_of(moments: Moments, eps: float, place: Backend) -> Statistics:
     """What normalisation needs of Moments, where a backend can use it."""
-    statistics = place.new_statistics(moments.num_features, Affine(None, None))
-    count, mean, m2 = (place.from_host(a) for a in (np.array(moments.count), moments.mean, moments.m2))
-    place.statistics(count, mean, m2, eps, statistics)
-    return statistics
+    return _nodes.statistics(int(moments.count), moments.mean, moments.m2, eps, place)

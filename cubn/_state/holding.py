@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cubn import _arrays
+from cubn import _arrays, _nodes
 from cubn._arguments import refusal
 from cubn._arrays import Array
 from cubn._arrays.numpy import address_of
 from cubn._layout import vector
 from cubn._state.arrays import ARRAYS, STATISTICS, Held, check_on_host, check_together, described, hold
 from cubn._state.options import DTYPES, STATE, Options, check_counts, checked_momentum, counts
-from cubn._types import CPU, HOST, Affine, BackendArray, Counters, Running, Update
+from cubn._types import CPU, HOST, BackendArray, Counters, Running, Update
 from cubn.backends import backend_for
 from cubn.backends.protocol import Backend
 from cubn.errors import device_name, message
@@ -224,9 +224,7 @@ class Holding:
         """An update of weight 1 by two values of mean 0 and variance 1, which nothing counts."""
         place, C = self._place("reset"), self._options.num_features
         device = self._current("reset").arrays["running_mean"].device
-        statistics = place.new_statistics(C, Affine(None, None))
-        count, mean, m2 = (place.from_host(a) for a in (np.array(2), np.zeros(C), np.ones(C)))
-        place.statistics(count, mean, m2, self._options.eps, statistics)
+        statistics = _nodes.statistics(2, np.zeros(C), np.ones(C), self._options.eps, place)
         with self._moving("reset") as move:
             uncounted = Counted.placed(device, self._no_counts())
             place.update(statistics, move.old, move.new, uncounted.at, Update(1.0, biased=False))
