@@ -10,7 +10,7 @@ FASTCALL = 0x0080  # METH_FASTCALL: PyObject *function(PyObject *self, PyObject 
 
 
 class Definition(ctypes.Structure):
-    """A PyMethodDef, which must outlive its functions."""
+    """A PyMethodDef."""
 
     _fields_ = (
         ("name", ctypes.c_char_p),
@@ -21,7 +21,9 @@ class Definition(ctypes.Structure):
 
 
 def definition(name: str, address: int) -> Definition:
-    return Definition(name.encode(), address, FASTCALL, None)
+    of = Definition(name.encode(), address, FASTCALL, None)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(of))  # its functions look at it as long as they are there
+    return of
 
 
 def function(of: Definition, itself: object) -> Callable[..., Any]:
