@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from cubn.backends.protocol import Backend
 from cubn.backends.cpu.backend import CpuBackend
+from cubn.backends.protocol import Backend
 
 
 @functools.cache

@@ -19,18 +19,19 @@ from numba.extending import typeof_impl
 from cubn.backends.cpu.simd import Instruction, Value, Values
 from cubn.backends.cpu.translation import Function
 
-_KERNEL = types.void(types.intp, types.intp)
+_KINDS = {2: types.void(types.intp, types.intp), 3: types.intp(types.intp, types.intp, types.intp)}
+"""Of functions by their number of arguments: kernels, and builtin functions of Python."""
 
 
-def llvm_ir(kernel: Callable[[int, int], None], name: str) -> str:
-    """A module that has the kernel under this name, as void(int64, int64)."""
+def llvm_ir(entry: Callable[..., int | None], name: str) -> str:
+    """A module that has the function under this name, its arguments and what it returns int64."""
     settings: Any = config
     disabled, settings.DISABLE_JIT = settings.DISABLE_JIT, 0  # that is for functions that run without it
     try:
-        entry = cfunc(_KERNEL, nogil=True, error_model="numpy")(kernel)
+        native = cfunc(_KINDS[entry.__code__.co_argcount], nogil=True, error_model="numpy")(entry)
     finally:
         settings.DISABLE_JIT = disabled
-    return str(entry.inspect_llvm()).replace(entry.native_name, name)
+    return str(native.inspect_llvm()).replace(native.native_name, name)
 
 
 @typeof_impl.register(Function)

@@ -108,7 +108,7 @@ def of_rows(source: Source) -> Any:
         g = element.from_stored(gathered(pg, sg, last, element.stored, element.size))
         if source.gate == "recompute":
             g = gated(element, g, x, c)
-        elif source.gate == "bits":
+        elif source.gate == "mask":
             g = select(bit_of(gathered(pb, sb, last, I16, 2), bit), g, constant(g, 0.0))
         store_node(element, what.leaf([(g, g * centre(x, c))]), to)
 

@@ -121,7 +121,7 @@ def of_single_positions(source: Source, narrow: bool) -> Any:
         c, g = coefficients_at(element, table, one_channel=True), element.load_acc(at[1])
         if source.gate == "recompute":
             g = gated(element, g, x, c)
-        elif source.gate == "bits":
+        elif source.gate == "mask":
             every = Value(bit.b, ir.Constant(ir.VectorType(I1, LANES), [1] * LANES))
             g = select(bit_of(load_strided(bits, run, I16, every), bit), g, constant(g, 0.0))
         return widen(g, DOUBLE), widen(g * centre(x, c), DOUBLE)

@@ -12,8 +12,8 @@ from typing import Any
 
 from llvmlite import ir
 
+from cubn._types import VECTOR_CODES
 from cubn.backends.cpu.arithmetic import Coefficients
-from cubn.backends.cpu.launch import CODES
 from cubn.backends.cpu.simd import (
     DOUBLE,
     FLOAT,
@@ -38,7 +38,7 @@ from cubn.backends.cpu.simd import (
     vector_of,
 )
 
-_DTYPES = {code: dtype for dtype, code in CODES.items()}
+_DTYPES = {code: dtype for dtype, code in VECTOR_CODES.items()}
 
 
 def load(address: Value, mask: Value, kind: ir.Type = DOUBLE) -> Value:
@@ -88,7 +88,7 @@ def for_parameter(code: Value, present: Callable[[Element], None], absent: Calla
         elif absent:
             absent()
 
-    by_cases(code, range(len(CODES) + 1), body)
+    by_cases(code, range(len(VECTOR_CODES) + 1), body)
 
 
 def load_parameter(parameter: Values, missing: float, to: Value, kind: ir.Type, mask: Value) -> None:

@@ -58,7 +58,7 @@ def _machine() -> llvm.TargetMachine:
     )
 
 
-def compiled(name: str, build: Callable[[], Callable[[int, int], None]]) -> Kernel:
+def compiled(name: str, build: Callable[[], Callable[..., int | None]]) -> Kernel:
     """The native `kernel(parameters, worker)` that `build()` gives as a function in the language of kernels.
 
     Threads that ask for the same one at the same time wait for the first of them.
@@ -74,7 +74,7 @@ def compiled(name: str, build: Callable[[], Callable[[int, int], None]]) -> Kern
         return _kernels[name]
 
 
-def _object_code(build: Callable[[], Callable[[int, int], None]]) -> bytes:
+def _object_code(build: Callable[[], Callable[..., int | None]]) -> bytes:
     from cubn.backends.cpu.language import NoSource, llvm_ir
 
     with _stopwatch:
@@ -87,7 +87,7 @@ def _object_code(build: Callable[[], Callable[[int, int], None]]) -> bytes:
         return _optimised(text)
 
 
-def _by_numba(kernel: Callable[[int, int], None]) -> str:
+def _by_numba(kernel: Callable[..., int | None]) -> str:
     """LLVM IR of a kernel whose source is not there, or not the one it was loaded from."""
     try:
         from cubn.backends.cpu.by_numba import llvm_ir

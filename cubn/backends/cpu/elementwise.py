@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cubn.backends.cpu.arithmetic import Coefficients, gated, input_gradient, normalized, relu
-from cubn.backends.cpu.launch import OFFSET
 from cubn.backends.cpu.nodes import coefficients_at, jit, load_bits
+from cubn.backends.cpu.parameters import OFFSET
 from cubn.backends.cpu.plan import SHORT, SPREAD_ROW
 from cubn.backends.cpu.simd import (
     I16,
@@ -94,7 +94,7 @@ class Backward(NamedTuple):
 
     @property
     def has_bits(self) -> bool:
-        return self.gate == "bits"
+        return self.gate == "mask"
 
 
 Pass = Forward | Backward
@@ -133,7 +133,7 @@ def vector_of(
         assert g is not None
         if what.gate == "recompute":
             g = gated(element, g, x, c)
-        elif what.gate == "bits":
+        elif what.gate == "mask":
             g = select(load(*place), g, constant(g, 0.0))
         dx = g * c.scale if what.frozen else input_gradient(g, x, c)
         return dx, g if what.dresidual else None

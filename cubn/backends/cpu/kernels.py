@@ -21,8 +21,8 @@ from cubn.backends.cpu.elementwise import (
     position_pass,
     repeat_channels,
 )
-from cubn.backends.cpu.launch import OFFSET
 from cubn.backends.cpu.nodes import AT_SPREAD, HALF_NODE, Source, jit
+from cubn.backends.cpu.parameters import OFFSET
 from cubn.backends.cpu.plan import NODE
 from cubn.backends.cpu.reduce import channels_of_a_slot, gather
 from cubn.backends.cpu.simd import (

@@ -24,11 +24,11 @@ from cubn.backends.cpu.translation import Body, Compiled, Function, NotInTheLang
 __all__ = ["Function", "NoSource", "NotInTheLanguage", "llvm_ir"]
 
 
-def llvm_ir(entries: dict[str, Callable[[int, int], None]]) -> str:
-    """A module that has every function under its name, as void(int64, int64)."""
+def llvm_ir(entries: dict[str, Callable[..., int | None]]) -> str:
+    """A module that has every function under its name, its arguments and what it returns int64."""
     module = _Module()
     for name, python in entries.items():
-        module.compiled(python, (None, None), name)
+        module.compiled(python, (None,) * python.__code__.co_argcount, name)
     return module.text()
 
 

@@ -1,71 +1,105 @@
-"""What kernels are told: one block of 64-bit integers, the same for every kernel. Addresses and strides are in
-bytes.
-"""
+"""Launches: kernels that run one after the other on the same parameter block, in one native call."""
 
 from __future__ import annotations
 
-OPERANDS = ("x", "y", "g", "r", "mask")  # y: y or dx; g: residual or dy; r: dresidual
-VECTORS = ("gamma", "beta", "old_mean", "old_var", "new_mean", "new_var", "dgamma", "dbeta")
-CODES = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}  # of a vector's dtype; 0 is an absent vector
+import threading
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
-FIELDS = (
-    "task",
-    *(f"unused_{i}" for i in range(15)),  # the next task to claim, apart from what is only read
-    "pass_task",
-    *(f"unused_{i}" for i in range(15, 30)),  # the same of an elementwise pass
-    "tasks",
-    "pass_tasks",
-    "samples",
-    "channels",
-    "positions",
-    *(f"{name}{part}" for name in OPERANDS for part in ("", "_sample", "_channel", "_position")),
-    *(f"{name}_offsets" for name in OPERANDS),  # int64[S]: where a position is, for strided arrays
-    *(f"{name}{part}" for name in VECTORS for part in ("", "_code", "_stride")),
-    "bits",
-    "bits_sample",
-    "bits_channel",
-    "bits_position",  # 16-bit words: a row a channel, or (bits_position > 0) a position
-    "coefficients",
-    "coefficient_row",  # table of arithmetic.Coefficients: rows of acc, one entry a channel
-    "rows",
-    "chunk",
-    "chunks",  # int64[.][4], see plan.py; channels a task takes; tasks a row
-    "steps",
-    "step_table",  # int64[steps][2], the rows to merge
-    "node_first",
-    "node_second",
-    "node_row",
-    "node_count",  # float64[row][C] twice, node_row bytes from row to row; int64[row]
-    "tables",
-    "tail",  # shares of the column tree, for a full tile then for the tail
-    "scratch",
-    "scratch_size",  # per worker, and where in it:
-    "at_pivot",
-    "at_counts",
-    "at_columns",
-    "at_buffer",
-    "at_node",
-    "at_tiles",
-    "at_samples",
-    "at_spread",
-    "stream",  # 1: stores bypass the caches
-    "count",
-    "mean",
-    "m2",
-    "var",
-    "invstd",
-    "first",
-    "second",  # int64[1] and float64[C]: statistics; a root or sums
-    "kept_gamma",
-    "kept_beta",  # float64[C]
-    "eps",
-    "momentum",
-    "cumulative",  # float64 bits; 1: momentum is 1 / (batches kept)
-    "ddof",  # of the running variance, m2 / (count - ddof)
-    "tracked",
-    "skipped",  # int64[C] counters
-    "block",  # rows of the elementwise pass a task takes; or elements, where coefficients repeat after `period`
-    "period",
-)
-PLACE = {name: i for i, name in enumerate(FIELDS)}
-OFFSET = {name: 8 * i for name, i in PLACE.items()}
+import numpy as np
+from numpy.typing import NDArray
+
+from cubn._arrays.numpy import address_of
+from cubn._types import ITEMSIZE, Operand
+from cubn.backends.cpu import pool
+from cubn.backends.cpu.kept import kept
+
+ALIGNMENT = 128
+"""Bytes: a cache line, and its neighbour that is fetched along."""
+
+WORKSPACE = 1 << 20
+"""Bytes of workspace that a thread keeps for its next call."""
+
+POSITION_TABLES = 256 << 20
+"""Bytes of those that are kept; eight for each position."""
+
+Arrays = tuple[NDArray[Any], ...]
+
+
+class Workspace(NamedTuple):
+    """Memory that a call writes for itself. Whoever uses its address holds this: a signal handler, which may run cubn
+    between any two bytecodes, may give the thread another.
+    """
+
+    address: int
+    size: int
+    memory: NDArray[np.uint8] | None = None
+
+
+class _Thread(threading.local):
+    workspace = Workspace(0, 0)
+
+
+_thread = _Thread()
+
+
+def _larger(size: int) -> Workspace:
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    workspace = Workspace(-(-address_of(memory) // ALIGNMENT) * ALIGNMENT, size, memory)
+    if size <= WORKSPACE:
+        _thread.workspace = workspace
+    return workspace
+
+
+class Launch:
+    """A program, and what it needs."""
+
+    __slots__ = ("helpers", "keeps", "nbytes", "run", "size")
+
+    def __init__(self, program: pool.Program, size: int, tabulated: Collection[Operand], keeps: Arrays) -> None:
+        run = pool.prepare(program)
+        self.run: Callable[..., None] = Tabulated(run, tabulated) if tabulated else run
+        self.helpers = program.helpers
+        self.size = size  # of the workspace
+        self.keeps = keeps  # which the program has addresses of
+        self.nbytes = program.nbytes + sum(array.nbytes for array in keeps)
+
+    def workspace(self) -> Workspace:
+        """To be held while `run`, which is given its address first, is running; workers are there then."""
+        if self.helpers:
+            pool.ask_for(self.helpers)
+        workspace = _thread.workspace
+        return workspace if workspace.size >= self.size else _larger(self.size)
+
+    def __call__(self, statistics: int, *arguments: float) -> None:
+        workspace = self.workspace()
+        self.run(workspace.address, statistics, *arguments)
+
+
+class Tabulated:
+    """A program whose first arguments are position tables. They are looked up anew each time, and so their memory is
+    bounded.
+    """
+
+    __slots__ = ("operands", "run")
+
+    def __init__(self, run: Callable[..., None], operands: Collection[Operand]) -> None:
+        self.run, self.operands = run, operands
+
+    def __call__(self, workspace: int, statistics: int, *arguments: float) -> None:
+        tables = [position_table(operand) for operand in self.operands]
+        self.run(workspace, statistics, *map(address_of, tables), *arguments)
+
+
+def position_table(operand: Operand) -> NDArray[np.int64]:
+    """Where each position of an operand of any strides is, in bytes."""
+    size = ITEMSIZE[operand.dtype]
+    return _positions(operand.position_shape, tuple(stride * size for stride in operand.position_strides))
+
+
+@kept(POSITION_TABLES)
+def _positions(shape: tuple[int, ...], strides: tuple[int, ...]) -> NDArray[np.int64]:
+    offsets = np.zeros((), np.int64)
+    for extent, stride in zip(shape, strides, strict=True):
+        offsets = np.add.outer(offsets, np.arange(extent, dtype=np.int64) * stride)
+    return offsets.reshape(-1)

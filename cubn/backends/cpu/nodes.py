@@ -14,7 +14,7 @@ from llvmlite import ir
 
 from cubn.backends.cpu.arithmetic import Coefficients, Moments, Node, Reduction, Term, centre, gated
 from cubn.backends.cpu.language import Function
-from cubn.backends.cpu.launch import OFFSET
+from cubn.backends.cpu.parameters import OFFSET
 from cubn.backends.cpu.plan import NODE
 from cubn.backends.cpu.simd import (
     DOUBLE,
@@ -68,7 +68,7 @@ class Source(NamedTuple):
 
     element: Element
     what: Reduction
-    gate: str  # "none", "recompute" or "bits"
+    gate: str  # "none", "recompute" or "mask"
 
 
 def coefficients_at(element: Element, table: Values, one_channel: bool = False) -> Coefficients:
@@ -129,7 +129,7 @@ def term_at(source: Source, at: Values, table: Values, mask: Value | None = None
     g = element.load(at_g, mask)
     if source.gate == "recompute":
         g = gated(element, g, x, c)
-    elif source.gate == "bits":
+    elif source.gate == "mask":
         g = select(load_bits(at_bits), g, constant(g, 0.0))
     return g, g * centre(x, c)
 

@@ -9,9 +9,9 @@ A kernel claims tasks from an atomic counter until none is left, and the calling
 ends even if no worker is free, and no call waits for another caller's. Between kernels a worker spins for a moment, so
 that the next one of a series starts at once; then it sleeps on a semaphore.
 
-Each worker has a box, a word that says what it does: it is not there yet, asleep, idle (spinning), reserved, busy, or
-the address of a job it has been given. Who changes a box does so by compare-and-swap. A job given to a worker that has
-not yet begun is taken back when the caller has run out of tasks.
+Each worker has a mailbox, a word that says what it does: it is not there yet, asleep, idle (spinning), reserved, busy,
+or the address of a job it has been given. Who changes a mailbox does so by compare-and-swap. A job given to a worker
+that has not yet begun is withdrawn when the caller has run out of tasks.
 
 Every thread computes in the default floating-point environment; the caller's own comes back with the call's end.
 Kernels are called by address, so that no compiler moves their arithmetic out of it.
@@ -24,222 +24,136 @@ import ctypes
 import functools
 import logging
 import os
-import platform
 import threading
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from cubn import _floating_point
-from cubn.backends.cpu import semaphore
+from cubn.backends.cpu import builtin, semaphore
 from cubn.backends.cpu.compile import Kernel, compiled
+from cubn.backends.cpu.words import ABSENT, MAILBOX, PLACES, SPINS, WORD
 from cubn.backends.threads import cores
 
 logger = logging.getLogger("cubn")
 
-ABSENT, ASLEEP, IDLE, RESERVED, BUSY = range(5)  # anything greater is the address of a job
-BOX = 128  # bytes: a cache line each, and its neighbour that is fetched along
-STATE, NUMBER, SEMAPHORE, POOL = (8 * i for i in range(4))  # of a box; its memory for the semaphore is the second line
-BOXES, SAVE, SET, DEFAULT, WAIT, POST, NAP, A_NAP = (8 * i for i in range(8))  # of the pool, BOX bytes before the boxes
-KERNEL, PARAMETERS, DONE, CALLERS = (8 * i for i in range(4))  # of a job; then the caller's floating-point environment
-STAGES, FIRST_STAGE, STAGE = 8, 16, 16  # of a program: the pool, how many stages; of each its kernel and helpers
-SPINS = 30_000  # pauses of some 15-50 ns: longer than an operation's work between two kernels
 MOST = 255  # workers
-
-
-def build(name: str) -> Callable[[int, int], None]:
-    """The native parts `serve` and `conduct`, in the language of kernels."""
-    from llvmlite import ir
-
-    from cubn.backends.cpu.nodes import jit
-    from cubn.backends.cpu.simd import I64, Value, get, instruction, pointer, put
-
-    @instruction(I64)
-    def look(address: Value) -> Value:
-        b = address.b
-        return Value(b, b.load_atomic(pointer(address, I64), "acquire", 8, typ=I64))
-
-    @instruction()
-    def post(address: Value, value: Value) -> None:
-        address.b.store_atomic(value.v, pointer(address, I64), "release", 8)
-
-    @instruction(I64)
-    def swap(address: Value, before: Value, after: Value) -> Value:
-        """Compare and swap; 1 if it happened."""
-        b = address.b
-        pair = b.cmpxchg(pointer(address, I64), before.v, after.v, "acq_rel", "monotonic")
-        return Value(b, b.zext(b.extract_value(pair, 1), I64))
-
-    @instruction()
-    def add_one(address: Value) -> None:
-        address.b.atomic_rmw("add", pointer(address, I64), I64(1), "release")
-
-    @instruction()
-    def call(function: Value, first: Value, second: Value, third: Value) -> None:
-        """A function of up to three integers or addresses, by its own address."""
-        b, kind = function.b, ir.FunctionType(ir.VoidType(), [I64] * 3)
-        b.call(b.inttoptr(function.v, ir.PointerType(kind)), [first.v, second.v, third.v])
-
-    size = CALLERS + _floating_point.ROOM
-
-    @instruction(I64)
-    def new_job(anything: Value) -> Value:
-        """On the stack, until the function returns."""
-        b = anything.b
-        with b.goto_entry_block():
-            room = b.alloca(ir.ArrayType(I64, size // 8))
-            room.align = 16
-        return Value(b, b.ptrtoint(room, I64))
-
-    waits = platform.machine() in ("x86_64", "AMD64")
-
-    @instruction()
-    def pause(anything: Value) -> None:
-        if waits:
-            b = anything.b
-            name, kind = "llvm.x86.sse2.pause", ir.FunctionType(ir.VoidType(), [])
-            b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), [])
-
-    def serve(box, spins):  # type: ignore[no-untyped-def]
-        """For ever do what is put in the box, asleep where nothing has come for a while."""
-        pool, waited = get(box + POOL), 0
-        call(get(pool + SET), get(pool + DEFAULT), 0, 0)
-        post(box, IDLE)
-        while True:
-            state = look(box)
-            if state > BUSY:
-                if swap(box, state, BUSY):
-                    call(get(state + KERNEL), get(state + PARAMETERS), get(box + NUMBER), 0)
-                    post(box, IDLE)
-                    add_one(state + DONE)
-                waited = 0
-            else:
-                pause(box)
-                waited += 1
-                if waited > spins and swap(box, IDLE, ASLEEP):
-                    while look(box) == ASLEEP:
-                        call(get(pool + WAIT), get(box + SEMAPHORE), -1, 0)
-                    waited = 0
-
-    @jit
-    def give(pool, job, places):  # type: ignore[no-untyped-def]
-        """Put the job in the boxes of workers that have none, and wake those asleep; returns how many."""
-        given = 0
-        for worker in range(get(pool + BOXES)):
-            if given == places:
-                break
-            box = pool + BOX * (worker + 1)
-            state = look(box)
-            if ASLEEP <= state <= IDLE and swap(box, state, RESERVED):
-                given += 1
-                put(box + NUMBER, given)
-                post(box, job)
-                if state == ASLEEP:
-                    call(get(pool + POST), get(box + SEMAPHORE), 1, 0)
-        return given
-
-    @jit
-    def take_back(pool, job):  # type: ignore[no-untyped-def]
-        """Where it was not begun; returns how often."""
-        taken = 0
-        for worker in range(get(pool + BOXES)):
-            box = pool + BOX * (worker + 1)
-            if look(box) == job:
-                taken += swap(box, job, IDLE)
-        return taken
-
-    def conduct(program, parameters):  # type: ignore[no-untyped-def]
-        """Run a program: each kernel as worker 0 here and as up to so many others elsewhere."""
-        pool, job = get(program), new_job(program)
-        call(get(pool + SAVE), job + CALLERS, 0, 0)
-        call(get(pool + SET), get(pool + DEFAULT), 0, 0)
-        put(job + PARAMETERS, parameters)
-        for i in range(get(program + STAGES)):
-            stage = program + FIRST_STAGE + STAGE * i
-            kernel, helpers = get(stage), get(stage + 8)
-            put(job + KERNEL, kernel)
-            put(job + DONE, 0)
-            given = give(pool, job, helpers) if helpers else 0
-            call(kernel, parameters, 0, 0)
-            if given:
-                given -= take_back(pool, job)
-            waited = 0
-            while look(job + DONE) != given:
-                if waited < SPINS:
-                    pause(job)
-                    waited += 1
-                else:
-                    call(get(pool + NAP), get(pool + A_NAP), 0, 0)
-        call(get(pool + SET), job + CALLERS, 0, 0)
-
-    return {"serve": serve, "conduct": conduct}[name]
+_C_API = (
+    "PyLong_AsLongLong",
+    "PyFloat_AsDouble",
+    "PyErr_Occurred",
+    "PyErr_BadArgument",
+    "PyEval_SaveThread",
+    "PyEval_RestoreThread",
+    "Py_IncRef",
+)
 
 
 @functools.cache
 def native(name: str) -> Kernel:
-    return compiled(f"pool-{name}", lambda: build(name))
+    def build() -> Callable[..., int | None]:
+        from cubn.backends.cpu.native_pool import ENTRIES
+
+        return ENTRIES[name]
+
+    return compiled(f"pool-{name}", build)
+
+
+@functools.cache
+def _execute() -> builtin.Definition:
+    return builtin.definition("execute", native("execute").address)
+
+
+class Stage(NamedTuple):
+    """A kernel, and how many threads it is worth."""
+
+    kernel: Kernel
+    threads: int
 
 
 class Program(NamedTuple):
-    """What `conduct` is told, and how many workers it can use."""
+    """What `execute` runs, and on what; see words.py."""
 
-    words: array[int]
-    address: int
-    helpers: int
+    stages: Collection[Stage]
+    block: Collection[int]
+    integers: Collection[int]
+    floats: Collection[int]
+    in_workspace: Collection[tuple[int, int]]
+    in_statistics: Collection[tuple[int, int]]
+    detaches: bool
+
+    @property
+    def nbytes(self) -> int:
+        pairs = len(self.in_workspace) + len(self.in_statistics) + len(self.stages)
+        return PLACES + WORD * (len(self.integers) + len(self.floats) + 2 * pairs)
+
+    @property
+    def helpers(self) -> int:
+        """How many workers it can use."""
+        return max(_helpers(stage) for stage in self.stages)
+
+
+def _helpers(stage: Stage) -> int:
+    return min(stage.threads - 1, MOST)
 
 
 class Pool:
-    """Workers, as many as were ever asked for and could be started; one box each, at a fixed place."""
+    """Workers, as many as were ever asked for and could be started; one mailbox each, at a fixed place."""
 
     def __init__(self) -> None:
-        memory = ctypes.create_string_buffer(BOX * (MOST + 2))
+        memory = ctypes.create_string_buffer(MAILBOX * (MOST + 2))
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))  # workers look at it until the process ends
-        self._address = -(-ctypes.addressof(memory) // BOX) * BOX
+        self._address = -(-ctypes.addressof(memory) // MAILBOX) * MAILBOX
         self.forget_workers()
 
     def forget_workers(self) -> None:
         """Begin anew: a forked child has none of its parent's threads."""
         modes = _floating_point.SAVE, _floating_point.SET, _floating_point.DEFAULT
         waits = semaphore.WAIT, semaphore.POST, semaphore.NAP, semaphore.A_NAP
-        ctypes.memset(self._address, 0, BOX * (MOST + 1))
-        self._write(self._address, 0, *modes, *waits)
-        self._boxes = self._workers = 0
-        self._free: list[int] = []  # boxes
+        ctypes.memset(self._address, 0, MAILBOX * (MOST + 1))
+        self._write(self._address, 0, *modes, *waits, *map(builtin.address, _C_API), id(None))
+        self._mailboxes = self._workers = 0
+        self._free: list[int] = []  # mailboxes
         self._growing = threading.RLock()  # which a signal handler may take again
 
-    def program(self, kernels: Iterable[tuple[Kernel, int]]) -> Program:
-        """Kernels one after the other, and how many threads each is worth."""
-        stages = [(kernel.address, min(threads - 1, MOST)) for kernel, threads in kernels]
-        words = array("q", (self._address, len(stages), *(word for stage in stages for word in stage)))
-        return Program(words, words.buffer_info()[0], max(helpers for _, helpers in stages))
+    def prepare(self, program: Program) -> Callable[..., None]:
+        """The program as a function of addresses of a workspace and of statistics, then integers, then floats."""
+        lists = program.integers, program.floats, program.in_workspace, program.in_statistics, program.stages
+        words = array("q", (self._address, program.detaches, *map(len, lists), *program.block))
+        words.extend((*program.integers, *program.floats))
+        for pairs in (program.in_workspace, program.in_statistics):
+            words.extend(word for pair in pairs for word in pair)
+        for stage in program.stages:
+            words.extend((stage.kernel.address, _helpers(stage)))
+        return builtin.function(_execute(), words.tobytes())
 
-    def run(self, program: Program, parameters: int) -> None:
-        """Run each kernel(parameters, worker) for worker 0 .. until every task is claimed and done."""
-        if self._workers < program.helpers:
-            self._grow(program.helpers)
-        native("conduct").call(program.address, parameters)
+    def ask_for(self, helpers: int) -> None:
+        """Have so many workers, if that can be."""
+        if self._workers < helpers:
+            self._grow(helpers)
 
     def _grow(self, size: int) -> None:
         """Start workers. Where the system has no more threads to give, there are fewer."""
         serve = native("serve").call
         with self._growing:
-            while self._workers < size and (self._free or self._boxes < MOST):
-                box = self._free.pop() if self._free else self._new_box()
+            while self._workers < size and (self._free or self._mailboxes < MOST):
+                mailbox = self._free.pop() if self._free else self._new_mailbox()
                 try:
-                    _thread.start_new_thread(serve, (box, SPINS if self._workers + 1 < cores() else 0))
+                    _thread.start_new_thread(serve, (mailbox, SPINS if self._workers + 1 < cores() else 0))
                 except RuntimeError as error:
-                    self._free.append(box)
+                    self._free.append(mailbox)
                     _say_how_few(self._workers + 1, str(error))
                     return
                 self._workers += 1
 
-    def _new_box(self) -> int:
+    def _new_mailbox(self) -> int:
         """One that no worker will find but the one that is told of it."""
-        self._boxes += 1
-        box = self._address + BOX * self._boxes
-        self._write(box, ABSENT, 0, semaphore.made(box + BOX - semaphore.SIZE), self._address)
-        self._write(self._address, self._boxes)
-        return box
+        self._mailboxes += 1
+        mailbox = self._address + MAILBOX * self._mailboxes
+        wakeup = semaphore.made(mailbox + MAILBOX - semaphore.SIZE)
+        self._write(mailbox, ABSENT, 0, wakeup, self._address)
+        self._write(self._address, self._mailboxes)
+        return mailbox
 
     @staticmethod
     def _write(address: int, *words: int) -> None:
@@ -252,7 +166,7 @@ def _say_how_few(threads: int, error: str) -> None:
 
 
 _pool = Pool()
-program, run = _pool.program, _pool.run
+prepare, ask_for = _pool.prepare, _pool.ask_for
 
 
 if hasattr(os, "register_at_fork"):

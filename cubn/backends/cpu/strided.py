@@ -18,7 +18,6 @@ from cubn.backends.cpu.elementwise import (
     store_bits,
     vector_of,
 )
-from cubn.backends.cpu.launch import OFFSET
 from cubn.backends.cpu.nodes import (
     AT_BUFFER,
     AT_COLUMNS,
@@ -38,6 +37,7 @@ from cubn.backends.cpu.nodes import (
     term_at,
     widened,
 )
+from cubn.backends.cpu.parameters import OFFSET
 from cubn.backends.cpu.plan import NODE
 from cubn.backends.cpu.simd import (
     I8,
@@ -178,7 +178,7 @@ def of_any(source: Source) -> Any:
         g = load_lanes(element, pg, sg, last)
         if source.gate == "recompute":
             g = gated(element, g, element.load_acc(x), coefficients_at(element, table))
-        elif source.gate == "bits":
+        elif source.gate == "mask":
             g = select(bits_at(pb, sb, last, position), g, constant(g, 0.0))
         element.store_acc(g, to)
 

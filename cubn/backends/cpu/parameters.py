@@ -1,0 +1,75 @@
+"""What kernels are told: one block of 64-bit integers, the same for every kernel. Addresses and strides are in
+bytes.
+"""
+
+from __future__ import annotations
+
+from cubn._types import Operands
+
+OPERANDS = Operands._fields
+VECTORS = ("gamma", "beta", "old_mean", "old_var", "new_mean", "new_var", "dgamma", "dbeta")
+
+FIELDS = (
+    "task",
+    *(f"unused_{i}" for i in range(15)),  # the next task to claim, apart from what is only read
+    "pass_task",
+    *(f"unused_{i}" for i in range(15, 30)),  # the same of an elementwise pass
+    "tasks",
+    "pass_tasks",
+    "samples",
+    "channels",
+    "positions",
+    *(f"{name}{part}" for name in OPERANDS for part in ("", "_sample", "_channel", "_position")),
+    *(f"{name}_offsets" for name in OPERANDS),  # int64[S]: where a position is, for strided arrays
+    *(f"{name}{part}" for name in VECTORS for part in ("", "_code", "_stride")),
+    "bits",
+    "bits_sample",
+    "bits_channel",
+    "bits_position",  # 16-bit words: a row a channel, or (bits_position > 0) a position
+    "coefficients",
+    "coefficient_row",  # table of arithmetic.Coefficients: rows of acc, one entry a channel
+    "rows",
+    "chunk",
+    "chunks",  # int64[.][4], see plan.py; channels a task takes; tasks a row
+    "steps",
+    "step_table",  # int64[steps][2], the rows to merge
+    "node_first",
+    "node_second",
+    "node_row",
+    "node_count",  # float64[row][C] twice, node_row bytes from row to row; int64[row]
+    "tables",
+    "tail",  # shares of the column tree, for a full tile then for the tail
+    "scratch",
+    "scratch_size",  # per worker, and where in it:
+    "at_pivot",
+    "at_counts",
+    "at_columns",
+    "at_buffer",
+    "at_node",
+    "at_tiles",
+    "at_samples",
+    "at_spread",
+    "stream",  # 1: stores bypass the caches
+    "count",
+    "mean",
+    "m2",
+    "var",
+    "invstd",
+    "first",
+    "second",  # int64[1] and float64[C]: statistics; a root or sums
+    "kept_gamma",
+    "kept_beta",  # float64[C]
+    "eps",
+    "momentum",
+    "cumulative",  # float64 bits; 1: momentum is 1 / (batches kept)
+    "ddof",  # of the running variance, m2 / (count - ddof)
+    "tracked",
+    "skipped",  # int64[C] counters
+    "block",  # rows of the elementwise pass a task takes; or elements, where coefficients repeat after `period`
+    "period",
+)
+PLACE = {name: i for i, name in enumerate(FIELDS)}
+OFFSET = {name: 8 * i for name, i in PLACE.items()}
+
+BLOCK = -(-len(FIELDS) // 16) * 16
+"""Numbers in a block: the fields, and what fills the last vector."""

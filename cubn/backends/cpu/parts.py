@@ -1,0 +1,173 @@
+"""Parts of launches: stages that run one after the other, and what these find in the parameter block."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cubn._arrays.numpy import address_of
+from cubn._tree import TILE
+from cubn._types import ITEMSIZE, Extents, Operand, Operands
+from cubn.backends.cpu import plan
+from cubn.backends.cpu.compile import Kernel, compiled
+from cubn.backends.cpu.launch import ALIGNMENT
+from cubn.backends.cpu.pool import Stage
+from cubn.backends.cpu.relu_mask import WordLayout
+
+Fields = dict[str, int]
+Arrays = tuple[NDArray[Any], ...]
+
+
+class Part(NamedTuple):
+    """Stages; fields of the block; memory they write, in bytes by field; and what the block has addresses of."""
+
+    stages: tuple[Stage, ...] = ()
+    fields: Fields = {}  # noqa: RUF012
+    room: Fields = {}  # noqa: RUF012
+    keeps: Arrays = ()
+
+
+class Elements(NamedTuple):
+    """What a pass over all elements is prepared for; operands are without their pointers."""
+
+    extents: Extents
+    operands: Operands
+    relu_mask: WordLayout | None
+    threads: int
+
+    @property
+    def dtype(self) -> str:
+        return self.operands.x.dtype
+
+    @property
+    def present(self) -> list[Operand]:
+        return [operand for operand in self.operands if operand]
+
+    @property
+    def nbytes(self) -> int:
+        """Of x."""
+        return math.prod(self.extents) * ITEMSIZE[self.dtype]
+
+
+@functools.lru_cache(1024)
+def kind_of(elements: Elements) -> str:
+    """`plan.kind_of` of all operands; a mask, or a relu mask of another layout, need the general kernels."""
+    if elements.operands.mask:
+        return "strided"
+    kind = plan.kind_of(elements.extents, elements.present)
+    if elements.relu_mask and elements.relu_mask != word_layout(kind):
+        return "strided"
+    return kind
+
+
+def word_layout(kind: str) -> WordLayout:
+    """In which kernels of this kind write a relu mask."""
+    return "nhwc" if kind in ("channels", "single") else "nchw"
+
+
+def reduced_kind(elements: Elements) -> str:
+    """`kind_of` for a reduction, which takes narrow 2-D arrays in a way of its own."""
+    kind = kind_of(elements)
+    return "narrow" if kind == "single" and plan.is_narrow(elements.extents, elements.present) else kind
+
+
+@functools.cache
+def kernel(name: str, dtype: str = "", *options: Any) -> Kernel:
+    """A kernel of kernels.py by name, specialised; compiled when first asked for."""
+
+    def build() -> Callable[[int, int], None]:
+        from cubn.backends.cpu import kernels
+
+        return kernels.build(name, dtype, options)
+
+    return compiled(
+        "-".join(filter(None, [name, dtype, *(str(int(o) if isinstance(o, bool) else o) for o in options)])), build
+    )
+
+
+def over_channels(*names: str, dtype: str) -> Part:
+    """Kernels that take all channels, by one thread."""
+    return Part(tuple(Stage(kernel(name, _acc(dtype)), 1) for name in names))
+
+
+def coefficients(entries: int, dtype: str) -> Part:
+    """Room for the coefficient table: six rows of acc, padded to whole vectors."""
+    row = -(-entries // plan.LANES) * plan.LANES * ITEMSIZE[_acc(dtype)]
+    row = -(-row // ALIGNMENT) * ALIGNMENT
+    return Part((), {"coefficient_row": row}, {"coefficients": 6 * row})
+
+
+def elementwise(name: str, options: tuple[Any, ...], elements: Elements) -> Part:
+    """A pass over all elements, from the coefficient table."""
+    extents, dtype, kind = elements.extents, elements.dtype, kind_of(elements)
+    size = ITEMSIZE[dtype]
+    flat = kind in ("channels", "single") and not elements.relu_mask and plan.is_flat(extents, elements.present)
+    if flat:
+        tasks, block, period = plan.flat_tasks(extents, size)
+        table = coefficients(2 * period + plan.LANES, dtype)
+        before, fields, room = (
+            over_channels("repeat", dtype=dtype).stages,
+            {**table.fields, "period": period},
+            table.room,
+        )
+    else:
+        tasks, block = plan.elementwise_tasks(extents, kind, size)
+        before, fields, room = (), {}, {}
+    fields |= {"pass_tasks": tasks, "block": block, "stream": plan.streams(extents, size)}
+    threads = plan.threads_for(elements.nbytes, tasks, elements.threads)
+    run = kernel(name, dtype, "flat" if flat else kind, *options)
+    return Part((*before, Stage(run, threads)), fields, room)
+
+
+def reduction(name: str, options: tuple[Any, ...], elements: Elements, start: int | None) -> Part:
+    """Node rows and their merges, as `plan.reduction` cuts it; without a start of a whole batch, up to the root."""
+    extents, dtype, kind = elements.extents, elements.dtype, reduced_kind(elements)
+    cut = plan.reduction(extents, kind, start or 0)
+    steps = cut.to_root if start is None else cut.steps
+    tasks, rows = len(cut.table) * cut.chunks, len(cut.table)
+    workers = plan.threads_for(elements.nbytes, tasks, elements.threads)
+    scratch, shares = _scratch(cut.offsets, cut.scratch, workers), _shares(extents.S, dtype)
+    fields = {**scratch.fields, **shares.fields, "rows": address_of(cut.table)}
+    fields |= {"tasks": tasks, "chunk": cut.chunk, "chunks": cut.chunks}
+    fields |= {"steps": len(steps), "step_table": address_of(steps), "node_row": 8 * extents.C}
+    nodes = {"node_count": 8 * rows, "node_first": 8 * rows * extents.C, "node_second": 8 * rows * extents.C}
+    stages: tuple[Stage, ...] = (Stage(kernel(name, dtype, kind, *options), workers),)
+    if start is None or len(steps):
+        stages += (Stage(kernel("merge_rows", "", name), 1),)
+    return Part(stages, fields, scratch.room | nodes, (cut.table, steps, *shares.keeps))
+
+
+def slab(name: str, options: tuple[Any, ...], elements: Elements) -> Part | None:
+    """Reduction and pass in one, a few channels at a time; None where `plan.slab` has no such cut."""
+    extents, dtype, kind = elements.extents, elements.dtype, kind_of(elements)
+    threads = plan.threads_for(elements.nbytes, extents.C, elements.threads)
+    cut = plan.slab(extents, kind, ITEMSIZE[dtype], threads)
+    if cut is None:
+        return None
+    workers = min(threads, cut.tasks)
+    scratch, shares = _scratch(cut.offsets, cut.scratch, workers), _shares(extents.S, dtype)
+    fields = {**scratch.fields, **shares.fields, "tasks": cut.tasks, "chunk": cut.chunk}
+    fields["stream"] = plan.streams(extents, ITEMSIZE[dtype])
+    return Part((Stage(kernel(name, dtype, kind, *options), workers),), fields, scratch.room, shares.keeps)
+
+
+def _acc(dtype: str) -> str:
+    return "float64" if dtype == "float64" else "float32"
+
+
+def _scratch(offsets: tuple[int, ...], size: int, threads: int) -> Part:
+    """The workers' scratch memory."""
+    names = ("at_pivot", "at_counts", "at_columns", "at_buffer", "at_node", "at_tiles", "at_samples", "at_spread")
+    return Part((), {"scratch_size": size, **dict(zip(names, offsets, strict=True))}, {"scratch": size * threads})
+
+
+def _shares(S: int, dtype: str) -> Part:
+    """Shares of the column tree, of a full tile and of a sample's last."""
+    lengths = min(S, TILE), S % TILE or min(S, TILE)
+    tables: list[NDArray[np.floating]] = [plan.column_table(length, dtype == "float64") for length in lengths]
+    return Part((), dict(zip(("tables", "tail"), map(address_of, tables), strict=True)), {}, tuple(tables))
