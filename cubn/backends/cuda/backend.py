@@ -36,8 +36,8 @@ from cubn.backends.cuda.prepare import STATISTICS, affine_vectors, layouts, runn
 from cubn.backends.cuda.series import Series
 from cubn.backends.protocol import PreparedBackward, PreparedForward, PreparedTrain, Sums
 
-MOST = 1024
-"""Prepared calls and series that are kept, of each kind: some 10 KB each."""
+MOST = 512
+"""Prepared calls and series that are kept, of each kind: about 12 KB each."""
 
 
 class CudaBackend:
