@@ -137,7 +137,7 @@ def backward_from(
         Read.of(inputs.x),
         inputs.mask and Read.of(inputs.mask),
         hold({**held.arrays, "running_mean": given[0]}, function),
-        place.given_statistics(values, vector(given[0]), vector(given[1]), held.affine),
+        place.given_statistics(inputs.extents.C, values, vector(given[0]), vector(given[1]), held.affine),
         None,
         frozen=frozen,
     )

@@ -180,7 +180,7 @@ class Backend(Protocol):
     def frozen_statistics(self, running: Running, eps: float, into: Statistics) -> None:
         """The same from running statistics, widened to float64; count is 0 and m2 has no meaning."""
 
-    def given_statistics(self, count: int, mean: Vector, invstd: Vector, affine: Affine) -> Statistics:
+    def given_statistics(self, C: int, count: int, mean: Vector, invstd: Vector, affine: Affine) -> Statistics:
         """Statistics that somebody else took, and copies of gamma and beta: all that a backward reads."""
 
     def normalize(

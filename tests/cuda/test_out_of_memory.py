@@ -54,5 +54,5 @@ def test_training(device):
         for name, value in state.to_dict().items():
             np.testing.assert_array_equal(value, before[name], name)
         rooms += 1
-    assert rooms > 2, "every allocation of the call was refused once"
+    assert rooms > 1, "every allocation of the call was refused once"
     assert state.tracked.tolist() == [1, 1, 1]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import cubn
+from cubn._kept import Kept
 from cubn.backends.cpu import pool, prepare
 from cubn.backends.cpu.backend import CpuBackend
-from cubn.backends.cpu.kept import Kept
 
 PROGRAM = """
 import random, signal, sys, time

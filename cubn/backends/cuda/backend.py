@@ -36,8 +36,8 @@ from cubn.backends.cuda.prepare import STATISTICS, affine_vectors, layouts, runn
 from cubn.backends.cuda.series import Series
 from cubn.backends.protocol import PreparedBackward, PreparedForward, PreparedTrain, Sums
 
-MOST = 1024
-"""Prepared calls and series that are kept, of each kind: some 10 KB each."""
+MOST = 512
+"""Prepared calls and series that are kept, of each kind: about 12 KB each."""
 
 
 class CudaBackend:
@@ -122,6 +122,15 @@ class CudaBackend:
     def frozen_statistics(self, running: Running, eps: float, into: Statistics) -> None:
         old = {"old_mean": running.mean, "old_var": running.var}
         self._channelwise("frozen", into.C, old, {**_rows_of(into), "eps": eps})
+
+    def given_statistics(self, C: int, count: int, mean: Vector, invstd: Vector, affine: Affine) -> Statistics:
+        found = self.new_statistics(C, affine)
+        zeros = self.device.zeros((C,), "float64")
+        self.statistics(self.device.from_host(np.array(count)), zeros, zeros, 1.0, found)
+        copies = {"kept_gamma": found.at("mean"), "kept_beta": found.at("invstd")}
+        self._channelwise("keep", C, {"gamma": mean, "beta": invstd}, copies)
+        self.keep(affine, found)
+        return found
 
     def update(self, statistics: Statistics, old: Running, new: Running, counters: Counters, update: Update) -> None:
         moved = running_vectors(old, new)

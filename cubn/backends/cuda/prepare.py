@@ -101,7 +101,7 @@ def resident(
     """A whole training step or gradient in one launch, which takes values of these names besides, where there is one;
     how a mask that is kept has its bits.
     """
-    launch = plan.resident(extents, operands, relu_mask, options, limits)
+    launch = plan.on_chip(extents, operands, relu_mask, options, limits)
     if launch is None:
         return None
     layout = plan.layout_of(extents, operands)

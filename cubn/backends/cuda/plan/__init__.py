@@ -20,7 +20,7 @@ from cubn.backends.cuda.plan.launch import (
 from cubn.backends.cuda.plan.layouts import elementwise_layout, is_dense, layout_of, octets_are_vectors, position_step
 from cubn.backends.cuda.plan.passes import channelwise, elementwise
 from cubn.backends.cuda.plan.reductions import finish, merge_rows, reduction, root, vector_of
-from cubn.backends.cuda.plan.resident import resident, slab, slab_channels
+from cubn.backends.cuda.plan.resident import on_chip, slab, slab_channels
 
 __all__ = [
     "OCTET",
@@ -41,10 +41,10 @@ __all__ = [
     "layout_of",
     "merge_rows",
     "octets_are_vectors",
+    "on_chip",
     "option",
     "position_step",
     "reduction",
-    "resident",
     "root",
     "slab",
     "slab_channels",

@@ -44,7 +44,7 @@ LONE_BYTES = 64 << 10  # of a block, more than which takes longer than several l
 FEW_BLOCKS = 4  # times which is still less than the multiprocessors
 
 
-def resident(
+def on_chip(
     extents: Extents, operands: Operands, relu_mask: Layout | None, options: Options, limits: Limits
 ) -> Launch | None:
     """One kernel for a whole training step or gradient, if there is; `relu_mask`: of the one to be read, if any."""
@@ -57,7 +57,7 @@ def resident(
 def slab(extents: Extents, operands: Operands, options: Options, limits: Limits) -> Launch | None:
     """One kernel for a whole training step or gradient, where a channel's x (and, for a gradient, dy) fits on chip."""
     N, C, S = extents
-    if 0 in extents or layout_of(extents, operands) != "nchw":
+    if 0 in extents:
         return None
     dtype = operands.x.dtype
     neighbours = all(o.channel_stride == S for o in given(operands))
@@ -66,8 +66,8 @@ def slab(extents: Extents, operands: Operands, options: Options, limits: Limits)
     torn = (group * S % OCTET and group < C) or (C * S % OCTET and N > 1)
     if keep_bits and torn:  # two blocks would write the same byte
         return None
-    kept = (operands.x, operands.g)[: _staged(options)]
-    aligned = all(o is None or are_vectors(o, (o.sample_stride, group * o.channel_stride)) for o in kept)
+    kept = given(operands)[: _staged(options)]
+    aligned = all(are_vectors(o, (o.sample_stride, group * o.channel_stride)) for o in kept)
     return _slab(extents, dtype, group, aligned, options, limits)
 
 
