@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cubn
-from cubn._types import Affine, Extents, Operand, Running, Vector
+from cubn._types import Affine, Counters, Extents, NormalizeOptions, Operand, Operands, Running, Update, Vector
 from cubn.backends import cpu
 from tests import oracle
 from tests.ops import arrays
@@ -122,32 +122,29 @@ def test_a_biased_running_variance_is_divided_by_the_count(backend, momentum, dt
         _, state = fresh(momentum, dtype)
         extents = Extents(values.shape[0], C, values.shape[2])
         y = np.empty_like(values)
-        operands = (
+        read, written = (
             Operand(a.ctypes.data, "float32", C * extents.S, extents.S, (extents.S,), (1,)) for a in (values, y)
         )
-        statistics, _ = works.train(
-            extents,
-            Arrays(next(operands), y=next(operands)),
-            EPS,
-            Affine(None, None),
-            relu=False,
-            keep_bits=False,
-            running=biased(state, momentum, works),
+        running, counters = of_oracle(state, works)
+        train = works.prepare_train(
+            extents, Operands(read, y=written), Affine(None, None), running, True, NormalizeOptions(False, False)
         )
+        at = [vector.pointer for vector in (*running, *running)]
+        at += [works.address(counter) for counter in counters]
+        statistics, _ = train(read.pointer, 0, written.pointer, 0, 0, 0, EPS, *at, momentum)
         expected = oracle.update(fresh(momentum, dtype)[1], oracle.batch_statistics(values, EPS), momentum, biased=True)
         arrays.assert_same(state.mean, expected.mean)
         arrays.assert_same(state.var, expected.var)
         _, later = fresh(momentum, dtype)
-        works.update(statistics, biased(later, momentum, works))
+        running, counters = of_oracle(later, works)
+        works.update(statistics, running, running, Counters(*map(works.address, counters)), Update(momentum, True))
         arrays.assert_same(later.var, expected.var)
 
 
-def biased(state, momentum, works):
-    """An oracle's state that a backend moves, its variance divided by the count."""
-    old = tuple(Vector(a.ctypes.data, str(a.dtype), 1) for a in (state.mean, state.var))
-    return Running(
-        old, old, *(works.from_host(a.copy()) for a in (state.tracked, state.skipped)), momentum, biased=True
-    )
+def of_oracle(state, works):
+    """The running statistics of an oracle's state, and counters that a backend may write."""
+    running = Running(*(Vector(a.ctypes.data, str(a.dtype), 1) for a in (state.mean, state.var)))
+    return running, [works.from_host(a.copy()) for a in (state.tracked, state.skipped)]
 
 
 @pytest.mark.parametrize("library", arrays.LIBRARIES)
