@@ -57,6 +57,8 @@ def measure(contestants: str, repeats: int) -> list[Row]:
 
 
 def _warm(timed: list[Callable[[], object]], repeats: int) -> list[float]:
+    for call in timed:
+        _loop(call, 20)  # the first loads its kernels
     counts = [max(1, round(SECONDS / _loop(call, 20))) for call in timed]
     means: list[list[float]] = [[] for _ in timed]
     for _ in range(repeats):
