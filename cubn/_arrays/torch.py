@@ -184,8 +184,8 @@ class Torch(Library):
     def version(self, x: Any) -> int | None:
         return None if x.is_inference() else int(x._version)
 
-    def mark_written(self, x: Any) -> None:
-        self._increment_version(x)
+    def mark_written(self, *arrays: Any) -> None:
+        self._increment_version(arrays)
 
 
 def _address(x: Any) -> int:
