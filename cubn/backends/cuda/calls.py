@@ -28,11 +28,14 @@ GRADIENTS = ("dgamma", "dbeta")
 
 
 class ReluMask(NamedTuple):
-    """Which y passed a residual ReLU, a bit an element in the order of (n, c, p), or of (n, p, c): "nhwc"."""
+    """Which y passed a residual ReLU, a bit an element in the order of (n, c, p), or of (n, p, c).
+
+    The order is what a backward looks at when it is prepared: it depends on x, residual and y, not on x alone.
+    """
 
     memory: BackendArray
     address: int
-    layout: Layout
+    layout: Layout  # "nchw" or "nhwc"
 
 
 def new_relu_mask(device: Device, extents: Extents, layout: Layout) -> ReluMask:
