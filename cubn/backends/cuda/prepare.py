@@ -21,9 +21,9 @@ FROM = ("from_count", "from_first", "from_second")
 
 
 class Rows(NamedTuple):
-    """Rows of nodes, and the names of the values that say where they are."""
+    """Rows of nodes, and the names of the values that say where their counts, firsts and seconds are."""
 
-    rows: int
+    number: int
     names: tuple[str, ...]
 
 
@@ -150,9 +150,9 @@ def rows(
     names = [*_present(read), *(("bits", "bits_first") if relu_mask else ()), *(("coefficients",) if read.g else ())]
     found = _new_rows(series, cut.rows, C)
     series.add(cut.reduce, names, fields, dict(zip(NODE, found.names, strict=True)))
-    for merge, left in cut.merges:
+    for launch, left in cut.merges:
         fewer = _new_rows(series, left, C)
-        _merge(series, merge, found, fewer)
+        merge(series, launch, found, fewer)
         found = fewer
     return found
 
@@ -164,19 +164,14 @@ def _new_rows(series: Series, count: int, C: int) -> Rows:
     return Rows(count, names)
 
 
-def _merge(series: Series, launch: Launch, found: Rows, into: Rows) -> None:
-    places = {**dict(zip(FROM, found.names, strict=True)), **dict(zip(NODE, into.names, strict=True))}
-    series.add(launch, (), {}, places)
-
-
-def merge(series: Series, what: What, C: int, found: Rows, into: Rows) -> None:
-    """All rows into one."""
-    _merge(series, plan.merge_rows(C, what, found.rows, found.rows), found, into)
+def merge(series: Series, launch: Launch, found: Rows, into: Rows) -> None:
+    """Rows into fewer ones."""
+    series.add(launch, (), {}, dict(zip((*FROM, *NODE), (*found.names, *into.names), strict=True)))
 
 
 def finish(series: Series, what: What, C: int, dtype: str, found: Rows, names: tuple[str, ...], fields: Fields) -> None:
     """The root of rows, and what follows from it."""
-    launch = plan.finish(C, what, found.rows, dtype)
+    launch = plan.finish(C, what, found.number, dtype)
     series.add(launch, (*names, "coefficients"), fields, dict(zip(FROM, found.names, strict=True)))
 
 
