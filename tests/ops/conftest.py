@@ -4,6 +4,7 @@ import pytest
 
 import cubn
 from cubn.backends.cpu import plan, prepare
+from cubn.backends.cpu.kept import Kept
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +18,7 @@ def number_of_threads():
 @pytest.fixture
 def plans_anew():
     """Work out launches from plan's constants as they are during the test."""
-    prepared = (prepare.elementwise, prepare.reduction, prepare.train, prepare.backward)
+    prepared = [function for function in vars(prepare).values() if isinstance(function, Kept)]
     for function in prepared:
         function.cache_clear()
     yield
