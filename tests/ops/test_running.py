@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cubn
-from cubn._types import Affine, Extents, Operand, Operands, Running, Vector
+from cubn._types import Affine, Counters, Extents, NormalizeOptions, Operand, Operands, Running, Update, Vector
 from cubn.backends import cpu
 from tests import oracle
 from tests.ops import arrays
@@ -121,33 +121,34 @@ def test_a_biased_running_variance_is_divided_by_the_count(backend, momentum, dt
     for values in (x, x[:1, :, :1].copy()):
         _, state = fresh(momentum, dtype)
         extents = Extents(values.shape[0], C, values.shape[2])
-        y = np.empty_like(values)
-        operands = (
-            Operand(a.ctypes.data, "float32", C * extents.S, extents.S, (extents.S,), (1,)) for a in (values, y)
+        out = np.empty_like(values)
+        given, y = (
+            Operand(a.ctypes.data, "float32", C * extents.S, extents.S, (extents.S,), (1,)) for a in (values, out)
         )
-        statistics, _ = works.train(
-            extents,
-            Arrays(next(operands), y=next(operands)),
-            EPS,
-            Affine(None, None),
-            relu=False,
-            keep_bits=False,
-            running=biased(state, momentum, works),
+        old, (tracked, skipped) = running(state), counters(state, works)
+        train = works.prepare_train(
+            extents, Operands(given, y=y), Affine(None, None), old, True, NormalizeOptions(residual=False, relu=False)
         )
+        moving = (old.mean.pointer, old.var.pointer) * 2
+        addresses = works.address(tracked), works.address(skipped)
+        statistics, _ = train(given.pointer, 0, y.pointer, 0, 0, 0, EPS, *moving, *addresses, momentum)
         expected = oracle.update(fresh(momentum, dtype)[1], oracle.batch_statistics(values, EPS), momentum, biased=True)
         arrays.assert_same(state.mean, expected.mean)
         arrays.assert_same(state.var, expected.var)
         _, later = fresh(momentum, dtype)
-        works.update(statistics, biased(later, momentum, works))
+        old, (tracked, skipped) = running(later), counters(later, works)
+        addresses = Counters(works.address(tracked), works.address(skipped))
+        works.update(statistics, old, old, addresses, Update(momentum, biased=True))
         arrays.assert_same(later.var, expected.var)
 
 
-def biased(state, momentum, works):
-    """An oracle's state that a backend moves, its variance divided by the count."""
-    old = tuple(Vector(a.ctypes.data, str(a.dtype), 1) for a in (state.mean, state.var))
-    return Running(
-        old, old, *(works.from_host(a.copy()) for a in (state.tracked, state.skipped)), momentum, biased=True
-    )
+def running(state):
+    """An oracle's state, which a backend moves."""
+    return Running(*(Vector(a.ctypes.data, str(a.dtype), 1) for a in (state.mean, state.var)))
+
+
+def counters(state, works):
+    return [works.from_host(a.copy()) for a in (state.tracked, state.skipped)]
 
 
 @pytest.mark.parametrize("library", arrays.LIBRARIES)
