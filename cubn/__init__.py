@@ -8,8 +8,8 @@ from cubn._moments import Moments
 from cubn.backends.threads import get_num_threads, set_num_threads
 from cubn.backward import backward, backward_start
 from cubn.backward_from import backward_from
-from cubn.fold import fold, fold_into
 from cubn.errors import BackendUnavailable, CollectiveMismatch, StateWarning
+from cubn.fold import fold, fold_into
 from cubn.forward import forward, forward_frozen, normalize
 from cubn.forward_train import forward_train, forward_train_start
 from cubn.gradients import Gradients, StatisticsGradients

@@ -1,4 +1,4 @@
-"""The arrays an operation is given, checked against x and described for a backend. Nothing is written here."""
+"""Arguments checked by themselves and against x. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -6,84 +6,20 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from cubn import _arrays, _layout
-from cubn._arrays import BOOL, Array, Output
-from cubn._types import CPU, Extents, Operand
-from cubn.backends import backend_for
-from cubn.backends.protocol import Backend
+from cubn import _arrays
+from cubn._arrays import Array, Output
+from cubn._arrays.memory import view
+from cubn._types import CPU, Extents
 from cubn.errors import device_name, message, quoted
 
 Word = TypeVar("Word", bound=str)
 
 UNREADABLE = (TypeError, ValueError, RuntimeError)
 """What libraries raise for an array that was deleted, never filled or stands for another; a signal handler, others."""
-
-backend = lru_cache(maxsize=None)(backend_for)
-
-
-class Source(NamedTuple):
-    """x, and how its axes are read."""
-
-    array: Array
-    axis: int
-    extents: Extents
-    operand: Operand
-    backend: Backend
-
-
-class Companion(NamedTuple):
-    """An array that goes with x element by element."""
-
-    array: Array
-    operand: Operand
-
-
-def source(function: str, x: Any, channel_axis: int, num_features: int | None = None) -> Source:
-    """x, with the given number of channels if there is one."""
-    array = _arrays.describe(x, function, "x")
-    shape = array.shape
-    if len(shape) < 2:
-        remedy = "Samples and channels are two axes: a single sample has shape (1, C)."
-        raise ValueError(refusal(function, "x", "have 2 axes or more", array, remedy))
-    axis = _layout.channel_position(len(shape), whole(channel_axis, function, "channel_axis"), function)
-    extents = _layout.extents(shape, axis)
-    if not extents.C or num_features not in (None, extents.C):
-        rule = f"have {num_features or '1 or more'} channels on axis {axis}"
-        raise ValueError(refusal(function, "x", rule, array, "channel_axis says which axis that is."))
-    return Source(array, axis, extents, _layout.operand(array, axis), backend(array.device, array.library.name))
-
-
-def mask(function: str, given: Any, x: Source) -> Companion:
-    """Which positions of x are present."""
-    array = _arrays.describe(given, function, "mask", BOOL)
-    _check_device(function, "mask", array, x)
-    operand = _layout.mask_operand(array, x.array.shape, x.axis)
-    if operand is None:
-        shape = x.array.shape[: x.axis] + x.array.shape[x.axis + 1 :]
-        rule = f"have x's shape without the channel axis, {shape}, or 1 instead of any extent"
-        raise ValueError(refusal(function, "mask", rule, array))
-    return Companion(array, operand)
-
-
-def beside(function: str, argument: str, given: Any, x: Source) -> Companion:
-    """Values that go with x's, of its shape, dtype, library and device."""
-    array = _arrays.describe(given, function, argument)
-    _check_like(function, argument, array, x)
-    return Companion(array, _layout.operand(array, x.axis))
-
-
-def parameter(function: str, argument: str, given: Any, x: Source) -> Array:
-    """A per-channel array of any library on x's device."""
-    array = _arrays.describe(given, function, argument, detach=True)
-    if array.shape != (x.extents.C,):
-        raise ValueError(refusal(function, argument, f"have shape ({x.extents.C},), one value per channel", array))
-    _check_device(function, argument, array, x)
-    return array
 
 
 def stored(value: Any, function: str, argument: str, dtypes: tuple[str, ...]) -> np.ndarray[Any, Any]:
@@ -124,13 +60,13 @@ def region(name: str, array: Array) -> Region:
 
 
 def destination(
-    function: str, out: Any, x: Source, in_place: Mapping[str, Array | None], apart: Iterable[Region]
+    function: str, out: Any, x: Array, in_place: Mapping[str, Array | None], apart: Iterable[Region]
 ) -> Output:
     """A caller's `out`: exactly one of `in_place`, or sharing no memory with any of them; and none with `apart`, which
     is on x's device.
     """
     output = _arrays.destination(out, function)
-    _check_like(function, "out", output.array, x)
+    check_like(function, "out", output.array, x)
     for name, array in in_place.items():
         if array is not None and _arrays.overlap(output.array, array) == "partial":
             raise ValueError(refusal(function, "out", f"be exactly {name} or share no memory with it", output.array))
@@ -141,15 +77,15 @@ def destination(
     return output
 
 
-def values_per_channel(x: Source, mask: Companion | None) -> int | None:
+def values_per_channel(extents: Extents, mask: Array | None) -> int | None:
     """How many values of a channel are present; None where only the device knows."""
-    N, _, S = x.extents
+    N, _, S = extents
     if mask is None:
         return N * S
-    if mask.array.device[0] != CPU:
+    if mask.device[0] != CPU:
         return None
-    repeats = N * S // max(1, math.prod(mask.array.shape))
-    return int(np.count_nonzero(on_host(mask.array))) * repeats
+    repeats = N * S // max(1, math.prod(mask.shape))
+    return int(np.count_nonzero(view(mask))) * repeats
 
 
 def flag(value: bool, function: str, argument: str) -> bool:
@@ -213,18 +149,20 @@ def refusal(function: str, argument: str, rule: str, array: Array, remedy: str =
     )
 
 
-def _check_like(function: str, argument: str, array: Array, x: Source) -> None:
-    if array.shape != x.array.shape:
-        raise ValueError(refusal(function, argument, f"have x's shape {x.array.shape}", array))
-    _check_device(function, argument, array, x)
-    if array.dtype != x.array.dtype:
-        raise TypeError(refusal(function, argument, f"have x's dtype {x.array.dtype}", array, "Convert it first."))
-    if array.library is not x.array.library:
+def check_like(function: str, argument: str, array: Array, x: Array) -> None:
+    """Raise unless an array has x's shape, dtype, library and device."""
+    if array.shape != x.shape:
+        raise ValueError(refusal(function, argument, f"have x's shape {x.shape}", array))
+    check_device(function, argument, array, x)
+    if array.dtype != x.dtype:
+        raise TypeError(refusal(function, argument, f"have x's dtype {x.dtype}", array, "Convert it first."))
+    if array.library is not x.library:
         remedy = "Convert it first."
-        raise TypeError(refusal(function, argument, f"be a {x.array.library.name} array, as x is", array, remedy))
+        raise TypeError(refusal(function, argument, f"be a {x.library.name} array, as x is", array, remedy))
 
 
-def _check_device(function: str, argument: str, array: Array, x: Source) -> None:
-    if array.device != x.array.device:
-        rule = f"be on x's device, {device_name(x.array.device)}"
+def check_device(function: str, argument: str, array: Array, x: Array) -> None:
+    """Raise unless an array is where x is."""
+    if array.device != x.device:
+        rule = f"be on x's device, {device_name(x.device)}"
         raise ValueError(refusal(function, argument, rule, array, "Move one of them to the other's device."))

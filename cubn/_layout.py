@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cubn._types import Extents, Operand, Vector
 from cubn.errors import message
-
-if TYPE_CHECKING:
-    from cubn._arrays import Array
 
 Shape = tuple[int, ...]
 Strides = tuple[int, ...]
 
 _MOST = 1 << 60  # elements, and steps between them, whose bytes an int64 counts
+
+
+class Described(Protocol):
+    """An array, as far as its layout goes."""
+
+    @property
+    def pointer(self) -> int: ...
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def strides(self) -> Strides: ...
+
+    @property
+    def dtype(self) -> str: ...
 
 
 class Unaddressable(ValueError):
@@ -40,12 +53,12 @@ def extents(shape: Shape, axis: int) -> Extents:
     return Extents(n, shape[axis], math.prod(rest))
 
 
-def operand(array: Array, axis: int) -> Operand:
+def operand(array: Described, axis: int) -> Operand:
     """The array as a kernel sees it."""
     return Operand(array.pointer, array.dtype, *_steps(array.shape, array.strides, axis))
 
 
-def mask_operand(mask: Array, shape: Shape, axis: int) -> Operand | None:
+def mask_operand(mask: Described, shape: Shape, axis: int) -> Operand | None:
     """The mask over an x of this shape as a kernel sees it, or None if it does not fit.
 
     A mask has x's shape without the channel axis, or x's rank with 1 there; its other extents are x's or 1.
@@ -54,7 +67,7 @@ def mask_operand(mask: Array, shape: Shape, axis: int) -> Operand | None:
     return steps and Operand(mask.pointer, mask.dtype, *steps)
 
 
-def vector(array: Array) -> Vector:
+def vector(array: Described) -> Vector:
     """A per-channel array as a kernel sees it."""
     return Vector(array.pointer, array.dtype, array.strides[0])
 

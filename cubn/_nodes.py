@@ -1,4 +1,5 @@
-"""Nodes of the canonical tree on the host, in NumPy: merged to maximal aligned blocks and to the root.
+"""Nodes of the canonical tree on the host, in NumPy: merged to maximal aligned blocks and to the root, and what
+normalisation needs of that.
 
 Moments hold few nodes, so plain float64 arithmetic on all channels at once is enough.
 """
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from cubn import reference
 from cubn._floating_point import default_floating_point
 from cubn._tree import Block, pair_order
-from cubn._types import Nodes
+from cubn._types import Nodes, Statistics
+from cubn.backends.protocol import Backend
 
 Float64 = NDArray[np.float64]
 
@@ -36,6 +38,21 @@ def root(nodes: Nodes) -> tuple[Any, Float64, Float64]:
         return np.zeros((), np.int64), zeros, zeros.copy()
     count, mean, m2 = reference.root(nodes.blocks, _each(nodes), reference.merge)
     return count, mean, m2
+
+
+@default_floating_point
+@np.errstate(all="ignore")
+def statistics(count: int, mean: Float64, m2: Float64, eps: float, place: Backend) -> Statistics:
+    """What normalisation needs of moments, where a backend can use it, without gamma and beta."""
+    C = len(mean)
+    memory = np.zeros(Statistics.size(C))
+    found = Statistics(memory, 0, C, gamma=False, beta=False)
+    found.count[...] = count
+    found.mean[:], found.m2[:] = mean, m2
+    np.divide(m2, np.float64(count), out=found.var)
+    found.invstd[:] = 1 / np.sqrt(found.var + eps)
+    placed = place.from_host(memory)
+    return Statistics(placed, place.address(placed), C, gamma=False, beta=False)
 
 
 def joined(blocks: tuple[Block, ...], count: NDArray[np.int64], first: Float64, second: Float64) -> Nodes:

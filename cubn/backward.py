@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property, partial
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import numpy as np
 
-from cubn import _arguments, _arrays
+from cubn import _arguments, _arrays, _calls
 from cubn._arguments import flag, one_of, refusal, region
-from cubn._arrays import BOOL, FLOATS, Output
+from cubn._arrays import Layout, Output
+from cubn._arrays.library import ALIGNMENT, Allocate
+from cubn._calls import Call
 from cubn._floating_point import default_floating_point
-from cubn._layout import operand, vector
-from cubn._types import BackendArray, Nodes, Operands, Vector
+from cubn._inputs import Inputs, like_x
+from cubn._layout import vector
+from cubn._types import BOOL, FLOATS, GradientOptions, Nodes, Vector
+from cubn.backends import threads
+from cubn.backends.protocol import PreparedBackward, Sums
 from cubn.errors import message
 from cubn.gradients import Gradients, StatisticsGradients
 from cubn.saved import Forward, Saved
 from cubn.sync import collective
-from cubn.sync.collective import Place, Shared, Started, Terms
+from cubn.sync.collective import Gathered, Started, SyncContext, Terms
 from cubn.typing import ArrayT, Like, ParameterGradients
 
-Sums = tuple[BackendArray, BackendArray]
+_BACKWARDS = _calls.new_store()
 _WHOSE: tuple[ParameterGradients, ...] = get_args(ParameterGradients)
 
 AnyGradients = Gradients[Any] | StatisticsGradients[Any]
@@ -111,10 +117,14 @@ def backward(
     ----------
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     """
+    if statistics is False and type(saved) is Saved and type(parameter_gradients) is str:
+        done = _again(saved._forward, dy, out) if parameter_gradients in _WHOSE else None
+        if done is not None:
+            return done
     forward = _forward_of(saved)
-    if forward.place is not None:
-        return _start(forward.place, dy, forward, parameter_gradients, statistics, out).finish()
-    return Prepared("backward", dy, forward, parameter_gradients, statistics, out).run()
+    if forward.context is not None:
+        return _start(forward.context, dy, forward, parameter_gradients, statistics, out).finish()
+    return Differentiation("backward", dy, forward, parameter_gradients, statistics, out).run()
 
 
 @overload
@@ -167,13 +177,75 @@ def backward_start(
         As in `backward`; here or in `finish`, but on all ranks in the same place.
     """
     forward = _forward_of(saved)
-    if forward.place is None:
+    if forward.context is None:
         remedy = "Use backward, or give the forward a comm."
         raise ValueError(message("backward_start", "saved", "be of a forward with comm=", "one without", remedy))
-    return _start(forward.place, dy, forward, parameter_gradients, statistics, out)
+    return _start(forward.context, dy, forward, parameter_gradients, statistics, out)
 
 
-class Prepared:
+class _Facts(NamedTuple):
+    """What of a backward does not differ between calls with one signature."""
+
+    x: Layout
+    mask: Layout | None
+    version: Callable[[Any], int | None]  # of a mask
+    residual: bool
+    dresidual_alignment: int
+    dgamma: tuple[str, Allocate] | None  # the parameter beside which it is made, and how
+    dbeta: tuple[str, Allocate] | None
+
+
+def _again(forward: Forward, dy: Any, out: Any) -> Gradients[Any] | None:
+    """A backward like one that was made before; None where something is in its way."""
+    layouts, x, mask, held, statistics, relu_mask, frozen, overwritten, context = forward
+    found = _calls.signature(dy)
+    if found is None or overwritten or context is not None:
+        return None
+    layout, at_dy = found
+    given, at_dx = None, 0
+    if out is not None:
+        if (found := _calls.signature(out)) is None:
+            return None
+        given, at_dx = found
+    kept = None if relu_mask is None else relu_mask.layout
+    call = _BACKWARDS.get((layouts, held.kind, kept, layout, given, frozen, threads.limit))
+    if call is None:
+        return None
+    facts, library = call.facts, call.library
+    if _calls.signature(x.owner) != (facts.x, x.pointer):
+        return None
+    if library.counts_versions and library.version(x.owner) != x.version:
+        return None
+    at_mask = 0
+    if mask is not None:
+        if _calls.signature(mask.owner) != (facts.mask, mask.pointer) or facts.version(mask.owner) != mask.version:
+            return None
+        at_mask = mask.pointer
+    dx, dresidual, at_dresidual = out, None, 0
+    if out is None:
+        dx, at_dx = call.allocate(x.owner)
+    elif not call.takes(out, at_dx, (at_dy,), (x.pointer, at_mask), None):
+        return None
+    if facts.residual:
+        dresidual, at_dresidual = call.allocate(x.owner)
+        if at_dresidual % ALIGNMENT != facts.dresidual_alignment:
+            return None
+    if at_dx % ALIGNMENT != call.alignment:
+        return None
+    dgamma = dbeta = None
+    at_dgamma = at_dbeta = 0
+    if facts.dgamma is not None and facts.dbeta is not None:
+        home, allocate = facts.dgamma
+        dgamma, at_dgamma = allocate(held.arrays[home].owner)
+        home, allocate = facts.dbeta
+        dbeta, at_dbeta = allocate(held.arrays[home].owner)
+    call.prepared(x.pointer, at_dy, at_dx, at_dresidual, at_mask, statistics, relu_mask, at_dgamma, at_dbeta)
+    if out is not None and library.counts_versions:
+        library.mark_written(out)
+    return Gradients(dx, dgamma if statistics.gamma else None, dbeta if statistics.beta else None, dresidual)
+
+
+class Differentiation:
     """A backward whose arguments were checked and whose outputs are ready; nothing is written yet."""
 
     def __init__(
@@ -187,91 +259,114 @@ class Prepared:
     ) -> None:
         self.everywhere = one_of(_WHOSE, parameter_gradients, function, "parameter_gradients") == "global"
         self.by_statistics = flag(statistics, function, "statistics")
-        if self.by_statistics and forward.frozen is None:
+        if self.by_statistics and not forward.frozen:
             rule, remedy = (
                 "be False unless the statistics are frozen",
                 "What passes through a batch's own is part of dx.",
             )
             raise ValueError(message(function, "statistics", rule, True, remedy))
         self.forward = forward
-        self.source = x = forward.source
-        self.backend = x.backend
-        array, dy_operand = _arguments.beside(function, "dy", dy, x)
-        _check_unchanged(forward)
+        layouts = forward.layouts
+        inputs = forward.inputs
+        self.inputs = inputs = inputs._replace(beside=like_x(function, "dy", dy, inputs.x))
+        self.backend, x = inputs.backend, inputs.x
+        _check_unchanged(forward, inputs)
         self.in_given = out is not None
         if out is None:
-            self.dx = _arrays.empty_like(x.array)
+            self.dx = _arrays.empty_like(x)
         else:
-            masked = (region("mask", forward.mask.array),) if forward.mask else ()
-            apart = (region("x", x.array), *masked)
-            self.dx = _arguments.destination(function, out, x, {"dy": array}, apart)
-        self.dresidual = _arrays.empty_like(x.array) if forward.has_residual else None
+            masked = (region("mask", inputs.mask),) if inputs.mask else ()
+            self.dx = _arguments.destination(function, out, x, {"dy": inputs.beside}, (region("x", x), *masked))
+        self.dresidual = _arrays.empty_like(x) if layouts.residual else None
         self.dgamma, self.dbeta = _parameter_outputs(forward)
-        self.normalised = forward.statistics, forward.parameters.affine
-        self.arrays = Arrays(
-            x.operand,
-            dy_operand,
-            operand(self.dx.array, x.axis),
-            self.dresidual and operand(self.dresidual.array, x.axis),
-            forward.mask and forward.mask.operand,
-        )
+        self.operands = inputs.operands(self.dx.array, self.dresidual and self.dresidual.array)
+        self.options = GradientOptions(layouts.relu, forward.frozen, layouts.residual)
 
     @cached_property
     def terms(self) -> Terms:
-        forward, (array, _, (N, C, _), _, _) = self.forward, self.source
+        forward, (N, C, _) = self.forward, self.inputs.extents
         on = {
-            "relu": forward.gate.kind != "none",
-            "residual": forward.has_residual,
-            "frozen": forward.frozen is not None,
+            "relu": self.options.relu != "none",
+            "residual": self.options.residual,
+            "frozen": forward.frozen,
             "global parameter gradients": self.everywhere,
         }
         return Terms(
             "backward",
             C,
             N,
-            array.dtype,
-            forward=forward.place.exchange if forward.place else 0,
+            self.inputs.x.dtype,
+            forward=forward.context.exchange if forward.context else 0,
             options=frozenset(name for name in on if on[name]),
-            gathers=self.everywhere or forward.frozen is None,
+            gathers=self.everywhere or not forward.frozen,
         )
 
     def run(self) -> AnyGradients:
         """The whole batch is here."""
-        source, forward = self.source, self.forward
+        forward = self.forward
         if self.in_given and self._may_fail():
             sums = self.backend.root_sums(self.part(0))
             return self._apply(sums, sums)
-        sums = self.backend.backward(
-            source.extents,
-            self.arrays,
-            *self.normalised,
-            frozen=forward.frozen is not None,
-            gate=forward.gate,
-            parameters=self.parameters,
+        prepared = self.backend.prepare_backward(
+            self.inputs.extents, self.operands, forward.statistics, forward.relu_mask, self.parameters, self.options
         )
+        x, dy, dx, dresidual, mask = (operand.pointer if operand else 0 for operand in self.operands)
+        dgamma, dbeta = (output.array.pointer if output else 0 for output in (self.dgamma, self.dbeta))
+        sums = prepared(x, dy, dx, dresidual, mask, forward.statistics, forward.relu_mask, dgamma, dbeta)
+        if not self.by_statistics:
+            self._remember(prepared)
         return self._written(self._of_channels(sums))
 
+    def _remember(self, prepared: PreparedBackward) -> None:
+        """For calls that have the same signature."""
+        forward, (x, _, _, _, _, mask, dy) = self.forward, self.inputs
+        assert dy is not None
+        like_x, like_mask, like_dy = (array and array.library.layout(array) for array in (x, mask, dy))
+        given = self.dx.array.library.layout(self.dx.array) if self.in_given else None
+        outputs = self.dgamma, self.dbeta
+        known = (like_mask or not mask) and (given or not self.in_given)
+        if (
+            like_x is None
+            or like_dy is None
+            or not known
+            or forward.overwritten
+            or any(d and d.array.library.adopts for d in outputs)
+        ):
+            return
+        gamma, beta = (_beside(name, forward) if self.dgamma else None for name in _homes(forward).values())
+        aligned = self.dresidual.array.pointer % ALIGNMENT if self.dresidual else 0
+        version = (mask or x).library.version
+        facts = _Facts(like_x, like_mask, version, self.options.residual, aligned, gamma, beta)
+        call = Call(prepared, facts, x, self.dx.array, (dy,), (x, mask))
+        kept = None if forward.relu_mask is None else forward.relu_mask.layout
+        key = (forward.layouts, forward.held.kind, kept, like_dy, given, forward.frozen, threads.limit)
+        _BACKWARDS.add(key, call)
+
     def part(self, start: int) -> Nodes:
-        extents, gate = self.source.extents, self.forward.gate
-        return self.backend.backward_sums(extents, self.arrays, *self.normalised, gate=gate, start=start)
+        extents, forward = self.inputs.extents, self.forward
+        return self.backend.backward_sums(
+            extents, self.operands, forward.statistics, forward.relu_mask, self.options, start
+        )
 
     def accept(self, values: int) -> None:
         """The forward has been."""
 
-    def finish(self, shared: Shared) -> AnyGradients:
-        sums = self.backend.root_sums(shared.nodes) if self.terms.gathers else None
+    def finish(self, gathered: Gathered) -> AnyGradients:
+        sums = self.backend.root_sums(gathered.nodes) if self.terms.gathers else None
         needed = self.parameters or self.by_statistics
-        own = (sums if self.everywhere else self.backend.root_sums(shared.own)) if needed else None
+        own = (sums if self.everywhere else self.backend.root_sums(gathered.own)) if needed else None
         return self._apply(own, sums)
 
     def _apply(self, own: Sums | None, sums: Sums | None) -> AnyGradients:
         """Gradients of channels from own sums, then dx from those of all ranks: what may fail comes before `out`."""
+        forward = self.forward
         if self.parameters and own:
-            self.backend.parameter_gradients(self.forward.statistics, own, *self.parameters)
+            self.backend.parameter_gradients(forward.statistics, own, *self.parameters)
         of_channels = self._of_channels(own)
-        extents, gate = self.source.extents, self.forward.gate
-        applied = sums if self.forward.frozen is None else None
-        self.backend.backward_apply(extents, self.arrays, *self.normalised, applied, gate=gate)
+        applied = None if forward.frozen else sums
+        self.backend.backward_apply(
+            self.inputs.extents, self.operands, forward.statistics, forward.relu_mask, applied, self.options
+        )
         return self._written(of_channels)
 
     @property
@@ -287,11 +382,10 @@ class Prepared:
 
     def _of_channels(self, sums: Sums | None) -> OfChannels:
         """What of the gradients of channels is asked for; `parameters` are written."""
-        dgamma, dbeta = self.dgamma, self.dbeta
-        gamma, beta = self.forward.parameters
+        statistics = self.forward.statistics
         return (
-            dgamma and gamma and dgamma.finish(),
-            dbeta and beta and dbeta.finish(),
+            self.dgamma.finish() if self.dgamma and statistics.gamma else None,
+            self.dbeta.finish() if self.dbeta and statistics.beta else None,
             *(self._of_statistics(sums) if self.by_statistics and sums else (None, None)),
         )
 
@@ -299,11 +393,9 @@ class Prepared:
     @np.errstate(all="ignore")
     def _of_statistics(self, sums: Sums) -> tuple[Any, Any]:
         """The gradients by given mean and variance, of which invstd is a function."""
-        forward, home = self.forward, self.forward.frozen
-        assert home is not None, "checked at first"
-        gamma = forward.parameters.gamma
-        sum_dy, sum_dy_xmu, invstd = (self.backend.to_host(a) for a in (*sums, forward.statistics.invstd))
-        scale = invstd * self.backend.to_host(gamma.values) if gamma else invstd
+        statistics, home = self.forward.statistics, self.forward.held.arrays["running_mean"]
+        sum_dy, sum_dy_xmu, invstd = (self.backend.to_host(a) for a in (*sums, statistics.invstd))
+        scale = invstd * self.backend.to_host(statistics.row("gamma")) if statistics.gamma else invstd
         dmean, dvar = -(sum_dy * scale), -0.5 * (sum_dy_xmu * scale * (invstd * invstd))
         new = home.library.from_numpy
         return new(dmean, home.dtype, home), new(dvar, home.dtype, home)
@@ -316,8 +408,9 @@ class Prepared:
         return Gradients(dx, dgamma, dbeta, dresidual)
 
 
-def _start(place: Place, *arguments: Any) -> Started[AnyGradients]:
-    return collective.start("backward", place.communicator, place.sizes, partial(Prepared, "backward", *arguments))
+def _start(context: SyncContext, *arguments: Any) -> Started[AnyGradients]:
+    make = partial(Differentiation, "backward", *arguments)
+    return collective.start("backward", context.communicator, context.sizes, make)
 
 
 def _forward_of(saved: Saved[Any]) -> Forward:
@@ -327,28 +420,42 @@ def _forward_of(saved: Saved[Any]) -> Forward:
     return saved._forward
 
 
+def _homes(forward: Forward) -> dict[str, str]:
+    """Beside which parameters dgamma and dbeta are made: their own, or the other where there is but one of them."""
+    statistics = forward.statistics
+    either = "gamma" if statistics.gamma else "beta"
+    return {
+        "dgamma": "gamma" if statistics.gamma else either,
+        "dbeta": "beta" if statistics.beta else either,
+    }
+
+
 def _parameter_outputs(forward: Forward) -> tuple[Output | None, Output | None]:
-    """Where dgamma and dbeta go: each like its parameter, or like the other where there is but one of them."""
-    gamma, beta = forward.parameters
-    either = gamma or beta
-    if either is None:
+    """Where dgamma and dbeta go."""
+    if not (forward.statistics.gamma or forward.statistics.beta):
         return None, None
-    homes = ((kept or either).home for kept in (gamma, beta))
-    dgamma, dbeta = (_arrays.empty_vector(forward.source.extents.C, home.dtype, home) for home in homes)
+    homes = (forward.held.arrays[name] for name in _homes(forward).values())
+    dgamma, dbeta = (_arrays.empty_vector(forward.layouts.extents.C, home.dtype, home) for home in homes)
     return dgamma, dbeta
 
 
-def _check_unchanged(forward: Forward) -> None:
+def _beside(name: str, forward: Forward) -> tuple[str, Allocate]:
+    """How vectors like one of the parameters are made."""
+    home = forward.held.arrays[name]
+    return name, home.library.allocator((forward.layouts.extents.C,), (1,), home.dtype, home)
+
+
+def _check_unchanged(forward: Forward, inputs: Inputs) -> None:
     """x and the mask must hold what the forward read: the gradient depends on it."""
     out = "Give the forward an `out` of its own, and change x only after the last backward."
     if forward.overwritten:
         rule = "be kept until backward, but y was written over it"
-        raise ValueError(refusal("backward", "x", rule, forward.source.array, out))
-    for name, array, version in forward.read:
-        if array.capsule is not None:  # an export holds its memory, and may be another one each time
-            continue
+        raise ValueError(refusal("backward", "x", rule, inputs.x, out))
+    for name, array, read in (("x", inputs.x, forward.x), ("mask", inputs.mask, forward.mask)):
+        if array is None or read is None or array.capsule is not None:
+            continue  # an export holds its memory, and may be another one each time
         now = _arrays.describe(array.owner, "backward", name, BOOL if name == "mask" else FLOATS, detach=True)
-        if now[:4] != array[:4] or array.library.version(now) != version:
+        if now[:4] != array[:4] or array.library.version(now.owner) != read.version:
             rule = "be as it was in the forward, but was changed since"
             remedy = out if name == "x" else "Change it only after the last backward."
             raise ValueError(refusal("backward", name, rule, now, remedy))

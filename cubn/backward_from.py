@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import numpy as np
-
-from cubn import _arguments
-from cubn._arguments import Companion, Source, flag, whole
-from cubn._given import Given, given_parameters, kept_parameters
+from cubn._arguments import flag, whole
+from cubn._inputs import Inputs, bind_beside, bind_parameters, bind_x, parameter, relu_gradient
 from cubn._layout import vector
-from cubn._types import Affine, Gate, Statistics
-from cubn.backward import Prepared
+from cubn._state.arrays import hold
+from cubn.backward import Differentiation
 from cubn.errors import message
 from cubn.gradients import Gradients, StatisticsGradients
-from cubn.saved import Forward
+from cubn.saved import Forward, Layouts, Read
 from cubn.typing import AnyArray, ArrayT, Like, SupportsDLPack
 
 
@@ -130,32 +127,27 @@ def backward_from(
     """
     function = "backward_from"
     relu, frozen = flag(relu, function, "relu"), flag(frozen, function, "frozen")
-    source = _arguments.source(function, x, channel_axis)
-    masked = None if mask is None else _arguments.mask(function, mask, source)
-    taken = [_arguments.parameter(function, *named, source) for named in (("mean", mean), ("invstd", invstd))]
-    held = given_parameters(function, gamma, beta, source)
-    values = 0 if frozen else _count(function, count, source, masked)
-    place, C = source.backend, source.extents.C
-    (centre, at_centre), (inverse, at_inverse) = place.new_vector(C), place.new_vector(C)
-    place.keep(Affine(*map(vector, taken)), Affine(at_centre, at_inverse), C)
-    number = place.from_host(np.array(values, np.int64))
+    inputs = bind_beside(function, bind_x(function, x, channel_axis), mask)
+    given = [parameter(function, *named, inputs) for named in (("mean", mean), ("invstd", invstd))]
+    inputs = bind_parameters(function, inputs, gamma=gamma, beta=beta)
+    held, place = inputs.held, inputs.backend
+    values = 0 if frozen else _count(function, count, inputs)
     forward = Forward(
-        source,
-        masked,
-        has_residual=False,
-        statistics=Statistics(number, centre, centre, centre, inverse),  # a backward reads neither m2 nor var
-        parameters=kept_parameters(Given(source, held, masked, None)),
-        gate=Gate("recompute" if relu else "none"),
-        read=(),
-        frozen=taken[0] if frozen else None,
+        Layouts.of(inputs, relu_gradient(relu, residual=False)),
+        Read.of(inputs.x),
+        inputs.mask and Read.of(inputs.mask),
+        hold({**held.arrays, "running_mean": given[0]}, function),
+        place.given_statistics(inputs.extents.C, values, vector(given[0]), vector(given[1]), held.affine),
+        None,
+        frozen=frozen,
     )
-    return Prepared(function, dy, forward, "local", statistics, out).run()
+    return Differentiation(function, dy, forward, "local", statistics, out).run()
 
 
-def _count(function: str, count: int | None, x: Source, mask: Companion | None) -> int:
+def _count(function: str, count: int | None, inputs: Inputs) -> int:
     """Values per channel that the statistics are of."""
     if count is None:
-        present = _arguments.values_per_channel(x, mask)
+        present = inputs.values
         if present is None:
             rule, remedy = "be given together with a mask on a device", "It is how many positions are present."
             raise ValueError(message(function, "count", rule, None, remedy))

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from cubn import _arguments
+from typing import Any
+
+from cubn import _calls
 from cubn._arguments import flag
-from cubn._given import beside, gate_kind, given_parameters, given_with_state, kept_parameters, overwrites
+from cubn._arrays.library import ALIGNMENT
+from cubn._calls import Call
+from cubn._inputs import bind, bind_beside, bind_parameters, bind_x, overwrites, relu_gradient
 from cubn._moments import Moments
-from cubn._types import Gate, Vector
+from cubn._types import NormalizeOptions, Running
 from cubn.errors import message
 from cubn.moments import statistics_of
-from cubn.saved import Forward, Saved, as_read
+from cubn.saved import Forward, Layouts, Read, Saved
 from cubn.state import BatchNormState, Held, checked_eps
 from cubn.sync import communicator
-from cubn.sync.collective import Place, check_sizes
+from cubn.sync.collective import SyncContext, check_sizes
 from cubn.typing import AnyArray, ArrayT, Comm, Like, Sizes, SupportsDLPack
+
+_FORWARDS = _calls.new_store()
 
 
 def forward(
@@ -71,14 +77,36 @@ def forward(
     ----------
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     """
+    if relu is False or relu is True:
+        found = _calls.find(_FORWARDS, x, state, mask, residual, out, relu)
+        if found is not None:
+            call, held, at_x, at_residual, at_mask, at_y = found
+            y = out
+            if y is None:
+                y, at_y = call.allocate(x)
+            if at_y % ALIGNMENT == call.alignment:
+                call.prepared(at_x, at_residual, at_y, at_mask, *held.addresses, state._options.eps)
+                if out is not None and call.library.counts_versions:
+                    call.library.mark_written(out)
+                return y
+    return _forward(x, state, mask, residual, relu, out)  # type: ignore[no-any-return]
+
+
+def _forward(x: Any, state: BatchNormState, mask: Any, residual: Any, relu: bool, out: Any) -> Any:
+    """With every check."""
     relu = flag(relu, "forward", "relu")
-    given = given_with_state("forward", x, state, mask, residual)
-    source, held = given.source, given.held
+    inputs = bind("forward", x, state, mask, residual)
+    held = inputs.held
     running = _running(held, "forward")
-    output = given.destination("forward", out)
-    source.backend.forward(source.extents, given.arrays(output), running, state.eps, held.affine, relu=relu)
-    y: ArrayT = output.finish()
-    return y
+    output = inputs.destination("forward", out)
+    options = NormalizeOptions(residual is not None, relu)
+    operands = inputs.operands(output.array)
+    prepared = inputs.backend.prepare_forward(inputs.extents, operands, held.affine, running, options)
+    at_x, at_residual, at_y, _, at_mask = (operand.pointer if operand else 0 for operand in operands)
+    prepared(at_x, at_residual, at_y, at_mask, *held.addresses, state.eps)
+    call = Call(prepared, None, inputs.x, output.array, (inputs.x, inputs.beside), (inputs.mask,))
+    _calls.remember(_FORWARDS, call, inputs, state, None if out is None else output.array, relu)
+    return output.finish()
 
 
 def forward_frozen(
@@ -129,29 +157,30 @@ def forward_frozen(
     check_sizes("forward_frozen", sizes, comm)
     relu = flag(relu, "forward_frozen", "relu")
     group = None if comm is None else communicator(comm)
-    given = given_with_state("forward_frozen", x, state, mask, residual)
-    source, held, _, _ = given
-    place = Place.without_exchange("forward_frozen", group, sizes, source.extents.N) if group else None
+    inputs = bind("forward_frozen", x, state, mask, residual)
+    extents, held = inputs.extents, inputs.held
+    context = SyncContext.without_exchange("forward_frozen", group, sizes, extents.N) if group else None
     running = _running(held, "forward_frozen")
-    output = given.destination("forward_frozen", out)
-    parameters = kept_parameters(given)
-    kind = gate_kind(relu, given)
-    statistics = source.backend.frozen_statistics(running, source.extents.C, state.eps)
-    then = {"relu": relu, "keep_bits": kind == "bits"}
-    bits = source.backend.normalize(source.extents, given.arrays(output), statistics, parameters.affine, **then)
+    output = inputs.destination("forward_frozen", out)
+    gradient = relu_gradient(relu, residual is not None)
+    options = NormalizeOptions(residual is not None, relu, keep_mask=gradient == "mask")
+    place = inputs.backend
+    statistics = place.new_statistics(extents.C, held.affine)
+    place.keep(held.affine, statistics)
+    place.frozen_statistics(running, state.eps, statistics)
+    relu_mask = place.normalize(extents, inputs.operands(output.array), statistics, statistics.affine, options)
     y = output.finish()
     return y, Saved._of(
         Forward(
-            source,
-            given.mask,
-            residual is not None,
+            Layouts.of(inputs, gradient),
+            Read.of(inputs.x),
+            inputs.mask and Read.of(inputs.mask),
+            held,
             statistics,
-            parameters,
-            Gate(kind, bits),
-            as_read(source, given.mask),
-            frozen=held.arrays["running_mean"],
-            overwritten=overwrites(out, output, source),
-            place=place,
+            relu_mask,
+            frozen=True,
+            overwritten=overwrites(out, output, inputs.x),
+            context=context,
         )
     )
 
@@ -205,20 +234,20 @@ def normalize(
         remedy = "Use cubn.moments(x) to take them."
         raise TypeError(message("normalize", "moments", "be Moments", type(moments).__name__, remedy))
     relu = flag(relu, "normalize", "relu")
-    source = _arguments.source("normalize", x, channel_axis, moments.num_features)
+    inputs = bind_x("normalize", x, channel_axis, moments.num_features)
     if not moments.count:
         raise ValueError(message("normalize", "moments", "be of at least one value per channel", moments.count))
     eps = checked_eps(eps, "normalize")
-    held = given_parameters("normalize", gamma, beta, source)
-    given = beside("normalize", source, held, mask, residual)
-    output = given.destination("normalize", out)
-    statistics = statistics_of(moments, eps, source.backend)
-    source.backend.normalize(source.extents, given.arrays(output), statistics, held.affine, relu=relu, keep_bits=False)
+    inputs = bind_beside("normalize", bind_parameters("normalize", inputs, gamma=gamma, beta=beta), mask, residual)
+    output = inputs.destination("normalize", out)
+    statistics = statistics_of(moments, eps, inputs.backend)
+    options = NormalizeOptions(residual is not None, relu)
+    inputs.backend.normalize(inputs.extents, inputs.operands(output.array), statistics, inputs.held.affine, options)
     y: ArrayT = output.finish()
     return y
 
 
-def _running(held: Held, function: str) -> tuple[Vector, Vector]:
+def _running(held: Held, function: str) -> Running:
     if held.running is None:
         remedy = "Use forward_train, or normalize by moments(x)."
         raise ValueError(message(function, "state", "have running statistics", "a state with track=False", remedy))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import math
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from cubn import _arguments
+from cubn import _calls
 from cubn._arguments import flag
-from cubn._given import Parameters, gate_kind, given_with_state, kept_parameters, new_parameters, overwrites
-from cubn._types import Gate, Nodes, Running, Statistics
+from cubn._arrays.library import ALIGNMENT
+from cubn._calls import Call
+from cubn._inputs import bind, overwrites, relu_gradient
+from cubn._state.arrays import Held
+from cubn._state.holding import Move
+from cubn._types import Nodes, NormalizeOptions, Statistics
+from cubn.backends.protocol import PreparedTrain, ReluMask
 from cubn.errors import message
-from cubn.saved import Forward, Saved, as_read
-from cubn.state import BatchNormState, Held
+from cubn.saved import Forward, Layouts, Read, Saved
+from cubn.state import BatchNormState
 from cubn.sync import collective
-from cubn.sync.collective import Place, Shared, Started, Terms, check_sizes
+from cubn.sync.collective import Gathered, Started, SyncContext, Terms, check_sizes
 from cubn.typing import AnyArray, ArrayT, Comm, Like, Sizes
+
+_TRAININGS = _calls.new_store()
 
 
 def forward_train(
@@ -87,6 +94,12 @@ def forward_train(
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances"
     """
+    if comm is None and sizes is None and (relu is False or relu is True) and (update is True or update is False):
+        found = _calls.find(_TRAININGS, x, state, mask, residual, out, relu, update)
+        if found is not None:
+            done = _again(*found, x, state, mask, residual, out)
+            if done is not None:
+                return done
     check_sizes("forward_train", sizes, comm)
     if comm is not None:
         return _start(comm, sizes, x, state, mask, residual, relu, update, out).finish()
@@ -133,6 +146,62 @@ def _start(comm: Comm, sizes: Sizes | None, *arguments: Any) -> Started[tuple[An
     return collective.start("forward_train", comm, sizes, partial(_Begun, *arguments))
 
 
+class _Facts(NamedTuple):
+    """What of a training forward does not differ between calls with one signature."""
+
+    layouts: Layouts
+    updates: bool
+    values: int
+    """Values per channel; with a mask, of each position that it lets through."""
+
+
+def _again(
+    call: Call[PreparedTrain, _Facts],
+    held: Held,
+    at_x: int,
+    at_residual: int,
+    at_mask: int,
+    at_y: int,
+    x: Any,
+    state: BatchNormState,
+    mask: Any,
+    residual: Any,
+    out: Any,
+) -> tuple[Any, Saved[Any]] | None:
+    """A forward_train like one that was made before; None where something is in its way."""
+    layouts, updates, values = call.facts
+    library = call.library
+    if mask is not None and library.count(mask) * values < 2:
+        return None
+    y = out
+    if y is None:
+        y, at_y = call.allocate(x)
+    if at_y % ALIGNMENT != call.alignment:
+        return None
+    gamma, beta, mean, var = held.addresses
+    if updates:
+        with state._turn("forward_train"):
+            counters = state._counters
+            _, eps, momentum, _, _ = state._options
+            if counters is None or counters.device != held.device or state._held is not held:
+                return None
+            if momentum is not None and not 0 <= momentum <= 1:
+                return None
+            statistics, relu_mask = call.prepared(
+                at_x, at_residual, at_y, at_mask, gamma, beta, eps, mean, var, mean, var, *counters.at, momentum
+            )
+            held.mark_written()
+    else:
+        statistics, relu_mask = call.prepared(at_x, at_residual, at_y, at_mask, gamma, beta, state._options.eps)
+    counts = library.counts_versions
+    if out is not None and counts:
+        library.mark_written(out)
+    read = Read(x, at_x, library.version(x) if counts else None, None)
+    masked = None if mask is None else Read(mask, at_mask, library.version(mask) if counts else None, None)
+    overwritten = at_y == at_x
+    return y, Saved._of(Forward(layouts, read, masked, held, statistics, relu_mask, False, overwritten))
+
+
 class _Training:
     """A forward_train whose arguments were checked and whose output is ready; nothing is changed yet."""
 
@@ -141,73 +210,84 @@ class _Training:
     ) -> None:
         relu = flag(relu, "forward_train", "relu")
         update = flag(update, "forward_train", "update")
-        self.given = given = given_with_state("forward_train", x, state, mask, residual)
+        self.inputs = inputs = bind("forward_train", x, state, mask, residual)
         self.state = state
-        self.eps, self.momentum = state.eps, state.momentum  # which may have changed before `finish`
-        self.biased = state.running_variance == "biased"
+        self.eps, self.how = state.eps, state._options.how_to_update  # which may have changed before `finish`
         self.updates = update and state._counters is not None
         if self.updates:
-            state._check_updatable("forward_train", given.held)
-        self.output = given.destination("forward_train", out)
-        self.overwrites = overwrites(out, self.output, given.source)
-        self.kind = gate_kind(relu, given)
-        self.backend = given.source.backend
-        self.arrays = given.arrays(self.output)
-        self.then = {"relu": relu, "keep_bits": self.kind == "bits"}
-        self.values = _arguments.values_per_channel(given.source, given.mask)
+            state._check_updatable("forward_train", inputs.held)
+        self.output = inputs.destination("forward_train", out)
+        self.given = None if out is None else self.output.array
+        self.overwrites = overwrites(out, self.output, inputs.x)
+        self.backend = inputs.backend
+        self.operands = inputs.operands(self.output.array)
+        self.layouts = Layouts.of(inputs, relu_gradient(relu, residual is not None))
+        self.options = NormalizeOptions(residual is not None, relu, keep_mask=self.layouts.relu == "mask")
+        self.asked = relu, update
+        self.values = inputs.values
 
     def check_count(self) -> None:
         """Raise unless this batch is enough by itself."""
         if self.values is None or self.values > 1:
             return
-        array, mask = self.given.source.array, self.given.mask
+        array, mask = self.inputs.x, self.inputs.mask
         got = f"{self.values} where the mask is True" if mask else self.values
         _check_count(self.values, got, "", shape=array.shape, dtype=array.dtype, device=array.device)
 
     def run(self) -> tuple[Any, Saved[Any]]:
         """The whole step at once. y is its library's before the state is changed for good: an adoption may fail."""
-        source, held = self.given.source, self.given.held
-        kept = new_parameters(self.given)
-        with self.turn(), self.moving(held) as running:
-            after = running if running and running.in_place and self.output.array.library.adopts else None
-            statistics, bits = self.backend.train(
-                source.extents,
-                self.arrays,
-                self.eps,
-                held.affine,
-                **self.then,
-                kept=kept.affine,
-                running=None if after else running,
-            )
-            y = self.output.finish()
-            if after:
-                self.backend.update(statistics, after)
-        return y, self.saved(statistics, bits, kept)
+        held, state = self.inputs.held, self.state
+        if not self.updates:
+            return self._train(None, None)
+        with state._turn("forward_train"), state._moving("forward_train", held) as move:
+            after = move.in_place and self.output.array.library.adopts
+            return self._train(None, move) if after else self._train(move, None)
 
-    def turn(self) -> AbstractContextManager[Any]:
-        """What keeps other threads from the running statistics, if they are to move."""
-        return self.state._turn("forward_train") if self.updates else nullcontext()
+    def _train(self, move: Move | None, after: Move | None) -> tuple[Any, Saved[Any]]:
+        """One launch, in which running statistics move too, or do so after y is its library's."""
+        extents, held = self.inputs.extents, self.inputs.held
+        running, biased = (move.old, move.update.biased) if move else (None, False)
+        prepared = self.backend.prepare_train(extents, self.operands, held.affine, running, biased, self.options)
+        gamma, beta, *_ = held.addresses
+        moves: tuple[Any, ...] = ()
+        if move:
+            vectors = (*move.old, *move.new)
+            moves = (*(vector.pointer for vector in vectors), *move.counters, move.update.momentum)
+        x, residual, y, _, mask = (operand.pointer if operand else 0 for operand in self.operands)
+        statistics, relu_mask = prepared(x, residual, y, mask, gamma, beta, self.eps, *moves)
+        if not after:
+            self._remember(prepared)
+        result = self.output.finish()
+        if after:
+            self.backend.update(statistics, *after)
+        return result, self.saved(statistics, relu_mask)
 
-    def moving(self, held: Held | None = None) -> AbstractContextManager[Running | None]:
-        """The running statistics (those held a moment ago), if they are to move."""
-        return self.state._moving("forward_train", held) if self.updates else nullcontext()
+    def _remember(self, prepared: PreparedTrain) -> None:
+        """For calls that have the same signature, and in which nothing of this one's own is left to be asked."""
+        inputs = self.inputs
+        N, _, S = inputs.extents
+        mask = inputs.mask
+        if self.values is None or (mask and mask.library is not inputs.x.library):
+            return  # only the device, or another library, knows how many values there are
+        each = N * S // max(1, math.prod(mask.shape)) if mask else N * S
+        facts = _Facts(self.layouts, self.updates, each)
+        call = Call(prepared, facts, inputs.x, self.output.array, (inputs.x, inputs.beside), (mask,))
+        _calls.remember(_TRAININGS, call, inputs, self.state, self.given, *self.asked)
 
     def saved(
-        self, statistics: Statistics, bits: Any, parameters: Parameters, place: Place | None = None
+        self, statistics: Statistics, relu_mask: ReluMask | None, context: SyncContext | None = None
     ) -> Saved[Any]:
-        source, _, mask, residual = self.given
+        inputs = self.inputs
         return Saved._of(
             Forward(
-                source,
-                mask,
-                residual is not None,
+                self.layouts,
+                Read.of(inputs.x),
+                inputs.mask and Read.of(inputs.mask),
+                inputs.held,
                 statistics,
-                parameters,
-                Gate(self.kind, bits),
-                as_read(source, mask),
-                frozen=None,
+                relu_mask,
                 overwritten=self.overwrites,
-                place=place,
+                context=context,
             )
         )
 
@@ -217,39 +297,41 @@ class _Begun(_Training):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.parameters = kept_parameters(self.given)
+        affine = self.inputs.held.affine
+        self.statistics = self.backend.new_statistics(self.inputs.extents.C, affine)
+        self.backend.keep(affine, self.statistics)
 
     @cached_property
     def terms(self) -> Terms:
-        array, _, (N, C, _), _, _ = self.given.source
-        on = {"update": self.updates, "relu": self.then["relu"], "residual": self.given.residual is not None}
-        on["biased"] = self.updates and self.biased
+        N, C, _ = self.inputs.extents
+        on = {"update": self.updates, "relu": self.options.relu, "residual": self.options.residual}
+        on["biased"] = self.updates and self.how.biased
         return Terms(
             "forward_train",
             C,
             N,
-            array.dtype,
+            self.inputs.x.dtype,
             self.eps,
-            self.momentum,
+            self.how.momentum,
             values=2 if self.values is None else self.values,
             options=frozenset(name for name in on if on[name]),
         )
 
     def part(self, start: int) -> Nodes:
-        return self.backend.moments(self.given.source.extents, self.arrays, start)
+        return self.backend.moments(self.inputs.extents, self.operands, start)
 
     def accept(self, values: int) -> None:
         _check_count(values, values, " over all ranks")
 
-    def finish(self, shared: Shared) -> tuple[Any, Saved[Any]]:
-        statistics = self.backend.statistics(*self.backend.root(shared.nodes), self.eps)
-        extents, affine = self.given.source.extents, self.parameters.affine
-        bits = self.backend.normalize(extents, self.arrays, statistics, affine, **self.then)
+    def finish(self, gathered: Gathered) -> tuple[Any, Saved[Any]]:
+        backend, state, statistics = self.backend, self.state, self.statistics
+        backend.statistics(*backend.root(gathered.nodes), self.eps, statistics)
+        relu_mask = backend.normalize(self.inputs.extents, self.operands, statistics, statistics.affine, self.options)
         y = self.output.finish()
-        with self.turn(), self.moving(self.given.held) as running:
-            if running:
-                self.backend.update(statistics, running._replace(momentum=self.momentum, biased=self.biased))
-        return y, self.saved(statistics, bits, self.parameters, shared.place)
+        if self.updates:
+            with state._turn("forward_train"), state._moving("forward_train", self.inputs.held) as move:
+                backend.update(statistics, move.old, move.new, move.counters, self.how)
+        return y, self.saved(statistics, relu_mask, gathered.context)
 
 
 def _check_count(count: int, got: object, where: str, **facts: Any) -> None:

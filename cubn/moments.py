@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 
 from cubn import _arguments, _arrays, _nodes
 from cubn._arguments import on_host
-from cubn._arrays import BOOL, NUMBERS
 from cubn._entries import MOST
 from cubn._floating_point import default_floating_point
+from cubn._inputs import bind_beside, bind_x
 from cubn._moments import Moments
-from cubn._types import Nodes, Operands, Statistics
+from cubn._types import BOOL, NUMBERS, Nodes, Statistics
 from cubn.backends.protocol import Backend
 from cubn.errors import message
 from cubn.state import BatchNormState, checked_state
 from cubn.sync import collective
-from cubn.sync.collective import Shared, Terms, check_sizes
+from cubn.sync.collective import Gathered, Terms, check_sizes
 from cubn.typing import AnyArray, ArrayT, Comm, DType, Sizes
 
 
@@ -97,26 +97,25 @@ class _Taking:
         if dtype is not None:
             described = None if mask is None else _arrays.describe(mask, "moments", "mask", BOOL)
             x, mask = _converted(x, dtype), described and on_host(described)
-        self.source = source = _arguments.source("moments", x, channel_axis)
-        self.mask = None if mask is None else _arguments.mask("moments", mask, source)
+        self.inputs = inputs = bind_beside("moments", bind_x("moments", x, channel_axis), mask)
         first = _arguments.whole(start, "moments", "start")
         if not 0 <= first < MOST:
             rule = "be 0 or more and less than 2**62, a global sample index"
             raise ValueError(message("moments", "start", rule, first))
-        self.backend = source.backend
-        self.terms = Terms("moments", source.extents.C, source.extents.N, source.array.dtype, start=first)
+        self.backend = inputs.backend
+        N, C, _ = inputs.extents
+        self.terms = Terms("moments", C, N, inputs.x.dtype, start=first)
 
     def part(self, start: int) -> Nodes:
-        source = self.source
-        return self.backend.moments(source.extents, Arrays(source.operand, mask=self.mask and self.mask.operand), start)
+        return self.backend.moments(self.inputs.extents, self.inputs.operands(), start)
 
     def accept(self, values: int) -> None:
         """Any number of values has moments."""
 
-    def finish(self, shared: Shared) -> Moments:
-        blocks = shared.nodes.blocks
+    def finish(self, gathered: Gathered) -> Moments:
+        blocks = gathered.nodes.blocks
         start, stop = (blocks[0][0], blocks[-1][1]) if blocks else (self.terms.start,) * 2
-        return Moments._of(start, stop, _nodes.merge(self.on_host(shared.nodes)))
+        return Moments._of(start, stop, _nodes.merge(self.on_host(gathered.nodes)))
 
     def on_host(self, nodes: Nodes) -> Nodes:
         return nodes._replace(table=self.backend.to_host(nodes.table))
@@ -179,8 +178,8 @@ def finite_mask(x: Any, *, channel_axis: int = 1) -> Any:
     >>> cubn.moments(x, mask=cubn.finite_mask(x)).mean
     array([3., 3.])
     """
-    source = _arguments.source("finite_mask", x, channel_axis)
-    return source.array.library.finite(source.array, source.axis)
+    inputs = bind_x("finite_mask", x, channel_axis)
+    return inputs.x.library.finite(inputs.x, inputs.axis)
 
 
 def update(state: BatchNormState, moments: Moments) -> None:
@@ -220,11 +219,10 @@ def update(state: BatchNormState, moments: Moments) -> None:
     state._check_updatable("update")
     place = state._place("update")
     statistics = statistics_of(moments, state.eps, place)
-    with state._turn("update"), state._moving("update") as running:
-        place.update(statistics, running)
+    with state._turn("update"), state._moving("update") as move:
+        place.update(statistics, move.old, move.new, move.counters, move.update)
 
 
 def statistics_of(moments: Moments, eps: float, place: Backend) -> Statistics:
     """What normalisation needs of Moments, where a backend can use it."""
-    count, mean, m2 = (place.from_host(a) for a in (np.array(moments.count), moments.mean, moments.m2))
-    return place.statistics(count, mean, m2, eps)
+    return _nodes.statistics(int(moments.count), moments.mean, moments.m2, eps, place)

@@ -2,41 +2,86 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, NoReturn, Self, cast
 
 import numpy as np
 
-from cubn._arguments import Companion, Source, shown
+from cubn._arguments import shown
 from cubn._arrays import Array
-from cubn._given import Parameters
-from cubn._types import BackendArray, Gate, Statistics
-from cubn.sync.collective import Place
+from cubn._inputs import Inputs
+from cubn._state.arrays import Held
+from cubn._types import BackendArray, Extents, ReluGradient, Statistics
+from cubn.backends.protocol import Backend, ReluMask
+from cubn.sync.collective import SyncContext
 from cubn.typing import ArrayT_co
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Layouts:
+    """What a forward was given but for where it was; one object for all forwards that share it."""
+
+    x: Array  # like the mask, without an owner and of no address
+    axis: int
+    extents: Extents
+    backend: Backend
+    mask: Array | None
+    residual: bool
+    relu: ReluGradient
+
+    @classmethod
+    def of(cls, inputs: Inputs, relu: ReluGradient) -> Layouts:
+        x, axis, extents, backend, _, mask, residual = inputs
+        key = x.nowhere(), axis, extents, backend, mask and mask.nowhere(), residual is not None, relu
+        found = _LAYOUTS.get(key)
+        if found is None:
+            found = _LAYOUTS[key] = cls(*key)
+        return found
+
+
+_LAYOUTS: weakref.WeakValueDictionary[tuple[Any, ...], Layouts] = weakref.WeakValueDictionary()
+
+
+class Read(NamedTuple):
+    """An array that a forward read and its backward will read, where it was, and which version."""
+
+    owner: Any
+    pointer: int
+    version: int | None
+    capsule: object
+
+    @classmethod
+    def of(cls, array: Array) -> Self:
+        return cls(array.owner, array.pointer, array.library.version(array.owner), array.capsule)
+
+    def like(self, array: Array) -> Array:
+        """The array, of a layout."""
+        return array._replace(pointer=self.pointer, owner=self.owner, capsule=self.capsule)
 
 
 class Forward(NamedTuple):
     """What a backward needs of its forward."""
 
-    source: Source
-    mask: Companion | None
-    has_residual: bool
+    layouts: Layouts
+    x: Read
+    mask: Read | None
+    held: Held
+    """Where gamma, beta and the running statistics came from."""
     statistics: Statistics
-    parameters: Parameters
-    gate: Gate
-    read: tuple[tuple[str, Array, int | None], ...]
-    """x and the mask by name, and the versions they had."""
-    frozen: Array | None
-    """The running mean, where x was normalised by running statistics."""
+    relu_mask: ReluMask | None
+    frozen: bool = False
+    """Whether x was normalised by running statistics."""
     overwritten: bool = False
     """Whether y was written over x."""
-    place: Place | None = None
+    context: SyncContext | None = None
 
-
-def as_read(source: Source, mask: Companion | None) -> tuple[tuple[str, Array, int | None], ...]:
-    """x and the mask, and which versions of them."""
-    x = source.array
-    read = (("x", x, x.library.version(x)),)
-    return read if mask is None else (*read, ("mask", mask.array, mask.array.library.version(mask.array)))
+    @property
+    def inputs(self) -> Inputs:
+        """x and the mask as they were given."""
+        layouts = self.layouts
+        mask = self.mask.like(layouts.mask) if self.mask and layouts.mask else None
+        return Inputs(self.x.like(layouts.x), layouts.axis, layouts.extents, layouts.backend, self.held, mask)
 
 
 class Saved(Generic[ArrayT_co]):
@@ -90,22 +135,15 @@ class Saved(Generic[ArrayT_co]):
 
     def __repr__(self) -> str:
         forward = self._forward
+        layouts, homes = forward.layouts, forward.held.arrays
         of = "running statistics" if forward.frozen else "its own statistics"
-        gamma, beta = forward.parameters
-        parts = {
-            "x": forward.source.array,
-            "gamma": gamma and gamma.home,
-            "beta": beta and beta.home,
-            "mask": forward.mask and forward.mask.array,
-        }
+        parts = {"x": layouts.x, "gamma": homes.get("gamma"), "beta": homes.get("beta"), "mask": layouts.mask}
         arrays = ", ".join(f"{name}={shown(array)}" for name, array in parts.items())
-        return (
-            f"Saved({arrays}, residual={forward.has_residual}, relu={forward.gate.kind != 'none'}, normalised by {of})"
-        )
+        return f"Saved({arrays}, residual={layouts.residual}, relu={layouts.relu != 'none'}, normalised by {of})"
 
     @property
     def x(self) -> ArrayT_co:
-        return cast(ArrayT_co, self._forward.source.array.owner)
+        return cast(ArrayT_co, self._forward.x.owner)
 
     @property
     def count(self) -> Any:
@@ -125,7 +163,7 @@ class Saved(Generic[ArrayT_co]):
 
     @property
     def relu_bits(self) -> Any:
-        bits = self._forward.gate.bits
+        bits = self._forward.relu_mask
         return bits and bits._make(_apart(part) if hasattr(part, "dtype") else part for part in bits)
 
 

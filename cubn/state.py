@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from cubn import _arrays
 from cubn._arguments import dtype_name, flag, on_host, plain, stored
-from cubn._arrays import COUNTS, FLOATS, Array
+from cubn._arrays import Array
 from cubn._state import modules
-from cubn._state.holding import COUNTERS, Holding
 from cubn._state.arrays import ARRAYS, Held, check_on_host, described, filled, hold, placed, summary
+from cubn._state.holding import COUNTERS, Counted, Holding
 from cubn._state.options import (
     DTYPES,
     STATE,
@@ -26,7 +26,7 @@ from cubn._state.options import (
     checked_options,
     checked_variance,
 )
-from cubn._types import CPU
+from cubn._types import COUNTS, CPU, FLOATS
 from cubn.errors import message
 from cubn.typing import DType, RunningVariance, SupportsDLPack
 
@@ -352,7 +352,7 @@ class BatchNormState(Holding):
             if statistics:
                 self._move_to_zero_and_one()
             if counters and self._counters:
-                self._place_counters(self._counters.device, self._no_counts())
+                self._counters = Counted.placed(self._counters.device, self._no_counts())
 
     @property
     def num_features(self) -> int:

@@ -14,12 +14,13 @@ extern "C" __global__ void keep(const __grid_constant__ Parameters p) {
     keep_parameters(p, c);
 }
 
-// Statistics from a root node (`count`, `first`, `second`).
+// Statistics from a root node (`from_count`, `first`, `second`).
 extern "C" __global__ void statistics(const __grid_constant__ Parameters p) {
     CHANNEL_OR_RETURN;
-    const long long count = *reinterpret_cast<const long long*>(p.count);
+    const long long count = *reinterpret_cast<const long long*>(p.from_count);
     const double mean = reinterpret_cast<const double*>(p.first)[c], m2 = reinterpret_cast<const double*>(p.second)[c];
     store_statistics(p, c, statistics_of(mean, m2, count, p.eps));
+    if (c == 0) *reinterpret_cast<long long*>(p.count) = count;
 }
 
 // Statistics from running ones; and, where asked for, the coefficients.

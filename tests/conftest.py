@@ -6,8 +6,8 @@ import zlib
 import pytest
 from hypothesis import HealthCheck, settings
 
-from cubn import _arguments
 from cubn.backends.cuda.backend import CudaBackend
+from tests.backends import forget_backends
 from tests.cuda.named import PASSES, RESIDENT
 from tests.cuda_on_cpu.build import unavailable
 from tests.cuda_on_cpu.device import CpuDevice
@@ -42,6 +42,6 @@ def backend(request, monkeypatch):
         device = CpuDevice(CUDA_ON_CPU[request.param], shuffled(zlib.crc32(request.node.nodeid.encode())))
         cuda = CudaBackend(device)
         monkeypatch.setattr("cubn.backends.cpu.backend", lambda: cuda)
-    _arguments.backend.cache_clear()
+    forget_backends()
     yield request.param
-    _arguments.backend.cache_clear()
+    forget_backends()

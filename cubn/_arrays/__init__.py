@@ -17,11 +17,12 @@ from cubn import _layout
 from cubn._arrays.cupy import Cupy
 from cubn._arrays.foreign import Foreign
 from cubn._arrays.jax import Jax
-from cubn._arrays.library import BOOL, COUNTS, FLOATS, NUMBERS, Array, Library, Output
+from cubn._arrays.library import Array, Layout, Library, Output
 from cubn._arrays.memory import addresses, overlap
 from cubn._arrays.numpy import NUMPY, Headers
 from cubn._arrays.refusals import refuse, refuse_non_array, refuse_stand_in, refuse_subclass
 from cubn._arrays.torch import Torch
+from cubn._types import BOOL, COUNTS, FLOATS, NUMBERS
 from cubn.errors import a_type
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
     "COUNTS",
     "FLOATS",
     "NUMBERS",
+    "SIGNATURES",
     "Array",
     "Headers",
+    "Layout",
     "Library",
     "Output",
     "addresses",
@@ -93,7 +96,7 @@ def destination(out: Any, function: str, argument: str = "out") -> Output:
     check_writable(array, function, argument)
 
     def finish() -> Any:
-        array.library.mark_written(array)
+        array.library.mark_written(out)
         return out
 
     return Output(array, finish)
@@ -121,6 +124,13 @@ _Describer = Callable[[Any, str, str, tuple[str, ...], bool], Array]
 _DESCRIBERS: dict[type, _Describer] = {np.ndarray: NUMPY.describe, np.memmap: NUMPY.describe}
 
 
+SIGNATURES: dict[type, Callable[[Any], tuple[Layout, int] | None]] = {
+    np.ndarray: NUMPY.signature,
+    np.memmap: NUMPY.signature,
+}
+"""How an array's layout is found quickly, by its type; arrays known by their capsules alone are described each time."""
+
+
 def _describer(x: Any, function: str, argument: str) -> _Describer:
     """Who describes arrays of x's type, on meeting the first one; an error if nobody does."""
     kind = type(x)
@@ -130,12 +140,16 @@ def _describer(x: Any, function: str, argument: str) -> _Describer:
     if torch and isinstance(x, torch.Tensor):
         _check_plain(torch, x, function, argument)
         found = _torch(torch).describe
+        if kind in (torch.Tensor, torch.nn.Parameter):  # others may answer otherwise
+            SIGNATURES[kind] = _torch(torch).signature
     elif jax and isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
         found = _jax(jax).describe
     elif (jax and isinstance(x, (jax.Array, jax.ShapeDtypeStruct))) or (torch and isinstance(x, torch.fx.Proxy)):
         refuse_stand_in(x, function, argument)
     elif cupy and isinstance(x, cupy.ndarray):
         found = _cupy(cupy).describe
+        if not _cupy(cupy).is_rocm:
+            SIGNATURES[kind] = _cupy(cupy).signature
     elif hasattr(kind, "__dlpack__"):
         found = _foreign(*_home(x)).describe
     else:

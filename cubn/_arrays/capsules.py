@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
 from cubn._arrays import dlpack
-from cubn._arrays.library import HOST, ITEMSIZE, Array, Library
+from cubn._arrays.library import Array, Library
 from cubn._arrays.memory import in_bytes, storage, view
 from cubn._arrays.numpy import address_of
 from cubn._arrays.refusals import facts, refuse_device, refuse_dtype, refuse_misaligned
 from cubn._layout import Shape, Strides, Unaddressable
-from cubn._types import CPU, CUDA
+from cubn._types import CPU, CUDA, HOST, ITEMSIZE
 from cubn.errors import device_name, message
 
 _ALIGNMENT = 64
@@ -28,6 +29,27 @@ _OTHER_DEVICES = {
     13: "cuda managed memory",
     14: "oneapi",
 }
+
+
+class DeviceMemory(Protocol):
+    """Memory of a kind of device, in arrays that can be exported."""
+
+    def new_buffer(self, shape: Shape, strides: Strides, dtype: Any, index: int) -> Any:
+        """An array of its own memory, with these strides in bytes; its elements fill it."""
+
+    def capsule_of(self, buffer: Any, **options: Any) -> Any:
+        """The DLPack capsule of a new buffer, ordered behind the work that wrote it."""
+
+    def host_copy(self, pointer: int, shape: Shape, strides: Strides, dtype: Any, owner: object, index: int) -> Any:
+        """What is in the memory, in NumPy; strides in bytes. Waits for the work before it."""
+
+
+_memory_of: dict[int, Callable[[], DeviceMemory]] = {}
+
+
+def provide(device_type: int, memory: Callable[[], DeviceMemory]) -> None:
+    """Let memory of a kind of device be had; nothing is imported for it before it is asked for."""
+    _memory_of[device_type] = memory
 
 
 def read(x: Any, function: str, argument: str, dtypes: tuple[str, ...], library: Library) -> Array:
@@ -81,10 +103,9 @@ def new_output(
         buffer = _buffer(shape, strides, dtype)
         pointer, capsule_of = buffer.ctypes.data, None
     else:
-        from cubn.backends import cuda
-
-        buffer = cuda.new_buffer(shape, in_bytes(strides, ITEMSIZE[dtype]), storage(dtype), device[1])
-        pointer, capsule_of = buffer.data.ptr, cuda.capsule_of
+        memory = _memory_of[device[0]]()
+        buffer = memory.new_buffer(shape, in_bytes(strides, ITEMSIZE[dtype]), storage(dtype), device[1])
+        pointer, capsule_of = buffer.data.ptr, memory.capsule_of
     exporter = dlpack.Exporter(buffer, dtype, capsule_of)
     return Array(pointer, shape, strides, dtype, device, True, buffer, library), exporter
 
@@ -101,10 +122,8 @@ def host_copy(array: Array) -> np.ndarray[Any, Any]:
     """The memory's bits, as `storage` has them, in NumPy."""
     if array.device[0] == CPU:
         return np.array(view(array))
-    from cubn.backends import cuda
-
     strides = in_bytes(array.strides, ITEMSIZE[array.dtype])
-    bits: np.ndarray[Any, Any] = cuda.host_copy(
+    bits: np.ndarray[Any, Any] = _memory_of[array.device[0]]().host_copy(
         array.pointer, array.shape, strides, storage(array.dtype), array.owner, array.device[1]
     )
     return bits

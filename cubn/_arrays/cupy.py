@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from cubn._arrays.library import Array, Library, Output
+from cubn._arrays.library import ALIGNMENT, Array, Layout, Library, Output
 from cubn._arrays.memory import in_bytes, rounded
 from cubn._arrays.numpy import NUMPY, layout_of
 from cubn._arrays.refusals import refuse_device, refuse_dtype, refuse_misaligned
@@ -24,10 +25,10 @@ class Cupy(Library):
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
-        self._is_rocm = bool(cupy.cuda.runtime.is_hip)
+        self.is_rocm = bool(cupy.cuda.runtime.is_hip)
 
     def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
-        if self._is_rocm:
+        if self.is_rocm:
             refuse_device(x, "rocm", function, argument)
         strides, name = layout_of(x.shape, x.strides, x.dtype)
         if name not in dtypes:
@@ -38,6 +39,16 @@ class Cupy(Library):
         if pointer % x.itemsize:
             refuse_misaligned(x, function, argument, f"address {pointer:#x}")
         return Array(pointer, x.shape, strides, name, (CUDA, x.device.id), True, x, self)
+
+    def signature(self, x: Any) -> tuple[Layout, int] | None:
+        memory = x.data
+        pointer = memory.ptr
+        return (x.shape, x.strides, x.dtype, pointer % ALIGNMENT, memory.device_id), pointer
+
+    def layout(self, array: Array) -> Layout | None:
+        dtype = array.owner.dtype
+        strides = in_bytes(array.strides, dtype.itemsize)
+        return array.shape, strides, dtype, array.pointer % ALIGNMENT, array.device[1]
 
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
         storage = like.owner.dtype if dtype == like.dtype else np.dtype(dtype)  # NumPy has no bfloat16 of its own
@@ -54,5 +65,5 @@ class Cupy(Library):
         values: np.ndarray[Any, Any] = array.owner.get()
         return values.astype("float32") if array.dtype == "bfloat16" else values
 
-    def unchanged(self, array: Array) -> bool:
+    def unchanged(self, arrays: Iterable[Array]) -> bool:
         return True

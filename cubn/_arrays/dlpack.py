@@ -12,19 +12,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from cubn import _layout
+from cubn._types import DTYPES
 
-CODES = {
-    "float16": (2, 16),
-    "bfloat16": (4, 16),
-    "float32": (2, 32),
-    "float64": (2, 64),
-    "bool": (6, 8),
-    **{f"int{bits}": (0, bits) for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": (1, bits) for bits in (8, 16, 32, 64)},
-}
-"""(DLPack type code, bits) of the dtypes cubn works with."""
-
-_NAMES = {code: name for name, code in CODES.items()}
+_NAMES = {(dtype.code, dtype.bits): name for name, dtype in DTYPES.items()}
 _KINDS = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 5: "complex", 6: "bool"}
 _READ_ONLY, _IS_COPIED = 1, 2
 _MOST_AXES = 64  # as in NumPy
@@ -159,5 +149,5 @@ class Exporter:
     def __dlpack__(self, **options: Any) -> Any:
         capsule = self.capsule(**options)
         tensor, _ = _open(capsule)
-        tensor.dtype.code, tensor.dtype.bits = CODES[self.dtype]
+        tensor.dtype.code, tensor.dtype.bits, _ = DTYPES[self.dtype]
         return capsule

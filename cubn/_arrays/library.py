@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from cubn._arrays import dlpack
 from cubn._layout import Shape, Strides
-from cubn._types import CPU
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-BOOL = ("bool",)
-COUNTS = ("int32", "int64")
-NUMBERS = tuple(dlpack.CODES)
-ITEMSIZE = {name: bits // 8 for name, (_, bits) in dlpack.CODES.items()}
-HOST = (CPU, 0)
+Layout: TypeAlias = tuple[Any, ...]
+"""Of a library's arrays, equal for those with the same shape, strides, dtype, device and remainder of the address by
+`ALIGNMENT`: what has been found out about one is true of the others.
+"""
+
+ALIGNMENT = 16
+
+Allocate: TypeAlias = Callable[[Any], tuple[Any, int]]
 
 
 class Array(NamedTuple):
@@ -32,6 +32,10 @@ class Array(NamedTuple):
     owner: Any  # the array itself
     library: Library
     capsule: object = None  # keeps the memory alive where the array alone might not
+
+    def nowhere(self) -> Array:
+        """All of it that other arrays may share."""
+        return self._replace(pointer=0, owner=None, capsule=None)
 
 
 class Output(NamedTuple):
@@ -48,10 +52,33 @@ class Library(Protocol):
     immutable: bool = False
     fixed: bool = False  # an array is the same memory, shape and type for life
     conversion: str = ""  # a sentence that says how `{0}` becomes an array of dtype `{1}`
+    counts_versions: bool = False  # of what is written to an array
     adopts: bool = False  # outputs are memory of ours, and `finish` calls the library, which may fail
 
     def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         """See `describe`."""
+
+    def signature(self, x: Any) -> tuple[Layout, int] | None:
+        """x's layout and address, found quickly; None where x has to be described, since it may not be in order."""
+        return None
+
+    def layout(self, array: Array) -> Layout | None:
+        """The layout that `signature` gives for arrays like one that was described."""
+        return None
+
+    def allocator(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Allocate:
+        """`empty` for many calls: a function of an array like `like`, for an array beside it and its address."""
+        like = like.nowhere()
+
+        def allocate(x: Any) -> tuple[Any, int]:
+            y = self.empty(shape, strides, dtype, like._replace(owner=x)).array
+            return y.owner, y.pointer
+
+        return allocate
+
+    def writable(self, x: Any) -> bool:
+        """Whether an array that has a signature can be written."""
+        return True
 
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
         """Memory for an array on like's device."""
@@ -68,14 +95,20 @@ class Library(Protocol):
         """Where all values along an axis are finite: an array of bool on the same device; else as `from_numpy`."""
         return (abs(array.owner) < math.inf).all(axis)
 
-    def unchanged(self, array: Array) -> bool:
-        """Whether the owner is as it was described: a yes is quick, a no may mean that one has to describe it again."""
+    def unchanged(self, arrays: Iterable[Array]) -> bool:
+        """Whether the owners are as they were described: a yes is quick, a no may mean that one has to describe them
+        again.
+        """
         return False
 
-    def version(self, array: Array) -> int | None:
+    def count(self, mask: Any) -> int:
+        """How many values of a mask on the host, one that has a signature, are True."""
+        return int(np.count_nonzero(mask))
+
+    def version(self, x: Any) -> int | None:
         """A number that grows when the array is written in place, where the library counts that."""
         return None
 
-    def mark_written(self, array: Array) -> None:
+    def mark_written(self, x: Any) -> None:
         """Tell the library that the array was written behind its back."""
         return

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 
 from cubn import _layout
-from cubn._arrays.library import ITEMSIZE, Array
+from cubn._arrays.library import Array
 from cubn._layout import Strides
+from cubn._types import ITEMSIZE
 
 
 def overlap(a: Array, b: Array) -> Literal["none", "same", "partial"]:

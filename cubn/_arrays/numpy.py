@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from cubn._arrays.library import HOST, ITEMSIZE, Array, Library, Output
+from cubn._arrays.library import ALIGNMENT, Allocate, Array, Layout, Library, Output
 from cubn._arrays.memory import in_bytes, rounded
 from cubn._arrays.refusals import refuse, refuse_dtype, refuse_misaligned
-from cubn._layout import Shape, Strides, span
+from cubn._layout import Shape, Strides, c_strides, span
+from cubn._types import HOST, ITEMSIZE
 
 _read_address = ctypes.c_size_t.from_address
 _DATA = object.__basicsize__
@@ -49,6 +50,29 @@ class NumPy(Library):
             return "Pass {0}[{0}.dtype.names[0]] or another of its fields."
         return "It holds no numbers." if dtype.kind in "SUTVMm" and dtype.isbuiltin != 2 else self.conversion
 
+    def signature(self, x: Any) -> tuple[Layout, int]:
+        pointer = _read_address(id(x) + _DATA).value
+        return (x.shape, x.strides, x.dtype, pointer % ALIGNMENT), pointer
+
+    def layout(self, array: Array) -> Layout | None:
+        dtype = array.owner.dtype
+        strides = in_bytes(array.strides, dtype.itemsize)
+        return (array.shape, strides, dtype, array.pointer % ALIGNMENT) if dtype_name(dtype) == array.dtype else None
+
+    def allocator(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Allocate:
+        if strides != c_strides(shape) or 0 in shape:
+            return super().allocator(shape, strides, dtype, like)
+        kind = np.dtype(dtype)
+
+        def allocate(x: Any) -> tuple[Any, int]:
+            y = np.empty(shape, kind)
+            return y, _read_address(id(y) + _DATA).value
+
+        return allocate
+
+    def writable(self, x: Any) -> bool:
+        return bool(x.flags.writeable)
+
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
         memory = _NO_MEMORY if 0 in shape else None  # NumPy drops the strides of an array that it finds no memory for
         y: np.ndarray[Any, Any] = np.ndarray(shape, dtype, memory, 0, in_bytes(strides, ITEMSIZE[dtype]))
@@ -61,7 +85,7 @@ class NumPy(Library):
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         return np.array(array.owner, "float32" if array.dtype == "bfloat16" else None)
 
-    def unchanged(self, array: Array) -> bool:
+    def unchanged(self, arrays: Iterable[Array]) -> bool:
         return True
 
 

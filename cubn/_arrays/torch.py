@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import numpy as np
 
-from cubn._arrays import dlpack
-from cubn._arrays.library import HOST, ITEMSIZE, Array, Library, Output
+from cubn._arrays.library import ALIGNMENT, Allocate, Array, Layout, Library, Output
 from cubn._arrays.memory import rounded, view, widened
 from cubn._arrays.refusals import refuse, refuse_device, refuse_dtype, refuse_misaligned, refuse_stand_in
-from cubn._layout import Shape, Strides, span
-from cubn._types import CUDA
+from cubn._layout import Shape, Strides, is_dense, span
+from cubn._types import CUDA, DTYPES, HOST, ITEMSIZE
 
 _HUGE = 4 << 20  # bytes from which huge pages pay; NumPy asks for them itself, from the same size
 
@@ -24,13 +25,15 @@ class Torch(Library):
 
     name = "torch"
     conversion = "Pass {0}.to(torch.{1})."
+    counts_versions = True
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
         self._strided = torch.strided
-        self._names = {getattr(torch, name): name for name in dlpack.CODES}
+        self._names = {getattr(torch, name): name for name in DTYPES}
         self._dtypes = {name: dtype for dtype, name in self._names.items()}
         self._forward_ad = torch.autograd.forward_ad
+        self._increment_version = torch.autograd.graph.increment_version
         self._tracing_state = torch._C._get_tracing_state
         self._dispatch_modes = torch._C._len_torch_dispatch_stack
         self._function_modes = torch._C._len_torch_function_stack
@@ -109,6 +112,36 @@ class Torch(Library):
             refuse_device(x, name, function, argument, filled if name == "meta" else f"Pass {argument}.cpu().")
         return CUDA, x.device.index
 
+    def signature(self, x: Any) -> tuple[Layout, int] | None:
+        if self._tracing_state() or self._dispatch_modes() or self._function_modes():
+            return None
+        if self._forward_ad._current_level >= 0 or x.requires_grad or x.layout is not self._strided or x.is_nested:
+            return None
+        pointer = _address(x)
+        if not pointer or x.is_neg():
+            return None
+        shape, strides = x.shape, x.stride()
+        reach = x.numel() if x.is_contiguous() else span(shape, strides)[1]
+        if (x.storage_offset() + reach) * x.itemsize > x.untyped_storage().nbytes():
+            return None
+        return (shape, strides, x.dtype, pointer % ALIGNMENT, x.get_device()), pointer
+
+    def layout(self, array: Array) -> Layout | None:
+        dtype, index = self._dtypes[array.dtype], -1 if array.device == HOST else array.device[1]
+        return array.shape, array.strides, dtype, array.pointer % ALIGNMENT, index
+
+    def allocator(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Allocate:
+        kept = (shape, strides, dtype) == (like.shape, like.strides, like.dtype) and is_dense(shape, strides)
+        if not kept or math.prod(shape) * ITEMSIZE[dtype] >= _HUGE:
+            return super().allocator(shape, strides, dtype, like)
+        empty_like = self._torch.empty_like
+
+        def allocate(x: Any) -> tuple[Any, int]:
+            y = empty_like(x)
+            return y, y.data_ptr()
+
+        return allocate
+
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
         y = self._torch.empty_strided(shape, strides, dtype=self._dtypes[dtype], device=like.owner.device)
         pointer = _address(y) if type(y) is self._torch.Tensor else 0
@@ -131,22 +164,28 @@ class Torch(Library):
                 raise
             return widened(np.array(view(array)), array.dtype)  # inside of torch.func, torch itself cannot
 
-    def unchanged(self, array: Array) -> bool:
-        x = array.owner  # assigning to x.data moves or converts it
-        return (
-            x.data_ptr() == array.pointer
-            and x.dtype is self._dtypes[array.dtype]
-            and x.shape == array.shape
-            and x.stride() == array.strides
-            and x.requires_grad is not array.writable
-            and (self._forward_ad._current_level < 0 or not self._is_dual(x))
-        )
+    def unchanged(self, arrays: Iterable[Array]) -> bool:
+        dtypes, is_dual = self._dtypes, self._forward_ad._current_level >= 0
+        for pointer, shape, strides, dtype, _, writable, x, *_ in arrays:  # assigning to x.data moves or converts it
+            if (
+                x.data_ptr() != pointer
+                or x.dtype is not dtypes[dtype]
+                or x.stride() != strides  # of one axis, as a vector has
+                or x.numel() != shape[0]
+                or x.requires_grad is writable
+                or (is_dual and self._is_dual(x))
+            ):
+                return False
+        return True
 
-    def version(self, array: Array) -> int | None:
-        return None if array.owner.is_inference() else int(array.owner._version)
+    def count(self, mask: Any) -> int:
+        return int(self._torch.count_nonzero(mask))
 
-    def mark_written(self, array: Array) -> None:
-        self._torch.autograd.graph.increment_version(array.owner)
+    def version(self, x: Any) -> int | None:
+        return None if x.is_inference() else int(x._version)
+
+    def mark_written(self, x: Any) -> None:
+        self._increment_version(x)
 
 
 def _address(x: Any) -> int:

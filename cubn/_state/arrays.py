@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from cubn import _arrays
-from cubn._arguments import Region, on_host, refusal, region
-from cubn._arrays import FLOATS, Array, Headers
+from cubn._arguments import on_host, refusal, region
+from cubn._arrays import Array, Headers
+from cubn._arrays.library import Library
 from cubn._layout import vector
 from cubn._state.options import STATE
-from cubn._types import Affine, CPU, Vector
+from cubn._types import CPU, FLOATS, Affine, Running
 from cubn.errors import StateWarning, device_name, message
 
 STATISTICS = ("running_mean", "running_var")
@@ -23,31 +25,78 @@ ARRAYS = ("gamma", "beta", *STATISTICS)
 _NAMED = 8  # channels in a message
 
 
-class Held(NamedTuple):
+class Kind:
+    """What all states share that hold arrays of the same libraries, dtypes, strides and rights; one object for each."""
+
+    __slots__ = ("__weakref__",)
+
+
+_KINDS: weakref.WeakValueDictionary[tuple[Any, ...], Kind] = weakref.WeakValueDictionary()
+
+
+class Held:
     """A state's arrays, on one device, and the same as kernels see them."""
 
-    arrays: dict[str, Array]
-    regions: tuple[Region, ...]
-    device: tuple[int, int] | None
-    fixed: bool  # nothing moves or converts the arrays, but for what `headers` see
-    headers: Headers
-    affine: Affine
-    running: tuple[Vector, Vector] | None  # mean and variance
+    __slots__ = (
+        "_headers",
+        "_movable",
+        "_owners",
+        "addresses",
+        "affine",
+        "arrays",
+        "device",
+        "kind",
+        "regions",
+        "running",
+    )
 
-    def is_of(self, owners: Mapping[str, Any]) -> bool:
-        """Whether these arrays were held, and are still as they were."""
-        for name, owner in owners.items():
-            array = self.arrays.get(name)
-            if array is None:
-                if owner is not None:
-                    return False
-            elif array.owner is not owner or not array.library.unchanged(array):
+    def __init__(
+        self, arrays: dict[str, Array], device: tuple[int, int] | None, owners: Mapping[str, Any] | None
+    ) -> None:
+        self._owners = owners
+        self.arrays = arrays
+        self.device = device
+        gamma, beta, mean, var = (arrays.get(name) for name in ARRAYS)
+        self.affine = Affine(gamma and vector(gamma), beta and vector(beta))
+        self.running = Running(vector(mean), vector(var)) if mean and var else None
+        self.regions = tuple(region(name, array) for name, array in arrays.items())
+        at_gamma, at_beta, at_mean, at_var = (a.pointer if a else 0 for a in (gamma, beta, mean, var))
+        self.addresses = at_gamma, at_beta, at_mean, at_var
+        self.kind = _kind(arrays)
+        self._headers = Headers(array.owner for array in arrays.values() if isinstance(array.owner, np.ndarray))
+        movable: dict[Library, list[Array]] = {}  # a library's own: nothing but `Headers` sees what happens to others
+        for array in arrays.values():
+            if not array.library.fixed:
+                movable.setdefault(array.library, []).append(array)
+        self._movable = tuple((library.unchanged, tuple(group)) for library, group in movable.items())
+
+    def describes(self, owners: Mapping[str, Any]) -> bool:
+        """Whether a state still holds these arrays, and they are the same memory, shape, type and as writable."""
+        if owners is not self._owners or not self._headers.unchanged():
+            return False
+        for unchanged, arrays in self._movable:  # noqa: SIM110, a generator takes longer than the rest
+            if not unchanged(arrays):
                 return False
         return True
 
+    def mark_written(self) -> None:
+        """Tell libraries that the running statistics were written."""
+        for name in STATISTICS:
+            array = self.arrays[name]
+            if array.library.counts_versions:
+                array.library.mark_written(array.owner)
 
-def hold(described: dict[str, Array], function: str) -> Held:
-    """Per-channel arrays, all on one device, the running statistics of one dtype."""
+
+def _kind(arrays: Mapping[str, Array]) -> Kind:
+    facts = tuple((name, a.library, a.dtype, a.shape, a.strides, a.device, a.writable) for name, a in arrays.items())
+    kind = _KINDS.get(facts)
+    if kind is None:
+        kind = _KINDS[facts] = Kind()
+    return kind
+
+
+def hold(described: dict[str, Array], function: str, owners: Mapping[str, Any] | None = None) -> Held:
+    """Per-channel arrays, all on one device, running statistics of one dtype; `owners` is where a state has them."""
     device = None
     for name, array in described.items():
         if device is None:
@@ -59,12 +108,7 @@ def hold(described: dict[str, Array], function: str) -> Held:
     if mean and var and mean.dtype != var.dtype:
         remedy = "Convert one of them; from_arrays takes both at once."
         raise TypeError(refusal(function, "running_var", f"have running_mean's dtype {mean.dtype}", var, remedy))
-    gamma, beta = (vector(described[name]) if name in described else None for name in ("gamma", "beta"))
-    running = (vector(mean), vector(var)) if mean and var else None
-    fixed = all(array.library.fixed for array in described.values())
-    headers = Headers(array.owner for array in described.values() if isinstance(array.owner, np.ndarray))
-    regions = tuple(region(name, array) for name, array in described.items())
-    return Held(described, regions, device, fixed, headers, Affine(gamma, beta), running)
+    return Held(described, device, owners)
 
 
 def described(array: Any, name: str, function: str = STATE) -> Array:

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cubn import _arrays
-from cubn._arguments import backend, refusal
+from cubn import _arrays, _nodes
+from cubn._arguments import refusal
 from cubn._arrays import Array
-from cubn._arrays.library import HOST
+from cubn._arrays.numpy import address_of
 from cubn._layout import vector
 from cubn._state.arrays import ARRAYS, STATISTICS, Held, check_on_host, check_together, described, hold
 from cubn._state.options import DTYPES, STATE, Options, check_counts, checked_momentum, counts
-from cubn._types import BackendArray, CPU, Running
+from cubn._types import CPU, HOST, BackendArray, Counters, Running, Update
+from cubn.backends import backend_for
 from cubn.backends.protocol import Backend
 from cubn.errors import device_name, message
 
@@ -31,12 +32,44 @@ NO_STATISTICS = "a state with track=False"
 COUNTERS = ("tracked", "skipped")
 
 
-class Counters(NamedTuple):
-    """Per channel, int64: where the running statistics are, and nobody else's."""
+class Counted(NamedTuple):
+    """Counters per channel, int64: where the running statistics are, and nobody else's."""
 
     tracked: BackendArray
     skipped: BackendArray
     device: tuple[int, int]
+    at: Counters
+
+    @classmethod
+    def placed(cls, device: tuple[int, int], values: Mapping[str, Int64]) -> Counted:
+        """Counters of these values on a device; those on the host are the arrays given."""
+        if device[0] == CPU:
+            tracked, skipped = (values[name] for name in COUNTERS)
+            return cls(tracked, skipped, device, Counters(address_of(tracked), address_of(skipped)))
+        place = backend_for(device)
+        tracked, skipped = (place.from_host(values[name]) for name in COUNTERS)
+        return cls(tracked, skipped, device, Counters(place.address(tracked), place.address(skipped)))
+
+    def on_host(self) -> dict[str, Int64]:
+        """Copies in NumPy."""
+        arrays = {"tracked": self.tracked, "skipped": self.skipped}
+        if self.device[0] == CPU:
+            return {name: array.copy() for name, array in arrays.items()}
+        return {name: backend_for(self.device).to_host(array) for name, array in arrays.items()}
+
+
+class Move(NamedTuple):
+    """Running statistics that are to move, and how."""
+
+    old: Running
+    new: Running  # which is the same memory, unless a library is immutable
+    counters: Counters
+    update: Update
+
+    @property
+    def in_place(self) -> bool:
+        """Whether what there was is gone once they have moved."""
+        return self.new == self.old
 
 
 class Holding:
@@ -51,7 +84,7 @@ class Holding:
         "_options",
     )
     _arrays: dict[str, Any]
-    _counters: Counters | None
+    _counters: Counted | None
     _held: Held | None  # as last described, where that may be true for longer
     _lock: threading.RLock
     _options: Options
@@ -85,14 +118,14 @@ class Holding:
         with self._turn(STATE):
             arrays = self._arrays | dict(changes)
             found = self._describe(arrays, STATE)
-            held = hold(found, STATE)
+            held = hold(found, STATE, arrays)
             check_together(found)
             if check:
                 check_on_host({name: found[name] for name in changes if name in found})
             self._arrays = arrays
             self._keep(held)
             if held.running and self._counters is None:
-                self._counters = Counters(**self._no_counts(), device=HOST)
+                self._counters = Counted.placed(HOST, self._no_counts())
 
     def _count(self, changes: Mapping[str, Any]) -> None:
         """Take counters."""
@@ -103,27 +136,17 @@ class Holding:
                     remedy = "Only a state with running statistics counts their updates."
                     raise ValueError(message(STATE, name, "be None", NO_STATISTICS, remedy))
                 return
-            counters = self._counts()
+            counters = self._counters.on_host()
             counters |= {name: counts(value, name, self._options.num_features) for name, value in changes.items()}
             check_counts(**counters)
-            self._place_counters(self._counters.device, counters)
+            self._counters = Counted.placed(self._counters.device, counters)
 
     def _counts(self) -> dict[str, Int64]:
         """Copies of the counters in NumPy, where there are any."""
-        counters = self._counters
-        if counters is None:
-            return {}
-        place = None if counters.device[0] == CPU else backend(counters.device)
-        return {name: place.to_host(c) if place else c.copy() for name, c in zip(COUNTERS, counters, strict=False)}
+        return {} if self._counters is None else self._counters.on_host()
 
     def _no_counts(self) -> dict[str, Int64]:
         return {name: np.zeros(self._options.num_features, np.int64) for name in COUNTERS}
-
-    def _place_counters(self, device: tuple[int, int], values: Mapping[str, Int64]) -> None:
-        """Counters of these values, which are nobody else's, where the running statistics are."""
-        place = None if device[0] == CPU else backend(device)
-        tracked, skipped = (place.from_host(values[name]) if place else values[name] for name in COUNTERS)
-        self._counters = Counters(tracked, skipped, device)
 
     def _read(self, function: str, x: Array) -> Held:
         """The arrays, for an operation on x; they stay alive with the result.
@@ -157,7 +180,7 @@ class Holding:
     def _place(self, function: str) -> Backend:
         """Where the running statistics are updated when there is no x to say so."""
         mean = self._current(function).arrays["running_mean"]
-        return backend(mean.device, mean.library.name)
+        return backend_for(mean.device, mean.library.name)
 
     def _turn(self, function: str) -> threading.RLock:
         """The lock, for a `with`; an error where this thread holds it, since what it is at would be torn."""
@@ -169,7 +192,7 @@ class Holding:
         return self._lock
 
     @contextmanager
-    def _moving(self, function: str, held: Held | None = None) -> Iterator[Running]:
+    def _moving(self, function: str, held: Held | None = None) -> Iterator[Move]:
         """The running statistics (those held, if they still are), for a backend to move; inside a turn.
 
         `_check_updatable` has passed. What was written becomes the state's unless an error is raised.
@@ -184,34 +207,32 @@ class Holding:
         fresh = [_arrays.empty_vector(a.shape[0], a.dtype, a) if a.library.immutable else None for a in arrays]
         assert self._counters
         assert held.running
-        new_mean, new_var = (vector(f.array) if f else old for f, old in zip(fresh, held.running, strict=True))
+        new = Running(*(vector(f.array) if f else old for f, old in zip(fresh, held.running, strict=True)))
         if self._counters.device != held.device:
-            self._place_counters(arrays[0].device, self._counts())
+            self._counters = Counted.placed(arrays[0].device, self._counts())
         counters = self._counters
         if any(fresh):  # whose libraries may refuse them: all of it moves, or nothing
-            counters = counters._replace(tracked=counters.tracked.copy(), skipped=counters.skipped.copy())
-        momentum, biased = self._options.momentum, self._options.running_variance == "biased"
-        yield Running(held.running, (new_mean, new_var), counters.tracked, counters.skipped, momentum, biased)
+            counters = Counted.placed(counters.device, counters.on_host())
+        yield Move(held.running, new, counters.at, self._options.how_to_update)
         changed = {name: output.finish() for name, output in zip(STATISTICS, fresh, strict=True) if output}
         if changed:
             self._arrays, self._counters = self._arrays | changed, counters
-        for array, output in zip(arrays, fresh, strict=True):
-            if output is None:
-                array.library.mark_written(array)
+        else:
+            held.mark_written()
 
     def _move_to_zero_and_one(self) -> None:
         """An update of weight 1 by two values of mean 0 and variance 1, which nothing counts."""
         place, C = self._place("reset"), self._options.num_features
-        count, mean, m2 = (place.from_host(a) for a in (np.array(2), np.zeros(C), np.ones(C)))
-        statistics = place.statistics(count, mean, m2, self._options.eps)
-        with self._moving("reset") as running:
-            uncounted = {name: place.from_host(zeros) for name, zeros in self._no_counts().items()}
-            place.update(statistics, running._replace(**uncounted, momentum=1.0, biased=False))
+        device = self._current("reset").arrays["running_mean"].device
+        statistics = _nodes.statistics(2, np.zeros(C), np.ones(C), self._options.eps, place)
+        with self._moving("reset") as move:
+            uncounted = Counted.placed(device, self._no_counts())
+            place.update(statistics, move.old, move.new, uncounted.at, Update(1.0, biased=False))
 
     def _current(self, function: str) -> Held:
         arrays, held = self._arrays, self._held
-        if held is None or not (held.headers.unchanged() and (held.fixed or held.is_of(arrays))):
-            held = hold(self._describe(arrays, function), function)
+        if held is None or not held.describes(arrays):
+            held = hold(self._describe(arrays, function), function, arrays)
             self._keep(held)
         return held
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cubn import _arrays
 from cubn._arguments import on_host, one_of, whole
-from cubn._arrays import COUNTS
+from cubn._types import COUNTS, Update
 from cubn.errors import message, quoted
 from cubn.typing import DTypeName, RunningVariance
 
@@ -31,6 +31,11 @@ class Options(NamedTuple):
     momentum: float | None
     channel_axis: int
     running_variance: RunningVariance
+
+    @property
+    def how_to_update(self) -> Update:
+        """How running statistics move."""
+        return Update(self.momentum, self.running_variance == "biased")
 
 
 def checked_options(

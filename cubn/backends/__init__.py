@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
+from cubn._arrays.capsules import DeviceMemory, provide
 from cubn._types import CPU, CUDA
 from cubn.backends.protocol import Backend
 from cubn.errors import BackendUnavailable
 
 
-@lru_cache(maxsize=None)
+@cache
 def backend_for(device: tuple[int, int], library: str = "") -> Backend:
     """The backend of a DLPack device (type, index), for arrays of one library: CUDA work goes to that library's stream.
 
@@ -30,3 +31,12 @@ def backend_for(device: tuple[int, int], library: str = "") -> Backend:
 
         return cuda.backend(index, library)
     raise BackendUnavailable(f"cubn: there is no backend for DLPack device type {kind}. Move the arrays to the CPU")
+
+
+def _cuda_memory() -> DeviceMemory:
+    from cubn.backends import cuda
+
+    return cuda
+
+
+provide(CUDA, _cuda_memory)

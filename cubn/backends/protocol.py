@@ -180,14 +180,15 @@ class Backend(Protocol):
     def frozen_statistics(self, running: Running, eps: float, into: Statistics) -> None:
         """The same from running statistics, widened to float64; count is 0 and m2 has no meaning."""
 
+    def given_statistics(self, C: int, count: int, mean: Vector, invstd: Vector, affine: Affine) -> Statistics:
+        """Statistics that somebody else took, and copies of gamma and beta: all that a backward reads."""
+
     def normalize(
         self, extents: Extents, operands: Operands, statistics: Statistics, affine: Affine, options: NormalizeOptions
     ) -> ReluMask | None:
         """y = relu((x - mean) * invstd * gamma + beta + g), g being the residual; on demand, which y are > 0 or NaN."""
 
-    def update(
-        self, statistics: Statistics, old: Running, new: Running, counters: Counters, update: Update
-    ) -> None:
+    def update(self, statistics: Statistics, old: Running, new: Running, counters: Counters, update: Update) -> None:
         """Running mean and variance `old` -> `new`, which may be the same, with the guard and both counters."""
 
     def backward_sums(

@@ -10,7 +10,8 @@ from cubn.errors import message
 MOST = 1 << 22
 """Threads that Linux has at most."""
 
-_limit: int | None = None
+limit: int | None = None
+"""How many threads one operation may use; None where nobody has asked yet."""
 
 
 def set_num_threads(n: int) -> None:
@@ -29,7 +30,7 @@ def set_num_threads(n: int) -> None:
     TypeError, ValueError
         `n` is not an integer, below 1, or more than 2**22.
     """
-    global _limit
+    global limit
     remedy = "Pass 1 for no parallelism."
     try:
         if isinstance(n, bool):
@@ -41,7 +42,7 @@ def set_num_threads(n: int) -> None:
         raise ValueError(message("set_num_threads", "n", "be at least 1", number if number > -MOST else "less", remedy))
     if number > MOST:
         raise ValueError(message("set_num_threads", "n", "be at most 2**22", "more"))
-    _limit = number
+    limit = number
 
 
 def get_num_threads() -> int:
@@ -53,10 +54,10 @@ def get_num_threads() -> int:
         `set_num_threads` was not called, and the environment variable CUBN_NUM_THREADS is no number of threads. The
         first operation on the CPU raises it, too.
     """
-    global _limit
-    if _limit is None:
-        _limit = _asked_for() or cores()
-    return _limit
+    global limit
+    if limit is None:
+        limit = _asked_for() or cores()
+    return limit
 
 
 def _asked_for() -> int | None:

@@ -14,10 +14,11 @@ import numpy as np
 from mpi4py import MPI
 
 from cubn._types import BackendArray
-from cubn.backends.protocol import Backend
 from cubn.backends.cuda.device import Device
+from cubn.backends.protocol import Backend
 from cubn.errors import message
-from cubn.sync import Bytes, Communicator, cuda_aware
+from cubn.sync import cuda_aware
+from cubn.sync.transport import Bytes, Communicator
 
 LANES = 64
 """Most record sizes with a communicator of their own; an MPI library has a few thousand communicators at most."""

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from cubn._types import BackendArray
-from cubn.backends.protocol import Backend
 from cubn.backends.cuda.device import Device
-from cubn.sync import Bytes, Communicator, Pending
+from cubn.backends.protocol import Backend
 from cubn.sync import communicator as host_communicator
+from cubn.sync.transport import Bytes, Communicator, Pending
 
 ID_BYTES = 1024
 """Enough for NCCL's unique id as CuPy has it, pickled."""

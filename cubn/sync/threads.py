@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from cubn.sync import Bytes, Communicator
+from cubn.sync.transport import Bytes, Communicator
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from cubn.errors import message
-from cubn.sync import Bytes, Communicator
+from cubn.sync.transport import Bytes, Communicator
 
 
 class _Pending(NamedTuple):

@@ -1,11 +1,22 @@
 """A layer's calls on a backend, over arrays of its own at chosen addresses: what comes out can be compared."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cubn import reference
-from cubn._types import Affine, Extents, Gate, Operand, Operands, Running, Vector
+from cubn._types import (
+    Affine,
+    Counters,
+    Extents,
+    GradientOptions,
+    NormalizeOptions,
+    Operand,
+    Operands,
+    Running,
+    Update,
+    Vector,
+)
 from cubn.backends.cuda.plan import VECTOR_BYTES
 from tests import oracle
 from tests.cuda_on_cpu import sanitized
@@ -89,8 +100,41 @@ class Values:
         self.mask = rng.random((N, S)) < 0.7
 
 
-def counters(backend, C):
-    return [backend.from_host(np.zeros(C, np.int64)) for _ in range(2)]
+def vector(values):
+    return Vector(values.ctypes.data, "float32", 1)
+
+
+def pointer(given):
+    """Of an operand or vector; 0 of what is absent."""
+    return given.pointer if given else 0
+
+
+def new_counters(backend, C):
+    """Two of zeros, and where they are."""
+    arrays = [backend.from_host(np.zeros(C, np.int64)) for _ in range(2)]
+    return arrays, Counters(*map(backend.address, arrays))
+
+
+def forward(backend, extents, operands, affine, running, options, eps=EPS):
+    """As `Backend.prepare_forward` and its call."""
+    call = backend.prepare_forward(extents, operands, affine, running, options)
+    x, g, y, _, mask = map(pointer, operands)
+    call(x, g, y, mask, *map(pointer, affine), *map(pointer, running), eps)
+
+
+def train(backend, extents, operands, affine, options, running=None, counters=(), momentum=0.1, eps=EPS):
+    """As `Backend.prepare_train` and its call; what is running is updated in place."""
+    call = backend.prepare_train(extents, operands, affine, running, False, options)
+    x, g, y, _, mask = map(pointer, operands)
+    moved = (*map(pointer, (*running, *running)), *counters, momentum) if running else ()
+    return call(x, g, y, mask, *map(pointer, affine), eps, *moved)
+
+
+def backward(backend, extents, operands, statistics, relu_mask, options, parameters=None):
+    """As `Backend.prepare_backward` and its call."""
+    call = backend.prepare_backward(extents, operands, statistics, relu_mask, parameters, options)
+    pointers = map(pointer, operands)
+    return call(*pointers, statistics, relu_mask, *map(pointer, parameters or (None, None)))
 
 
 def results(backend, layer):
@@ -109,56 +153,62 @@ def results(backend, layer):
     }
     placed = {name: Placed(held[name], layer, offset) for name, offset in zip(held, layer.offsets, strict=True)}
     x, residual, y, dy, dx, dresidual = (placed[name].operand for name in held)
-    gamma, beta, mean, var = (
-        Vector(v.ctypes.data, "float32", 1) for v in (values.gamma, values.beta, values.mean, values.var)
-    )
     positions = ((S,), (1,)) if S > 1 else ((), ())
     mask = Operand(values.mask.ctypes.data, "bool", S, 0, *positions) if layer.masked else None
     if not layer.residual:
         residual = dresidual = None
     keep = layer.relu and layer.residual
-    arrays, affine = Arrays(x, residual, y, mask=mask), Affine(gamma, beta)
+    operands, options = Operands(x, residual, y, mask=mask), NormalizeOptions(layer.residual, layer.relu, keep)
+    affine = Affine(vector(values.gamma), vector(values.beta))
+    running = Running(vector(values.mean), vector(values.var))
     found = {}
 
     if layer.frozen:
-        backend.forward(extents, arrays, (mean, var), EPS, affine, relu=layer.relu)
+        forward(backend, extents, operands, affine, running, replace(options, keep_mask=False))
         found["y of forward"] = placed["y"].values()
-        statistics = backend.frozen_statistics((mean, var), C, EPS)
-        bits = backend.normalize(extents, arrays, statistics, affine, relu=layer.relu, keep_bits=keep)
+        statistics = backend.new_statistics(C, affine)
+        backend.keep(affine, statistics)
+        backend.frozen_statistics(running, EPS, statistics)
+        relu_mask = backend.normalize(extents, operands, statistics, affine, options)
     else:
-        copies = [backend.new_vector(C) for _ in range(2)]
+        (tracked, skipped), counters = new_counters(backend, C)
         later = [values.mean.copy(), values.var.copy()]  # of an update by itself
-        running = Running((mean, var), (mean, var), *counters(backend, C), 0.1)
-        given = {"kept": Affine(*(vector for _, vector in copies)), "running": running}
-        statistics, bits = backend.train(extents, arrays, EPS, affine, relu=layer.relu, keep_bits=keep, **given)
-        found |= {name: backend.to_host(getattr(statistics, name)) for name in ("count", "mean", "m2", "invstd")}
-        found |= {name: backend.to_host(array) for name, (array, _) in zip(("gamma", "beta"), copies, strict=True)}
-        found |= {name: backend.to_host(getattr(running, name)) for name in ("tracked", "skipped")}
+        statistics, relu_mask = train(backend, extents, operands, affine, options, running, counters)
+        rows = ("count", "mean", "m2", "invstd")
+        found |= {name: backend.to_host(getattr(statistics, name)) for name in rows}
+        found |= {name: backend.to_host(statistics.row(name)) for name in ("gamma", "beta")}
+        found |= {"tracked": backend.to_host(tracked), "skipped": backend.to_host(skipped)}
         found |= {"running_mean": values.mean, "running_var": values.var}
-        old = tuple(Vector(v.ctypes.data, "float32", 1) for v in later)
-        backend.update(statistics, Running(old, old, *counters(backend, C), 0.1))
+        old = Running(*map(vector, later))
+        _, counters = others = new_counters(backend, C)  # held
+        backend.update(statistics, old, old, counters, Update(0.1, False))
+        del others
         found |= {"mean of update": later[0], "var of update": later[1]}
-        moments = [backend.to_host(part) for part in backend.root(backend.moments(extents, arrays, 5))]
-        found |= dict(zip(("count from 5", "mean from 5", "m2 from 5"), moments, strict=True))
+        root = backend.root(backend.moments(extents, operands, 5))
+        found |= dict(zip(("count from 5", "mean from 5", "m2 from 5"), map(backend.to_host, root), strict=True))
+        again = backend.new_statistics(C, Affine(None, None))
+        backend.statistics(statistics.count, statistics.mean, statistics.m2, EPS, again)
+        found |= {f"{name} of statistics": backend.to_host(getattr(again, name)) for name in rows}
     found["y"] = placed["y"].values()
 
     outputs = ["dx", "dresidual"] if layer.residual else ["dx"]
-    gate = Gate("bits" if keep else "recompute" if layer.relu else "none", bits)
-    given = (extents, Arrays(x, dy, dx, dresidual, mask), statistics, affine)
+    relu = "mask" if keep else "recompute" if layer.relu else "none"
+    gradient = GradientOptions(relu, layer.frozen, layer.residual)
+    given = (extents, Operands(x, dy, dx, dresidual, mask), statistics, relu_mask)
     gradients = {name: np.zeros(C, np.float32) for name in ("dgamma", "dbeta", "dgamma of sums", "dbeta of sums")}
-    dgamma, dbeta, *of_sums = (Vector(g.ctypes.data, "float32", 1) for g in gradients.values())
-    sums = backend.backward(*given, frozen=layer.frozen, gate=gate, parameters=(dgamma, dbeta))
+    dgamma, dbeta, *of_sums = map(vector, gradients.values())
+    sums = backward(backend, *given, gradient, (dgamma, dbeta))
     found |= {name: placed[name].values() for name in outputs}
     found |= {"sum_dy": backend.to_host(sums[0]), "sum_dy_xmu": backend.to_host(sums[1])}
     backend.parameter_gradients(statistics, sums, *of_sums)
     found |= gradients
-    parts = backend.root_sums(backend.backward_sums(*given, gate=gate, start=3))
+    parts = backend.root_sums(backend.backward_sums(*given, gradient, 3))
     found |= {
         f"{name} from 3": backend.to_host(part) for name, part in zip(("sum_dy", "sum_dy_xmu"), parts, strict=True)
     }
     for name in outputs:
         placed[name].array[...] = 0
-    backend.backward_apply(*given, None if layer.frozen else sums, gate=gate)
+    backend.backward_apply(*given, None if layer.frozen else sums, gradient)
     found |= {f"{name} of sums": placed[name].values() for name in outputs}
     return found
 
@@ -174,7 +224,8 @@ def expected(layer):
     else:
         stats = oracle.batch_statistics(v.x, EPS, mask=mask)
         after = oracle.update(oracle.State(v.mean, v.var, *np.zeros((2, C), np.int64)), stats, 0.1)
-        found |= {name: np.asarray(getattr(stats, name)) for name in ("count", "mean", "m2", "invstd")}
+        for of in ("", " of statistics"):
+            found |= {f"{name}{of}": np.asarray(getattr(stats, name)) for name in ("count", "mean", "m2", "invstd")}
         found |= {"tracked": after.tracked, "skipped": after.skipped}
         found |= {"running_mean": after.mean, "running_var": after.var}
         found |= {"mean of update": after.mean, "var of update": after.var}

@@ -5,13 +5,27 @@ Kernels are specialised by the planner and the backend alone: asking them leaves
 
 import functools
 import itertools
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from cubn._types import Affine, Extents, Gate, ITEMSIZE, Operand, Operands, Running, Vector
+from cubn._types import (
+    ITEMSIZE,
+    Affine,
+    Counters,
+    Extents,
+    GradientOptions,
+    NormalizeOptions,
+    Operand,
+    Operands,
+    Running,
+    Update,
+    Vector,
+)
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import Launch, Limits
+from tests.cuda import calls
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -117,27 +131,30 @@ def run_everything(backend: CudaBackend, extents: Extents, layout: Layout, dtype
     x = layout.operand(extents, dtype)
     mask = Layout("nchw").operand(extents, "bool")._replace(channel_stride=0)
     vector = Vector(ADDRESS, "float32", 1)
-    parameters = Affine(vector, vector)
-    backend.keep(parameters, parameters, extents.C)
-    frozen = backend.frozen_statistics(parameters, extents.C, 1e-5)
+    affine, running = Affine(vector, vector), Running(vector, vector)
+    statistics = backend.new_statistics(extents.C, affine)
+    backend.keep(affine, statistics)
+    backend.frozen_statistics(running, 1e-5, statistics)
     zeros = backend.device.zeros((extents.C,), "float64")
-    backend.update(frozen, Running(parameters, parameters, zeros, zeros, 0.1))
+    backend.statistics(np.int64(2), zeros, zeros, 1e-5, statistics)
+    backend.update(statistics, running, running, Counters(ADDRESS, ADDRESS), Update(0.1, False))
     for present in (None, mask):
-        backend.root(backend.moments(extents, Arrays(x, mask=present), 0))
-        backend.statistics(np.int64(2), zeros, zeros, 1e-5)
+        backend.root(backend.moments(extents, Operands(x, mask=present), 0))
         for residual, relu in itertools.product((None, x), (False, True)):
-            arrays = Arrays(x, residual, x, mask=present)
-            backend.forward(extents, arrays, parameters, 1e-5, parameters, relu=relu)
             keep = relu and residual is not None
-            statistics, bits = backend.train(extents, arrays, 1e-5, parameters, relu=relu, keep_bits=keep)
-            backend.normalize(extents, arrays, statistics, parameters, relu=relu, keep_bits=keep)
-            gate = Gate("none" if not relu else "bits" if keep else "recompute", bits)
-            given = (extents, Arrays(x, x, x, residual, present), statistics, parameters)
+            options = NormalizeOptions(residual is not None, relu, keep)
+            operands = Operands(x, residual, x, mask=present)
+            calls.forward(backend, extents, operands, affine, running, replace(options, keep_mask=False))
+            statistics, relu_mask = calls.train(backend, extents, operands, affine, options)
+            backend.normalize(extents, operands, statistics, affine, options)
+            how = "none" if not relu else "mask" if keep else "recompute"
+            given = (extents, Operands(x, x, x, residual, present), statistics, relu_mask)
             for is_frozen in (False, True):
-                sums = backend.backward(*given, frozen=is_frozen, gate=gate)
-                backend.backward_apply(*given, None if is_frozen else sums, gate=gate)
-            backend.parameter_gradients(statistics, sums, *parameters)
-            backend.root_sums(backend.backward_sums(*given, gate=gate, start=0))
+                gradient = GradientOptions(how, is_frozen, residual is not None)
+                sums = calls.backward(backend, *given, gradient)
+                backend.backward_apply(*given, None if is_frozen else sums, gradient)
+                backend.root_sums(backend.backward_sums(*given, gradient, 0))
+            backend.parameter_gradients(statistics, sums, *affine)
 
 
 class Specialisation(NamedTuple):

@@ -5,14 +5,15 @@ from typing import NamedTuple
 import numpy as np
 
 from cubn import reference
-from cubn._types import Affine, Extents, Gate, Operand, Operands, Running, Vector
+from cubn._types import Affine, Extents, GradientOptions, NormalizeOptions, Operand, Operands, Running, Vector
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import Limits
 from tests import oracle
+from tests.cuda import calls
 from tests.cuda_on_cpu.device import CpuDevice
 from tests.cuda_on_cpu.runner import Order
 
-EPS, MOMENTUM = 1e-5, 0.3
+EPS, MOMENTUM = calls.EPS, 0.3
 OUTSIDE = 0x5A
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -97,35 +98,38 @@ def train_and_back(case):
         return operand(array, case.dtype)
 
     state = start(extents.C)
-    old = vector(state.mean), vector(state.var)
-    affine = Affine(vector(gamma), vector(beta))
-    copies = np.empty((2, extents.C))
-    statistics, bits = backend.train(
+    running, affine = Running(vector(state.mean), vector(state.var)), Affine(vector(gamma), vector(beta))
+    statistics, relu_mask = calls.train(
+        backend,
         extents,
-        Arrays(view(x), view(residual) if case.residual else None, view(y)),
-        EPS,
+        Operands(view(x), view(residual) if case.residual else None, view(y)),
         affine,
-        relu=case.relu,
-        keep_bits=case.relu and case.residual,
-        kept=Affine(*map(vector, copies)),
-        running=Running(old, old, state.tracked, state.skipped, MOMENTUM),
+        NormalizeOptions(case.residual, case.relu, case.relu and case.residual),
+        running,
+        (state.tracked.ctypes.data, state.skipped.ctypes.data),
+        MOMENTUM,
     )
     step = list(device.launched)
     if case.frozen:
-        statistics = backend.frozen_statistics((vector(statistics.mean), vector(statistics.var)), extents.C, EPS)
+        given, statistics = statistics, backend.new_statistics(extents.C, affine)
+        backend.keep(affine, statistics)
+        backend.frozen_statistics(Running(vector(given.mean), vector(given.var)), EPS, statistics)
     device.launched.clear()
     dgamma, dbeta = np.empty((2, extents.C), np.float32)
-    sums = backend.backward(
+    sums = calls.backward(
+        backend,
         extents,
-        Arrays(view(x_kept), view(dy), view(dx), view(dresidual) if case.residual else None),
+        Operands(view(x_kept), view(dy), view(dx), view(dresidual) if case.residual else None),
         statistics,
-        affine,
-        frozen=case.frozen,
-        gate=Gate("none") if not case.relu else Gate("bits", bits) if case.residual else Gate("recompute"),
-        parameters=(vector(dgamma), vector(dbeta)),
+        relu_mask,
+        GradientOptions(
+            "none" if not case.relu else "mask" if case.residual else "recompute", case.frozen, case.residual
+        ),
+        (vector(dgamma), vector(dbeta)),
     )
-    found = {"y": y, "dx": dx, **statistics._asdict(), "sum_dy": sums[0], "sum_dy_xmu": sums[1]}
-    found |= {"dgamma": dgamma, "dbeta": dbeta, "gamma": copies[0], "beta": copies[1]}
+    rows = {name: getattr(statistics, name) for name in ("count", "mean", "m2", "var", "invstd")}
+    found = {"y": y, "dx": dx, **rows, "sum_dy": sums[0], "sum_dy_xmu": sums[1]}
+    found |= {"dgamma": dgamma, "dbeta": dbeta, "gamma": statistics.row("gamma"), "beta": statistics.row("beta")}
     found |= {f"running {name}": values for name, values in vars(state).items()}
     if case.residual:
         found["dresidual"] = dresidual

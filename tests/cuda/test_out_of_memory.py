@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import cubn
-from cubn import _arguments
 from cubn.backends.cuda.backend import CudaBackend
+from tests.backends import forget_backends
 from tests.cuda.named import PASSES, RESIDENT
 from tests.cuda_on_cpu.build import unavailable
 from tests.cuda_on_cpu.device import CpuDevice
@@ -31,9 +31,9 @@ class FullDevice(CpuDevice):
 def device(request, monkeypatch):
     device = FullDevice(request.param)
     monkeypatch.setattr("cubn.backends.cpu.backend", lambda: CudaBackend(device))
-    _arguments.backend.cache_clear()
+    forget_backends()
     yield device
-    _arguments.backend.cache_clear()
+    forget_backends()
 
 
 def test_training(device):
@@ -54,5 +54,5 @@ def test_training(device):
         for name, value in state.to_dict().items():
             np.testing.assert_array_equal(value, before[name], name)
         rooms += 1
-    assert rooms > 2, "every allocation of the call was refused once"
+    assert rooms > 1, "every allocation of the call was refused once"
     assert state.tracked.tolist() == [1, 1, 1]

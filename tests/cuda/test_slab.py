@@ -2,7 +2,7 @@
 
 import pytest
 
-from cubn._types import Extents, Operand
+from cubn._types import Extents, NormalizeOptions, Operand, Operands
 from cubn.backends.cuda import plan
 from cubn.backends.cuda.plan import Limits
 from tests.cuda.steps import DTYPES, Case, clusters, train_and_back
@@ -75,12 +75,12 @@ def test_every_alignment(extents, options, in_place, offset):
     clusters("slab", *launched)
 
 
-def slab(extents, *, kilobytes=227, capability=(9, 0), keep_bits=False, gap=0):
+def slab(extents, *, kilobytes=227, capability=(9, 0), keep_mask=False, gap=0):
     """What is planned for a training step of float32."""
     _, C, S = extents
     o = Operand(0, "float32", C * (S + gap), S + gap, (S,), (1,))
     limits = Limits(1, kilobytes << 10, capability)
-    return plan.slab(Extents(*extents), {"x": o, "y": o}, 1, (), keep_bits, limits)
+    return plan.on_chip(Extents(*extents), Operands(o, y=o), None, NormalizeOptions(False, False, keep_mask), limits)
 
 
 def test_what_does_not_fit_is_not_resident():
@@ -89,12 +89,12 @@ def test_what_does_not_fit_is_not_resident():
     assert slab((8, 64, 56 * 56), capability=(8, 0)).cluster == 1
     assert slab((512, 64, 56 * 56)) is None
     assert slab((0, 3, 49)) is None
-    assert slab((4, 3, 1)) is None
+    assert slab((4, 3, 1)).kernel == "slab_channels"
 
 
-def test_blocks_share_no_byte_of_bits():
-    assert slab((2, 16, 49), keep_bits=True)
-    assert slab((2, 12, 49), keep_bits=True) is None  # a sample ends within a byte
-    assert slab((1, 12, 49), keep_bits=True)
-    assert slab((2, 8, 2049), keep_bits=True) is None  # so does a channel that is a group
-    assert slab((2, 16, 49), gap=1, keep_bits=True) is None
+def test_blocks_share_no_byte_of_a_relu_mask():
+    assert slab((2, 16, 49), keep_mask=True)
+    assert slab((2, 12, 49), keep_mask=True) is None  # a sample ends within a byte
+    assert slab((1, 12, 49), keep_mask=True)
+    assert slab((2, 8, 2049), keep_mask=True) is None  # so does a channel that is a group
+    assert slab((2, 16, 49), gap=1, keep_mask=True) is None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cubn._types import Extents, Operand
+from cubn._types import Extents, GradientOptions, NormalizeOptions, Operand, Operands
 from cubn.backends.cuda import plan
 from cubn.backends.cuda.plan import Limits
 from tests.cuda.steps import DTYPES, Case, clusters, train_and_back
@@ -103,13 +103,17 @@ def test_every_alignment(extents, options, in_place, offset):
     check(Case(extents, "bfloat16", **LIMITS, residual=True, offsets=offsets, in_place=in_place, **options))
 
 
-def slab(extents, *, kilobytes=227, capability=(9, 0), bits=False, apart=0, staged=1, multiprocessors=132):
-    """What is planned for a step of bfloat16; `apart`: positions between samples."""
+STEP, MASKED = NormalizeOptions(False, False), NormalizeOptions(False, False, keep_mask=True)
+GRADIENT = GradientOptions("none", False, False)
+
+
+def slab(extents, options=STEP, *, kilobytes=227, capability=(9, 0), apart=0, multiprocessors=132):
+    """What is planned for bfloat16; `apart`: positions between samples."""
     _, C, S = extents
     positions = ((S,), (C,)) if S > 1 else ((), ())
     o = Operand(0, "bfloat16", C * (S + apart), 1, *positions)
     limits = Limits(multiprocessors, kilobytes << 10, capability)
-    return plan.slab_channels(Extents(*extents), {"x": o, "y": o}, staged, (), bits, limits)
+    return plan.slab_channels(Extents(*extents), Operands(o, o, o), options, limits)
 
 
 def test_what_does_not_fit_is_not_resident():
@@ -129,9 +133,9 @@ def test_a_few_blocks_are_no_device():
     assert slab((20000, 16, 1), multiprocessors=32)
 
 
-def test_blocks_share_no_byte_of_bits():
-    assert slab((2, 16, 49), bits=True)
-    assert slab((2, 12, 49), bits=True) is None
+def test_blocks_share_no_byte_of_a_relu_mask():
+    assert slab((2, 16, 49), MASKED)
+    assert slab((2, 12, 49), MASKED) is None
     assert slab((2, 12, 49))
 
 
@@ -146,7 +150,7 @@ def test_blocks_share_no_byte_of_bits():
     ],
 )
 def test_there_are_blocks_for_the_device(extents, blocks):
-    for staged in (1, 2):
-        launch = slab(extents, staged=staged)
+    for options in (STEP, GRADIENT):
+        launch = slab(extents, options)
         assert min(launch.grid, 132) == blocks
         assert launch.shared_bytes <= 227 << 10

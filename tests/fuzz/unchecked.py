@@ -23,7 +23,7 @@ class Check(NamedTuple):
 
 CHECKS = {
     "eps": Check("cubn.forward", "checked_eps", lambda eps, function: float(eps), "normalize", "eps"),
-    "shape": Check("cubn._arguments", "_check_like", lambda *arguments: None, "forward", "residual"),
+    "shape": Check("cubn._arguments", "check_like", lambda *arguments: None, "forward", "residual"),
     "mask": Check(
         "cubn._layout",
         "mask_operand",

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from cubn import _arguments
+from tests.backends import forget_backends
 from tests.gpu import device_arrays
 from tests.ops import arrays
 
@@ -47,7 +47,7 @@ def on_device(monkeypatch):
     """Bodies written for the CPU run on the device: what they carry to NumPy goes to CuPy."""
     for name in ("carry", "store_of", "library_of"):
         monkeypatch.setattr(arrays, name, getattr(device_arrays, name))
-    _arguments.backend.cache_clear()
+    forget_backends()
 
 
 def pytest_terminal_summary(terminalreporter):

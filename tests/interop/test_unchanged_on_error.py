@@ -7,8 +7,8 @@ import pytest
 
 import cubn
 from cubn import _arrays
+from cubn._kept import Kept
 from cubn.backends.cpu import pool, prepare
-from cubn.backends.cpu.kept import Kept
 from cubn.sync import threads
 from tests.interop.test_foreign import Grid
 

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from cubn import _arguments
 from cubn.backends.cuda.backend import CudaBackend
+from tests.backends import forget_backends
 from tests.cuda.named import RESIDENT
 from tests.cuda_on_cpu.build import unavailable
 from tests.cuda_on_cpu.device import CpuDevice
@@ -58,9 +58,9 @@ def device(monkeypatch):
     device = StreamDevice()
     backend = CudaBackend(device)
     monkeypatch.setattr("cubn.backends.cpu.backend", lambda: backend)
-    _arguments.backend.cache_clear()
+    forget_backends()
     yield device
-    _arguments.backend.cache_clear()
+    forget_backends()
 
 
 class Nccl:

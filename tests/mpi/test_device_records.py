@@ -122,10 +122,10 @@ def test_who_says_whether_mpi_takes_device_memory(device, monkeypatch):  # noqa:
     """The library's own word, unless the caller knows better."""
     from mpi4py import MPI
 
-    from cubn import _arguments
+    from cubn.backends import backend_for
     from cubn.sync import mpi
 
-    cuda = _arguments.backend((1, 0))
+    cuda = backend_for((1, 0))
     mine = MPI.COMM_WORLD.Dup()
     ours = mpi.communicator(mine)
     assert not ours.takes(cuda)

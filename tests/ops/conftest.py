@@ -3,8 +3,8 @@
 import pytest
 
 import cubn
+from cubn._kept import Kept
 from cubn.backends.cpu import plan, prepare
-from cubn.backends.cpu.kept import Kept
 
 
 @pytest.fixture(autouse=True)

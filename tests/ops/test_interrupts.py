@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import cubn
+from cubn._kept import Kept
 from cubn.backends.cpu import pool, prepare, stages
 from cubn.backends.cpu.backend import CpuBackend
 from cubn.backends.cpu.calls import PreparedTrain
-from cubn.backends.cpu.kept import Kept
 from cubn.backends.cpu.launch import Launch
 
 PROGRAM = """

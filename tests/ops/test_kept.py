@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from cubn.backends.cpu.kept import ENTRY, Kept, kept
+from cubn._kept import ENTRY, Kept, kept
 
 SIZE = 10_000
 MOST = 10 * (SIZE + ENTRY)

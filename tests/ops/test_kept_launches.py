@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import cubn
+from cubn._kept import Kept
 from cubn.backends.cpu import launch, plan, prepare, stages
-from cubn.backends.cpu.kept import Kept
 
 ROOM = 1 << 18
 KEPT = [f for module in (launch, plan, prepare) for f in vars(module).values() if isinstance(f, Kept)]

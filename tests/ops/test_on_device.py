@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import cubn
-from cubn import _arguments
+from cubn import _arrays
 from cubn._arrays import dlpack
 from cubn._types import CUDA
 from cubn.backends import cuda
 from cubn.backends.cuda.backend import CudaBackend
+from tests.backends import forget_backends
 from tests.cuda_on_cpu.build import unavailable
 from tests.cuda_on_cpu.device import CpuDevice
 
@@ -87,9 +88,9 @@ def device(monkeypatch):
     monkeypatch.setattr(cuda, "new_buffer", Buffer)
     monkeypatch.setattr(cuda, "capsule_of", lambda b, stream=None, **o: said_to_be_remote(b.values.__dlpack__(**o)))
     monkeypatch.setattr(cuda, "host_copy", host_copy)
-    _arguments.backend.cache_clear()
+    forget_backends()
     yield device
-    _arguments.backend.cache_clear()
+    forget_backends()
 
 
 STATES = {
@@ -150,7 +151,7 @@ def test_a_repr_waits_for_nothing(device):
 def test_what_comes_from_the_host_is_looked_at_before_it_is_on_the_device(device, monkeypatch, bad):
     written = states()[1].to_dict() | {"running_var": np.array([1, 1, bad, 1, 1], np.float32)}
     like = remote(np.zeros(1, np.float32))
-    library = _arguments._arrays.describe(like, "test", "like").library
+    library = _arrays.describe(like, "test", "like").library
     monkeypatch.setattr(type(library), "from_numpy", lambda self, values, dtype, like: remote(values))
     expected = (
         pytest.raises(ValueError, match="channel 2") if bad < 0 else pytest.warns(cubn.StateWarning, match="channel 2")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import cubn
-from cubn import _arguments
 from cubn._arrays import dlpack
 from cubn.errors import BackendUnavailable, CollectiveMismatch
 from cubn.sync import threads
+from tests.backends import forget_backends
 
 F32 = "dtype=float32, device=cpu"
 
@@ -689,7 +689,7 @@ def forget_cuda(monkeypatch):
     monkeypatch.delitem(sys.modules, "cubn.backends.cuda.cupy_device", raising=False)
     if "cubn.backends.cuda" in sys.modules:
         monkeypatch.delattr(sys.modules["cubn.backends.cuda"], "cupy_device", raising=False)
-    _arguments.backend.cache_clear()
+    forget_backends()
 
 
 def fake_cupy(driver=True, devices=1, capability="90"):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cubn._tree import COLUMNS, TILE
-from cubn._types import Affine, Extents, Gate, ITEMSIZE, Operand, Operands
+from cubn._types import FLOATS, ITEMSIZE, Affine, Extents, GradientOptions, NormalizeOptions, Operand, Operands
 from cubn.backends.cuda import parameters, plan
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import OCTET, THREADS
@@ -26,6 +26,8 @@ from cubn.backends.cuda.source import folder
 from tests.cuda import calls, plans
 from tests.cuda.named import NAMED, RESIDENT
 from tests.cuda.specialisations import ADDRESS, LIMITS, Recorder
+
+PLAIN = NormalizeOptions(False, False)
 
 
 def operand_of(layer):
@@ -43,10 +45,11 @@ def launches(layer, limits):
     residual = x if layer.residual else None
     device = Recorder(limits)
     backend = CudaBackend(device)
-    arrays, affine, fused = Arrays(x, residual, x, mask=mask), Affine(None, None), layer.residual
-    statistics, bits = backend.train(extents, arrays, 1e-5, affine, relu=fused, keep_bits=fused)
-    gate = Gate("bits" if layer.residual else "none", bits)
-    backend.backward(extents, Arrays(x, x, x, residual, mask), statistics, affine, frozen=False, gate=gate)
+    options = NormalizeOptions(layer.residual, layer.residual, layer.residual)
+    operands = Operands(x, residual, x, mask=mask)
+    statistics, relu_mask = calls.train(backend, extents, operands, Affine(None, None), options)
+    gradient = GradientOptions("mask" if layer.residual else "none", False, layer.residual)
+    calls.backward(backend, extents, Operands(x, x, x, residual, mask), statistics, relu_mask, gradient)
     return device.launched
 
 
@@ -134,21 +137,33 @@ def planned(name):
 
 
 def more_than_32_bits_count():
-    plan.elementwise(Extents(5, 67, 6500001), "rows", "float16", (), RESIDENT)
+    plan.elementwise(Extents(5, 67, 6500001), "nchw", "float16", PLAIN, RESIDENT)
 
 
 def nothing_to_plan():
-    plan.slab(Extents(0, 3, 4), {}, 1, (), False, RESIDENT)
-    plan.slab_channels(Extents(0, 3, 4), {}, 1, (), False, RESIDENT)
+    x = operand_of(calls.Layer((0, 3, 4)))
+    plan.slab(Extents(0, 3, 4), Operands(x), PLAIN, RESIDENT)
+    plan.slab_channels(Extents(0, 3, 4), Operands(x), PLAIN, RESIDENT)
+
+
+def a_relu_mask_in_another_order():
+    layer = calls.Layer((4, 16, 64), residual=True)
+    x = operand_of(layer)
+    gradient = GradientOptions("mask", False, False)
+    assert plan.layout_of(Extents(*layer.extents), Operands(x), "nhwc") == "strided"
+    assert plan.on_chip(Extents(*layer.extents), Operands(x, x, x), "nhwc", gradient, RESIDENT) is None
 
 
 def nodes_of_ranks():
     plan.root(6, "Moments", (0, 1, 0, 2))
 
 
+OTHERS = [more_than_32_bits_count, nothing_to_plan, a_relu_mask_in_another_order, nodes_of_ranks]
+
+
 def test_the_named_layers_reach_every_branch():
     """The same layers are run by tests/cuda/test_named.py."""
-    assert not list(unreached([*map(planned, NAMED), more_than_32_bits_count, nothing_to_plan, nodes_of_ranks]))
+    assert not list(unreached([*map(planned, NAMED), *OTHERS]))
 
 
 def test_what_is_not_reached_is_seen():
@@ -168,7 +183,7 @@ EXTENTS = st.tuples(EXTENT, EXTENT, EXTENT).filter(lambda extents: math.prod(ext
 LAYERS = st.builds(
     calls.Layer,
     extents=EXTENTS,
-    dtype=st.sampled_from(list(parameters.FORMATS)),
+    dtype=st.sampled_from(FLOATS),
     layout=st.sampled_from(sorted(calls.LAYOUTS)),
     offsets=st.integers(0, 7).map(lambda offset: (offset,) * 6),
     residual=st.booleans(),
@@ -282,10 +297,10 @@ def test_division_by_a_constant(bits, data):
 )
 def test_which_elementwise_kernels_need_not_look_at_addresses(layer, dense):
     extents, x = Extents(*layer.extents), operand_of(layer)
-    launch = plan.elementwise(extents, plan.elementwise_kind(extents, (x,)), layer.dtype, (), RESIDENT)
-    assert plan.is_dense(launch, extents, (x,)) is dense
+    launch = plan.elementwise(extents, plan.elementwise_layout(extents, Operands(x)), layer.dtype, PLAIN, RESIDENT)
+    assert plan.is_dense(launch, extents, Operands(x)) is dense
     elsewhere = operand_of(replace(layer, offsets=(1,) * 6))
-    assert not plan.is_dense(launch, extents, (x, elsewhere))
+    assert not plan.is_dense(launch, extents, Operands(x, elsewhere))
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------
@@ -306,6 +321,14 @@ def test_members_are_where_the_compiler_has_them(tmp_path):
     found = subprocess.run([str(target)], capture_output=True, text=True, check=True).stdout.split()
     words = [8 * member.word for member in parameters.members().values()]
     assert [*map(int, found)] == [*words, len(parameters.pack({}))]
+
+
+def test_a_template_is_filled_with_the_values_of_a_call():
+    fields = {"samples": 2**40, "x.sample": 7, "last.share.7": 0.1, "slot": 3}
+    places = {"x.pointer": 2, "eps": 0, "y.pointer": 2, "g.pointer": 1, "first": 3, "second": 4, "samples": 1}
+    values = (1e-5, 2**63 - 1, -8, 5, 6)
+    filled = parameters.Template(fields, places).filled(values)
+    assert filled == parameters.pack({**fields, **{name: values[place] for name, place in places.items()}})
 
 
 def test_packing():

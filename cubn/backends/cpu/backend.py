@@ -149,6 +149,13 @@ class CpuBackend:
             )
         return passed
 
+    def given_statistics(self, C: int, count: int, mean: Vector, invstd: Vector, affine: Affine) -> Statistics:
+        found, given = self.new_statistics(C, affine), self.new_statistics(C, Affine(mean, invstd))
+        self.keep(Affine(mean, invstd), given)
+        found.count[...], found.mean[:], found.invstd[:] = count, given.row("gamma"), given.row("beta")
+        self.keep(affine, found)
+        return found
+
     def update(self, statistics: Statistics, old: Running, new: Running, counters: Counters, update: Update) -> None:
         launch = prepare.update(statistics.C, _running(old), _running(new), update.biased)
         momentum = update.momentum

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn._arrays.numpy import address_of
+from cubn._kept import kept
 from cubn._types import ITEMSIZE, Operand
 from cubn.backends.cpu import pool
-from cubn.backends.cpu.kept import kept
 
 ALIGNMENT = 128
 """Bytes: a cache line, and its neighbour that is fetched along."""

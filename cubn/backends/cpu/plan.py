@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn._floating_point import default_floating_point
+from cubn._kept import kept
 from cubn._tree import COLUMNS, TILE, Block, Step, aligned_blocks, pair_order, root_order
 from cubn._types import Extents, Operand, Operands
-from cubn.backends.cpu.kept import kept
 
 LANES = 16
 NODE = 256  # bytes of a node slot: two vectors of 16 float64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cubn._arrays.numpy import address_of
+from cubn._kept import kept
 from cubn._tree import Block, root_order
 from cubn._types import VECTOR_CODES, Affine, GradientOptions, NormalizeOptions, Operands, Running, Vector
 from cubn.backends.cpu import plan, stages
@@ -17,7 +18,6 @@ from cubn.backends.cpu.assemble import (
     over_elements,
 )
 from cubn.backends.cpu.compile import Kernel
-from cubn.backends.cpu.kept import kept
 from cubn.backends.cpu.launch import Launch
 from cubn.backends.cpu.parameters import Fields, of_affine, of_vector
 from cubn.backends.cpu.pool import Stage

@@ -1,51 +1,61 @@
-"""The backend protocol on CUDA: choose a plan, add the addresses, launch. Nothing here waits for the device."""
+"""The backend protocol on CUDA: prepared calls and series, kept by layouts and options. Nothing here waits for the
+device.
+"""
 
 from __future__ import annotations
 
 import functools
-from itertools import accumulate
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from cubn._tree import aligned_blocks, stack_order
-from cubn._types import Affine, BackendArray, Extents, Gate, ITEMSIZE, Nodes, Operands, Running, Statistics, Vector
-from cubn.backends.cuda import plan, prepare
+from cubn._types import (
+    ITEMSIZE,
+    Affine,
+    BackendArray,
+    Counters,
+    Extents,
+    GradientOptions,
+    Nodes,
+    NormalizeOptions,
+    Operands,
+    ReluGradient,
+    Running,
+    Statistics,
+    Update,
+    Vector,
+)
+from cubn.backends.cuda import calls, parts
+from cubn.backends.cuda.calls import ReluMask, new_relu_mask, new_statistics
 from cubn.backends.cuda.device import Device
-from cubn.backends.cuda.parameters import Fields as Addresses
-from cubn.backends.cuda.parameters import of_vector, pack
-from cubn.backends.cuda.prepare import Ready
+from cubn.backends.cuda.parameters import Values
+from cubn.backends.cuda.plan import What
+from cubn.backends.cuda.prepare import STATISTICS, affine_vectors, layouts, running_vectors
+from cubn.backends.cuda.series import Series
+from cubn.backends.protocol import PreparedBackward, PreparedForward, PreparedTrain, Sums
 
-Sums = tuple[BackendArray, BackendArray]
-
-_POINTERS = tuple(f"{name}.pointer" for name in Operands._fields)
-
-
-class Bits(NamedTuple):
-    """Which y passed a residual ReLU: bit (n, c, p) at `first` and the sum of its index times `steps`."""
-
-    memory: BackendArray
-    kind: str  # of the order: "rows" is (n, c, p), "channels" is (n, p, c)
-    first: int
-    steps: tuple[int, int, int]
-
-
-class Rows(NamedTuple):
-    """Rows of nodes: int64 (rows,) and twice float64 (rows, C)."""
-
-    count: BackendArray
-    first: BackendArray
-    second: BackendArray
+MOST = 512
+"""Prepared calls and series that are kept, of each kind: about 12 KB each."""
 
 
 class CudaBackend:
-    """See cubn.backends.Backend."""
+    """See cubn.backends.protocol.Backend."""
 
     name = "cuda"
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self._orders = functools.lru_cache(256)(self._placed)
+        keep = functools.lru_cache(MOST)
+        self._forward = keep(functools.partial(calls.forward, device))
+        self._train = keep(functools.partial(calls.train, device))
+        self._backward = keep(functools.partial(calls.backward, device))
+        self._per_channel = keep(parts.per_channel)
+        self._pass = keep(functools.partial(parts.elementwise, device.limits))
+        self._node = keep(functools.partial(parts.node, device.limits))
+        self._root = keep(parts.root)
+        self._orders = keep(self._placed)
 
     # --- arrays -------------------------------------------------------------------------------------------------------
 
@@ -58,17 +68,155 @@ class CudaBackend:
     def staging(self, shape: tuple[int, ...]) -> Any:
         return self.device.staging(shape, "float64")
 
-    def new_vector(self, C: int) -> tuple[BackendArray, Vector]:
-        values = self.device.empty((C,), "float64")
-        return values, Vector(self._at(values), "float64", 1)
+    def address(self, array: BackendArray) -> int:
+        return self.device.address(array)
 
-    def keep(self, affine: Affine, kept: Affine, C: int) -> None:
-        self._channelwise("keep", C, {**_of_affine(affine), **_of_kept(kept)})
+    def new_statistics(self, C: int, affine: Affine) -> Statistics:
+        return new_statistics(self.device, C, affine.gamma is not None, affine.beta is not None)
 
-    # --- statistics ---------------------------------------------------------------------------------------------------
+    # --- whole batches ------------------------------------------------------------------------------------------------
 
-    def moments(self, extents: Extents, arrays: Operands, start: int) -> Nodes:
-        return self._nodes("Moments", extents, Operands(arrays.x, mask=arrays.mask), Gate("none"), {}, start)
+    def prepare_forward(
+        self, extents: Extents, operands: Operands, affine: Affine, running: Running, options: NormalizeOptions
+    ) -> PreparedForward:
+        return self._forward(extents, layouts(operands), _affine(affine), _running(running), options)
+
+    def prepare_train(
+        self,
+        extents: Extents,
+        operands: Operands,
+        affine: Affine,
+        running: Running | None,
+        biased: bool,
+        options: NormalizeOptions,
+    ) -> PreparedTrain:
+        moved = running and _running(running)
+        return self._train(extents, layouts(operands), _affine(affine), moved, biased, options)
+
+    def prepare_backward(
+        self,
+        extents: Extents,
+        operands: Operands,
+        statistics: Statistics,
+        relu_mask: ReluMask | None,
+        parameters: tuple[Vector, Vector] | None,
+        options: GradientOptions,
+    ) -> PreparedBackward:
+        copies, mask = _affine(statistics.affine), relu_mask and relu_mask.layout
+        gradients = parameters and (_vector(parameters[0]), _vector(parameters[1]))
+        return self._backward(extents, layouts(operands), copies, mask, gradients, options)
+
+    # --- per-channel arrays -------------------------------------------------------------------------------------------
+
+    def keep(self, affine: Affine, statistics: Statistics) -> None:
+        given = affine_vectors(affine)
+        copies = {f"kept_{name}": statistics.at(name) for name in given}
+        self._channelwise("keep", statistics.C, given, copies)
+
+    def statistics(
+        self, count: BackendArray, mean: BackendArray, m2: BackendArray, eps: float, into: Statistics
+    ) -> None:
+        root = {"from_count": self._at(count), "first": self._at(mean), "second": self._at(m2)}
+        self._channelwise("statistics", into.C, {}, {**_rows_of(into), **root, "eps": eps})
+
+    def frozen_statistics(self, running: Running, eps: float, into: Statistics) -> None:
+        old = {"old_mean": running.mean, "old_var": running.var}
+        self._channelwise("frozen", into.C, old, {**_rows_of(into), "eps": eps})
+
+    def given_statistics(self, C: int, count: int, mean: Vector, invstd: Vector, affine: Affine) -> Statistics:
+        found = self.new_statistics(C, affine)
+        zeros = self.device.zeros((C,), "float64")
+        self.statistics(self.device.from_host(np.array(count)), zeros, zeros, 1.0, found)
+        copies = {"kept_gamma": found.at("mean"), "kept_beta": found.at("invstd")}
+        self._channelwise("keep", C, {"gamma": mean, "beta": invstd}, copies)
+        self.keep(affine, found)
+        return found
+
+    def update(self, statistics: Statistics, old: Running, new: Running, counters: Counters, update: Update) -> None:
+        moved = running_vectors(old, new)
+        how = {"momentum": update.momentum or 0.0, "cumulative": update.momentum is None, "ddof": not update.biased}
+        self._channelwise("update", statistics.C, moved, {**_rows_of(statistics), **counters._asdict(), **how})
+
+    def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:
+        first, second = map(self._at, sums)
+        given = {"invstd": statistics.at("invstd"), "first": first, "second": second}
+        self._channelwise("parameter_gradients", statistics.C, {"dgamma": dgamma, "dbeta": dbeta}, given)
+
+    def _channelwise(self, kernel: str, C: int, given: dict[str, Vector], values: Mapping[str, float]) -> None:
+        formats = tuple((name, _vector(v)) for name, v in given.items())
+        series = self._per_channel(kernel, C, formats, tuple(values))
+        series.run(self.device, (*(v.pointer for v in given.values()), *values.values()))
+
+    # --- passes over all elements -------------------------------------------------------------------------------------
+
+    def normalize(
+        self, extents: Extents, operands: Operands, statistics: Statistics, affine: Affine, options: NormalizeOptions
+    ) -> ReluMask | None:
+        if 0 in extents:
+            return None
+        series, layout = self._pass(extents, layouts(operands), _affine(affine), None, False, options)
+        kept = new_relu_mask(self.device, extents, layout) if options.keep_mask else None
+        self._run(series, (*_pass_values(operands, affine, statistics, kept), 0, 0))
+        return kept
+
+    def backward_apply(
+        self,
+        extents: Extents,
+        operands: Operands,
+        statistics: Statistics,
+        relu_mask: ReluMask | None,
+        sums: Sums | None,
+        options: GradientOptions,
+    ) -> None:
+        if 0 in extents:
+            return
+        affine, mask = statistics.affine, relu_mask and relu_mask.layout
+        series, _ = self._pass(extents, layouts(operands), _affine(affine), mask, sums is not None, options)
+        first, second = map(self._at, sums) if sums else (0, 0)
+        self._run(series, (*_pass_values(operands, affine, statistics, relu_mask), first, second))
+
+    # --- the tree -----------------------------------------------------------------------------------------------------
+
+    def moments(self, extents: Extents, operands: Operands, start: int) -> Nodes:
+        read = Operands(operands.x, mask=operands.mask)
+        return self._nodes("Moments", extents, read, None, None, "none", start)
+
+    def backward_sums(
+        self,
+        extents: Extents,
+        operands: Operands,
+        statistics: Statistics,
+        relu_mask: ReluMask | None,
+        options: GradientOptions,
+        start: int,
+    ) -> Nodes:
+        read = operands._replace(y=None, r=None)
+        return self._nodes("Sums", extents, read, statistics, relu_mask, options.relu, start)
+
+    def _nodes(
+        self,
+        what: What,
+        extents: Extents,
+        operands: Operands,
+        statistics: Statistics | None,
+        relu_mask: ReluMask | None,
+        relu: ReluGradient,
+        start: int,
+    ) -> Nodes:
+        """One node for each maximal aligned block of samples: each is a batch of its own."""
+        N, C, S = extents
+        blocks = aligned_blocks(start, start + N) if S else ()
+        nodes = Nodes(blocks, self.device.empty((len(blocks), 2 * C + 1), "float64"))
+        table, affine = self._at(nodes.table), statistics.affine if statistics else Affine(None, None)
+        layout = relu_mask and relu_mask.layout
+        for i, (lo, hi) in enumerate(blocks):
+            part = _from_sample(lo - start, operands)
+            series = self._node(what, extents._replace(N=hi - lo), layouts(part), _affine(affine), relu, layout)
+            row = table + 8 * i * (2 * C + 1)
+            first_bit = (lo - start) * C * S
+            node = (first_bit, row, row + 8, row + 8 + 8 * C)
+            self._run(series, (*_pass_values(part, affine, statistics, relu_mask), *node))
+        return nodes
 
     def root(self, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
         return self._root_of("Moments", nodes)
@@ -76,245 +224,15 @@ class CudaBackend:
     def root_sums(self, nodes: Nodes) -> Sums:
         return self._root_of("Sums", nodes)[1:]
 
-    def statistics(self, count: Any, mean: Any, m2: Any, eps: float) -> Statistics:
-        found = self._new_statistics(len(mean))._replace(count=count)
-        self._channelwise(
-            "statistics",
-            len(mean),
-            {**self._statistics_fields(found), "first": self._at(mean), "second": self._at(m2), "eps": eps},
-        )
-        return found
-
-    def frozen_statistics(self, running: tuple[Vector, Vector], C: int, eps: float) -> Statistics:
-        found = self._new_statistics(C)
-        self._channelwise("frozen", C, {**self._statistics_fields(found), **_of_old(running), "eps": eps})
-        return found
-
-    def update(self, statistics: Statistics, running: Running) -> None:
-        fields = {**self._statistics_fields(statistics), **self._running_fields(running)}
-        self._channelwise("update", len(running.tracked), fields)
-
-    # --- forward ------------------------------------------------------------------------------------------------------
-
-    def train(
-        self,
-        extents: Extents,
-        arrays: Operands,
-        eps: float,
-        affine: Affine,
-        *,
-        relu: bool,
-        keep_bits: bool,
-        kept: Affine | None = None,
-        running: Running | None = None,
-    ) -> tuple[Statistics, Bits | None]:
-        found = self._new_statistics(extents.C)
-        fields = {
-            **self._statistics_fields(found),
-            **_of_affine(affine),
-            **(_of_kept(kept) if kept else {}),
-            "eps": eps,
-        }
-        options = _normalize_options(arrays, relu, keep_bits)
-        resident = prepare.resident(extents, options, 1, keep_bits, "", self.device.limits, prepare.layouts(arrays))
-        if resident:
-            bits = self._new_bits(extents, resident.kind) if keep_bits else None
-            self._run(resident, arrays, bits, fields | (self._running_fields(running) if running else {}))
-            return found, bits
-        coefficients = self._new_coefficients(extents.C, arrays.x.dtype)
-        fields["coefficients"] = self._at(coefficients)
-        self._root("Moments", extents, Operands(arrays.x, mask=arrays.mask), Gate("none"), {}, fields)
-        bits = self._normalize(extents, arrays, coefficients, relu, keep_bits)
-        if running:  # last: an error on the way leaves the state as it was
-            self.update(found, running)
-        return found, bits
-
-    def normalize(
-        self,
-        extents: Extents,
-        arrays: Operands,
-        statistics: Statistics,
-        affine: Affine,
-        *,
-        relu: bool,
-        keep_bits: bool,
-    ) -> Bits | None:
-        coefficients = self._coefficients(extents.C, arrays.x.dtype, statistics, affine)
-        return self._normalize(extents, arrays, coefficients, relu, keep_bits)
-
-    def forward(
-        self,
-        extents: Extents,
-        arrays: Operands,
-        running: tuple[Vector, Vector],
-        eps: float,
-        affine: Affine,
-        *,
-        relu: bool,
-    ) -> None:
-        coefficients = self._new_coefficients(extents.C, arrays.x.dtype)
-        fields = {**_of_old(running), **_of_affine(affine), "eps": eps, "coefficients": self._at(coefficients)}
-        self._channelwise("frozen", extents.C, fields, arrays.x.dtype)
-        self._normalize(extents, arrays, coefficients, relu, False)
-
-    def _normalize(
-        self, extents: Extents, arrays: Operands, coefficients: BackendArray, relu: bool, keep_bits: bool
-    ) -> Bits | None:
-        if 0 in extents:
-            return None
-        options = _normalize_options(arrays, relu, keep_bits)
-        ready = prepare.elementwise(extents, options, "", self.device.limits, prepare.layouts(arrays))
-        bits = self._new_bits(extents, ready.kind) if keep_bits else None
-        self._run(ready, arrays, bits, {"coefficients": self._at(coefficients)})
-        return bits
-
-    # --- backward -----------------------------------------------------------------------------------------------------
-
-    def backward(
-        self,
-        extents: Extents,
-        arrays: Operands,
-        statistics: Statistics,
-        affine: Affine,
-        *,
-        frozen: bool,
-        gate: Gate,
-        parameters: tuple[Vector, Vector] | None = None,
-    ) -> Sums:
-        sums = first, second = tuple(self._parts(extents.C, extents.C))
-        fields = {
-            **self._statistics_fields(statistics),
-            **(_of_gradients(*parameters) if parameters else {}),
-            "first": self._at(first),
-            "second": self._at(second),
-        }
-        options, kind = _gradient_options(arrays, gate, frozen), gate.bits.kind if gate.bits else ""
-        resident = prepare.resident(extents, options, 2, False, kind, self.device.limits, prepare.layouts(arrays))
-        if resident:
-            self._run(resident, arrays, gate.bits, {**fields, **_of_affine(affine)})
-            return sums
-        coefficients = self._coefficients(extents.C, arrays.x.dtype, statistics, affine)
-        fields["coefficients"] = self._at(coefficients)
-        self._root("Sums", extents, arrays._replace(y=None, r=None), gate, fields, fields)
-        self._input_gradient(extents, arrays, coefficients, frozen, gate)
-        return sums
-
-    def backward_sums(
-        self,
-        extents: Extents,
-        arrays: Operands,
-        statistics: Statistics,
-        affine: Affine,
-        *,
-        gate: Gate,
-        start: int,
-    ) -> Nodes:
-        coefficients = self._coefficients(extents.C, arrays.x.dtype, statistics, affine)
-        read = arrays._replace(y=None, r=None)
-        return self._nodes("Sums", extents, read, gate, {"coefficients": self._at(coefficients)}, start)
-
-    def backward_apply(
-        self,
-        extents: Extents,
-        arrays: Operands,
-        statistics: Statistics,
-        affine: Affine,
-        sums: Sums | None,
-        *,
-        gate: Gate,
-    ) -> None:
-        coefficients = self._coefficients(extents.C, arrays.x.dtype, statistics, affine)
-        if sums is not None:
-            first, second = sums
-            fields = {
-                **self._statistics_fields(statistics),
-                "coefficients": self._at(coefficients),
-                "first": self._at(first),
-                "second": self._at(second),
-            }
-            self._channelwise("gradient_coefficients", extents.C, fields, arrays.x.dtype)
-        self._input_gradient(extents, arrays, coefficients, sums is None, gate)
-
-    def _input_gradient(
-        self, extents: Extents, arrays: Operands, coefficients: BackendArray, frozen: bool, gate: Gate
-    ) -> None:
-        if 0 in extents:
-            return
-        options, kind = _gradient_options(arrays, gate, frozen), gate.bits.kind if gate.bits else ""
-        ready = prepare.elementwise(extents, options, kind, self.device.limits, prepare.layouts(arrays))
-        self._run(ready, arrays, gate.bits, {"coefficients": self._at(coefficients)})
-
-    def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:
-        first, second = sums
-        fields = {
-            **self._statistics_fields(statistics),
-            **_of_gradients(dgamma, dbeta),
-            "first": self._at(first),
-            "second": self._at(second),
-        }
-        self._channelwise("parameter_gradients", len(first), fields)
-
-    # --- the tree -----------------------------------------------------------------------------------------------------
-
-    def _root(
-        self, what: str, extents: Extents, arrays: Operands, gate: Gate, fields: Addresses, last: Addresses
-    ) -> None:
-        """Reduce a batch, whose tree begins at its first sample, and let `finish` say what follows, with the last."""
-        N, C, S = extents
-        if N * S:
-            rows, finish = self._reduce(what, extents, arrays, gate, fields)
-        else:
-            rows = Rows(self.device.zeros((1,), "int64"), *(self.device.zeros((1, C), "float64") for _ in range(2)))
-            finish = prepare.finish(C, what, 1, arrays.x.dtype)
-        self._launch(finish, {**self._rows_fields("from", rows), **last})
-
-    def _reduce(self, what: str, extents: Extents, arrays: Operands, gate: Gate, fields: Addresses) -> tuple[Rows, Ready]:
-        """Rows of nodes of a batch that has values, few enough for the launch that comes with them."""
-        kind, limits = gate.bits.kind if gate.bits else "", self.device.limits
-        cut = prepare.reduction(extents, what, gate.kind, kind, limits, prepare.layouts(arrays))
-        rows = self._new_rows(cut.rows, extents.C)
-        self._run(cut.reduce, arrays, gate.bits, {**fields, **self._rows_fields("node", rows)})
-        for merge, left in cut.merges:
-            rows = self._merge(merge, rows, left)
-        return rows, cut.finish
-
-    def _merge(self, merge: Ready, rows: Rows, left: int) -> Rows:
-        merged = self._new_rows(left, rows.first.shape[1])
-        self._launch(merge, {**self._rows_fields("from", rows), **self._rows_fields("node", merged)})
-        return merged
-
-    def _nodes(self, what: str, extents: Extents, arrays: Operands, gate: Gate, fields: Addresses, start: int) -> Nodes:
-        """One node for each maximal aligned block of samples: each is a batch of its own."""
-        N, C, S = extents
-        blocks = aligned_blocks(start, start + N) if S else ()
-        nodes = Nodes(blocks, self.device.empty((len(blocks), 2 * C + 1), "float64"))
-        for i, (lo, hi) in enumerate(blocks):
-            at = lo - start
-            part = _from_sample(at, arrays)
-            bits = gate.bits and gate.bits._replace(first=gate.bits.first + at * gate.bits.steps[0])
-            rows, _ = self._reduce(what, extents._replace(N=hi - lo), part, gate._replace(bits=bits), fields)
-            count = len(rows.count)
-            row = Rows(*(column[i : i + 1] for column in (nodes.count, nodes.first, nodes.second)))
-            merge = prepare.merge_rows(C, what, count)
-            self._launch(merge, {**self._rows_fields("from", rows), **self._rows_fields("node", row)})
-        return nodes
-
-    def _root_of(self, what: str, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
+    def _root_of(self, what: What, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
         C = nodes.table.shape[1] // 2
-        count, first, second = self._parts(1, C, C)
         order = stack_order(nodes.blocks)
-        fields = {
-            "table": self._at(nodes.table),
-            "table_step": nodes.table.strides[0] // 8,
-            "count": self._at(count),
-            "first": self._at(first),
-            "second": self._at(second),
-        }
         merges = self._orders(order) if order else None  # held: what two threads make at once, the cache has of one
-        if merges is not None:
-            fields["merges"] = self._at(merges)
-        self._launch(prepare.root(C, what, order), fields)
-        return count.view("int64").reshape(()), first, second
+        memory = self.device.empty((1 + 2 * C,), "float64")
+        found = self._at(memory)
+        table = (self._at(nodes.table), nodes.table.strides[0] // 8, 0 if merges is None else self._at(merges))
+        self._root(C, what, order).run(self.device, (*table, found, found + 8, found + 8 + 8 * C))
+        return memory[:1].view("int64").reshape(()), memory[1 : 1 + C], memory[1 + C :]
 
     def _placed(self, order: tuple[int, ...]) -> BackendArray:
         """An order of merges on the device, for streams of all kinds."""
@@ -324,105 +242,42 @@ class CudaBackend:
 
     # --- launches -----------------------------------------------------------------------------------------------------
 
-    def _launch(self, ready: Ready, fields: Addresses) -> None:
-        self.device.launch(ready.launch, pack(fields, ready.words))
-
-    def _run(self, ready: Ready, arrays: Operands, bits: Bits | None, fields: Addresses) -> None:
-        addresses = {name: o.pointer for name, o in zip(_POINTERS, arrays, strict=True) if o is not None}
-        self._launch(ready, {**fields, **addresses, **self._bits_fields(bits)})
-
-    def _channelwise(self, kernel: str, C: int, fields: Addresses, dtype: str = "float32") -> None:
-        self._launch(prepare.channelwise(kernel, C, dtype), fields)
-
-    def _coefficients(self, C: int, dtype: str, statistics: Statistics, affine: Affine) -> BackendArray:
-        coefficients = self._new_coefficients(C, dtype)
-        fields = {**self._statistics_fields(statistics), **_of_affine(affine), "coefficients": self._at(coefficients)}
-        self._channelwise("coefficients", C, fields, dtype)
-        return coefficients
-
-    # --- memory -------------------------------------------------------------------------------------------------------
-
     def _at(self, array: BackendArray) -> int:
         return self.device.address(array)
 
-    def _new_statistics(self, C: int) -> Statistics:
-        count, *others = self._parts(1, *(C,) * 4)
-        return Statistics(count.view("int64").reshape(()), *others)
-
-    def _new_coefficients(self, C: int, dtype: str) -> BackendArray:
-        return self.device.empty((C, 6), "float64") if dtype == "float64" else self.device.empty((C, 8), "float32")
-
-    def _new_rows(self, count: int, C: int) -> Rows:
-        counts, first, second = self._parts(count, count * C, count * C)
-        return Rows(counts.view("int64"), first.reshape(count, C), second.reshape(count, C))
-
-    def _parts(self, *lengths: int) -> list[BackendArray]:
-        """Float64 vectors in one allocation."""
-        memory = self.device.empty((sum(lengths),), "float64")
-        return [memory[end - length : end] for length, end in zip(lengths, accumulate(lengths), strict=True)]
-
-    def _new_bits(self, extents: Extents, kind: str) -> Bits:
-        N, C, S = extents
-        memory = self.device.empty((-(-N * C * S // 8),), "uint8")
-        if kind == "channels":
-            return Bits(memory, kind, 0, (C * S, 1, C))
-        return Bits(memory, "rows", 0, (C * S, S, 1))
-
-    def _statistics_fields(self, s: Statistics) -> Addresses:
-        return {name: self._at(array) for name, array in s._asdict().items()}
-
-    def _running_fields(self, running: Running) -> dict[str, int | float]:
-        mean, var = running.new
-        return {
-            **_of_old(running.old),
-            **of_vector("new_mean", mean),
-            **of_vector("new_var", var),
-            "tracked": self._at(running.tracked),
-            "skipped": self._at(running.skipped),
-            "momentum": running.momentum or 0.0,
-            "cumulative": int(running.momentum is None),
-            "ddof": int(not running.biased),
-        }
-
-    def _rows_fields(self, name: str, rows: Rows) -> Addresses:
-        return {f"{name}_{part}": self._at(array) for part, array in rows._asdict().items()}
-
-    def _bits_fields(self, bits: Bits | None) -> Addresses:
-        if bits is None:
-            return {}
-        steps = dict(zip(("bits_sample", "bits_channel", "bits_position"), bits.steps, strict=True))
-        return {"bits": self._at(bits.memory), "bits_first": bits.first, **steps}
+    def _run(self, series: Series, values: Values) -> None:
+        memory = self.device.empty((series.numbers,), "float64")
+        series.run(self.device, (*values, *series.parts(self._at(memory))))
 
 
-def _from_sample(n: int, arrays: Operands) -> Operands:
-    """The arrays but for the n samples before."""
+def _from_sample(n: int, operands: Operands) -> Operands:
+    """The operands but for the n samples before."""
     return Operands(
-        *(o and o._replace(pointer=o.pointer + n * o.sample_stride * ITEMSIZE[o.dtype]) for o in arrays)  # type: ignore[arg-type]
+        *[o and o._replace(pointer=o.pointer + n * o.sample_stride * ITEMSIZE[o.dtype]) for o in operands]  # type: ignore[arg-type]
     )
 
 
-def _of_affine(affine: Affine) -> Addresses:
-    return {**of_vector("gamma", affine.gamma), **of_vector("beta", affine.beta)}
+def _vector(v: Vector) -> Vector:
+    return Vector(0, v.dtype, v.stride)
 
 
-def _of_kept(kept: Affine) -> Addresses:
-    return {f"kept_{name}": copy.pointer for name, copy in kept._asdict().items() if copy}
+def _affine(affine: Affine) -> Affine:
+    gamma, beta = affine
+    return Affine(gamma and _vector(gamma), beta and _vector(beta))
 
 
-def _of_gradients(dgamma: Vector, dbeta: Vector) -> Addresses:
-    return {**of_vector("dgamma", dgamma), **of_vector("dbeta", dbeta)}
+def _running(running: Running) -> Running:
+    return Running(_vector(running.mean), _vector(running.var))
 
 
-def _of_old(running: tuple[Vector, Vector]) -> Addresses:
-    mean, var = running
-    return {**of_vector("old_mean", mean), **of_vector("old_var", var)}
+def _rows_of(statistics: Statistics) -> dict[str, int]:
+    """Where each row is that kernels know by its name."""
+    return {name: statistics.at(name) for name in STATISTICS}
 
 
-def _normalize_options(arrays: Operands, relu: bool, keep_bits: bool) -> tuple[str, ...]:
-    return plan.option(OPERATION="NORMALIZE", RESIDUAL=arrays.g is not None, RELU=relu, KEEP_BITS=keep_bits)
-
-
-def _gradient_options(arrays: Operands, gate: Gate, frozen: bool) -> tuple[str, ...]:
-    return plan.option(
-        OPERATION="GRADIENT", RESIDUAL=arrays.r is not None, GATE=f"GATE_{gate.kind.upper()}", FROZEN=frozen
-    )
+def _pass_values(
+    operands: Operands, affine: Affine, statistics: Statistics | None, relu_mask: ReluMask | None
+) -> Values:
+    """Those that every pass over elements begins with; see `parts.PASS`."""
+    rows = (statistics.at(name) for name in STATISTICS) if statistics else (0,) * len(STATISTICS)
+    return (*[o.pointer if o else 0 for o in (*operands, *affine)], *rows, relu_mask.address if relu_mask else 0)

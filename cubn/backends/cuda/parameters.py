@@ -6,19 +6,19 @@ import functools
 import re
 import struct
 from collections.abc import Mapping
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple
 
-from cubn._types import Operand, Vector
-from cubn.backends.cuda import plan
+from cubn._types import VECTOR_CODES, Operand, Vector
+from cubn.backends.cuda.plan import Fields, position_step
 from cubn.backends.cuda.source import folder
 
 _STRUCT = re.compile(r"^struct (\w+) \{\n(.*?)^\};", re.MULTILINE | re.DOTALL)
 _CONSTANT = re.compile(r"^constexpr int (\w+) = (\d+);", re.MULTILINE)
 _FIELD = re.compile(r"^ +(\w+|long long) (\w+)(?:\[(\w+)\])?;", re.MULTILINE)
 
-FORMATS = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
-
-Fields = Mapping[str, int | float]
+Values = tuple[Any, ...]
+"""The addresses and numbers of a call."""
 
 
 class Member(NamedTuple):
@@ -51,42 +51,76 @@ def members() -> dict[str, Member]:
     return found
 
 
-def pack(fields: Fields, words: bytes = b"") -> bytearray:
-    """The bytes of a Parameters with these members, the others as in `words`, or 0."""
+def pack(fields: Fields) -> bytearray:
+    """The bytes of a Parameters with these members, the others 0."""
     known = members()
-    block = bytearray(words or 8 * len(known))
-    integers = memoryview(block).cast("q")
+    block = bytearray(8 * len(known))
     for name, value in fields.items():
         word, is_double = known[name]
-        if is_double:
-            struct.pack_into("d", block, 8 * word, value)
-        else:
-            integers[word] = value  # type: ignore[assignment]
+        struct.pack_into("d" if is_double else "q", block, 8 * word, value)
     return block
 
 
+class Template:
+    """A Parameters but for members that come from the values of a call.
+
+    One `struct.pack_into` writes all of it: those members, and what is between them as bytes.
+    """
+
+    __slots__ = ("_between", "_pack_into", "_pick", "_size")
+
+    def __init__(self, fields: Fields, places: Mapping[str, int]) -> None:
+        """`places`: which of the values each of those members takes."""
+        known = members()
+        words = bytes(pack(fields))
+        form, end = ["="], 0
+        picked: list[int] = []
+        between: list[bytes] = []
+
+        def up_to(word: int) -> None:
+            if word > end:
+                form.append(f"{8 * (word - end)}s")
+                picked.append(~len(between))
+                between.append(words[8 * end : 8 * word])
+
+        for (word, is_double), place in sorted((known[name], place) for name, place in places.items()):
+            up_to(word)
+            form.append("d" if is_double else "q")
+            picked.append(place)
+            end = word + 1
+        up_to(len(known))
+        self._size = len(words)
+        self._pack_into = struct.Struct("".join(form)).pack_into
+        self._between = tuple(reversed(between))  # behind the values, of any number: counted from the end
+        self._pick = itemgetter(*picked)
+
+    def filled(self, values: Values) -> bytearray:
+        block = bytearray(self._size)
+        self._pack_into(block, 0, *self._pick(values + self._between))
+        return block
+
+
 def of_vector(name: str, v: Vector | None) -> Fields:
-    if v is None:
-        return {}
-    return {f"{name}.pointer": v.pointer, f"{name}.format": FORMATS[v.dtype], f"{name}.stride": v.stride}
+    """But for the pointer."""
+    return {f"{name}.format": VECTOR_CODES[v.dtype], f"{name}.stride": v.stride} if v else {}
 
 
-def of_operand(name: str, o: Operand, vectors: bool) -> dict[str, int | float]:
-    """An operand whose positions step as one; `vectors`: whether its octets begin at multiples of 16 bytes."""
+def of_operand(name: str, o: Operand, vectors: bool) -> Fields:
+    """An operand whose positions step as one, but for the pointer; `vectors`: whether its octets begin at multiples of
+    16 bytes.
+    """
     return {
-        f"{name}.pointer": o.pointer,
         f"{name}.sample": o.sample_stride,
         f"{name}.channel": o.channel_stride,
-        f"{name}.position": plan.position_step(o),
+        f"{name}.position": position_step(o),
         f"{name}.vectors": int(vectors),
     }
 
 
-def of_scattered(name: str, o: Operand) -> dict[str, int | float]:
-    """An operand of any strides."""
+def of_scattered(name: str, o: Operand) -> Fields:
+    """An operand of any strides, but for the pointer."""
     axes = range(len(o.position_shape))
     return {
-        f"{name}.pointer": o.pointer,
         f"{name}.sample": o.sample_stride,
         f"{name}.channel": o.channel_stride,
         f"{name}.axes": len(axes),

@@ -1,124 +1,192 @@
-"""Launches but for their addresses: what follows from extents, layouts and options is worked out once and kept.
+"""From plans to launches that lack nothing but the values of a call.
 
-A layout is the operand as it would be at the lowest address that is as far past a multiple of 16 bytes.
+A layout is an operand or vector as it would be at the lowest address that is as far past a multiple of 16 bytes.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
-from cubn._types import Extents, Operand, Operands
+from cubn._types import Affine, Extents, Operand, Operands, ReluGradient, Running, Statistics, Vector
 from cubn.backends.cuda import plan
-from cubn.backends.cuda.parameters import of_operand, of_scattered, pack
-from cubn.backends.cuda.plan import VECTOR_BYTES, Launch, Limits
+from cubn.backends.cuda.parameters import of_operand, of_scattered, of_vector
+from cubn.backends.cuda.plan import VECTOR_BYTES, Fields, Launch, Layout, Limits, Options, What
+from cubn.backends.cuda.series import Series
+
+STATISTICS = ("count", *Statistics.ROWS[:4])
+OPERANDS = Operands._fields
+SUMS = ("first", "second")
+NODE = ("node_count", "node_first", "node_second")
+FROM = ("from_count", "from_first", "from_second")
 
 
-def layouts(arrays: Operands) -> Operands:
-    return Operands(*(o and _layout(o) for o in arrays))  # type: ignore[arg-type]
+class Rows(NamedTuple):
+    """Rows of nodes, and the names of the values that say where they are."""
 
-
-def _layout(o: Operand) -> Operand:
-    return Operand(o.pointer % VECTOR_BYTES, *o[1:])
-
-
-def _values(arrays: Operands) -> dict[str, Operand]:
-    """Those that are there, but for the mask."""
-    return {name: o for name, o in arrays._asdict().items() if o is not None and name != "mask"}
-
-
-class Ready(NamedTuple):
-    """A launch and its parameters, addresses left out."""
-
-    launch: Launch
-    words: bytes
-    kind: str = ""  # of the kernels that read or write every element
-
-
-class Reduction(NamedTuple):
-    """Launches that leave `rows` rows of nodes, then fewer, then the root and what follows from it."""
-
-    reduce: Ready
     rows: int
-    merges: tuple[tuple[Ready, int], ...]
-    finish: Ready
+    names: tuple[str, ...]
 
 
-def _ready(launch: Launch, arrays: Operands | None = None, kind: str = "", **more: int) -> Ready:
-    fields: dict[str, int | float] = {**dict(launch.fields), **more}
-    if arrays:
-        for name, o in _values(arrays).items():
-            steady = launch.octets and of_operand(name, o, plan.octets_are_vectors(launch, o))
-            fields |= steady or of_scattered(name, o)
-        if arrays.mask:
-            fields |= of_scattered("mask", arrays.mask)
-    return Ready(launch, bytes(pack(fields)), kind)
+# --- layouts ----------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(1024)
-def channelwise(kernel: str, C: int, dtype: str) -> Ready:
-    return _ready(plan.channelwise(kernel, C, dtype))
+def layouts(operands: Operands) -> Operands:
+    return Operands(*[o and Operand(o.pointer % VECTOR_BYTES, *o[1:]) for o in operands])  # type: ignore[arg-type]
 
 
-@functools.lru_cache(1024)
-def elementwise(extents: Extents, options: tuple[str, ...], bits: str, limits: Limits, arrays: Operands) -> Ready:
-    """`bits`: the kind of those to be read, if any."""
-    operands = tuple(_values(arrays).values())
-    kind = "strided" if arrays.mask else plan.elementwise_kind(extents, operands)
-    if bits and bits != kind:
-        kind = "strided"
-    launch = plan.elementwise(extents, kind, arrays.x.dtype, options, limits)
-    dense = bool(launch.octets) and plan.is_dense(launch, extents, operands)
-    return _ready(launch, arrays, kind, dense=int(dense))
+def affine_vectors(affine: Affine) -> dict[str, Vector]:
+    """Those that are there, by name."""
+    return {name: v for name, v in zip(Affine._fields, affine, strict=True) if v is not None}
 
 
-@functools.lru_cache(1024)
+def running_vectors(old: Running, new: Running) -> dict[str, Vector]:
+    return {"old_mean": old.mean, "old_var": old.var, "new_mean": new.mean, "new_var": new.var}
+
+
+def vector_fields(given: dict[str, Vector]) -> Fields:
+    return {member: value for name, v in given.items() for member, value in of_vector(name, v).items()}
+
+
+def _operand_fields(launch: Launch, operands: Operands) -> dict[str, int | float]:
+    fields: dict[str, int | float] = {}
+    for name, o in zip(OPERANDS, operands, strict=True):
+        if o is None:
+            continue
+        if launch.octets:
+            fields |= of_operand(name, o, plan.octets_are_vectors(launch, o))
+        else:
+            fields |= of_scattered(name, o)
+    return fields
+
+
+def _present(operands: Operands) -> list[str]:
+    return [name for name, o in zip(OPERANDS, operands, strict=True) if o is not None]
+
+
+def mask_steps(extents: Extents, layout: Layout) -> tuple[int, int, int]:
+    """Bits from one sample, channel and position of a relu mask to the next."""
+    _, C, S = extents
+    return (C * S, 1, C) if layout == "nhwc" else (C * S, S, 1)
+
+
+def _mask_fields(extents: Extents, layout: Layout | None) -> Fields:
+    if layout is None:
+        return {}
+    return dict(zip(("bits_sample", "bits_channel", "bits_position"), mask_steps(extents, layout), strict=True))
+
+
+# --- launches over all elements ---------------------------------------------------------------------------------------
+
+
+def elementwise(
+    series: Series, extents: Extents, operands: Operands, relu_mask: Layout | None, options: Options, limits: Limits
+) -> Layout:
+    """Normalise or the input gradient; how a mask that is kept has its bits. `relu_mask`: of the one to be read."""
+    layout = plan.elementwise_layout(extents, operands, relu_mask)
+    launch = plan.elementwise(extents, layout, operands.x.dtype, options, limits)
+    _over_elements(series, launch, ("coefficients",), extents, operands, relu_mask or layout, options)
+    return layout
+
+
 def resident(
-    extents: Extents, options: tuple[str, ...], staged: int, keep_bits: bool, bits: str, limits: Limits, arrays: Operands
-) -> Ready | None:
-    """One kernel for a whole training step or gradient, if there is. `bits`: the kind of those to be read, if any."""
-    operands = _values(arrays)
-    kind = plan.kind_of(extents, tuple(operands.values()))
-    if arrays.mask or (bits and bits != kind):
-        return None
-    if kind == "channels":
-        launch = plan.slab_channels(extents, operands, staged, options, keep_bits or bool(bits), limits)
-    else:
-        launch = plan.slab(extents, operands, staged, options, keep_bits, limits)
+    series: Series,
+    extents: Extents,
+    operands: Operands,
+    relu_mask: Layout | None,
+    options: Options,
+    limits: Limits,
+    names: tuple[str, ...],
+    fields: Fields,
+) -> Layout | None:
+    """A whole training step or gradient in one launch, which takes values of these names besides, where there is one;
+    how a mask that is kept has its bits.
+    """
+    launch = plan.on_chip(extents, operands, relu_mask, options, limits)
     if launch is None:
         return None
-    return _ready(launch, arrays, kind, dense=int(plan.is_dense(launch, extents, tuple(operands.values()))))
+    layout = plan.layout_of(extents, operands)
+    _over_elements(series, launch, names, extents, operands, layout, options, fields)
+    return layout
 
 
-@functools.lru_cache(1024)
-def reduction(extents: Extents, what: str, gate: str, bits: str, limits: Limits, arrays: Operands) -> Reduction:
-    """`bits`: the kind of those to be read, if any."""
-    operands = tuple(_values(arrays).values())
-    kind = "strided" if arrays.mask else plan.kind_of(extents, operands)
-    if bits and bits != kind:
-        kind = "strided"
-    cut = plan.reduction(extents, kind, what, gate, arrays.x.dtype, plan.vector_of(extents, operands), limits)
-    left = cut.merges[-1][1] if cut.merges else cut.rows
-    return Reduction(
-        _ready(cut.reduce, arrays),
-        cut.rows,
-        tuple((_ready(merge), rows) for merge, rows in cut.merges),
-        finish(extents.C, what, left, arrays.x.dtype),
-    )
+def _over_elements(
+    series: Series,
+    launch: Launch,
+    names: tuple[str, ...],
+    extents: Extents,
+    operands: Operands,
+    relu_mask: Layout,
+    options: Options,
+    fields: Fields | None = None,
+) -> None:
+    known = {**(fields or {}), **_operand_fields(launch, operands)}
+    known["dense"] = int(plan.is_dense(launch, extents, operands))
+    if plan.has_relu_mask(options):
+        known |= _mask_fields(extents, relu_mask)
+        names = (*names, "bits")
+    series.add(launch, (*_present(operands), *names), known)
 
 
-@functools.lru_cache(1024)
-def finish(C: int, what: str, rows: int, dtype: str) -> Ready:
-    return _ready(plan.finish(C, what, rows, dtype))
+# --- reductions -------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(1024)
-def merge_rows(C: int, what: str, rows: int) -> Ready:
+def rows(
+    series: Series,
+    what: What,
+    extents: Extents,
+    operands: Operands,
+    relu: ReluGradient,
+    relu_mask: Layout | None,
+    limits: Limits,
+) -> Rows:
+    """Rows of nodes, few enough for the launch that comes with them, where it finds them."""
+    C = extents.C
+    if extents.N * extents.S == 0:
+        return _new_rows(series, 1, C)  # of zeros
+    read = operands._replace(y=None, r=None)
+    layout = plan.layout_of(extents, read, relu_mask)
+    cut = plan.reduction(extents, layout, what, relu, read.x.dtype, plan.vector_of(extents, read), limits)
+    fields = {**_operand_fields(cut.reduce, read), **_mask_fields(extents, relu_mask)}
+    names = [*_present(read), *(("bits", "bits_first") if relu_mask else ()), *(("coefficients",) if read.g else ())]
+    found = _new_rows(series, cut.rows, C)
+    series.add(cut.reduce, names, fields, dict(zip(NODE, found.names, strict=True)))
+    for merge, left in cut.merges:
+        fewer = _new_rows(series, left, C)
+        _merge(series, merge, found, fewer)
+        found = fewer
+    return found
+
+
+def _new_rows(series: Series, count: int, C: int) -> Rows:
+    names = tuple(f"{part} of {count} rows" for part in ("count", "first", "second"))
+    for name, numbers in zip(names, (count, count * C, count * C), strict=True):
+        series.reserve(name, numbers)
+    return Rows(count, names)
+
+
+def _merge(series: Series, launch: Launch, found: Rows, into: Rows) -> None:
+    places = {**dict(zip(FROM, found.names, strict=True)), **dict(zip(NODE, into.names, strict=True))}
+    series.add(launch, (), {}, places)
+
+
+def merge(series: Series, what: What, C: int, found: Rows, into: Rows) -> None:
     """All rows into one."""
-    return _ready(plan.merge_rows(C, what, rows, rows))
+    _merge(series, plan.merge_rows(C, what, found.rows, found.rows), found, into)
 
 
-@functools.lru_cache(1024)
-def root(C: int, what: str, merges: tuple[int, ...]) -> Ready:
-    """All nodes of a table into one."""
-    return _ready(plan.root(C, what, merges))
+def finish(series: Series, what: What, C: int, dtype: str, found: Rows, names: tuple[str, ...], fields: Fields) -> None:
+    """The root of rows, and what follows from it."""
+    launch = plan.finish(C, what, found.rows, dtype)
+    series.add(launch, (*names, "coefficients"), fields, dict(zip(FROM, found.names, strict=True)))
+
+
+# --- a thread for every channel ---------------------------------------------------------------------------------------
+
+
+def channelwise(series: Series, kernel: str, C: int, dtype: str, names: tuple[str, ...], fields: Fields) -> None:
+    series.add(plan.channelwise(kernel, C, dtype), names, fields)
+
+
+def reserve_coefficients(series: Series, C: int, dtype: str) -> None:
+    """Six numbers of each channel, aligned to 16 bytes."""
+    series.reserve("coefficients", 6 * C if dtype == "float64" else 4 * C)

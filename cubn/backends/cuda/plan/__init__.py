@@ -4,26 +4,44 @@ No result depends on what is chosen here. A plan says which kernel of `kernels/`
 grid, and the parameters that follow from shapes alone; `backend.py` adds the addresses.
 """
 
-from cubn.backends.cuda.plan.launch import OCTET, THREADS, VECTOR_BYTES, Launch, Limits, option
-from cubn.backends.cuda.plan.layouts import elementwise_kind, is_dense, kind_of, octets_are_vectors, position_step
+from cubn.backends.cuda.plan.launch import (
+    OCTET,
+    THREADS,
+    VECTOR_BYTES,
+    Fields,
+    Launch,
+    Layout,
+    Limits,
+    Options,
+    What,
+    has_relu_mask,
+    option,
+)
+from cubn.backends.cuda.plan.layouts import elementwise_layout, is_dense, layout_of, octets_are_vectors, position_step
 from cubn.backends.cuda.plan.passes import channelwise, elementwise
 from cubn.backends.cuda.plan.reductions import finish, merge_rows, reduction, root, vector_of
-from cubn.backends.cuda.plan.resident import slab, slab_channels
+from cubn.backends.cuda.plan.resident import on_chip, slab, slab_channels
 
 __all__ = [
     "OCTET",
     "THREADS",
     "VECTOR_BYTES",
+    "Fields",
     "Launch",
+    "Layout",
     "Limits",
+    "Options",
+    "What",
     "channelwise",
     "elementwise",
-    "elementwise_kind",
+    "elementwise_layout",
     "finish",
+    "has_relu_mask",
     "is_dense",
-    "kind_of",
+    "layout_of",
     "merge_rows",
     "octets_are_vectors",
+    "on_chip",
     "option",
     "position_step",
     "reduction",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from cubn._types import Extents
+from cubn._types import Extents, GradientOptions, NormalizeOptions, Operand, Operands, ReluGradient
 
 ELEMENTS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
 
@@ -18,6 +19,12 @@ WIDE_CHANNELS = 8  # bytes of neighbouring channels that a thread of reduce_chan
 WAVES = 4  # blocks per multiprocessor and more: enough to hide latency and even out the end
 
 Fields = Mapping[str, int | float]
+"""Members of kernels/parameters.cuh's `Parameters`, by name."""
+
+Layout = Literal["nchw", "nhwc", "strided"]
+
+What = Literal["Moments", "Sums"]
+"""What a reduction is of: x, or a gradient."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Launch:
     shared_bytes: int
     fields: tuple[tuple[str, int | float], ...]
     file: str = ""  # kernels/<file>.cu, where it is not the kernel's own name
-    octets: str = ""  # begin "rows", "channels" or nothing but the array ("linear")
+    octets: str = ""  # begin rows of positions ("nchw") or of channels ("nhwc"), or nothing but the array ("linear")
     threads: int = THREADS
     cluster: int = 1
 
@@ -55,6 +62,35 @@ def acc_of(dtype: str) -> str:
 
 def option(**names: object) -> tuple[str, ...]:
     return tuple(f"-D{name}={int(value) if isinstance(value, bool) else value}" for name, value in names.items())
+
+
+Options = NormalizeOptions | GradientOptions
+
+_GATES: dict[ReluGradient, str] = {"none": "GATE_NONE", "recompute": "GATE_RECOMPUTE", "mask": "GATE_BITS"}
+
+
+def flags(options: Options) -> tuple[str, ...]:
+    """A pass over all elements, as the compiler is told; see kernels/elementwise.cuh."""
+    if isinstance(options, NormalizeOptions):
+        residual, relu, keep_mask = options.residual, options.relu, options.keep_mask
+        return option(OPERATION="NORMALIZE", RESIDUAL=residual, RELU=relu, KEEP_BITS=keep_mask)
+    gate = _GATES[options.relu]
+    return option(OPERATION="GRADIENT", RESIDUAL=options.residual, GATE=gate, FROZEN=options.frozen)
+
+
+def has_relu_mask(options: Options) -> bool:
+    """Whether a relu mask is written or read."""
+    return options.keep_mask if isinstance(options, NormalizeOptions) else options.relu == "mask"
+
+
+def reduction_flags(what: What, relu: ReluGradient) -> tuple[str, ...]:
+    """A reduction, in the same way."""
+    return option(KIND=what, GATE=_GATES[relu])
+
+
+def given(operands: Operands) -> list[Operand]:
+    """Those that are there, but for the mask."""
+    return [o for o in operands[:-1] if o is not None]
 
 
 def sizes(extents: Extents) -> Fields:

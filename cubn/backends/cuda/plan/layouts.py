@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cubn._types import Extents, ITEMSIZE, Operand
-from cubn.backends.cuda.plan.launch import OCTET, VECTOR_BYTES, Launch
+from cubn._types import ITEMSIZE, Extents, Operand, Operands
+from cubn.backends.cuda.plan.launch import OCTET, VECTOR_BYTES, Launch, Layout, given
 
 
-def kind_of(extents: Extents, operands: Sequence[Operand]) -> str:
-    """Which kernels can read and write all operands.
+def layout_of(extents: Extents, operands: Operands, relu_mask: Layout | None = None) -> Layout:
+    """What all operands have in common, and a relu mask that is to be read.
 
-    "rows": neighbouring positions are neighbours in memory (nchw). "channels": neighbouring channels are, and positions
-    go on with one step from sample to sample (nhwc, 2-D). "strided": anything else.
+    "nchw": neighbouring positions are neighbours in memory. "nhwc", to which 2-D belongs: neighbouring channels are,
+    and positions go on with one step. "strided": anything else, and whatever comes with a mask.
     """
+    layout = _common(extents, operands)
+    return layout if relu_mask in (None, layout) else "strided"
+
+
+def _common(extents: Extents, operands: Operands) -> Layout:
     _, C, S = extents
-    if S > 1 and all(o.position_strides == (1,) for o in operands):
-        return "rows"
-    if all((o.channel_stride == 1 or C == 1) and len(o.position_strides) <= 1 for o in operands):
-        return "channels"
+    if operands.mask:
+        return "strided"
+    if S > 1 and all(o.position_strides == (1,) for o in given(operands)):
+        return "nchw"
+    if all((o.channel_stride == 1 or C == 1) and len(o.position_strides) <= 1 for o in given(operands)):
+        return "nhwc"
     return "strided"
 
 
@@ -27,19 +34,19 @@ def position_step(o: Operand) -> int:
     return o.position_strides[0] if o.position_strides else o.sample_stride
 
 
-def elementwise_kind(extents: Extents, operands: Sequence[Operand]) -> str:
-    """`kind_of`, for the elementwise kernels: octets stay within a row of positions or channels, or all are linear."""
-    kind = kind_of(extents, operands)
-    if kind == "channels" and not all(goes_on(extents, o) for o in operands):
+def elementwise_layout(extents: Extents, operands: Operands, relu_mask: Layout | None = None) -> Layout:
+    """`layout_of` for the elementwise kernels: octets stay within a row of positions or channels, or all are linear."""
+    layout = layout_of(extents, operands, relu_mask)
+    if layout == "nhwc" and not all(goes_on(extents, o) for o in given(operands)):
         return "strided"
-    whole = {"rows": extents.S, "channels": extents.C}.get(kind, 1) % OCTET == 0
-    return kind if whole or all(is_linear(extents, o, kind) for o in operands) else "strided"
+    whole = {"nchw": extents.S, "nhwc": extents.C, "strided": 0}[layout] % OCTET == 0
+    return layout if whole or all(is_linear(extents, o, layout) for o in given(operands)) else "strided"
 
 
-def is_linear(extents: Extents, o: Operand, kind: str) -> bool:
-    """Whether the operand fills its memory in the order of its kind, (n, c, p) or (n, p, c)."""
+def is_linear(extents: Extents, o: Operand, layout: Layout) -> bool:
+    """Whether the operand fills its memory in the order of its layout, (n, c, p) or (n, p, c)."""
     N, C, S = extents
-    if kind == "rows":
+    if layout == "nchw":
         return (C == 1 or o.channel_stride == S) and (N == 1 or o.sample_stride == C * S)
     step = position_step(o)
     return (N * S == 1 or step == C) and goes_on(extents, o)
@@ -52,15 +59,17 @@ def goes_on(extents: Extents, o: Operand) -> bool:
 
 def octets_are_vectors(launch: Launch, o: Operand) -> bool:
     """Whether all octets that a kernel reads of an operand begin at multiples of 16 bytes."""
-    steps = {"rows": (o.sample_stride, o.channel_stride), "channels": (position_step(o), o.sample_stride), "linear": ()}
+    steps = {"nchw": (o.sample_stride, o.channel_stride), "nhwc": (position_step(o), o.sample_stride), "linear": ()}
     return are_vectors(o, steps[launch.octets])
 
 
-def is_dense(launch: Launch, extents: Extents, operands: Sequence[Operand]) -> bool:
+def is_dense(launch: Launch, extents: Extents, operands: Operands) -> bool:
     """Whether all octets of all operands are vectors; and, but for the channels of a thread, all are in one order."""
-    return all(
-        octets_are_vectors(launch, o) and (launch.octets != "rows" or is_linear(extents, o, "rows")) for o in operands
-    )
+    if not launch.octets or (
+        launch.octets == "nchw" and not all(is_linear(extents, o, "nchw") for o in given(operands))
+    ):
+        return False
+    return all(octets_are_vectors(launch, o) for o in given(operands))
 
 
 def are_vectors(o: Operand, steps: Sequence[int], size: int = VECTOR_BYTES) -> bool:

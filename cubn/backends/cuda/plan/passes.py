@@ -14,8 +14,11 @@ from cubn.backends.cuda.plan.launch import (
     WAVES,
     Fields,
     Launch,
+    Layout,
     Limits,
+    Options,
     acc_of,
+    flags,
     option,
     power_above,
     sizes,
@@ -26,16 +29,16 @@ NARROW_INDEX = 1 << 31  # elements from which 32 bits do not count them
 
 
 @functools.lru_cache(1024)
-def elementwise(extents: Extents, kind: str, dtype: str, options: tuple[str, ...], limits: Limits) -> Launch:
-    """Normalise or the input gradient, over an array that is not empty; `kind` as from `elementwise_kind`."""
+def elementwise(extents: Extents, layout: Layout, dtype: str, options: Options, limits: Limits) -> Launch:
+    """Normalise or the input gradient, over an array that is not empty; `layout` as from `elementwise_layout`."""
     N, C, S = extents
-    common = (*option(ELEMENT=ELEMENTS[dtype]), *options)
-    if kind == "channels" and C % OCTET == 0:
+    common = (*option(ELEMENT=ELEMENTS[dtype]), *flags(options))
+    if layout == "nhwc" and C % OCTET == 0:
         return _channels(extents, common, limits)
-    if kind == "rows" and S % OCTET == 0:
+    if layout == "nchw" and S % OCTET == 0:
         return _rows(extents, common, 0, limits)
-    if kind != "strided":  # octets run over the ends of rows
-        rows = extents if kind == "rows" else Extents(N * S, C, 1)
+    if layout != "strided":  # octets run over the ends of rows
+        rows = extents if layout == "nchw" else Extents(N * S, C, 1)
         return _rows(rows, common, 2 if rows.S >= OCTET else 1, limits)
     return Launch(
         "apply_strided", common, -(-math.prod(extents) // (OCTET * THREADS)), 0, tuple(sizes(extents).items())
@@ -66,7 +69,7 @@ def _rows(extents: Extents, common: tuple[str, ...], crossing: int, limits: Limi
     bits = 31 if elements < NARROW_INDEX else 63
     divisors = {**_divisor("over_positions", extents.S, bits), **_divisor("over_channels", extents.C, bits)}
     fields = {**sizes(extents), **divisors, "steps": steps}
-    return Launch("apply_rows", options, grid, 0, tuple(fields.items()), octets="linear" if crossing else "rows")
+    return Launch("apply_rows", options, grid, 0, tuple(fields.items()), octets="linear" if crossing else "nchw")
 
 
 def _channels(extents: Extents, common: tuple[str, ...], limits: Limits) -> Launch:
@@ -79,7 +82,7 @@ def _channels(extents: Extents, common: tuple[str, ...], limits: Limits) -> Laun
     while steps < 16 and -(-rounds // (2 * steps)) * across >= 2 * WAVES * limits.multiprocessors:
         steps *= 2
     fields = {**sizes(extents), "lanes": lanes, "steps": steps, "blocks_across": across}
-    return Launch("apply_channels", common, -(-rounds // steps) * across, 0, tuple(fields.items()), octets="channels")
+    return Launch("apply_channels", common, -(-rounds // steps) * across, 0, tuple(fields.items()), octets="nhwc")
 
 
 @functools.lru_cache(1024)

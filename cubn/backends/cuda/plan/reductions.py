@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from cubn._tree import COLUMNS
-from cubn._types import Extents, ITEMSIZE, Operand
+from cubn._types import ITEMSIZE, Extents, Operands, ReluGradient
 from cubn.backends.cuda.plan.launch import (
     ELEMENTS,
     NODE_BYTES,
@@ -18,11 +17,15 @@ from cubn.backends.cuda.plan.launch import (
     WAVES,
     WIDE_CHANNELS,
     Launch,
+    Layout,
     Limits,
+    What,
     acc_of,
+    given,
     option,
     power_above,
     power_below,
+    reduction_flags,
     sizes,
 )
 from cubn.backends.cuda.plan.layouts import are_vectors, position_step
@@ -35,7 +38,7 @@ MOST_ROUNDS = 16  # of 256 columns in a block of reduce_channels
 
 
 @dataclass(frozen=True)
-class Reduction:
+class ReductionPlan:
     """A pass over x (and dy) that leaves rows of nodes, and the launches that merge them until `finish` can."""
 
     reduce: Launch
@@ -44,27 +47,33 @@ class Reduction:
 
 
 @functools.lru_cache(1024)
-def reduction(extents: Extents, kind: str, what: str, gate: str, dtype: str, vector: int, limits: Limits) -> Reduction:
+def reduction(
+    extents: Extents, layout: Layout, what: What, relu: ReluGradient, dtype: str, vector: int, limits: Limits
+) -> ReductionPlan:
     """The reduction of a non-empty array. `vector`: channels that a thread of reduce_channels can read at a time."""
     tree = tree_of(extents.S, dtype)
-    common = option(ELEMENT=ELEMENTS[dtype], KIND=what, GATE=f"GATE_{gate.upper()}")
-    cut = _cut_channels if kind == "channels" else _cut_tiles
-    reduce, rows = cut(extents, kind, common, tree, vector, limits)
+    common = (*option(ELEMENT=ELEMENTS[dtype]), *reduction_flags(what, relu))
+    if layout == "nhwc":
+        reduce, rows = _cut_channels(extents, common, tree, vector, limits)
+    else:
+        reduce, rows = _cut_tiles(extents, layout, common, tree, limits)
     merges = []
     left = rows
     while left > MERGED_ROWS:
         merge = merge_rows(extents.C, what, left, MERGED_ROWS)
         left = -(-left // MERGED_ROWS)
         merges.append((merge, left))
-    return Reduction(reduce, rows, tuple(merges))
+    return ReductionPlan(reduce, rows, tuple(merges))
 
 
-def vector_of(extents: Extents, operands: Sequence[Operand]) -> int:
+def vector_of(extents: Extents, operands: Operands) -> int:
     """How many neighbouring channels a thread of reduce_channels reads at a time."""
-    vector = max(1, WIDE_CHANNELS // ITEMSIZE[operands[0].dtype])
+    vector = max(1, WIDE_CHANNELS // ITEMSIZE[operands.x.dtype])
     while vector > 1 and not (
         extents.C % vector == 0
-        and all(are_vectors(o, (o.sample_stride, position_step(o)), vector * ITEMSIZE[o.dtype]) for o in operands)
+        and all(
+            are_vectors(o, (o.sample_stride, position_step(o)), vector * ITEMSIZE[o.dtype]) for o in given(operands)
+        )
     ):
         vector //= 2
     return vector
@@ -79,7 +88,7 @@ def _span(tiles: int, across: int, least: int, most: int, limits: Limits) -> int
 
 
 def _cut_tiles(
-    extents: Extents, kind: str, common: tuple[str, ...], tree: Tree, vector: int, limits: Limits
+    extents: Extents, layout: Layout, common: tuple[str, ...], tree: Tree, limits: Limits
 ) -> tuple[Launch, int]:
     """reduce_rows and reduce_strided: lanes share a tile, warps share the tiles of a block."""
     N, C, S = extents
@@ -93,17 +102,17 @@ def _cut_tiles(
     rows = -(-padded // span)
     shared = span * group * NODE_BYTES
     options = (*common, *option(TILE_LANES=lanes))
-    if kind == "rows":
+    if layout == "nchw":
         options += option(TILE_ROWS=1 if S <= COLUMNS else 8)
     else:
         shared += span * 8
     fields = {**sizes(extents), **tree.fields, "span": span, "group": group, "blocks_across": across}
-    octets = "rows" if kind == "rows" else ""
-    return Launch(f"reduce_{kind}", options, rows * across, shared, tuple(fields.items()), octets=octets), rows
+    kernel, octets = ("reduce_rows", "nchw") if layout == "nchw" else ("reduce_strided", "")
+    return Launch(kernel, options, rows * across, shared, tuple(fields.items()), octets=octets), rows
 
 
 def _cut_channels(
-    extents: Extents, kind: str, common: tuple[str, ...], tree: Tree, vector: int, limits: Limits
+    extents: Extents, common: tuple[str, ...], tree: Tree, vector: int, limits: Limits
 ) -> tuple[Launch, int]:
     """reduce_channels: threads lie over the channels and share 256 columns a round."""
     N, C, S = extents
@@ -122,7 +131,7 @@ def _cut_channels(
     )
     fields = {**sizes(extents), **tree.fields, "span": span, "group": group, "blocks_across": across}
     shared = group * (span // tiles_a_round) * NODE_BYTES
-    return Launch("reduce_channels", options, rows * across, shared, tuple(fields.items()), octets="channels"), rows
+    return Launch("reduce_channels", options, rows * across, shared, tuple(fields.items()), octets="nhwc"), rows
 
 
 def _merge_group(rows: int, C: int) -> int:
@@ -130,7 +139,7 @@ def _merge_group(rows: int, C: int) -> int:
 
 
 @functools.lru_cache(1024)
-def merge_rows(C: int, what: str, rows: int, merged: int) -> Launch:
+def merge_rows(C: int, what: What, rows: int, merged: int) -> Launch:
     """Every `merged` rows into one."""
     group = _merge_group(merged, C)
     across = -(-C // group)
@@ -141,7 +150,7 @@ def merge_rows(C: int, what: str, rows: int, merged: int) -> Launch:
 
 
 @functools.lru_cache(1024)
-def finish(C: int, what: str, rows: int, dtype: str) -> Launch:
+def finish(C: int, what: What, rows: int, dtype: str) -> Launch:
     """The last merge, and what follows from the root."""
     group = _merge_group(rows, C)
     options = option(KIND=what, ACC=acc_of(dtype), FINISH_MOMENTS=what == "Moments")
@@ -151,7 +160,7 @@ def finish(C: int, what: str, rows: int, dtype: str) -> Launch:
 
 
 @functools.lru_cache(1024)
-def root(C: int, what: str, merges: tuple[int, ...]) -> Launch:
+def root(C: int, what: What, merges: tuple[int, ...]) -> Launch:
     """All nodes of a table into one; `merges` as from `_tree.stack_order`."""
     waiting = accumulate((1 - count for count in merges[:-1]), initial=0)
     shared = max(waiting) * WARP * (NODE_BYTES + 8)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
 from cubn._tree import COLUMNS, TILE
-from cubn._types import Extents, ITEMSIZE, Operand
+from cubn._types import ITEMSIZE, Extents, NormalizeOptions, Operands
 from cubn.backends.cuda.plan.launch import (
     ELEMENTS,
     NODE_BYTES,
@@ -18,13 +18,18 @@ from cubn.backends.cuda.plan.launch import (
     WARP,
     WIDE_CHANNELS,
     Launch,
+    Layout,
     Limits,
+    Options,
     acc_of,
+    flags,
+    given,
+    has_relu_mask,
     option,
     power_above,
     sizes,
 )
-from cubn.backends.cuda.plan.layouts import are_vectors, goes_on, kind_of
+from cubn.backends.cuda.plan.layouts import are_vectors, goes_on, layout_of
 from cubn.backends.cuda.plan.tree import tree_of
 
 COEFFICIENTS_BYTES = {"float": 32, "double": 48}  # of a channel, in shared memory
@@ -39,27 +44,36 @@ LONE_BYTES = 64 << 10  # of a block, more than which takes longer than several l
 FEW_BLOCKS = 4  # times which is still less than the multiprocessors
 
 
-def slab(
-    extents: Extents,
-    operands: Mapping[str, Operand],
-    staged: int,
-    options: tuple[str, ...],
-    keep_bits: bool,
-    limits: Limits,
+def on_chip(
+    extents: Extents, operands: Operands, relu_mask: Layout | None, options: Options, limits: Limits
 ) -> Launch | None:
-    """One kernel for a whole training step or gradient, where a channel's x (and dy: `staged` is 2) fits on chip."""
+    """One kernel for a whole training step or gradient, if there is; `relu_mask`: of the one to be read, if any."""
+    layout = layout_of(extents, operands, relu_mask)
+    if layout == "nhwc":
+        return slab_channels(extents, operands, options, limits)
+    return slab(extents, operands, options, limits) if layout == "nchw" else None
+
+
+def slab(extents: Extents, operands: Operands, options: Options, limits: Limits) -> Launch | None:
+    """One kernel for a whole training step or gradient, where a channel's x (and, for a gradient, dy) fits on chip."""
     N, C, S = extents
-    if 0 in extents or kind_of(extents, tuple(operands.values())) != "rows":
+    if 0 in extents:
         return None
-    dtype = operands["x"].dtype
-    neighbours = all(o.channel_stride == S for o in operands.values())
+    dtype = operands.x.dtype
+    neighbours = all(o.channel_stride == S for o in given(operands))
+    keep_bits = isinstance(options, NormalizeOptions) and options.keep_mask
     group = _slab_group(extents, ITEMSIZE[dtype], neighbours, keep_bits)
     torn = (group * S % OCTET and group < C) or (C * S % OCTET and N > 1)
     if keep_bits and torn:  # two blocks would write the same byte
         return None
-    kept = [operands[name] for name in ("x", "g")[:staged]]
+    kept = given(operands)[: _staged(options)]
     aligned = all(are_vectors(o, (o.sample_stride, group * o.channel_stride)) for o in kept)
-    return _slab(extents, dtype, group, aligned, staged, options, limits)
+    return _slab(extents, dtype, group, aligned, options, limits)
+
+
+def _staged(options: Options) -> int:
+    """Operands that are kept on chip: x, and dy."""
+    return 1 if isinstance(options, NormalizeOptions) else 2
 
 
 def _slab_group(extents: Extents, item: int, neighbours: bool, keep_bits: bool) -> int:
@@ -81,10 +95,9 @@ def _fits_twice(shared: int, limits: Limits) -> bool:
 
 
 @functools.lru_cache(1024)
-def _slab(
-    extents: Extents, dtype: str, group: int, aligned: bool, staged: int, options: tuple[str, ...], limits: Limits
-) -> Launch | None:
+def _slab(extents: Extents, dtype: str, group: int, aligned: bool, options: Options, limits: Limits) -> Launch | None:
     N, C, S = extents
+    staged = _staged(options)
     tree = tree_of(S, dtype)
     item = ITEMSIZE[dtype]
     padded = power_above(N) << tree.log2_tiles
@@ -118,22 +131,17 @@ def _slab(
         TILE_ROWS=1 if S <= COLUMNS else 8,
     )
     fields = tuple({**sizes(extents), **tree.fields, "span": span, "group": group, "slot": slot}.items())
-    return Launch("slab", (*specialised, *options), across * cluster, shared, fields, "", "rows", threads, cluster)
+    return Launch(
+        "slab", (*specialised, *flags(options)), across * cluster, shared, fields, "", "nchw", threads, cluster
+    )
 
 
-def slab_channels(
-    extents: Extents,
-    operands: Mapping[str, Operand],
-    staged: int,
-    options: tuple[str, ...],
-    bits: bool,
-    limits: Limits,
-) -> Launch | None:
-    """The same where channels lie one after the other, and a slice of them fits; `bits`: some are read or written."""
-    torn = bits and extents.C % OCTET  # two rows have bits of the same byte
-    if 0 in extents or torn or not all(goes_on(extents, o) for o in operands.values()):
+def slab_channels(extents: Extents, operands: Operands, options: Options, limits: Limits) -> Launch | None:
+    """The same where channels lie one after the other, and a slice of them fits."""
+    torn = has_relu_mask(options) and extents.C % OCTET  # two rows have bits of the same byte
+    if 0 in extents or torn or not all(goes_on(extents, o) for o in given(operands)):
         return None
-    return _slab_channels(extents, operands["x"].dtype, staged, options, limits)
+    return _slab_channels(extents, operands.x.dtype, options, limits)
 
 
 class _Slice(NamedTuple):
@@ -173,9 +181,8 @@ def _slices(extents: Extents, dtype: str, staged: int, limits: Limits) -> Iterat
 
 
 @functools.lru_cache(1024)
-def _slab_channels(
-    extents: Extents, dtype: str, staged: int, options: tuple[str, ...], limits: Limits
-) -> Launch | None:
+def _slab_channels(extents: Extents, dtype: str, options: Options, limits: Limits) -> Launch | None:
+    staged = _staged(options)
     found = list(_slices(extents, dtype, staged, limits))
     if not found:
         return None
@@ -208,11 +215,11 @@ def _slab_channels(
     }
     return Launch(
         "slab_channels",
-        (*specialised, *options),
+        (*specialised, *flags(options)),
         blocks,
         best.shared,
         tuple(fields.items()),
-        octets="channels",
+        octets="nhwc",
         threads=threads,
         cluster=best.cluster,
     )

@@ -20,34 +20,31 @@ ENTRY = 4096
 """Bytes that are counted for a key and for what every result has."""
 
 
-class Kept(Generic[T]):
-    """A function with a memory of `most` bytes; what was not asked for lately makes way.
+class Store(Generic[T]):
+    """A memory of `most` bytes; what was not asked for lately makes way.
 
-    A call that finds its result costs one look-up. A result that alone is more than `most` is not kept. There is no
-    lock, which a signal handler or a forked child might find taken: each step on the dict is whole by itself, and what
-    it holds is counted anew where something is added.
+    What alone is more than `most` is not kept. There is no lock, which a signal handler or a forked child might find
+    taken: each step on the dict is whole by itself, and what it holds is counted anew where something is added.
     """
 
-    def __init__(self, function: Callable[..., T], most: int) -> None:
-        functools.update_wrapper(self, function)
-        self._function = function
+    def __init__(self, most: int) -> None:
         self._most = most
         self._entries: dict[tuple[Any, ...], _Entry[T]] = {}
 
-    def __call__(self, *key: Any) -> T:
-        try:
-            entry = self._entries[key]
-        except KeyError:
-            return self._added(key)
+    def get(self, key: tuple[Any, ...]) -> T | None:
+        """What was added under a key, if it is still there: one look-up."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
         entry.asked_for = True
         return entry.value
 
-    def _added(self, key: tuple[Any, ...]) -> T:
-        entry = _Entry(self._function(*key))
+    def add(self, key: tuple[Any, ...], value: T) -> None:
+        """Keep a value."""
+        entry = _Entry(value)
         if entry.nbytes <= self._most:
             self._make_room(entry.nbytes)
             self._entries[key] = entry
-        return entry.value
 
     @property
     def nbytes(self) -> int:
@@ -68,6 +65,22 @@ class Kept(Generic[T]):
                     self._entries[key] = entry
                 else:
                     excess -= entry.nbytes
+
+
+class Kept(Store[T]):
+    """A function whose results are kept."""
+
+    def __init__(self, function: Callable[..., T], most: int) -> None:
+        super().__init__(most)
+        functools.update_wrapper(self, function)
+        self._function = function
+
+    def __call__(self, *key: Any) -> T:
+        found = self.get(key)
+        if found is None:
+            found = self._function(*key)
+            self.add(key, found)
+        return found
 
 
 class _Entry(Generic[T]):

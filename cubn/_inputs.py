@@ -1,0 +1,129 @@
+"""What an operation is given, checked: x, the arrays of its channels, a mask, and a residual or dy."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from cubn import _arguments, _arrays, _layout
+from cubn._arguments import refusal, region, whole
+from cubn._arrays import Array, Output
+from cubn._layout import operand
+from cubn._state.arrays import Held, hold
+from cubn._types import BOOL, Extents, Operands, ReluGradient
+from cubn.backends import backend_for
+from cubn.backends.protocol import Backend
+from cubn.state import BatchNormState, checked_state
+
+NOTHING_HELD = Held({}, None, None)
+
+
+class Inputs(NamedTuple):
+    """Everything that an operation reads. Nothing is written here."""
+
+    x: Array
+    axis: int  # of the channels
+    extents: Extents
+    backend: Backend
+    held: Held
+    mask: Array | None = None
+    beside: Array | None = None  # residual, or dy
+
+    def operands(self, y: Array | None = None, r: Array | None = None) -> Operands:
+        """As kernels see them, and what they write."""
+        x, axis, _, _, _, mask, beside = self
+        return Operands(
+            operand(x, axis),
+            beside and operand(beside, axis),
+            y and operand(y, axis),
+            r and operand(r, axis),
+            mask and _layout.mask_operand(mask, x.shape, axis),
+        )
+
+    def destination(self, function: str, out: Any) -> Output:
+        """Where y goes: a new array, or `out`."""
+        if out is None:
+            return _arrays.empty_like(self.x)
+        apart = (region("mask", self.mask),) if self.mask else ()
+        in_place = {"x": self.x, "residual": self.beside}
+        return _arguments.destination(function, out, self.x, in_place, (*apart, *self.held.regions))
+
+    @property
+    def values(self) -> int | None:
+        """How many values of a channel are present; None where only the device knows."""
+        return _arguments.values_per_channel(self.extents, self.mask)
+
+
+def bind(function: str, x: Any, state: BatchNormState, mask: Any, residual: Any) -> Inputs:
+    """x, the state's arrays, mask and residual."""
+    checked_state(state, function)
+    inputs = bind_x(function, x, state.channel_axis, state.num_features)
+    return bind_beside(function, inputs._replace(held=state._read(function, inputs.x)), mask, residual)
+
+
+def bind_x(function: str, x: Any, channel_axis: int, num_features: int | None = None) -> Inputs:
+    """x, with the given number of channels if there is one."""
+    array = _arrays.describe(x, function, "x")
+    shape = array.shape
+    if len(shape) < 2:
+        remedy = "Samples and channels are two axes: a single sample has shape (1, C)."
+        raise ValueError(refusal(function, "x", "have 2 axes or more", array, remedy))
+    axis = _layout.channel_position(len(shape), whole(channel_axis, function, "channel_axis"), function)
+    extents = _layout.extents(shape, axis)
+    if not extents.C or num_features not in (None, extents.C):
+        rule = f"have {num_features or '1 or more'} channels on axis {axis}"
+        raise ValueError(refusal(function, "x", rule, array, "channel_axis says which axis that is."))
+    return Inputs(array, axis, extents, backend_for(array.device, array.library.name), NOTHING_HELD)
+
+
+def bind_parameters(function: str, inputs: Inputs, **given: Any) -> Inputs:
+    """Arrays of channels, where they are given."""
+    arrays = {name: parameter(function, name, array, inputs) for name, array in given.items() if array is not None}
+    return inputs._replace(held=hold(arrays, function))
+
+
+def bind_beside(function: str, inputs: Inputs, mask: Any, residual: Any = None) -> Inputs:
+    """A mask and a residual, where they are given."""
+    return inputs._replace(
+        mask=None if mask is None else _mask(function, mask, inputs),
+        beside=None if residual is None else like_x(function, "residual", residual, inputs.x),
+    )
+
+
+def parameter(function: str, argument: str, given: Any, inputs: Inputs) -> Array:
+    """A per-channel array of any library on x's device."""
+    array = _arrays.describe(given, function, argument, detach=True)
+    C = inputs.extents.C
+    if array.shape != (C,):
+        raise ValueError(refusal(function, argument, f"have shape ({C},), one value per channel", array))
+    _arguments.check_device(function, argument, array, inputs.x)
+    return array
+
+
+def like_x(function: str, argument: str, given: Any, x: Array) -> Array:
+    """Values that go with x's, of its shape, dtype, library and device."""
+    array = _arrays.describe(given, function, argument)
+    _arguments.check_like(function, argument, array, x)
+    return array
+
+
+def _mask(function: str, given: Any, inputs: Inputs) -> Array:
+    """Which positions of x are present."""
+    array, x, axis = _arrays.describe(given, function, "mask", BOOL), inputs.x, inputs.axis
+    _arguments.check_device(function, "mask", array, x)
+    if _layout.mask_operand(array, x.shape, axis) is None:
+        shape = x.shape[:axis] + x.shape[axis + 1 :]
+        rule = f"have x's shape without the channel axis, {shape}, or 1 instead of any extent"
+        raise ValueError(refusal(function, "mask", rule, array))
+    return array
+
+
+def relu_gradient(relu: bool, residual: bool) -> ReluGradient:
+    """How the backward will know what a ReLU stopped."""
+    if not relu:
+        return "none"
+    return "mask" if residual else "recompute"
+
+
+def overwrites(out: Any, y: Output, x: Array) -> bool:
+    """Whether y was written over x."""
+    return out is not None and _arrays.overlap(y.array, x) != "none"
