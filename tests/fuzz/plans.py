@@ -6,7 +6,7 @@ import contextlib
 import random
 from collections.abc import Iterator
 
-from cubn.backends.cpu import plan, prepare
+from cubn.backends.cpu import plan, prepare, stages
 
 CONSTANTS = {
     "SERIAL_BYTES": [0, 1 << 12],
@@ -45,7 +45,7 @@ def _set(constants: dict[str, int]) -> None:
         return
     for name, value in constants.items():
         setattr(plan, name, value)
-    for module in (plan, prepare):
+    for module in (plan, stages, prepare):
         for function in vars(module).values():
-            if hasattr(function, "cache_clear") and function is not prepare.kernel:  # which stays loaded for ever
+            if hasattr(function, "cache_clear") and function is not stages.kernel:  # which stays loaded for ever
                 function.cache_clear()

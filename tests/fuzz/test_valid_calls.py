@@ -9,7 +9,8 @@ import pytest
 
 import cubn
 from cubn import reference
-from cubn.backends.cpu import plan, prepare
+from cubn.backends.cpu import plan, pool
+from cubn.backends.cpu.parameters import FIELDS
 from tests import oracle
 from tests.fuzz import cases, given, harness, memory, plans, valid_calls
 
@@ -92,8 +93,8 @@ def test_a_plan_that_leaves_out_a_task_is_found(monkeypatch, seed):
     """Also where the right one had been kept."""
     honest = plan.elementwise_tasks
 
-    def one_less(extents, kind, itemsize):
-        tasks, rows = honest(extents, kind, itemsize)
+    def one_less(extents, layout, itemsize):
+        tasks, rows = honest(extents, layout, itemsize)
         return max(1, tasks - 1), rows
 
     def failure(numbers):
@@ -128,15 +129,15 @@ PLANNED = ("tasks", "chunk", "chunks", "pass_tasks", "block", "period", "stream"
 def _plans(monkeypatch):
     """What was planned for training steps and moments of the probes, without addresses."""
     found = []
-    run = prepare.Launch.run
+    prepare = pool.prepare
 
-    def recorded(self, arguments):
-        helpers = self.program.words[3::2].tolist()  # of every stage
-        found.append((helpers, [self.block[prepare.PLACE[name]] for name in PLANNED]))
-        run(self, arguments)
+    def recorded(program):
+        block = dict(zip(FIELDS, program.block, strict=False))  # which ends in padding
+        found.append(([stage.threads for stage in program.stages], [block[name] for name in PLANNED]))
+        return prepare(program)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare.Launch, "run", recorded)
+    with monkeypatch.context() as patch, plans.planned((("LANES", plan.LANES),)):  # anew
+        patch.setattr(pool, "prepare", recorded)
         for shape, order in PROBES:
             x = np.ones([shape[axis] for axis in order], np.float32).transpose(np.argsort(order))
             cubn.forward_train(x, cubn.BatchNormState(shape[1]))

@@ -220,7 +220,7 @@ def no_threads(monkeypatch):
             raise error
 
         monkeypatch.setattr(pool._thread, "start_new_thread", start)
-        for name in ("program", "run"):
+        for name in ("prepare", "ask_for"):
             monkeypatch.setattr(pool, name, getattr(fresh, name))
         forget_launches()
         return asked

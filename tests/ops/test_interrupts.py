@@ -12,8 +12,10 @@ import pytest
 
 import cubn
 from cubn._kept import Kept
-from cubn.backends.cpu import pool, prepare
+from cubn.backends.cpu import pool, prepare, stages
 from cubn.backends.cpu.backend import CpuBackend
+from cubn.backends.cpu.calls import PreparedTrain
+from cubn.backends.cpu.launch import Launch
 
 PROGRAM = """
 import random, signal, sys, time
@@ -118,7 +120,7 @@ class Stop(BaseException):
     pass
 
 
-TRACED = {sys.modules[part.__module__].__file__ for part in (CpuBackend, pool.Pool, prepare.Launch, Kept)}
+TRACED = {sys.modules[part.__module__].__file__ for part in (CpuBackend, PreparedTrain, pool.Pool, Launch, Kept)}
 
 
 def stopped_before(bytecode, work):
@@ -159,7 +161,7 @@ def test_a_training_step_is_done_or_not(planned):
         return state.to_dict()
 
     def forget():
-        for function in () if planned else (prepare.train, prepare.kind_of):
+        for function in () if planned else (prepare.train, stages.layout_of):
             function.cache_clear()
 
     state = cubn.BatchNormState(8)

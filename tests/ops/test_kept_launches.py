@@ -7,10 +7,10 @@ import pytest
 
 import cubn
 from cubn._kept import Kept
-from cubn.backends.cpu import plan, prepare
+from cubn.backends.cpu import launch, plan, prepare, stages
 
 ROOM = 1 << 18
-KEPT = [f for module in (plan, prepare) for f in vars(module).values() if isinstance(f, Kept)]
+KEPT = [f for module in (launch, plan, prepare) for f in vars(module).values() if isinstance(f, Kept)]
 
 
 @pytest.fixture
@@ -49,9 +49,9 @@ def held():
 
 
 def test_every_launch_is_kept_by_bytes():
-    assert {f.__name__ for f in KEPT} >= {"train", "backward", "elementwise", "reduction", "root", "per_channel"}
-    by_entries = {f.__name__ for f in vars(prepare).values() if hasattr(f, "cache_info")}
-    assert by_entries == {"kind_of", "reduced_kind", "kernel"}
+    assert {f.__name__ for f in KEPT} >= {"forward", "train", "backward", "moments", "root", "update", "_positions"}
+    by_entries = {f.__name__ for f in vars(stages).values() if hasattr(f, "cache_info")}
+    assert by_entries == {"layout_of", "reading_of", "kernel"}
 
 
 def test_thousands_of_shapes(little_room):

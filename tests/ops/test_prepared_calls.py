@@ -1,16 +1,12 @@
 """Calls whose signature is known: the same bits and the same errors as the first call, by a short way."""
 
 import sys
-import threading
-import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import cubn
-from cubn import _calls, backward, forward, forward_train
+from cubn import backward, forward, forward_train
 from tests.ops import arrays
 
 MOST_FRAMES = {"forward": 12, "forward_train": 30, "backward": 25}

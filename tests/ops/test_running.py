@@ -121,30 +121,34 @@ def test_a_biased_running_variance_is_divided_by_the_count(backend, momentum, dt
     for values in (x, x[:1, :, :1].copy()):
         _, state = fresh(momentum, dtype)
         extents = Extents(values.shape[0], C, values.shape[2])
-        y = np.empty_like(values)
-        read, written = (
-            Operand(a.ctypes.data, "float32", C * extents.S, extents.S, (extents.S,), (1,)) for a in (values, y)
+        out = np.empty_like(values)
+        given, y = (
+            Operand(a.ctypes.data, "float32", C * extents.S, extents.S, (extents.S,), (1,)) for a in (values, out)
         )
-        running, counters = of_oracle(state, works)
+        old, (tracked, skipped) = running(state), counters(state, works)
         train = works.prepare_train(
-            extents, Operands(read, y=written), Affine(None, None), running, True, NormalizeOptions(False, False)
+            extents, Operands(given, y=y), Affine(None, None), old, True, NormalizeOptions(residual=False, relu=False)
         )
-        at = [vector.pointer for vector in (*running, *running)]
-        at += [works.address(counter) for counter in counters]
-        statistics, _ = train(read.pointer, 0, written.pointer, 0, 0, 0, EPS, *at, momentum)
+        moving = (old.mean.pointer, old.var.pointer) * 2
+        addresses = works.address(tracked), works.address(skipped)
+        statistics, _ = train(given.pointer, 0, y.pointer, 0, 0, 0, EPS, *moving, *addresses, momentum)
         expected = oracle.update(fresh(momentum, dtype)[1], oracle.batch_statistics(values, EPS), momentum, biased=True)
         arrays.assert_same(state.mean, expected.mean)
         arrays.assert_same(state.var, expected.var)
         _, later = fresh(momentum, dtype)
-        running, counters = of_oracle(later, works)
-        works.update(statistics, running, running, Counters(*map(works.address, counters)), Update(momentum, True))
+        old, (tracked, skipped) = running(later), counters(later, works)
+        addresses = Counters(works.address(tracked), works.address(skipped))
+        works.update(statistics, old, old, addresses, Update(momentum, biased=True))
         arrays.assert_same(later.var, expected.var)
 
 
-def of_oracle(state, works):
-    """The running statistics of an oracle's state, and counters that a backend may write."""
-    running = Running(*(Vector(a.ctypes.data, str(a.dtype), 1) for a in (state.mean, state.var)))
-    return running, [works.from_host(a.copy()) for a in (state.tracked, state.skipped)]
+def running(state):
+    """An oracle's state, which a backend moves."""
+    return Running(*(Vector(a.ctypes.data, str(a.dtype), 1) for a in (state.mean, state.var)))
+
+
+def counters(state, works):
+    return [works.from_host(a.copy()) for a in (state.tracked, state.skipped)]
 
 
 @pytest.mark.parametrize("library", arrays.LIBRARIES)

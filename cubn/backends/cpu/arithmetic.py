@@ -54,7 +54,7 @@ def relu(v: Value) -> Value:
     return select(not_positive(v), constant(v, 0.0), v)
 
 
-def gated(element: Element, dy: Value, x: Value, c: Coefficients) -> Value:
+def behind_relu(element: Element, dy: Value, x: Value, c: Coefficients) -> Value:
     """dy behind a ReLU: 0 where y, recomputed from x and rounded to its dtype, is <= 0."""
     return select(not_positive(element.rounded(normalized(x, c))), constant(dy, 0.0), dy)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from cubn._types import ITEMSIZE, VECTOR_CODES, Affine, Extents, Operand, Operands, Statistics, Vector
+from cubn._types import Operands, Statistics
 from cubn.backends.cpu import plan, pool, relu_mask
 from cubn.backends.cpu.launch import ALIGNMENT, Launch
-from cubn.backends.cpu.parameters import BLOCK, FIELDS, OFFSET
-from cubn.backends.cpu.parts import Arrays, Elements, Fields, Part, coefficients
+from cubn.backends.cpu.parameters import BLOCK, FIELDS, OFFSET, Fields, of_operand
 from cubn.backends.cpu.pool import Stage
+from cubn.backends.cpu.stages import Arrays, Elements, Part, coefficients
 
 Names = tuple[str, ...]
 
@@ -80,29 +80,10 @@ def over_elements(
         if operand:
             fields |= of_operand(name, operand)
     if elements.relu_mask:
-        fields |= of_relu_mask(extents, elements.relu_mask)
+        fields |= relu_mask.fields(extents, elements.relu_mask)
     table = coefficients(extents.C, elements.dtype)
     return launch((table, *run), arguments, fields, elements.nbytes, operands if strided else None)
 
 
 def over_channels(run: Part, C: int, arguments: Arguments, fields: Fields) -> Launch:
     return launch((run,), arguments, {"channels": C, **fields}, 8 * C, None)
-
-
-def of_operand(name: str, o: Operand) -> Fields:
-    size, position = ITEMSIZE[o.dtype], o.position_strides[0] if o.position_strides else 0
-    strides = {"sample": o.sample_stride, "channel": o.channel_stride, "position": position}
-    return {f"{name}_{along}": stride * size for along, stride in strides.items()}
-
-
-def of_vector(name: str, v: Vector | None) -> Fields:
-    return {f"{name}_code": VECTOR_CODES[v.dtype], f"{name}_stride": v.stride * ITEMSIZE[v.dtype]} if v else {}
-
-
-def of_affine(affine: Affine) -> Fields:
-    return of_vector("gamma", affine.gamma) | of_vector("beta", affine.beta)
-
-
-def of_relu_mask(extents: Extents, layout: relu_mask.WordLayout) -> Fields:
-    sample, row = relu_mask.strides(extents, layout)
-    return {"bits_sample": sample, "bits_position" if layout == "nhwc" else "bits_channel": row}

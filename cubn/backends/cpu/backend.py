@@ -26,9 +26,7 @@ from cubn._types import (
 from cubn.backends import threads
 from cubn.backends.cpu import plan, prepare, relu_mask
 from cubn.backends.cpu.assemble import Copies
-from cubn.backends.cpu.launch import Launch
-from cubn.backends.cpu.parts import Elements, kind_of, reduced_kind, word_layout
-from cubn.backends.cpu.prepared import (
+from cubn.backends.cpu.calls import (
     BackwardOfNothing,
     Doubles,
     PreparedBackward,
@@ -37,7 +35,9 @@ from cubn.backends.cpu.prepared import (
     Sums,
     forward_of_nothing,
 )
+from cubn.backends.cpu.launch import Launch
 from cubn.backends.cpu.relu_mask import ReluMask
+from cubn.backends.cpu.stages import Elements, layout_of, reading_of
 
 Prepared = Callable[..., Any]
 
@@ -215,7 +215,7 @@ def _reduced(
     C = elements.extents.C
     if 0 in elements.extents:
         return Nodes((), np.zeros((0, 2 * C + 1)))
-    cut = plan.reduction(elements.extents, reduced_kind(elements), start)
+    cut = plan.reduction(elements.extents, reading_of(elements), start)
     rows = len(cut.table)
     nodes: tuple[NDArray[Any], ...] = np.empty(rows, np.int64), np.empty((rows, C)), np.empty((rows, C))
     launch()(statistics, *given, *map(address_of, nodes))
@@ -243,7 +243,7 @@ def _elements(extents: Extents, operands: Operands, relu_mask: ReluMask | None) 
 def _writing(extents: Extents, operands: Operands, options: NormalizeOptions) -> Elements:
     """With the relu mask that is to be kept."""
     elements = _elements(extents, operands, None)
-    return elements._replace(relu_mask=word_layout(kind_of(elements))) if options.keep_mask else elements
+    return elements._replace(relu_mask=plan.word_layout(layout_of(elements))) if options.keep_mask else elements
 
 
 def _vector(vector: Vector) -> Vector:

@@ -16,8 +16,8 @@ from numba.core import config
 from numba.core.typing.templates import make_intrinsic_template
 from numba.extending import typeof_impl
 
+from cubn.backends.cpu.expressions import Function
 from cubn.backends.cpu.simd import Instruction, Value, Values
-from cubn.backends.cpu.translation import Function
 
 _KINDS = {2: types.void(types.intp, types.intp), 3: types.intp(types.intp, types.intp, types.intp)}
 """Of functions by their number of arguments: kernels, and builtin functions of Python."""

@@ -18,8 +18,9 @@ from typing import Any
 
 from llvmlite import ir
 
+from cubn.backends.cpu.expressions import Compiled, Function, NotInTheLanguage, leaves, reshaped
 from cubn.backends.cpu.simd import I64
-from cubn.backends.cpu.translation import Body, Compiled, Function, NotInTheLanguage, leaves, reshaped
+from cubn.backends.cpu.translation import Body
 
 __all__ = ["Function", "NoSource", "NotInTheLanguage", "llvm_ir"]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 
-from cubn.backends.cpu.arithmetic import Coefficients, Moments, Node, Reduction, Term, centre, gated
+from cubn.backends.cpu.arithmetic import Coefficients, Moments, Node, Reduction, Term, behind_relu, centre
 from cubn.backends.cpu.language import Function
 from cubn.backends.cpu.parameters import OFFSET
 from cubn.backends.cpu.plan import NODE
@@ -50,7 +50,11 @@ jit: Any = Function
 CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
 X_SAMPLE, X_CHANNEL, X_POSITION = OFFSET["x_sample"], OFFSET["x_channel"], OFFSET["x_position"]
 G_SAMPLE, G_CHANNEL, G_POSITION = OFFSET["g_sample"], OFFSET["g_channel"], OFFSET["g_position"]
-BITS_SAMPLE, BITS_CHANNEL, BITS_POSITION = OFFSET["bits_sample"], OFFSET["bits_channel"], OFFSET["bits_position"]
+RELU_MASK_SAMPLE, RELU_MASK_CHANNEL, RELU_MASK_POSITION = (
+    OFFSET["relu_mask_sample"],
+    OFFSET["relu_mask_channel"],
+    OFFSET["relu_mask_position"],
+)
 COEFFICIENTS, COEFFICIENT_ROW = OFFSET["coefficients"], OFFSET["coefficient_row"]
 AT_PIVOT, AT_COUNTS, AT_COLUMNS, AT_BUFFER = (
     OFFSET["at_pivot"],
@@ -64,11 +68,11 @@ TABLES, TAIL = OFFSET["tables"], OFFSET["tail"]
 
 
 class Source(NamedTuple):
-    """How a reduction reads its terms: dtype, what is summed, and how dy is gated."""
+    """How a reduction reads its terms: dtype, what is summed, and how dy passes its ReLU."""
 
     element: Element
     what: Reduction
-    gate: str  # "none", "recompute" or "mask"
+    relu: str  # "none", "recompute" or "mask"
 
 
 def coefficients_at(element: Element, table: Values, one_channel: bool = False) -> Coefficients:
@@ -117,20 +121,21 @@ def bit_of(words: Value, index: Value) -> Value:
 
 
 def term_at(source: Source, at: Values, table: Values, mask: Value | None = None, *, one_channel: bool = False) -> Term:
-    """The term of 16 elements of x, dy and bits; the table holds the pivot (moments) or the coefficients (sums), a lane
-    each or one channel's for all.
+    """The term of 16 elements of x, dy and relu mask.
+
+    The table holds the pivot (moments) or the coefficients (sums), a lane each or one channel's for all.
     """
     element = source.element
-    at_x, at_g, at_bits = at
+    at_x, at_g, at_mask = at
     x = element.load(at_x, mask)
     if source.what is Moments:
         return Moments.term(x, acc_at(element, table[0], one_channel))
     c = coefficients_at(element, table, one_channel)
     g = element.load(at_g, mask)
-    if source.gate == "recompute":
-        g = gated(element, g, x, c)
-    elif source.gate == "mask":
-        g = select(load_bits(at_bits), g, constant(g, 0.0))
+    if source.relu == "recompute":
+        g = behind_relu(element, g, x, c)
+    elif source.relu == "mask":
+        g = select(load_bits(at_mask), g, constant(g, 0.0))
     return g, g * centre(x, c)
 
 

@@ -4,7 +4,7 @@ bytes.
 
 from __future__ import annotations
 
-from cubn._types import Operands
+from cubn._types import ITEMSIZE, VECTOR_CODES, Affine, Operand, Operands, Vector
 
 OPERANDS = Operands._fields
 VECTORS = ("gamma", "beta", "old_mean", "old_var", "new_mean", "new_var", "dgamma", "dbeta")
@@ -22,10 +22,10 @@ FIELDS = (
     *(f"{name}{part}" for name in OPERANDS for part in ("", "_sample", "_channel", "_position")),
     *(f"{name}_offsets" for name in OPERANDS),  # int64[S]: where a position is, for strided arrays
     *(f"{name}{part}" for name in VECTORS for part in ("", "_code", "_stride")),
-    "bits",
-    "bits_sample",
-    "bits_channel",
-    "bits_position",  # 16-bit words: a row a channel, or (bits_position > 0) a position
+    "relu_mask",
+    "relu_mask_sample",
+    "relu_mask_channel",
+    "relu_mask_position",  # 16-bit words: a row a channel, or (bits_position > 0) a position
     "coefficients",
     "coefficient_row",  # table of arithmetic.Coefficients: rows of acc, one entry a channel
     "rows",
@@ -68,8 +68,23 @@ FIELDS = (
     "block",  # rows of the elementwise pass a task takes; or elements, where coefficients repeat after `period`
     "period",
 )
-PLACE = {name: i for i, name in enumerate(FIELDS)}
-OFFSET = {name: 8 * i for name, i in PLACE.items()}
+OFFSET = {name: 8 * i for i, name in enumerate(FIELDS)}
 
 BLOCK = -(-len(FIELDS) // 16) * 16
 """Numbers in a block: the fields, and what fills the last vector."""
+
+Fields = dict[str, int]
+
+
+def of_operand(name: str, o: Operand) -> Fields:
+    size, position = ITEMSIZE[o.dtype], o.position_strides[0] if o.position_strides else 0
+    strides = {"sample": o.sample_stride, "channel": o.channel_stride, "position": position}
+    return {f"{name}_{along}": stride * size for along, stride in strides.items()}
+
+
+def of_vector(name: str, v: Vector | None) -> Fields:
+    return {f"{name}_code": VECTOR_CODES[v.dtype], f"{name}_stride": v.stride * ITEMSIZE[v.dtype]} if v else {}
+
+
+def of_affine(affine: Affine) -> Fields:
+    return of_vector("gamma", affine.gamma) | of_vector("beta", affine.beta)

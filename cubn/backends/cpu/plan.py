@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 from cubn._floating_point import default_floating_point
 from cubn._kept import kept
 from cubn._tree import COLUMNS, TILE, Block, Step, aligned_blocks, pair_order, root_order
-from cubn._types import Extents, Operand
+from cubn._types import Extents, Operand, Operands
 
 LANES = 16
 NODE = 256  # bytes of a node slot: two vectors of 16 float64
+# What follows was chosen for the speed of kernels. Where no measurement is named, it is to be measured.
 SHORT = 64  # positions up to which 16 channels are treated as one row
 SPREAD_ROW = (SHORT + 1) * LANES * 8
 SPREAD = 6 * SPREAD_ROW  # bytes of such a row's coefficient table
@@ -39,22 +41,56 @@ WIDEST_SLAB = 8  # node slots
 KEPT_BYTES = 8 << 20  # of the results of one function
 
 
-def kind_of(extents: Extents, operands: list[Operand]) -> str:
-    """Which kernels can read and write all operands.
+Layout = Literal["nchw", "nhwc", "strided"]
+WordLayout = Literal["nchw", "nhwc"]
+"""Of a relu mask: whether a word's elements are neighbours along positions or along channels."""
 
-    "columns", "rows": dense positions (nchw), long and short. "channels", "single": dense channels (nhwc), several
-    positions and one. "strided": anything else. (A reduction knows "narrow" too, see `is_narrow`.)
+Reading = Literal["nchw_long", "nchw_short", "nhwc", "nhwc_2d", "nhwc_narrow", "strided"]
+"""How a reduction goes over an array: its layout, and what its extents make of that."""
+
+
+def layout_of(extents: Extents, operands: Operands, relu_mask: WordLayout | None = None) -> Layout:
+    """What all operands have in common, and a relu mask that is to be read.
+
+    "nchw": neighbouring positions are neighbours in memory. "nhwc", to which 2-D belongs: neighbouring channels are,
+    and positions go on with one step. "strided": anything else, and whatever comes with a mask.
     """
+    layout = _common(extents, operands)
+    return layout if relu_mask in (None, word_layout(layout)) else "strided"
+
+
+def _common(extents: Extents, operands: Operands) -> Layout:
     _, C, S = extents
-    if S > 1 and all(o.position_strides == (1,) for o in operands):
-        return "columns" if S >= COLUMNS else "rows"
-    if all((o.channel_stride == 1 or C == 1) and len(o.position_strides) <= 1 for o in operands):
-        return "channels" if S > 1 else "single"
+    if operands.mask:
+        return "strided"
+    if S > 1 and all(o.position_strides == (1,) for o in given(operands)):
+        return "nchw"
+    if all((o.channel_stride == 1 or C == 1) and len(o.position_strides) <= 1 for o in given(operands)):
+        return "nhwc"
     return "strided"
 
 
+def word_layout(layout: Layout) -> WordLayout:
+    """In which kernels write a relu mask."""
+    return "nhwc" if layout == "nhwc" else "nchw"
+
+
+def given(operands: Operands) -> list[Operand]:
+    """Those that are there."""
+    return [operand for operand in operands if operand]
+
+
+def reading_of(extents: Extents, operands: Operands, layout: Layout) -> Reading:
+    """Long and short rows of positions; 2-D arrays, and those of them with too few channels for a vector."""
+    if layout == "nchw":
+        return "nchw_long" if extents.S >= COLUMNS else "nchw_short"
+    if layout == "nhwc" and extents.S == 1:
+        return "nhwc_narrow" if extents.C < LANES and is_flat(extents, operands) else "nhwc_2d"
+    return layout
+
+
 @dataclass(frozen=True)
-class Reduction:
+class ReductionPlan:
     """How the tree is cut into node rows, and how these are merged.
 
     Row i covers samples [table[i, 0], table[i, 1]) of the array and tiles [table[i, 2], table[i, 3]) of each; a row is
@@ -79,7 +115,7 @@ class Reduction:
 
 
 @dataclass(frozen=True)
-class Slab:
+class SlabPlan:
     """How a fused kernel takes channels."""
 
     chunk: int
@@ -113,17 +149,17 @@ def scratch_offsets(width: int, tiles: int, samples: int, spread: int = 0) -> tu
 
 
 @kept(KEPT_BYTES)
-def reduction(extents: Extents, kind: str, start: int) -> Reduction:
+def reduction(extents: Extents, reading: Reading, start: int) -> ReductionPlan:
     """The rows of a reduction over samples [start, start + N)."""
     N, C, S = extents
-    slot = 1 if kind == "columns" else LANES
-    chunk = min(C, WIDEST) if kind in ("channels", "single", "narrow") else slot
-    if kind in ("rows", "columns"):
+    slot = 1 if reading == "nchw_long" else LANES
+    chunk = min(C, WIDEST) if reading.startswith("nhwc") else slot
+    if reading.startswith("nchw"):
         while chunk < 8 * slot and 4 * chunk * S < STRETCH_BYTES:
             chunk *= 2
     chunks = -(-C // chunk)
     tiles = -(-S // TILE)
-    longest, part = _row_extent(extents, chunks, tiles, kind)
+    longest, part = _row_extent(extents, chunks, tiles, reading)
     samples = []
     for lo, hi in aligned_blocks(start, start + N):
         samples += [(a, min(a + longest, hi)) for a in range(lo, hi, longest)]
@@ -139,9 +175,9 @@ def reduction(extents: Extents, kind: str, start: int) -> Reduction:
     steps += [(first_rows[a], first_rows[b]) for a, b in pairs]
     rows = [first_rows[i] for i in kept]
     to_root = (*steps, *((rows[a], rows[b]) for a, b in root_order(blocks)))
-    spread = 2 * 8 * RUNS * C if kind == "narrow" else 0
+    spread = 2 * 8 * RUNS * C if reading == "nhwc_narrow" else 0
     offsets, scratch = scratch_offsets(-(-chunk // slot), part, longest, spread)
-    return Reduction(
+    return ReductionPlan(
         np.array(table, np.int64).reshape(-1, 4),
         chunk,
         chunks,
@@ -154,15 +190,15 @@ def reduction(extents: Extents, kind: str, start: int) -> Reduction:
     )
 
 
-def _row_extent(extents: Extents, chunks: int, tiles: int, kind: str) -> tuple[int, int]:
+def _row_extent(extents: Extents, chunks: int, tiles: int, reading: Reading) -> tuple[int, int]:
     """(samples a row at most, tiles a row): powers of two that leave about TASKS tasks."""
     N, C, _ = extents
     wanted = max(1, TASKS // chunks)
     if wanted <= N:
-        samples, most = 1, max(SAMPLES_A_ROW, VALUES_A_ROW // C if kind == "narrow" else 0)
+        samples, most = 1, max(SAMPLES_A_ROW, VALUES_A_ROW // C if reading == "nhwc_narrow" else 0)
         while samples < most and N // (2 * samples) >= wanted:
             samples *= 2
-        return max(samples, {"single": LANES, "narrow": RUNS}.get(kind, 1)), tiles
+        return max(samples, {"nhwc_2d": LANES, "nhwc_narrow": RUNS}.get(reading, 1)), tiles
     part = 1
     while tiles // (2 * part) * N >= wanted:
         part *= 2
@@ -170,14 +206,14 @@ def _row_extent(extents: Extents, chunks: int, tiles: int, kind: str) -> tuple[i
 
 
 @functools.lru_cache(1024)
-def slab(extents: Extents, kind: str, itemsize: int, threads: int) -> Slab | None:
+def slab(extents: Extents, reading: Reading, itemsize: int, threads: int) -> SlabPlan | None:
     """How channels are cut where statistics and the elementwise pass of a channel are one task; None where that
     cannot be.
     """
     N, C, S = extents
-    if kind not in ("rows", "columns"):
+    if not reading.startswith("nchw"):
         return None
-    one = 1 if kind == "columns" else LANES  # channels of a node slot
+    one = 1 if reading == "nchw_long" else LANES  # channels of a node slot
     chunk = one
     while (
         chunk < one * WIDEST_SLAB
@@ -191,8 +227,8 @@ def slab(extents: Extents, kind: str, itemsize: int, threads: int) -> Slab | Non
     if threads > 1 and tasks < 4 * threads and tasks % threads:
         return None
     width = chunk // one
-    offsets, scratch = scratch_offsets(width, -(-S // TILE), N, SPREAD if kind == "rows" else 0)
-    return Slab(chunk, tasks, offsets, scratch)
+    offsets, scratch = scratch_offsets(width, -(-S // TILE), N, SPREAD if reading == "nchw_short" else 0)
+    return SlabPlan(chunk, tasks, offsets, scratch)
 
 
 @kept(KEPT_BYTES)
@@ -216,26 +252,21 @@ def column_table(length: int, double: bool) -> NDArray[np.floating]:
     return np.ascontiguousarray(np.concatenate(table))
 
 
-def elementwise_tasks(extents: Extents, kind: str, itemsize: int) -> tuple[int, int]:
+def elementwise_tasks(extents: Extents, layout: Layout, itemsize: int) -> tuple[int, int]:
     """(tasks, rows a task) of an elementwise pass; a strided one takes 16 channels of a sample."""
     N, C, S = extents
-    if kind == "strided":
+    if layout == "strided":
         return N * -(-C // LANES), 0
-    rows, length = (N * C, S) if kind in ("rows", "columns") else (N * S, C)
+    rows, length = (N * C, S) if layout == "nchw" else (N * S, C)
     block = max(1, BLOCK_BYTES // (length * itemsize))
     return -(-rows // block), block
 
 
-def is_flat(extents: Extents, operands: list[Operand]) -> bool:
+def is_flat(extents: Extents, operands: Operands) -> bool:
     """Whether arrays that hold channels side by side are few channels, one position after the other."""
     _, C, S = extents
     dense = (S * C, C)
-    return C <= FEW_CHANNELS and all((o.sample_stride, *(o.position_strides or (C,))) == dense for o in operands)
-
-
-def is_narrow(extents: Extents, operands: list[Operand]) -> bool:
-    """Whether 2-D arrays are dense and have too few channels for a vector."""
-    return extents.C < LANES and is_flat(extents, operands)
+    return C <= FEW_CHANNELS and all((o.sample_stride, *(o.position_strides or (C,))) == dense for o in given(operands))
 
 
 def flat_tasks(extents: Extents, itemsize: int) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ from cubn._arrays.numpy import address_of
 from cubn._kept import kept
 from cubn._tree import Block, root_order
 from cubn._types import VECTOR_CODES, Affine, GradientOptions, NormalizeOptions, Operands, Running, Vector
-from cubn.backends.cpu import parts, plan
+from cubn.backends.cpu import plan, stages
 from cubn.backends.cpu.assemble import (
     STATISTICS,
     Arguments,
@@ -14,15 +14,14 @@ from cubn.backends.cpu.assemble import (
     Names,
     in_statistics,
     launch,
-    of_affine,
-    of_vector,
     over_channels,
     over_elements,
 )
 from cubn.backends.cpu.compile import Kernel
 from cubn.backends.cpu.launch import Launch
-from cubn.backends.cpu.parts import Elements, Fields, Part, kernel, kind_of, reduced_kind
+from cubn.backends.cpu.parameters import Fields, of_affine, of_vector
 from cubn.backends.cpu.pool import Stage
+from cubn.backends.cpu.stages import Elements, Part, kernel, layout_of, reading_of
 
 AFFINE = ("gamma", "beta")
 OLD = ("old_mean", "old_var")
@@ -36,12 +35,12 @@ COPY = Vector(0, "float64", 1)  # of gamma or beta, among the statistics
 
 @kept(plan.KEPT_BYTES)
 def forward(elements: Elements, affine: Affine, running: Running, options: NormalizeOptions) -> Launch:
-    tabulate = parts.over_channels("tabulate_frozen", dtype=elements.dtype)
+    tabulate = stages.over_channels("tabulate_frozen", dtype=elements.dtype)
     arguments = Arguments(("x", "g", "y", "mask", *AFFINE, *OLD), ("eps",))
     fields = of_affine(affine) | _of_running("old", running)
     room = Part(room=dict.fromkeys(("mean", "var", "invstd"), 8 * elements.extents.C))
-    run = parts.elementwise("normalize", _specialised(options), elements)
-    return over_elements((room, tabulate, run), elements, arguments, fields, strided=kind_of(elements) == "strided")
+    run = stages.elementwise("normalize", _specialised(options), elements)
+    return over_elements((room, tabulate, run), elements, arguments, fields, strided=layout_of(elements) == "strided")
 
 
 @kept(plan.KEPT_BYTES)
@@ -54,21 +53,21 @@ def train(
     C = elements.extents.C
     copied = tuple(name for name in AFFINE if getattr(affine, name))
     statistics = in_statistics(C, (*STATISTICS, *(f"kept_{name}" for name in copied)))
-    arguments = Arguments(("x", "g", "y", "mask", "bits", *AFFINE, *UPDATE), ("eps", "momentum"), statistics)
+    arguments = Arguments(("x", "g", "y", "mask", "relu_mask", *AFFINE, *UPDATE), ("eps", "momentum"), statistics)
     fields = of_affine(affine)
     rest: tuple[Stage, ...] = (Stage(kernel("keep"), 1),) if copied else ()
     if running:
         rest += (Stage(_update(running), 1),)
         fields |= _of_running("old", running) | _of_running("new", running) | {"ddof": int(not biased)}
     specialised = _specialised(options)
-    run = parts.slab("train_slab", specialised, elements)
+    run = stages.slab("train_slab", specialised, elements)
     if run:
         return over_elements((run, Part(rest)), elements, arguments, fields, strided=False)
-    pass_ = parts.elementwise("normalize", specialised, elements)
+    pass_ = stages.elementwise("normalize", specialised, elements)
     read = elements._replace(operands=Operands(elements.operands.x, mask=elements.operands.mask), relu_mask=None)
-    reduced = parts.reduction("moments", (), read, None)
-    finish = parts.over_channels("finish", dtype=elements.dtype)._replace(room=dict.fromkeys(SUMS, 8 * C))
-    strided = "strided" in (kind_of(elements), reduced_kind(read))
+    reduced = stages.reduction("moments", (), read, None)
+    finish = stages.over_channels("finish", dtype=elements.dtype)._replace(room=dict.fromkeys(SUMS, 8 * C))
+    strided = "strided" in (layout_of(elements), reading_of(read))
     return over_elements((reduced, finish, pass_, Part(rest)), elements, arguments, fields, strided=strided)
 
 
@@ -79,22 +78,22 @@ def backward(
     """Sums, dx, dgamma and dbeta, a few channels at a time or else in two passes."""
     dtype = elements.dtype
     statistics, fields = _with_copies(elements.extents.C, copies)
-    arguments = Arguments(("x", "g", "y", "r", "mask", "bits", *SUMS, "dgamma", "dbeta"), (), statistics)
+    arguments = Arguments(("x", "g", "y", "r", "mask", "relu_mask", *SUMS, "dgamma", "dbeta"), (), statistics)
     gradients = Part()
     if parameters:
         gradients = Part((Stage(kernel("parameter_gradients"), 1),))
         fields |= of_vector("dgamma", parameters[0]) | of_vector("dbeta", parameters[1])
-    tabulate = parts.over_channels("tabulate", dtype=dtype)
+    tabulate = stages.over_channels("tabulate", dtype=dtype)
     specialised = options.relu, options.frozen, options.residual
-    run = parts.slab("backward_slab", specialised, elements)
+    run = stages.slab("backward_slab", specialised, elements)
     if run:
         return over_elements((tabulate, run, gradients), elements, arguments, fields, strided=False)
-    pass_ = parts.elementwise("input_gradient", specialised, elements)
+    pass_ = stages.elementwise("input_gradient", specialised, elements)
     x, g, _, _, mask = elements.operands
     read = elements._replace(operands=Operands(x, g, mask=mask))
-    reduced = parts.reduction("sums", (options.relu,), read, None)
-    gradient = parts.over_channels(*() if options.frozen else ("tabulate_gradient",), dtype=dtype)
-    strided = "strided" in (kind_of(elements), reduced_kind(read))
+    reduced = stages.reduction("sums", (options.relu,), read, None)
+    gradient = stages.over_channels(*() if options.frozen else ("tabulate_gradient",), dtype=dtype)
+    strided = "strided" in (layout_of(elements), reading_of(read))
     return over_elements((tabulate, reduced, gradient, pass_, gradients), elements, arguments, fields, strided=strided)
 
 
@@ -103,38 +102,38 @@ def backward(
 
 @kept(plan.KEPT_BYTES)
 def normalize(elements: Elements, affine: Affine, options: NormalizeOptions) -> Launch:
-    tabulate = parts.over_channels("tabulate", dtype=elements.dtype)
-    run = parts.elementwise("normalize", _specialised(options), elements)
-    arguments = Arguments(("x", "g", "y", "mask", "bits", *AFFINE), (), in_statistics(elements.extents.C))
+    tabulate = stages.over_channels("tabulate", dtype=elements.dtype)
+    run = stages.elementwise("normalize", _specialised(options), elements)
+    arguments = Arguments(("x", "g", "y", "mask", "relu_mask", *AFFINE), (), in_statistics(elements.extents.C))
     return over_elements(
-        (tabulate, run), elements, arguments, of_affine(affine), strided=kind_of(elements) == "strided"
+        (tabulate, run), elements, arguments, of_affine(affine), strided=layout_of(elements) == "strided"
     )
 
 
 @kept(plan.KEPT_BYTES)
 def backward_apply(elements: Elements, copies: Copies, options: GradientOptions) -> Launch:
     names = ("tabulate",) if options.frozen else ("tabulate", "tabulate_gradient")
-    tabulate = parts.over_channels(*names, dtype=elements.dtype)
-    run = parts.elementwise("input_gradient", (options.relu, options.frozen, options.residual), elements)
+    tabulate = stages.over_channels(*names, dtype=elements.dtype)
+    run = stages.elementwise("input_gradient", (options.relu, options.frozen, options.residual), elements)
     statistics, fields = _with_copies(elements.extents.C, copies)
-    arguments = Arguments(("x", "g", "y", "r", "mask", "bits", *SUMS), (), statistics)
-    return over_elements((tabulate, run), elements, arguments, fields, strided=kind_of(elements) == "strided")
+    arguments = Arguments(("x", "g", "y", "r", "mask", "relu_mask", *SUMS), (), statistics)
+    return over_elements((tabulate, run), elements, arguments, fields, strided=layout_of(elements) == "strided")
 
 
 @kept(plan.KEPT_BYTES)
 def moments(elements: Elements, start: int) -> Launch:
-    run = parts.reduction("moments", (), elements, start)
-    strided = reduced_kind(elements) == "strided"
+    run = stages.reduction("moments", (), elements, start)
+    strided = reading_of(elements) == "strided"
     return over_elements((run,), elements, Arguments(("x", "mask", *NODES)), {}, strided=strided)
 
 
 @kept(plan.KEPT_BYTES)
 def backward_sums(elements: Elements, copies: Copies, options: GradientOptions, start: int) -> Launch:
-    tabulate = parts.over_channels("tabulate", dtype=elements.dtype)
-    run = parts.reduction("sums", (options.relu,), elements, start)
+    tabulate = stages.over_channels("tabulate", dtype=elements.dtype)
+    run = stages.reduction("sums", (options.relu,), elements, start)
     statistics, fields = _with_copies(elements.extents.C, copies)
-    arguments = Arguments(("x", "g", "mask", "bits", *NODES), (), statistics)
-    strided = reduced_kind(elements) == "strided"
+    arguments = Arguments(("x", "g", "mask", "relu_mask", *NODES), (), statistics)
+    strided = reading_of(elements) == "strided"
     return over_elements((tabulate, run), elements, arguments, fields, strided=strided)
 
 

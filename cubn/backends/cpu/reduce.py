@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from cubn.backends.cpu.by_channels import of_channels
-from cubn.backends.cpu.by_columns import of_columns
-from cubn.backends.cpu.by_rows import of_rows
-from cubn.backends.cpu.by_samples import of_single_positions
+from cubn.backends.cpu.nchw_long import of_columns
+from cubn.backends.cpu.nchw_short import of_rows
+from cubn.backends.cpu.nhwc import of_channels
+from cubn.backends.cpu.nhwc_2d import of_single_positions
 from cubn.backends.cpu.nodes import (
     AT_COUNTS,
     AT_NODE,
     AT_SAMPLES,
     AT_TILES,
-    BITS_POSITION,
-    BITS_SAMPLE,
     G_POSITION,
     G_SAMPLE,
     POSITIONS,
+    RELU_MASK_POSITION,
+    RELU_MASK_SAMPLE,
     TILE,
     X_POSITION,
     X_SAMPLE,
@@ -25,7 +25,7 @@ from cubn.backends.cpu.nodes import (
     counter,
     jit,
 )
-from cubn.backends.cpu.plan import NODE
+from cubn.backends.cpu.plan import NODE, Reading
 from cubn.backends.cpu.simd import (
     LANES,
     Element,
@@ -36,12 +36,12 @@ from cubn.backends.cpu.simd import (
 from cubn.backends.cpu.strided import of_any
 
 
-def channels_of_a_slot(kind: str) -> int:
+def channels_of_a_slot(reading: Reading) -> int:
     """How many channels one node slot holds."""
-    return 1 if kind == "columns" else LANES
+    return 1 if reading == "nchw_long" else LANES
 
 
-def gather(source: Source, kind: str) -> Any:
+def gather(source: Source, reading: Reading) -> Any:
     """For kernels: the nodes of `width` slots of channels from c0 over samples [first, last) and tiles [from,
     to) of each.
 
@@ -50,8 +50,8 @@ def gather(source: Source, kind: str) -> Any:
     """
     push, count_up, settle = counter(Element("float64"), source.what)
 
-    if kind in ("single", "narrow"):
-        samples = of_single_positions(source, kind == "narrow")
+    if reading in ("nhwc_2d", "nhwc_narrow"):
+        samples = of_single_positions(source, reading == "nhwc_narrow")
 
         @jit
         def collect_single(p, work, at, first, last, tile_from, tile_to, c0, width):  # type: ignore[no-untyped-def]
@@ -63,23 +63,23 @@ def gather(source: Source, kind: str) -> Any:
 
         return collect_single
 
-    if kind == "strided":
+    if reading == "strided":
         tile = of_any(source)
     else:
-        tile = {"channels": of_channels, "rows": of_rows, "columns": of_columns}[kind](source)
+        tile = {"nhwc": of_channels, "nchw_short": of_rows, "nchw_long": of_columns}[reading](source)
 
-    rowwise, anyhow = kind in ("rows", "columns"), kind == "strided"  # strided arrays find positions by their tables
+    nchw, strided = reading.startswith("nchw"), reading == "strided"  # strided arrays find positions by their tables
 
     @jit
     def collect(p, work, at, first, last, tile_from, tile_to, c0, width):  # type: ignore[no-untyped-def]
         positions = get(p + POSITIONS)
         tiles, samples, node = work + get(p + AT_TILES), work + get(p + AT_SAMPLES), work + get(p + AT_NODE)
         tile_counts, sample_counts = work + get(p + AT_COUNTS) + 512, work + get(p + AT_COUNTS) + 1024
-        by_sample = get(p + X_SAMPLE), get(p + G_SAMPLE), get(p + BITS_SAMPLE)
-        by_tile = TILE * get(p + X_POSITION), TILE * get(p + G_POSITION), TILE * get(p + BITS_POSITION)
-        if rowwise:
+        by_sample = get(p + X_SAMPLE), get(p + G_SAMPLE), get(p + RELU_MASK_SAMPLE)
+        by_tile = TILE * get(p + X_POSITION), TILE * get(p + G_POSITION), TILE * get(p + RELU_MASK_POSITION)
+        if nchw:
             by_tile = by_tile[0], by_tile[1], TILE // 8
-        if anyhow:
+        if strided:
             by_tile = 0, 0, 0
         whole = tile_to - tile_from == 1
         for n in range(first, last):

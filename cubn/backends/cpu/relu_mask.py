@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cubn._arrays.numpy import address_of
 from cubn._types import Extents
-from cubn.backends.cpu.plan import LANES
-
-WordLayout = Literal["nchw", "nhwc"]
-"""Whether a word's elements are neighbours along positions or along channels."""
+from cubn.backends.cpu.parameters import Fields
+from cubn.backends.cpu.plan import LANES, WordLayout
 
 
 class ReluMask(NamedTuple):
@@ -29,10 +27,11 @@ def new(extents: Extents, layout: WordLayout) -> ReluMask:
     return ReluMask(words, address_of(words), layout)
 
 
-def strides(extents: Extents, layout: WordLayout) -> tuple[int, int]:
-    """Bytes from sample to sample, and from row to row."""
+def fields(extents: Extents, layout: WordLayout) -> Fields:
+    """Of the parameter block: bytes from sample to sample, and from row to row."""
     _, rows, length = _rows(extents, layout)
-    return 2 * rows * length, 2 * length
+    along = "relu_mask_position" if layout == "nhwc" else "relu_mask_channel"
+    return {"relu_mask_sample": 2 * rows * length, along: 2 * length}
 
 
 def _rows(extents: Extents, layout: WordLayout) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from cubn.backends.cpu.arithmetic import Moments, gated
+from cubn.backends.cpu.arithmetic import Moments, behind_relu
 from cubn.backends.cpu.elementwise import (
     Pass,
     channel_steps,
@@ -63,7 +63,7 @@ CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
 X_CHANNEL, G_CHANNEL = OFFSET["x_channel"], OFFSET["g_channel"]
 X_OFFSETS, Y_OFFSETS, G_OFFSETS, R_OFFSETS = (OFFSET[f"{k}_offsets"] for k in "xygr")
 MASK, MASK_SAMPLE, MASK_OFFSETS = OFFSET["mask"], OFFSET["mask_sample"], OFFSET["mask_offsets"]
-BITS_CHANNEL, BITS_POSITION = OFFSET["bits_channel"], OFFSET["bits_position"]
+RELU_MASK_CHANNEL, RELU_MASK_POSITION = OFFSET["relu_mask_channel"], OFFSET["relu_mask_position"]
 COEFFICIENTS, COEFFICIENT_ROW = OFFSET["coefficients"], OFFSET["coefficient_row"]
 
 
@@ -118,7 +118,7 @@ def scatter(lanes: Value, base: Value, step: Value, last: Value, align: int) -> 
 
 
 def bits_at(pb: Value, step: Value, last: Value, position: Value) -> Value:
-    """The kept bits of 16 channels at one position: a word of theirs, or (step > 0) a bit in the word of each one's
+    """The relu mask of 16 channels at one position: a word of theirs, or (step > 0) a bit in the word of each one's
     row.
     """
     b = pb.b
@@ -173,12 +173,12 @@ def of_any(source: Source) -> Any:
 
     @instruction()
     def stage_dy(to: Value, x: Value, at: Values, steps: Values, last: Value, position: Value, table: Values) -> None:
-        """dy behind its gate, from where dy and bits are."""
+        """dy behind its ReLU, from where dy and relu mask are."""
         (pg, pb), (sg, sb) = at, steps
         g = load_lanes(element, pg, sg, last)
-        if source.gate == "recompute":
-            g = gated(element, g, element.load_acc(x), coefficients_at(element, table))
-        elif source.gate == "mask":
+        if source.relu == "recompute":
+            g = behind_relu(element, g, element.load_acc(x), coefficients_at(element, table))
+        elif source.relu == "mask":
             g = select(bits_at(pb, sb, last, position), g, constant(g, 0.0))
         element.store_acc(g, to)
 
@@ -195,7 +195,7 @@ def of_any(source: Source) -> Any:
     @jit
     def tile(p, work, at, n, t, length, c0, width, nodes, following):  # type: ignore[no-untyped-def]
         last = min(get(p + CHANNELS) - c0, LANES) - 1
-        (px, pg, pb), x_step, steps = at, get(p + X_CHANNEL), (get(p + G_CHANNEL), get(p + BITS_CHANNEL))
+        (px, pg, pb), x_step, steps = at, get(p + X_CHANNEL), (get(p + G_CHANNEL), get(p + RELU_MASK_CHANNEL))
         x_offsets, g_offsets = get(p + X_OFFSETS), get(p + G_OFFSETS)
         coefficients = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
         table = coefficients
@@ -220,10 +220,10 @@ def of_any(source: Source) -> Any:
                 if present(p, n, position):
                     stage_x(xs + count * acc_vector, px + get(x_offsets + 8 * position), x_step, last)
                     if not moments:
-                        at_bits = pb
+                        at_mask = pb
                         if steps[1] == 0:
-                            at_bits += c0 // 8 + position * get(p + BITS_POSITION)
-                        dy = pg + get(g_offsets + 8 * position), at_bits
+                            at_mask += c0 // 8 + position * get(p + RELU_MASK_POSITION)
+                        dy = pg + get(g_offsets + 8 * position), at_mask
                         to = count * acc_vector
                         stage_dy(gs + to, xs + to, dy, steps, last, position, coefficients)
                     count += 1
@@ -263,7 +263,7 @@ def strided_pass(element: Element, what: Pass) -> Any:
             Value(pb.b, ir.Constant(ir.VectorType(ir.IntType(1), LANES), [0] * LANES)), pb, step, last, position
         )
 
-    acc, writes_r, keeps = element.acc_size, what.writes_r, what.keeps_bits
+    acc, writes_r, keeps = element.acc_size, what.writes_r, what.keeps_mask
 
     @jit
     def of_channels(p, n, c0):  # type: ignore[no-untyped-def]
@@ -280,7 +280,7 @@ def strided_pass(element: Element, what: Pass) -> Any:
             ar = pr
             if writes_r:
                 ar += get(outr + 8 * position)
-            ab = pb + position * get(p + BITS_POSITION)
+            ab = pb + position * get(p + RELU_MASK_POSITION)
             if present(p, n, position):
                 ag = pg
                 if og:

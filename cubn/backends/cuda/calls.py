@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cubn._types import (
+    ROWS,
     Affine,
     BackendArray,
     Extents,
@@ -51,7 +52,7 @@ def new_statistics(device: Device, C: int, gamma: bool, beta: bool) -> Statistic
 
 def row_offsets(C: int) -> list[int]:
     """Of the rows of statistics, in bytes: mean, m2, var, invstd, gamma, beta."""
-    return [8 * Statistics.offset(name, C) for name in Statistics.ROWS]
+    return [8 * Statistics.offset(name, C) for name in ROWS]
 
 
 def forward(

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cubn._types import Affine, Extents, Operand, Operands, ReluGradient, Running, Statistics, Vector
+from cubn._types import ROWS, Affine, Extents, Operand, Operands, ReluGradient, Running, Vector
 from cubn.backends.cuda import plan
 from cubn.backends.cuda.parameters import of_operand, of_scattered, of_vector
 from cubn.backends.cuda.plan import VECTOR_BYTES, Fields, Launch, Layout, Limits, Options, What
 from cubn.backends.cuda.series import Series
 
-STATISTICS = ("count", *Statistics.ROWS[:4])
+STATISTICS = ("count", *ROWS[:4])
 OPERANDS = Operands._fields
 SUMS = ("first", "second")
 NODE = ("node_count", "node_first", "node_second")

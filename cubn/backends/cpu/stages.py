@@ -12,19 +12,18 @@ from numpy.typing import NDArray
 
 from cubn._arrays.numpy import address_of
 from cubn._tree import TILE
-from cubn._types import ITEMSIZE, Extents, Operand, Operands
+from cubn._types import ITEMSIZE, Extents, Operands
 from cubn.backends.cpu import plan
 from cubn.backends.cpu.compile import Kernel, compiled
 from cubn.backends.cpu.launch import ALIGNMENT
+from cubn.backends.cpu.parameters import Fields
 from cubn.backends.cpu.pool import Stage
-from cubn.backends.cpu.relu_mask import WordLayout
 
-Fields = dict[str, int]
 Arrays = tuple[NDArray[Any], ...]
 
 
 class Part(NamedTuple):
-    """Stages; fields of the block; memory they write, in bytes by field; and what the block has addresses of."""
+    """Part of a launch: stages, fields of the block, memory that they write (bytes by field), arrays they point to."""
 
     stages: tuple[Stage, ...] = ()
     fields: Fields = {}  # noqa: RUF012
@@ -37,16 +36,12 @@ class Elements(NamedTuple):
 
     extents: Extents
     operands: Operands
-    relu_mask: WordLayout | None
+    relu_mask: plan.WordLayout | None
     threads: int
 
     @property
     def dtype(self) -> str:
         return self.operands.x.dtype
-
-    @property
-    def present(self) -> list[Operand]:
-        return [operand for operand in self.operands if operand]
 
     @property
     def nbytes(self) -> int:
@@ -55,25 +50,13 @@ class Elements(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def kind_of(elements: Elements) -> str:
-    """`plan.kind_of` of all operands; a mask, or a relu mask of another layout, need the general kernels."""
-    if elements.operands.mask:
-        return "strided"
-    kind = plan.kind_of(elements.extents, elements.present)
-    if elements.relu_mask and elements.relu_mask != word_layout(kind):
-        return "strided"
-    return kind
+def layout_of(elements: Elements) -> plan.Layout:
+    return plan.layout_of(elements.extents, elements.operands, elements.relu_mask)
 
 
-def word_layout(kind: str) -> WordLayout:
-    """In which kernels of this kind write a relu mask."""
-    return "nhwc" if kind in ("channels", "single") else "nchw"
-
-
-def reduced_kind(elements: Elements) -> str:
-    """`kind_of` for a reduction, which takes narrow 2-D arrays in a way of its own."""
-    kind = kind_of(elements)
-    return "narrow" if kind == "single" and plan.is_narrow(elements.extents, elements.present) else kind
+@functools.lru_cache(1024)
+def reading_of(elements: Elements) -> plan.Reading:
+    return plan.reading_of(elements.extents, elements.operands, layout_of(elements))
 
 
 @functools.cache
@@ -104,9 +87,9 @@ def coefficients(entries: int, dtype: str) -> Part:
 
 def elementwise(name: str, options: tuple[Any, ...], elements: Elements) -> Part:
     """A pass over all elements, from the coefficient table."""
-    extents, dtype, kind = elements.extents, elements.dtype, kind_of(elements)
+    extents, dtype, layout = elements.extents, elements.dtype, layout_of(elements)
     size = ITEMSIZE[dtype]
-    flat = kind in ("channels", "single") and not elements.relu_mask and plan.is_flat(extents, elements.present)
+    flat = layout == "nhwc" and not elements.relu_mask and plan.is_flat(extents, elements.operands)
     if flat:
         tasks, block, period = plan.flat_tasks(extents, size)
         table = coefficients(2 * period + plan.LANES, dtype)
@@ -116,18 +99,18 @@ def elementwise(name: str, options: tuple[Any, ...], elements: Elements) -> Part
             table.room,
         )
     else:
-        tasks, block = plan.elementwise_tasks(extents, kind, size)
+        tasks, block = plan.elementwise_tasks(extents, layout, size)
         before, fields, room = (), {}, {}
     fields |= {"pass_tasks": tasks, "block": block, "stream": plan.streams(extents, size)}
     threads = plan.threads_for(elements.nbytes, tasks, elements.threads)
-    run = kernel(name, dtype, "flat" if flat else kind, *options)
+    run = kernel(name, dtype, "nhwc_flat" if flat else layout, *options)
     return Part((*before, Stage(run, threads)), fields, room)
 
 
 def reduction(name: str, options: tuple[Any, ...], elements: Elements, start: int | None) -> Part:
     """Node rows and their merges, as `plan.reduction` cuts it; without a start of a whole batch, up to the root."""
-    extents, dtype, kind = elements.extents, elements.dtype, reduced_kind(elements)
-    cut = plan.reduction(extents, kind, start or 0)
+    extents, dtype, reading = elements.extents, elements.dtype, reading_of(elements)
+    cut = plan.reduction(extents, reading, start or 0)
     steps = cut.to_root if start is None else cut.steps
     tasks, rows = len(cut.table) * cut.chunks, len(cut.table)
     workers = plan.threads_for(elements.nbytes, tasks, elements.threads)
@@ -136,7 +119,7 @@ def reduction(name: str, options: tuple[Any, ...], elements: Elements, start: in
     fields |= {"tasks": tasks, "chunk": cut.chunk, "chunks": cut.chunks}
     fields |= {"steps": len(steps), "step_table": address_of(steps), "node_row": 8 * extents.C}
     nodes = {"node_count": 8 * rows, "node_first": 8 * rows * extents.C, "node_second": 8 * rows * extents.C}
-    stages: tuple[Stage, ...] = (Stage(kernel(name, dtype, kind, *options), workers),)
+    stages: tuple[Stage, ...] = (Stage(kernel(name, dtype, reading, *options), workers),)
     if start is None or len(steps):
         stages += (Stage(kernel("merge_rows", "", name), 1),)
     return Part(stages, fields, scratch.room | nodes, (cut.table, steps, *shares.keeps))
@@ -144,16 +127,16 @@ def reduction(name: str, options: tuple[Any, ...], elements: Elements, start: in
 
 def slab(name: str, options: tuple[Any, ...], elements: Elements) -> Part | None:
     """Reduction and pass in one, a few channels at a time; None where `plan.slab` has no such cut."""
-    extents, dtype, kind = elements.extents, elements.dtype, kind_of(elements)
+    extents, dtype, reading = elements.extents, elements.dtype, reading_of(elements)
     threads = plan.threads_for(elements.nbytes, extents.C, elements.threads)
-    cut = plan.slab(extents, kind, ITEMSIZE[dtype], threads)
+    cut = plan.slab(extents, reading, ITEMSIZE[dtype], threads)
     if cut is None:
         return None
     workers = min(threads, cut.tasks)
     scratch, shares = _scratch(cut.offsets, cut.scratch, workers), _shares(extents.S, dtype)
     fields = {**scratch.fields, **shares.fields, "tasks": cut.tasks, "chunk": cut.chunk}
     fields["stream"] = plan.streams(extents, ITEMSIZE[dtype])
-    return Part((Stage(kernel(name, dtype, kind, *options), workers),), fields, scratch.room, shares.keeps)
+    return Part((Stage(kernel(name, dtype, reading, *options), workers),), fields, scratch.room, shares.keeps)
 
 
 def _acc(dtype: str) -> str:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from cubn.backends.cpu.arithmetic import Moments, Node, Term, centre, gated
+from cubn.backends.cpu.arithmetic import Moments, Node, Term, behind_relu, centre
 from cubn.backends.cpu.nodes import (
     AT_BUFFER,
     AT_COLUMNS,
     AT_COUNTS,
     AT_PIVOT,
-    BITS_CHANNEL,
     CHANNELS,
     COEFFICIENT_ROW,
     COEFFICIENTS,
     G_CHANNEL,
+    RELU_MASK_CHANNEL,
     X_CHANNEL,
     Source,
     ask_for,
@@ -106,9 +106,9 @@ def of_rows(source: Source) -> Any:
             return
         c = coefficients_at(element, table)
         g = element.from_stored(gathered(pg, sg, last, element.stored, element.size))
-        if source.gate == "recompute":
-            g = gated(element, g, x, c)
-        elif source.gate == "mask":
+        if source.relu == "recompute":
+            g = behind_relu(element, g, x, c)
+        elif source.relu == "mask":
             g = select(bit_of(gathered(pb, sb, last, I16, 2), bit), g, constant(g, 0.0))
         store_node(element, what.leaf([(g, g * centre(x, c))]), to)
 
@@ -122,7 +122,7 @@ def of_rows(source: Source) -> Any:
     @jit
     def group(p, work, at, length, c0, node_out, following):  # type: ignore[no-untyped-def]
         """The float64 node of 16 channels."""
-        steps = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + BITS_CHANNEL)
+        steps = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + RELU_MASK_CHANNEL)
         last = min(get(p + CHANNELS) - c0, LANES) - 1
         table = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
         ahead = moved(following, at, -1)
@@ -150,7 +150,7 @@ def of_rows(source: Source) -> Any:
 
     @jit
     def tile(p, work, at, n, t, length, c0, width, nodes, following):  # type: ignore[no-untyped-def]
-        steps = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + BITS_CHANNEL)
+        steps = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + RELU_MASK_CHANNEL)
         for lane in range(width):
             beside = moved(at, steps, LANES)
             then = beside

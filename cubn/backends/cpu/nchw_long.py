@@ -9,11 +9,11 @@ from cubn.backends.cpu.nodes import (
     AT_BUFFER,
     AT_COLUMNS,
     AT_PIVOT,
-    BITS_CHANNEL,
     COEFFICIENT_ROW,
     COEFFICIENTS,
     COLUMNS,
     G_CHANNEL,
+    RELU_MASK_CHANNEL,
     ROWS,
     TABLES,
     TAIL,
@@ -57,8 +57,8 @@ def of_columns(source: Source) -> Any:
 
     def below(at: Values, rows: int) -> Values:
         """The same columns, so many rows further down."""
-        at_x, at_g, at_bits = at
-        return at_x + COLUMNS * size * rows, at_g + COLUMNS * size * rows, at_bits + COLUMNS // 8 * rows
+        at_x, at_g, at_mask = at
+        return at_x + COLUMNS * size * rows, at_g + COLUMNS * size * rows, at_mask + COLUMNS // 8 * rows
 
     def keep(node: Node, to: Value) -> None:
         element.store_acc(node[0], to)
@@ -205,7 +205,7 @@ def of_columns(source: Source) -> Any:
 
     @jit
     def tile(p, work, at, n, t, length, c0, width, nodes, following):  # type: ignore[no-untyped-def]
-        steps = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + BITS_CHANNEL)
+        steps = get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + RELU_MASK_CHANNEL)
         for c in range(width):
             beside = moved(at, steps, 1)
             then = beside

@@ -10,7 +10,8 @@ from cubn._types import Extents, Statistics
 from cubn.backends.cpu import relu_mask
 from cubn.backends.cpu.assemble import Copies
 from cubn.backends.cpu.launch import Launch
-from cubn.backends.cpu.relu_mask import ReluMask, WordLayout
+from cubn.backends.cpu.plan import WordLayout
+from cubn.backends.cpu.relu_mask import ReluMask
 
 Doubles = NDArray[np.float64]
 Sums = tuple[Doubles, Doubles]

@@ -7,18 +7,18 @@ from typing import Any
 
 from llvmlite import ir
 
-from cubn.backends.cpu.arithmetic import Moments, Node, centre, gated
+from cubn.backends.cpu.arithmetic import Moments, Node, behind_relu, centre
 from cubn.backends.cpu.nodes import (
     AT_COUNTS,
     AT_NODE,
     AT_SAMPLES,
     AT_SPREAD,
-    BITS_SAMPLE,
     CHANNELS,
     COEFFICIENT_ROW,
     COEFFICIENTS,
     G_SAMPLE,
     HALF_NODE,
+    RELU_MASK_SAMPLE,
     X_SAMPLE,
     Source,
     ask_for,
@@ -111,27 +111,27 @@ def of_single_positions(source: Source, narrow: bool) -> Any:
         for i, v in enumerate(transposed([element.load(at + run * j) for j in range(LANES)])):
             element.store_acc(v, to + acc_vector * i)
 
-    def in_runs(at: Values, bits: Value, run: Value, bit: Value, table: Values) -> Node:
+    def in_runs(at: Values, words: Value, run: Value, bit: Value, table: Values) -> Node:
         """The nodes of one value of a channel in each of 16 runs; where x's and dy's are side by side, and the first
-        run's word of bits.
+        run's word of the relu mask.
         """
         x = element.load_acc(at[0])
         if what is Moments:
             return node_of(x, cannot_overflow)
         c, g = coefficients_at(element, table, one_channel=True), element.load_acc(at[1])
-        if source.gate == "recompute":
-            g = gated(element, g, x, c)
-        elif source.gate == "mask":
+        if source.relu == "recompute":
+            g = behind_relu(element, g, x, c)
+        elif source.relu == "mask":
             every = Value(bit.b, ir.Constant(ir.VectorType(I1, LANES), [1] * LANES))
-            g = select(bit_of(load_strided(bits, run, I16, every), bit), g, constant(g, 0.0))
+            g = select(bit_of(load_strided(words, run, I16, every), bit), g, constant(g, 0.0))
         return widen(g, DOUBLE), widen(g * centre(x, c), DOUBLE)
 
     @instruction()
-    def runs(to: Value, bit: Value, at: Values, step: Value, bits: Value, bits_step: Value, table: Values) -> None:
+    def runs(to: Value, bit: Value, at: Values, step: Value, words: Value, words_step: Value, table: Values) -> None:
         """The node of 256 samples of one channel."""
-        every_run = bits_step * LANES
+        every_run = words_step * LANES
         node = of_sixteen(
-            in_runs(shifted(at, (step, step), i), bits + bits_step * i, every_run, bit, table) for i in range(LANES)
+            in_runs(shifted(at, (step, step), i), words + words_step * i, every_run, bit, table) for i in range(LANES)
         )
         count = LANES
         while count < RUNS:
@@ -153,14 +153,14 @@ def of_single_positions(source: Source, narrow: bool) -> Any:
         for c in range(c_all):
             beside = moved(side_by_side, (acc_vector, acc_vector), c)
             entries = moved(table, (acc, 0), c)
-            runs(node + 8 * c, c, beside, c_all * acc_vector, at[2], get(p + BITS_SAMPLE), entries)
+            runs(node + 8 * c, c, beside, c_all * acc_vector, at[2], get(p + RELU_MASK_SAMPLE), entries)
         push(node, RUNS, stack, counts, 1, 0, 8, index)
 
     @jit
     def samples(p, work, at, first, last, c0, width):  # type: ignore[no-untyped-def]
         """Push samples [first, last) of `width` vectors from channel c0 onto the counter of samples."""
         channels = min(get(p + CHANNELS) - c0, width * LANES)
-        steps = get(p + X_SAMPLE), get(p + G_SAMPLE), get(p + BITS_SAMPLE)
+        steps = get(p + X_SAMPLE), get(p + G_SAMPLE), get(p + RELU_MASK_SAMPLE)
         table = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
         stack, counts, node = work + get(p + AT_SAMPLES), work + get(p + AT_COUNTS) + 1024, work + get(p + AT_NODE)
         n, stop = 0, last - first

@@ -11,12 +11,12 @@ from cubn.backends.cpu.nodes import (
     AT_COLUMNS,
     AT_COUNTS,
     AT_PIVOT,
-    BITS_POSITION,
     CHANNELS,
     COEFFICIENT_ROW,
     COEFFICIENTS,
     COLUMNS,
     G_POSITION,
+    RELU_MASK_POSITION,
     ROWS,
     X_POSITION,
     Source,
@@ -95,7 +95,7 @@ def of_channels(source: Source) -> Any:
     def tile(p, work, at, n, t, length, c0, width, nodes, following):  # type: ignore[no-untyped-def]
         """Float64 nodes of one tile of `length` positions, for `width` vectors from channel c0; its count."""
         channels = min(get(p + CHANNELS) - c0, width * LANES)
-        steps = get(p + X_POSITION), get(p + G_POSITION), get(p + BITS_POSITION)
+        steps = get(p + X_POSITION), get(p + G_POSITION), get(p + RELU_MASK_POSITION)
         table = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
         if moments:
             table = work + get(p + AT_PIVOT), 0

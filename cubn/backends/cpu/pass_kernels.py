@@ -1,0 +1,79 @@
+"""Kernels of the elementwise passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cubn.backends.cpu.elementwise import Pass
+from cubn.backends.cpu.parameters import OFFSET
+from cubn.backends.cpu.passes import channel_pass, flat_pass, position_pass, repeat_channels
+from cubn.backends.cpu.plan import Layout
+from cubn.backends.cpu.simd import LANES, Element, claim, get
+from cubn.backends.cpu.strided import strided_pass
+
+Function = Callable[[int, int], None]
+
+PASS_TASK, PASS_TASKS, BLOCK = OFFSET["pass_task"], OFFSET["pass_tasks"], OFFSET["block"]
+SAMPLES, CHANNELS, POSITIONS = OFFSET["samples"], OFFSET["channels"], OFFSET["positions"]
+
+
+def elementwise_strided(element: Element, what: Pass) -> Function:
+    """y or dx of arrays of any strides. Task: up to 16 channels of one sample."""
+    one, groups_of = strided_pass(element, what), LANES
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        groups = (get(p + CHANNELS) + groups_of - 1) // groups_of
+        task = claim(p + PASS_TASK)
+        while task < get(p + PASS_TASKS):
+            one(p, task // groups, task % groups * groups_of)
+            task = claim(p + PASS_TASK)
+
+    return kernel
+
+
+def elementwise_flat(element: Element, what: Pass) -> Function:
+    """y or dx from a table of repeated channels. Task: a block of elements, the last ones first."""
+    of_elements = flat_pass(element, what)
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        block = get(p + BLOCK)
+        total = get(p + SAMPLES) * get(p + POSITIONS) * get(p + CHANNELS)
+        task = claim(p + PASS_TASK)
+        while task < get(p + PASS_TASKS):
+            first = (get(p + PASS_TASKS) - 1 - task) * block
+            of_elements(p, first, min(block, total - first))
+            task = claim(p + PASS_TASK)
+
+    return kernel
+
+
+def repeat(element: Element) -> Function:
+    """The coefficient table of few channels, repeated."""
+    fill = repeat_channels(element)
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        fill(p)
+
+    return kernel
+
+
+def elementwise(element: Element, layout: Layout, what: Pass) -> Function:
+    """y or dx from the coefficient table. Task: a block of rows, the last ones first."""
+    of_rows = channel_pass(element, what) if layout == "nchw" else position_pass(element, what)
+    inner = CHANNELS if layout == "nchw" else POSITIONS
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        many, block = get(p + inner), get(p + BLOCK)
+        rows = get(p + SAMPLES) * many
+        task = claim(p + PASS_TASK)
+        while task < get(p + PASS_TASKS):
+            stop = rows - task * block
+            at = max(stop - block, 0)
+            while at < stop:
+                n, first = at // many, at % many
+                count = min(many - first, stop - at)
+                of_rows(p, n, first, count)
+                at += count
+            task = claim(p + PASS_TASK)
+
+    return kernel

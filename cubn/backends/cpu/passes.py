@@ -1,0 +1,181 @@
+"""Elementwise passes over channels of a sample, over positions of a sample, and over elements one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cubn.backends.cpu.elementwise import (
+    UNROLL,
+    Pass,
+    channel_steps,
+    elements,
+    position_steps,
+    row_pass,
+    sample,
+    vector_of,
+)
+from cubn.backends.cpu.nodes import coefficients_at, jit
+from cubn.backends.cpu.parameters import OFFSET
+from cubn.backends.cpu.plan import SHORT, SPREAD_ROW
+from cubn.backends.cpu.simd import LANES, Element, Value, Values, get, instruction, moved, pointer, shifted, splat
+
+CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
+X_CHANNEL, Y_CHANNEL, G_CHANNEL, R_CHANNEL = (OFFSET[f"{name}_channel"] for name in "xygr")
+Y_SAMPLE, STREAM, PERIOD = OFFSET["y_sample"], OFFSET["stream"], OFFSET["period"]
+COEFFICIENTS, COEFFICIENT_ROW = OFFSET["coefficients"], OFFSET["coefficient_row"]
+
+
+def channel_pass(element: Element, what: Pass, in_slab: bool = False) -> Any:
+    """For kernels: one sample of `count` channels from c0 of a dense nchw array; in a slab, the one before it is
+    next.
+    """
+    row = row_pass(element, what, False, in_slab)
+    acc = element.acc_size
+
+    @jit
+    def of_channels(p, n, c0, count):  # type: ignore[no-untyped-def]
+        steps = channel_steps(p)
+        at = moved(sample(p, n), steps, c0)
+        table = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
+        for _ in range(count):
+            row(get(p + POSITIONS), at, table, get(p + STREAM), -get(p + Y_SAMPLE))
+            at, table = moved(at, steps, 1), moved(table, (acc, 0), 1)
+
+    return of_channels
+
+
+def position_pass(element: Element, what: Pass) -> Any:
+    """For kernels: all channels of `count` positions from s0 of one sample of an nhwc array, four positions at a
+    time.
+    """
+    row = row_pass(element, what, True)
+    compute = vector_of(element, what)
+    size, acc = element.size, element.acc_size
+    vector, by_vector = LANES * size, elements(size, LANES)
+
+    def four(stream: bool, at: Values, steps: Values, table: Values) -> None:
+        """16 channels of four positions: coefficients are loaded once."""
+        c = coefficients_at(element, table)
+        places = [shifted(at, steps, i) for i in range(UNROLL)]
+        xs = [element.load(px) for _, px, _, _, _ in places]
+        gs = [element.load(pg) if what.reads_g else None for _, _, pg, _, _ in places]
+        found = [compute(x, g, (pb,), c) for x, g, (*_, pb) in zip(xs, gs, places, strict=True)]
+        for (y, dresidual), (py, _, _, pr, _) in zip(found, places, strict=True):
+            element.store(y, py, stream=stream)
+            if dresidual is not None:
+                element.store(dresidual, pr)
+
+    @instruction()
+    def plain(at: Values, steps: Values, table: Values) -> None:
+        four(False, at, steps, table)
+
+    @instruction()
+    def streamed(at: Values, steps: Values, table: Values) -> None:
+        four(True, at, steps, table)
+
+    @jit
+    def of_positions(p, n, s0, count):  # type: ignore[no-untyped-def]
+        steps = position_steps(p)
+        at = moved(sample(p, n), steps, s0)
+        length, stream = get(p + CHANNELS), get(p + STREAM)
+        table = get(p + COEFFICIENTS), get(p + COEFFICIENT_ROW)
+        vectors = length // LANES
+        streams = stream and not (at[0] | steps[0]) & (vector - 1)
+        while count >= UNROLL:
+            place, entries = at, table
+            for _ in range(vectors):
+                if streams:
+                    streamed(place, steps, entries)
+                else:
+                    plain(place, steps, entries)
+                place, entries = moved(place, by_vector, 1), moved(entries, (acc, 0), LANES)
+            if length % LANES:
+                for i in range(UNROLL):
+                    row(length % LANES, moved(place, steps, i), entries, 0, 0)
+            at = moved(at, steps, UNROLL)
+            count -= UNROLL
+        for _ in range(count):
+            row(length, at, table, stream, 0)
+            at = moved(at, steps, 1)
+
+    return of_positions
+
+
+def flat_pass(element: Element, what: Pass) -> Any:
+    """For kernels: `count` elements from the given one on, of dense nhwc arrays of few channels.
+
+    The table has the channels over and over, so that rows are long; see `repeat_channels`.
+    """
+    row = row_pass(element, what, True)
+    by_element = elements(element.size, 1)
+
+    @jit
+    def of_elements(p, first, count):  # type: ignore[no-untyped-def]
+        table, stream = (get(p + COEFFICIENTS), get(p + COEFFICIENT_ROW)), get(p + STREAM)
+        at = moved(sample(p, 0), by_element, first)
+        while count > 0:
+            length = min(count, get(p + PERIOD))
+            row(length, at, table, stream, 0)
+            at = moved(at, by_element, length)
+            count -= length
+
+    return of_elements
+
+
+def repeat_channels(element: Element) -> Any:
+    """For kernels: fill the rows of the coefficient table up to the period with what their first C entries are."""
+    acc, lanes = element.acc_size, LANES
+
+    @instruction()
+    def copy(to: Value, at: Value) -> None:
+        element.store_acc(element.load_acc(at), to)
+
+    @jit
+    def repeat(p):  # type: ignore[no-untyped-def]
+        for k in range(6):
+            table, filled = get(p + COEFFICIENTS) + k * get(p + COEFFICIENT_ROW), get(p + CHANNELS)
+            while filled < get(p + PERIOD):
+                for i in range(0, filled, lanes):  # what is copied beyond the filled part is written again
+                    copy(table + (filled + i) * acc, table + i * acc)
+                filled *= 2
+
+    return repeat
+
+
+def group_pass(element: Element, what: Pass) -> tuple[Any, Any]:
+    """(spread, of_group): 16 channels of short rows in a slab that lie side by side, as one long row with a coefficient
+    an element.
+
+    `spread` makes the long row's coefficient table in scratch, once for all samples, and says whether that is worth it.
+    """
+    row = row_pass(element, what, True, in_slab=True)
+    size, acc, has_relu_mask = element.size, element.acc_size, what.has_relu_mask
+    reads_g, writes_r = what.reads_g, what.writes_r
+
+    @instruction()
+    def repeat(to: Value, at: Value) -> None:
+        b = to.b
+        element.store_acc(splat(Value(b, b.load(pointer(at, element.acc), typ=element.acc))), to)
+
+    @jit
+    def spread(p, table, c0, count):  # type: ignore[no-untyped-def]
+        length = get(p + POSITIONS)
+        step = length * size
+        if has_relu_mask or length > SHORT or get(p + X_CHANNEL) != step or get(p + Y_CHANNEL) != step:
+            return False
+        if (reads_g and get(p + G_CHANNEL) != step) or (writes_r and get(p + R_CHANNEL) != step):
+            return False
+        for k in range(6):
+            to = table + k * SPREAD_ROW
+            at = get(p + COEFFICIENTS) + k * get(p + COEFFICIENT_ROW) + c0 * acc
+            for c in range(count):
+                for s in range(0, length, LANES):  # what reaches into the next channel is overwritten by it
+                    repeat(to + (c * length + s) * acc, at + c * acc)
+        return True
+
+    @jit
+    def of_group(p, table, n, c0, count):  # type: ignore[no-untyped-def]
+        at = moved(sample(p, n), channel_steps(p), c0)
+        row(get(p + POSITIONS) * count, at, (table, SPREAD_ROW), get(p + STREAM), -get(p + Y_SAMPLE))
+
+    return spread, of_group
