@@ -183,7 +183,10 @@ def _again(
         return None
     gamma, beta, mean, var = held.addresses
     if updates:
-        with state._turn("forward_train"):
+        lock = state._lock
+        if lock._is_owned():  # type: ignore[attr-defined]  # in the midst of an update: the full way says so
+            return None
+        with lock:
             counters = state._counters
             _, eps, momentum, _, _ = state._options
             if counters is None or counters.device != held.device or state._held is not held:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cubn._arrays.numpy import address_of
+from cubn._arrays.numpy import DATA, address_of, read_address
 from cubn._types import Extents, Statistics
 from cubn.backends.cpu import relu_mask
 from cubn.backends.cpu.assemble import Copies
@@ -66,7 +66,7 @@ class PreparedTrain:
         /,
     ) -> tuple[Statistics, ReluMask | None]:
         memory = np.empty(self._size)
-        address = address_of(memory)
+        address = read_address(id(memory) + DATA).value
         passed = relu_mask.new(self._extents, self._words) if self._words else None
         launch = self._launch
         workspace = launch.workspace()
@@ -115,7 +115,7 @@ class PreparedBackward:
         /,
     ) -> Sums:
         sums = np.empty((2, self._channels))
-        first = address_of(sums)
+        first = read_address(id(sums) + DATA).value
         launch = self._launch
         workspace = launch.workspace()
         launch.run(
