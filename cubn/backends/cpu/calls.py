@@ -16,6 +16,8 @@ from cubn.backends.cpu.relu_mask import ReluMask
 Doubles = NDArray[np.float64]
 Sums = tuple[Doubles, Doubles]
 
+_new = tuple.__new__  # of a NamedTuple, in a third of the time
+
 
 class PreparedForward:
     """See `cubn.backends.protocol`."""
@@ -90,7 +92,8 @@ class PreparedTrain:
             eps,
             0.0 if momentum is None else momentum,
         )
-        return Statistics(memory, address, self._channels, self._gamma, self._beta), passed
+        found = _new(Statistics, (memory, address, self._channels, self._gamma, self._beta))
+        return found, passed
 
 
 class PreparedBackward:
