@@ -1,67 +1,453 @@
 """Calls whose signature is known: the same bits and the same errors as the first call, by a short way."""
 
+import itertools
 import sys
+import threading
+import tracemalloc
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import cubn
-from cubn import backward, forward, forward_train
+from cubn import _calls
 from tests.ops import arrays
 
 MOST_FRAMES = {"forward": 12, "forward_train": 30, "backward": 25}
 MOST_FILES = 6
+FULL_WAYS = {"cubn.forward": "_forward", "cubn.forward_train": "_Training", "cubn.backward": "Differentiation"}
 
 
-def operations(x, state, **options):
-    """Warm calls of the three operations that networks make at every step, by name."""
+@contextmanager
+def only_the_short_way():
+    """Fail where a call goes the full way."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("the full way")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in FULL_WAYS.items():
+            patch.setattr(sys.modules[module], name, refuse)
+        yield
+
+
+def normal(shape, dtype="float32", layout="nchw", library="numpy", seed=0):
+    """(array of a library in a layout, channel axis)."""
+    store, axis = arrays.lay_out(arrays.normal(np.random.default_rng(seed), shape, dtype), layout)
+    return arrays.carry(store, library), axis
+
+
+def fresh(x, axis, **options):
+    return cubn.BatchNormState(x.shape[axis], channel_axis=axis, like=x, **options)
+
+
+def step(x, state, dy, **options):
+    """Everything a training step and an inference give, as stores."""
     y, saved = cubn.forward_train(x, state, **options)
-    calls = {
-        "forward": lambda: cubn.forward(x, state, **options),
-        "forward_train": lambda: cubn.forward_train(x, state, **options),
-        "backward": lambda: cubn.backward(y, saved),
-    }
-    for call in calls.values():
-        call()
-    return calls
+    gradients = cubn.backward(dy, saved)
+    inferred = cubn.forward(x, state, **options)
+    found = [y, *gradients, inferred, state.running_mean, state.running_var, state.tracked, saved.mean, saved.invstd]
+    return [arrays.store_of(a).copy() for a in found if a is not None]
 
 
-def frames(call):
-    """The files of all Python functions that a call enters, in order."""
-    entered = []
+# --- what it costs --------------------------------------------------------------------------------------------------
+
+
+def entered(call):
+    """The files of all Python functions that a call enters."""
+    files = []
 
     def note(frame, event, argument):
         if event == "call":
-            entered.append(frame.f_code.co_filename)
+            files.append(frame.f_code.co_filename)
 
     sys.setprofile(note)
     try:
         call()
     finally:
         sys.setprofile(None)
-    return entered[1:]  # without the lambda
-
-
-@pytest.fixture
-def the_short_way(monkeypatch):
-    """Fail where a call goes the full way."""
-
-    def start():
-        for module in (forward, forward_train, backward):
-            pass
-        monkeypatch.setattr("cubn._inputs.bind_x", refuse)
-        monkeypatch.setattr(sys.modules["cubn.backward"], "Differentiation", refuse)
-
-    def refuse(*arguments, **options):
-        raise AssertionError("the full way")
-
-    return start
+    return files[1:]  # without the lambda
 
 
 @pytest.mark.parametrize("name", MOST_FRAMES)
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_a_warm_call_enters_few_functions_in_few_files(library, name):
-    x = arrays.carry(arrays.normal(np.random.default_rng(0), (8, 16, 2, 2)), library)
-    entered = frames(operations(x, cubn.BatchNormState(16, like=x))[name])
-    assert len(entered) <= MOST_FRAMES[name]
-    assert len({file for file in entered if "cubn" in file}) <= MOST_FILES
+    x, axis = normal((8, 16, 2, 2), library=library)
+    state = fresh(x, axis)
+    y, saved = cubn.forward_train(x, state)
+    call = {
+        "forward": lambda: cubn.forward(x, state),
+        "forward_train": lambda: cubn.forward_train(x, state),
+        "backward": lambda: cubn.backward(y, saved),
+    }[name]
+    call()
+    files = entered(call)
+    assert 1 < len(files) <= MOST_FRAMES[name]
+    assert len({file for file in files if "torch" not in file.split("/")}) <= MOST_FILES
+
+
+def test_twenty_thousand_shapes_take_bounded_memory():
+    state = cubn.BatchNormState(3)
+    values = np.random.default_rng(0).standard_normal(100 * 3 * 200).astype(np.float32)
+    shapes = itertools.product(range(2, 102), range(1, 201))
+
+    def run(count):
+        for N, S in itertools.islice(shapes, count):
+            x = values[: N * 3 * S].reshape(N, 3, S)
+            y, saved = cubn.forward_train(x, state)
+            cubn.backward(y, saved)
+            cubn.forward(x, state)
+
+    run(8_000)  # by now, what is kept is full
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        run(12_000)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 24 << 20  # what is kept is replaced: only that is counted which came after the start
+    assert sum(len(store.entries) for store in _calls._stores) < 8_000
+
+
+# --- the same bits --------------------------------------------------------------------------------------------------
+
+
+@given(data=st.data())
+def test_a_known_signature_gives_the_bits_of_the_full_way(data):
+    draw = data.draw
+    library = draw(st.sampled_from(["numpy", "torch"]))
+    layout = draw(st.sampled_from([name for name in arrays.LAYOUTS if arrays.can_carry(library, name)]))
+    dtype = draw(st.sampled_from(arrays.DTYPES))
+    shape = draw(st.tuples(st.integers(2, 6), st.integers(1, 20), st.integers(1, 5), st.integers(1, 5)))
+    options = {"relu": draw(st.booleans())}
+    with_residual, with_mask = draw(st.booleans()), draw(st.booleans())
+
+    def inputs(seed):
+        x, axis = normal(shape, dtype, layout, library, seed)
+        dy, _ = normal(shape, dtype, "nchw" if layout == "broadcast" else layout, library, seed + 1)
+        more = {}
+        if with_residual:
+            more["residual"], _ = normal(shape, dtype, layout, library, seed + 2)
+        if with_mask:
+            mask = np.ones((shape[0], 1, 1), bool)
+            mask[seed % 2] = shape[0] == 2
+            more["mask"] = arrays.carry(mask, library)
+        return x, axis, dy, more
+
+    first, second = inputs(10), inputs(21)
+    _calls.clear()
+    x, axis, dy, more = second
+    expected = step(x, fresh(x, axis), dy, **more, **options)
+    _calls.clear()
+    x, axis, dy, more = first
+    step(x, fresh(x, axis), dy, **more, **options)
+    x, axis, dy, more = second
+    with only_the_short_way():
+        found = step(x, fresh(x, axis), dy, **more, **options)
+    for a, b in zip(found, expected, strict=True):
+        arrays.assert_same(a, b)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("where", ["x", "residual", "apart"])
+def test_a_given_out_is_written_as_by_the_full_way(library, where):
+    def call():
+        (x, axis), (residual, _), (out, _) = (normal((4, 5, 3), library=library, seed=s) for s in (1, 2, 3))
+        state = fresh(x, axis)
+        out = {"x": x, "residual": residual, "apart": out}[where]
+        y, saved = cubn.forward_train(x, state, residual=residual, relu=True, out=out)
+        assert y is out
+        return y, saved, state
+
+    _calls.clear()
+    expected, *_ = call()
+    with only_the_short_way():
+        found, saved, state = call()
+    arrays.assert_same(arrays.store_of(found), arrays.store_of(expected))
+    if where == "x":
+        with pytest.raises(ValueError, match="y was written over it"):
+            cubn.backward(found, saved)
+
+
+def test_eps_and_momentum_are_those_of_the_call():
+    x, axis = normal((4, 5, 3))
+    for eps, momentum in ((1e-5, 0.1), (1e-2, 0.9), (1e-3, None)):
+        _calls.clear()
+        expected = step(x, fresh(x, axis, eps=eps, momentum=momentum), x)
+        step(x, fresh(x, axis), x)
+        with only_the_short_way():
+            state = fresh(x, axis)
+            state.eps, state.momentum = eps, momentum
+            found = step(x, state, x)
+        for a, b in zip(found, expected, strict=True):
+            arrays.assert_same(a, b)
+
+
+def test_many_threads_with_changing_shapes_update_one_state():
+    """Every batch has mean 0 and variance 1, so that the order in which threads come does not matter."""
+    C, calls = 5, 1000
+    state = cubn.BatchNormState(C, momentum=0.5, running_variance="biased")
+    state.running_mean[:], state.running_var[:] = 3, 7
+    shapes = [(N, C, S) for N in (2, 4, 6) for S in (1, 3, 17)]
+    batches = [np.resize(np.float32([1, -1]), (N, S, C)).transpose(0, 2, 1) * 1.0 for N, _, S in shapes]
+    for x in batches:
+        x[:] = np.where(np.arange(len(x)) % 2, -1, 1)[:, None, None]
+    expected = [cubn.forward_train(x, state, update=False) for x in batches]
+    wrong = []
+
+    def work(start):
+        for i in range(start, start + calls):
+            x, (y, saved) = batches[i % len(batches)], expected[i % len(batches)]
+            found, kept = cubn.forward_train(x, state)
+            gradient = cubn.backward(x, kept).dx
+            if (found != y).any() or (kept.mean != saved.mean).any() or not np.isfinite(gradient).all():
+                wrong.append(x.shape)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert (state.tracked == 8 * calls).all()
+    alone = cubn.BatchNormState(C, momentum=0.5, running_variance="biased")
+    alone.running_mean[:], alone.running_var[:] = 3, 7
+    for i in range(200):  # by then nothing changes any more
+        cubn.forward_train(batches[i % len(batches)], alone)
+    arrays.assert_same(state.running_mean, alone.running_mean)
+    arrays.assert_same(state.running_var, alone.running_var)
+
+
+# --- what goes the full way -----------------------------------------------------------------------------------------
+
+X = np.random.default_rng(5).standard_normal((4, 3, 2)).astype(np.float32)
+
+
+def read_only(array):
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+class Warm:
+    """A state and arrays whose signatures are known, in NumPy."""
+
+    def __init__(self):
+        self.x, self.dy, self.out = X.copy(), X.copy(), np.empty_like(X)
+        self.mask = np.ones((4, 2), bool)
+        self.state = cubn.BatchNormState(3)
+        for options in ({}, {"out": self.out}, {"mask": self.mask}, {"residual": X.copy()}):
+            cubn.forward(self.x, self.state, **options)
+            _, self.saved = cubn.forward_train(self.x, self.state, **options)
+        _, self.saved = cubn.forward_train(self.x, self.state)
+        for options in ({}, {"out": self.out}):
+            cubn.backward(self.dy, self.saved, **options)
+
+
+def overwrite_running(w):
+    w.state.running_mean.flags.writeable = False
+
+
+def convert_running(w):
+    w.state.running_var.dtype = np.int32
+
+
+MISTAKES = {
+    "a read-only out": lambda w: cubn.forward(w.x, w.state, out=read_only(w.out)),
+    "a read-only out of a training step": lambda w: cubn.forward_train(w.x, w.state, out=read_only(w.out)),
+    "a read-only out of a backward": lambda w: cubn.backward(w.dy, w.saved, out=read_only(w.out)),
+    "an out that overlaps x": lambda w: cubn.forward(
+        (long := np.zeros(28, np.float32))[:24].reshape(4, 3, 2), w.state, out=long[4:].reshape(4, 3, 2)
+    ),
+    "an out over x in a backward": lambda w: cubn.backward(w.dy, w.saved, out=w.x),
+    "relu=1": lambda w: cubn.forward(w.x, w.state, relu=1),
+    "update=0": lambda w: cubn.forward_train(w.x, w.state, update=0),
+    "update=1 where True is known": lambda w: cubn.forward_train(w.x, w.state, update=1),
+    "another number of channels": lambda w: cubn.forward(w.x[:, :2].copy(), w.state),
+    "a mask that lets one value through": lambda w: cubn.forward_train(
+        w.x, w.state, mask=w.mask & (w.mask.cumsum().reshape(4, 2) == 1)
+    ),
+    "a mask of integers": lambda w: cubn.forward(w.x, w.state, mask=w.mask.view(np.uint8)),
+    "another byte order": lambda w: cubn.forward(w.x.astype(">f4"), w.state),
+    "a subclass": lambda w: cubn.forward(np.ma.masked_array(w.x), w.state),
+    "a list": lambda w: cubn.forward(w.x.tolist(), w.state),
+    "no state": lambda w: cubn.forward(w.x, None),
+    "running statistics that became read-only": lambda w: (overwrite_running(w), cubn.forward_train(w.x, w.state)),
+    "running statistics that became integers": lambda w: (convert_running(w), cubn.forward(w.x, w.state)),
+    "x with another shape since": lambda w: (setattr(w.x, "shape", (2, 3, 4)), cubn.backward(w.dy, w.saved)),
+    "dy of another dtype": lambda w: cubn.backward(w.dy.astype(np.float64), w.saved),
+    "statistics of a training forward": lambda w: cubn.backward(w.dy, w.saved, statistics=True),
+    "parameter_gradients of an array": lambda w: cubn.backward(w.dy, w.saved, parameter_gradients=w.x),
+    "sizes without comm": lambda w: cubn.forward_train(w.x, w.state, sizes=[4]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_after_good_calls_meets_the_error_it_meets_at_once(mistake):
+    make = MISTAKES[mistake]
+    warm = Warm()
+    before = warm.state.copy()
+    _calls.clear()
+    cold = Warm()
+    _calls.clear()
+    with pytest.raises((TypeError, ValueError)) as at_once:
+        make(cold)
+    warm = Warm()
+    before = {name: np.array(a) for name, a in warm.state.to_dict().items() if isinstance(a, np.ndarray)}
+    x, dy, out = warm.x.copy(), warm.dy.copy(), warm.out.copy()
+    with pytest.raises(type(at_once.value)) as later:
+        make(warm)
+    assert str(later.value) == str(at_once.value)
+    arrays.assert_same(warm.x.reshape(x.shape), x)
+    arrays.assert_same(warm.dy, dy)
+    arrays.assert_same(warm.out, out)
+    if "became" not in mistake:
+        for name, value in before.items():
+            arrays.assert_same(np.array(warm.state.to_dict()[name]), value)
+
+
+def test_momentum_that_is_no_weight_is_refused_though_others_were_not():
+    x, axis = normal((4, 5, 3))
+    cubn.forward_train(x, fresh(x, axis))
+    held = {"running_mean": np.zeros(5, np.float32), "running_var": np.ones(5, np.float32)}
+    with pytest.raises(ValueError, match="momentum must be None or from 0 to 1"):
+        cubn.forward_train(x, cubn.BatchNormState.from_arrays(**held, momentum=2.0))
+
+
+def test_one_state_is_not_taken_for_another():
+    """Whose arrays are in other places, of another dtype, missing or exchanged."""
+    x, axis = normal((4, 5, 3))
+    step(x, fresh(x, axis), x)
+    for options in ({"affine": False}, {"track": False}, {"dtype": "float64"}, {"running_variance": "biased"}):
+        state = fresh(x, axis, **options)
+        if not options.get("track", True):
+            with pytest.raises(ValueError, match="have running statistics"):
+                cubn.forward(x, state)
+            continue
+        found = step(x, state, x)
+        _calls.clear()
+        expected = step(x, fresh(x, axis, **options), x)
+        for a, b in zip(found, expected, strict=True):
+            arrays.assert_same(a, b)
+    state = fresh(x, axis)
+    step(x, state, x)
+    state.gamma = np.full(5, 2, np.float32)
+    assert (cubn.forward(x, state) == 2 * cubn.forward(x, fresh_like(state))).all()
+
+
+def fresh_like(state):
+    """The state with a gamma of 1."""
+    other = state.copy()
+    other.gamma = np.ones(5, np.float32)
+    return other
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_is_that_of_the_call(threads):
+    x, axis = normal((64, 40, 20, 20))
+    cubn.set_num_threads(1)
+    expected = step(x, fresh(x, axis), x)
+    cubn.set_num_threads(threads)
+    found = step(x, fresh(x, axis), x)
+    for a, b in zip(found, expected, strict=True):
+        arrays.assert_same(a, b)
+
+
+# --- PyTorch --------------------------------------------------------------------------------------------------------
+
+
+def torch_mistakes(torch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def under_fake_mode(w):
+        with FakeTensorMode():
+            cubn.forward(w.x, w.state)
+
+    def freed(w):
+        w.x.untyped_storage().resize_(0)
+        cubn.forward(w.x, w.state)
+
+    def cut(w):
+        w.x.untyped_storage().resize_(8)
+        cubn.forward(w.x, w.state)
+
+    def written(w):
+        w.x.add_(1)
+        cubn.backward(w.dy, w.saved)
+
+    return {
+        "x requires a gradient": lambda w: cubn.forward(w.x.requires_grad_(), w.state),
+        "out requires a gradient": lambda w: cubn.forward(w.x, w.state, out=w.out.requires_grad_()),
+        "dy requires a gradient": lambda w: cubn.backward(w.dy.requires_grad_(), w.saved),
+        "a dual tensor": lambda w: dual(torch, w),
+        "a fake mode": under_fake_mode,
+        "a freed storage": freed,
+        "a cut storage": cut,
+        "x written since": written,
+        "a sparse x": lambda w: cubn.forward(w.x.to_sparse(), w.state),
+        "a meta x": lambda w: cubn.forward(w.x.to("meta"), w.state),
+        "an expanded out": lambda w: cubn.forward(w.x, w.state, out=w.out[:1].expand(4, 3, 2)),
+    }
+
+
+def dual(torch, w):
+    with torch.autograd.forward_ad.dual_level():
+        cubn.forward(torch.autograd.forward_ad.make_dual(w.x, w.dy), w.state)
+
+
+class WarmTorch:
+    def __init__(self, torch):
+        self.x, self.dy, self.out = (torch.from_numpy(X.copy()) for _ in range(3))
+        self.state = cubn.BatchNormState(3, like=self.x)
+        for options in ({}, {"out": self.out}):
+            cubn.forward(self.x, self.state, **options)
+            cubn.forward_train(self.x, self.state, **options)
+        _, self.saved = cubn.forward_train(self.x, self.state)
+        cubn.backward(self.dy, self.saved)
+
+
+TORCH_MISTAKES = (
+    *("x requires a gradient", "out requires a gradient", "dy requires a gradient", "a dual tensor", "a fake mode"),
+    *("a freed storage", "a cut storage", "x written since", "a sparse x", "a meta x", "an expanded out"),
+)
+
+
+@pytest.mark.parametrize("mistake", TORCH_MISTAKES)
+def test_a_mistake_with_tensors_meets_the_error_it_meets_at_once(mistake):
+    torch = pytest.importorskip("torch")
+    make = torch_mistakes(torch)[mistake]
+    cold = WarmTorch(torch)
+    _calls.clear()
+    with pytest.raises((TypeError, ValueError, NotImplementedError)) as at_once:
+        make(cold)
+    warm = WarmTorch(torch)
+    with pytest.raises(type(at_once.value)) as later:
+        make(warm)
+    assert str(later.value) == str(at_once.value)
+
+
+def test_tensors_that_were_written_have_newer_versions():
+    torch = pytest.importorskip("torch")
+    warm = WarmTorch(torch)
+    watched = warm.out, warm.state.running_mean, warm.state.running_var
+    before = [tensor._version for tensor in watched]
+    with only_the_short_way():
+        cubn.forward_train(warm.x, warm.state, out=warm.out)
+    assert all(tensor._version > version for tensor, version in zip(watched, before, strict=True))
+    assert warm.x._version == 0
+
+
+def test_state_tensors_that_moved_are_found():
+    """`x.data = y` moves a tensor behind everybody's back, as `module.to()` does."""
+    torch = pytest.importorskip("torch")
+    warm = WarmTorch(torch)
+    warm.state.gamma.data = torch.full((3,), 2.0)
+    other = warm.state.copy()
+    _calls.clear()
+    expected = cubn.forward(warm.x, other)
+    assert torch.equal(cubn.forward(warm.x, warm.state), expected)
+    warm.state.gamma.data = torch.ones(3, dtype=torch.float64)
+    assert torch.equal(2 * cubn.forward(warm.x, warm.state), expected)
