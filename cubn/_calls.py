@@ -126,9 +126,13 @@ def find(
             return None
         given, at_out = found
     features, _, _, axis, variance = state._options
-    call = store.get((layout, masked, beside, given, held.kind, features, axis, variance, threads.limit, *options))
-    if call is None:
+    entry = store.entries.get(
+        (layout, masked, beside, given, held.kind, features, axis, variance, threads.limit, *options)
+    )
+    if entry is None:
         return None
+    entry.asked_for = True
+    call = entry.value
     if out is not None and not call.takes(out, at_out, (at_x, at_residual), (at_mask,), held):
         return None
     return call, held, at_x, at_residual, at_mask, at_out

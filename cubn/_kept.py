@@ -29,40 +29,40 @@ class Store(Generic[T]):
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._entries: dict[tuple[Any, ...], _Entry[T]] = {}
+        self.entries: dict[tuple[Any, ...], Entry[T]] = {}
 
     def get(self, key: tuple[Any, ...]) -> T | None:
         """What was added under a key, if it is still there: one look-up."""
-        entry = self._entries.get(key)
+        entry = self.entries.get(key)
         if entry is None:
             return None
-        entry.asked_for = True
+        entry.asked_for = True  # so it is spared when room is made
         return entry.value
 
     def add(self, key: tuple[Any, ...], value: T) -> None:
         """Keep a value."""
-        entry = _Entry(value)
+        entry = Entry(value)
         if entry.nbytes <= self._most:
             self._make_room(entry.nbytes)
-            self._entries[key] = entry
+            self.entries[key] = entry
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self._entries.copy().values())
+        return sum(entry.nbytes for entry in self.entries.copy().values())
 
     def cache_clear(self) -> None:
-        self._entries.clear()
+        self.entries.clear()
 
     def _make_room(self, size: int) -> None:
         """The oldest go, but for those asked for since they came or were last spared."""
         while (excess := self.nbytes + size - self._most) > 0:
-            for key, entry in self._entries.copy().items():
+            for key, entry in self.entries.copy().items():
                 if excess <= 0:
                     break
-                self._entries.pop(key, None)
+                self.entries.pop(key, None)
                 if entry.asked_for:
                     entry.asked_for = False
-                    self._entries[key] = entry
+                    self.entries[key] = entry
                 else:
                     excess -= entry.nbytes
 
@@ -83,7 +83,7 @@ class Kept(Store[T]):
         return found
 
 
-class _Entry(Generic[T]):
+class Entry(Generic[T]):
     __slots__ = ("asked_for", "nbytes", "value")
 
     def __init__(self, value: T) -> None:

@@ -116,28 +116,29 @@ LANE = 16
 """Float64 numbers in 128 bytes, a cache line and its neighbour that is fetched along."""
 
 
-class Statistics:
+ROWS = ("mean", "m2", "var", "invstd", "gamma", "beta")
+
+
+class Statistics(NamedTuple):
     """What normalisation needs and a backward reads, of C channels: count, mean, m2, var, invstd, and copies of gamma
     and beta where there are any. Float64 rows in one allocation, padded to multiples of 128 bytes.
     """
 
-    __slots__ = ("C", "address", "beta", "gamma", "memory")
-
-    ROWS = ("mean", "m2", "var", "invstd", "gamma", "beta")
-
-    def __init__(self, memory: BackendArray, address: int, C: int, gamma: bool, beta: bool) -> None:
-        self.memory, self.address, self.C = memory, address, C
-        self.gamma, self.beta = gamma, beta
+    memory: BackendArray
+    address: int
+    C: int
+    gamma: bool
+    beta: bool
 
     @staticmethod
     def size(C: int) -> int:
         """Float64 numbers of the allocation."""
-        return LANE + len(Statistics.ROWS) * (-(-C // LANE) * LANE)
+        return LANE + len(ROWS) * (-(-C // LANE) * LANE)
 
     @staticmethod
     def offset(name: str, C: int) -> int:
         """Where a row begins, in numbers; that of the count is 0."""
-        return 0 if name == "count" else LANE + Statistics.ROWS.index(name) * (-(-C // LANE) * LANE)
+        return 0 if name == "count" else LANE + ROWS.index(name) * (-(-C // LANE) * LANE)
 
     @property
     def count(self) -> BackendArray:

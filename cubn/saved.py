@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, NoReturn, Self, cast
 
@@ -118,7 +119,7 @@ class Saved(Generic[ArrayT_co]):
     @classmethod
     def _of(cls, forward: Forward) -> Self:
         self = object.__new__(cls)
-        object.__setattr__(self, "_forward", forward)
+        keep(self, forward)
         return self
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
@@ -165,6 +166,10 @@ class Saved(Generic[ArrayT_co]):
     def relu_bits(self) -> Any:
         bits = self._forward.relu_mask
         return bits and bits._make(_apart(part) if hasattr(part, "dtype") else part for part in bits)
+
+
+keep: Callable[[Saved[Any], Forward], None] = Saved.__dict__["_forward"].__set__
+"""Give a new Saved what it holds, which it keeps for good."""
 
 
 def _apart(array: BackendArray) -> BackendArray:

@@ -5,12 +5,8 @@ import subprocess
 import sys
 import tempfile
 
-import numpy as np
-import torch
-
-import cubn
-
-from .workloads import WORKLOADS, alternate, operations, use_threads
+from .host import SHAPES, calls
+from .workloads import WORKLOADS, alternate, arrays, operations, use_threads
 
 NAMED = {f"{workload.name} {workload.layout}": workload for workload in WORKLOADS}
 
@@ -22,7 +18,7 @@ class _Ratios:
 
     def setup(self, array: str) -> None:
         use_threads()
-        self.operations = operations(NAMED[array])
+        self.operations = operations(arrays(NAMED[array]))
 
     def track_over_copy(self, array: str) -> float:
         ours, copy = alternate([self.operations[self.operation].cubn, self.operations["copy"].cubn])
@@ -57,27 +53,43 @@ class BackwardInto(_Ratios):
 
 
 class Overhead:
-    """The time of a call whose arithmetic is nothing: a (2, 8) float32 array."""
+    """The time of a call whose arithmetic is nothing, on one thread."""
 
-    params = (["numpy", "torch"],)
-    param_names = ("library",)
+    params = (["numpy", "torch"], SHAPES)
+    param_names = ("contestant", "shape")
 
-    def setup(self, library: str) -> None:
-        array = np.arange(16, dtype=np.float32).reshape(2, 8)
-        self.x = array if library == "numpy" else torch.from_numpy(array)
-        self.state = cubn.BatchNormState(8, like=self.x)
-        _, self.saved = cubn.forward_train(self.x, self.state)
-        self.time_forward(library)
-        self.time_backward(library)
+    def setup(self, contestant: str, shape: tuple[int, ...]) -> None:
+        use_threads(1)
+        self.calls = calls(shape)[contestant]
 
-    def time_forward(self, library: str) -> None:
-        cubn.forward(self.x, self.state)
+    def time_forward(self, *_: object) -> None:
+        self.calls["forward"]()
 
-    def time_forward_train(self, library: str) -> None:
-        cubn.forward_train(self.x, self.state)
+    def time_forward_train(self, *_: object) -> None:
+        self.calls["forward_train"]()
 
-    def time_backward(self, library: str) -> None:
-        cubn.backward(self.x, self.saved)
+    def time_backward(self, *_: object) -> None:
+        self.calls["backward"]()
+
+    def time_moments(self, *_: object) -> None:
+        self.calls["moments"]()
+
+    def time_normalize(self, *_: object) -> None:
+        self.calls["normalize"]()
+
+    def time_update(self, *_: object) -> None:
+        self.calls["update"]()
+
+
+class OverheadOfTorch:
+    """The same of torch, which has three of the operations: its operators, and its modules under autograd."""
+
+    params = (["aten", "torch.nn"], SHAPES)
+    param_names = Overhead.param_names
+    setup = Overhead.setup
+    time_forward = Overhead.time_forward
+    time_forward_train = Overhead.time_forward_train
+    time_backward = Overhead.time_backward
 
 
 class FirstCall:

@@ -11,6 +11,7 @@ import cubn
 
 BATCH = 32
 THREADS = 2
+EPS, MOMENTUM = 1e-5, 0.1
 
 
 class Workload(NamedTuple):
@@ -54,6 +55,29 @@ def random(workload: Workload, dtype: torch.dtype = torch.float32) -> torch.Tens
     return x.to(dtype).contiguous(memory_format=format)
 
 
+class Arrays(NamedTuple):
+    """What every contestant computes on, and where results go."""
+
+    x: torch.Tensor
+    dy: torch.Tensor
+    y: torch.Tensor
+    dx: torch.Tensor
+    gamma: torch.Tensor
+    beta: torch.Tensor
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    mean: torch.Tensor  # the batch's
+    invstd: torch.Tensor
+
+
+def arrays(workload: Workload, dtype: torch.dtype = torch.float32) -> Arrays:
+    x = random(workload, dtype)
+    ones, zeros = torch.ones(x.shape[1]), torch.zeros(x.shape[1])
+    _, mean, invstd = torch.native_batch_norm(x, ones, zeros, None, None, True, MOMENTUM, EPS)
+    affine_and_running = (ones, zeros, zeros.clone(), ones.clone())
+    return Arrays(x, torch.randn_like(x), torch.empty_like(x), torch.empty_like(x), *affine_and_running, mean, invstd)
+
+
 class Operation(NamedTuple):
     """One operation, ready to be called: by cubn and by torch."""
 
@@ -61,39 +85,34 @@ class Operation(NamedTuple):
     torch: Callable[[], object]
 
 
-def operations(workload: Workload, dtype: torch.dtype = torch.float32) -> dict[str, Operation]:
-    """Every measured operation on a workload; and, the same on both sides, "copy" and "read" (x once)."""
-    x = random(workload, dtype)
-    dy = torch.randn_like(x)
-    y, dx = torch.empty_like(x), torch.empty_like(x)
-    C = x.shape[1]
-    gamma, beta, running_mean, running_var = torch.ones(C), torch.zeros(C), torch.zeros(C), torch.ones(C)
-    mean, invstd = torch.empty(C), torch.empty(C)
-    state = cubn.BatchNormState(C, like=x)
-    _, saved = cubn.forward_train(x, state, out=y)
-    _, batch_mean, batch_invstd = torch.native_batch_norm(x, gamma, beta, running_mean, running_var, True, 0.1, 1e-5)
-    memory = x.as_strided((x.numel(),), (1,)).view(torch.float32)
-    others = [axis for axis in range(x.ndim) if axis != 1]
+def operations(a: Arrays) -> dict[str, Operation]:
+    """Every measured operation; and, the same on both sides, "copy" and "read" (x once)."""
+    state = cubn.BatchNormState(a.x.shape[1], eps=EPS, momentum=MOMENTUM, like=a.x)
+    _, saved = cubn.forward_train(a.x, state, out=a.y)
+    memory = a.x.as_strided((a.x.numel(),), (1,)).view(torch.float32)
+    mean, invstd = torch.empty_like(a.mean), torch.empty_like(a.invstd)
 
     def torch_forward(training: bool) -> object:
-        return torch.native_batch_norm(
-            x, gamma, beta, running_mean, running_var, training, 0.1, 1e-5, out=(y, mean, invstd)
-        )
+        given = (a.x, a.gamma, a.beta, a.running_mean, a.running_var, training, MOMENTUM, EPS)
+        return torch.native_batch_norm(*given, out=(a.y, mean, invstd))
 
     def torch_backward() -> object:
-        return torch.ops.aten.native_batch_norm_backward(
-            dy, x, gamma, running_mean, running_var, batch_mean, batch_invstd, True, 1e-5, [True, True, True]
-        )
+        given = (a.dy, a.x, a.gamma, a.running_mean, a.running_var, a.mean, a.invstd, True, EPS, [True, True, True])
+        return torch.ops.aten.native_batch_norm_backward(*given)
 
     return {
-        "copy": Operation(lambda: y.copy_(x), lambda: y.copy_(x)),
+        "copy": Operation(lambda: a.y.copy_(a.x), lambda: a.y.copy_(a.x)),
         "read": Operation(memory.sum, memory.sum),
-        "forward_train": Operation(lambda: cubn.forward_train(x, state, out=y), lambda: torch_forward(True)),
-        "forward": Operation(lambda: cubn.forward(x, state, out=y), lambda: torch_forward(False)),
-        "moments": Operation(lambda: cubn.moments(x), lambda: torch.var_mean(x, others)),
-        "backward": Operation(lambda: cubn.backward(dy, saved), torch_backward),
-        "backward into dx": Operation(lambda: cubn.backward(dy, saved, out=dx), torch_backward),
+        "forward_train": Operation(lambda: cubn.forward_train(a.x, state, out=a.y), lambda: torch_forward(True)),
+        "forward": Operation(lambda: cubn.forward(a.x, state, out=a.y), lambda: torch_forward(False)),
+        "moments": Operation(lambda: cubn.moments(a.x), lambda: torch.var_mean(a.x, all_but_channels(a.x))),
+        "backward": Operation(lambda: cubn.backward(a.dy, saved), torch_backward),
+        "backward into dx": Operation(lambda: cubn.backward(a.dy, saved, out=a.dx), torch_backward),
     }
+
+
+def all_but_channels(x: torch.Tensor) -> list[int]:
+    return [axis for axis in range(x.ndim) if axis != 1]
 
 
 SETTLE, COUNT = 0.02, 0.01  # seconds of a turn

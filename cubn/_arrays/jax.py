@@ -73,5 +73,5 @@ class Jax(Library):
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         return np.array(array.owner, "float32" if array.dtype == "bfloat16" else None)
 
-    def mark_written(self, x: Any) -> None:
+    def mark_written(self, *arrays: Any) -> None:
         raise TypeError("a JAX array is never written")

@@ -109,6 +109,6 @@ class Library(Protocol):
         """A number that grows when the array is written in place, where the library counts that."""
         return None
 
-    def mark_written(self, x: Any) -> None:
-        """Tell the library that the array was written behind its back."""
+    def mark_written(self, *arrays: Any) -> None:
+        """Tell the library that arrays were written behind its back."""
         return

@@ -15,8 +15,8 @@ from cubn._arrays.refusals import refuse, refuse_dtype, refuse_misaligned
 from cubn._layout import Shape, Strides, c_strides, span
 from cubn._types import HOST, ITEMSIZE
 
-_read_address = ctypes.c_size_t.from_address
-_DATA = object.__basicsize__
+read_address = ctypes.c_size_t.from_address
+DATA = object.__basicsize__  # where a PyArrayObject has the address of its first element
 _NO_MEMORY = np.empty(0, np.uint8)
 _WORD = ctypes.sizeof(ctypes.c_void_p)
 _join = b"".join
@@ -51,7 +51,7 @@ class NumPy(Library):
         return "It holds no numbers." if dtype.kind in "SUTVMm" and dtype.isbuiltin != 2 else self.conversion
 
     def signature(self, x: Any) -> tuple[Layout, int]:
-        pointer = _read_address(id(x) + _DATA).value
+        pointer = read_address(id(x) + DATA).value
         return (x.shape, x.strides, x.dtype, pointer % ALIGNMENT), pointer
 
     def layout(self, array: Array) -> Layout | None:
@@ -66,7 +66,7 @@ class NumPy(Library):
 
         def allocate(x: Any) -> tuple[Any, int]:
             y = np.empty(shape, kind)
-            return y, _read_address(id(y) + _DATA).value
+            return y, read_address(id(y) + DATA).value
 
         return allocate
 
@@ -99,9 +99,9 @@ class Headers:
     __slots__ = ("_axes", "_headers", "_seen")
 
     def __init__(self, arrays: Iterable[np.ndarray[Any, Any]]) -> None:
-        starts = [id(x) + _DATA for x in arrays]
+        starts = [id(x) + DATA for x in arrays]
         self._headers = tuple(_memory(start, 6 * _WORD + ctypes.sizeof(ctypes.c_int)) for start in starts)
-        pointers = [_read_address(start + i * _WORD).value for start in starts for i in (2, 3)]
+        pointers = [read_address(start + i * _WORD).value for start in starts for i in (2, 3)]
         self._axes = tuple(_memory(pointer, _WORD) for pointer in pointers)
         self._seen = _join(self._headers), _join(self._axes)
 
@@ -121,7 +121,7 @@ def address_of(x: np.ndarray[Any, Any]) -> int:
     PyArrayObject is the object's header, then the data pointer. Every compiled extension relies on that, and reading it
     takes an eighth of the time of `x.ctypes.data`.
     """
-    return _read_address(id(x) + _DATA).value
+    return read_address(id(x) + DATA).value
 
 
 @lru_cache(maxsize=1024)

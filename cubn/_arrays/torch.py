@@ -14,7 +14,7 @@ import numpy as np
 from cubn._arrays.library import ALIGNMENT, Allocate, Array, Layout, Library, Output
 from cubn._arrays.memory import rounded, view, widened
 from cubn._arrays.refusals import refuse, refuse_device, refuse_dtype, refuse_misaligned, refuse_stand_in
-from cubn._layout import Shape, Strides, is_dense, span
+from cubn._layout import Shape, Strides, Unaddressable, is_dense, span
 from cubn._types import CUDA, DTYPES, HOST, ITEMSIZE
 
 _HUGE = 4 << 20  # bytes from which huge pages pay; NumPy asks for them itself, from the same size
@@ -121,7 +121,10 @@ class Torch(Library):
         if not pointer or x.is_neg():
             return None
         shape, strides = x.shape, x.stride()
-        reach = x.numel() if x.is_contiguous() else span(shape, strides)[1]
+        try:
+            reach = x.numel() if x.is_contiguous() else span(shape, strides)[1]
+        except Unaddressable:
+            return None
         if (x.storage_offset() + reach) * x.itemsize > x.untyped_storage().nbytes():
             return None
         return (shape, strides, x.dtype, pointer % ALIGNMENT, x.get_device()), pointer
@@ -184,8 +187,8 @@ class Torch(Library):
     def version(self, x: Any) -> int | None:
         return None if x.is_inference() else int(x._version)
 
-    def mark_written(self, x: Any) -> None:
-        self._increment_version(x)
+    def mark_written(self, *arrays: Any) -> None:
+        self._increment_version(arrays)
 
 
 def _address(x: Any) -> int:

@@ -48,6 +48,7 @@ class Held:
         "kind",
         "regions",
         "running",
+        "versioned",
     )
 
     def __init__(
@@ -63,16 +64,22 @@ class Held:
         at_gamma, at_beta, at_mean, at_var = (a.pointer if a else 0 for a in (gamma, beta, mean, var))
         self.addresses = at_gamma, at_beta, at_mean, at_var
         self.kind = _kind(arrays)
-        self._headers = Headers(array.owner for array in arrays.values() if isinstance(array.owner, np.ndarray))
+        ndarrays = [array.owner for array in arrays.values() if isinstance(array.owner, np.ndarray)]
+        self._headers = Headers(ndarrays) if ndarrays else None
         movable: dict[Library, list[Array]] = {}  # a library's own: nothing but `Headers` sees what happens to others
         for array in arrays.values():
             if not array.library.fixed:
                 movable.setdefault(array.library, []).append(array)
         self._movable = tuple((library.unchanged, tuple(group)) for library, group in movable.items())
+        written: dict[Library, list[Any]] = {}
+        for name in STATISTICS:
+            if name in arrays and arrays[name].library.counts_versions:
+                written.setdefault(arrays[name].library, []).append(arrays[name].owner)
+        self.versioned = tuple(written.items())
 
     def describes(self, owners: Mapping[str, Any]) -> bool:
         """Whether a state still holds these arrays, and they are the same memory, shape, type and as writable."""
-        if owners is not self._owners or not self._headers.unchanged():
+        if owners is not self._owners or (self._headers and not self._headers.unchanged()):
             return False
         for unchanged, arrays in self._movable:  # noqa: SIM110, a generator takes longer than the rest
             if not unchanged(arrays):
@@ -81,10 +88,8 @@ class Held:
 
     def mark_written(self) -> None:
         """Tell libraries that the running statistics were written."""
-        for name in STATISTICS:
-            array = self.arrays[name]
-            if array.library.counts_versions:
-                array.library.mark_written(array.owner)
+        for library, owners in self.versioned:
+            library.mark_written(*owners)
 
 
 def _kind(arrays: Mapping[str, Array]) -> Kind:

@@ -3,6 +3,7 @@
 import pytest
 
 import cubn
+from cubn import _calls
 from cubn._kept import Kept
 from cubn.backends.cpu import plan, prepare
 
@@ -18,12 +19,17 @@ def number_of_threads():
 @pytest.fixture
 def plans_anew():
     """Work out launches from plan's constants as they are during the test."""
-    prepared = [function for function in vars(prepare).values() if isinstance(function, Kept)]
-    for function in prepared:
-        function.cache_clear()
+    forget_launches()
     yield
-    for function in prepared:
-        function.cache_clear()
+    forget_launches()
+
+
+def forget_launches():
+    """Operations and their launches are prepared anew."""
+    for function in vars(prepare).values():
+        if isinstance(function, Kept):
+            function.cache_clear()
+    _calls.clear()
 
 
 @pytest.fixture

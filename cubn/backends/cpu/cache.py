@@ -21,7 +21,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import cubn.backends.cpu
 from cubn.backends.cpu.folder import Refused, cache_folder, examined, opened
 
 __all__ = ["cache_folder", "fingerprint", "llvm", "load", "state", "store", "without_numba"]
@@ -77,7 +76,7 @@ def _source(module: str) -> bytes:
 
 def _modules() -> list[str]:
     """Every module that kernels are made from, and more."""
-    package = cubn.backends.cpu
+    package = sys.modules[__package__]
     return [*SHARED, *sorted(found.name for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."))]
 
 

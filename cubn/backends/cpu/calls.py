@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cubn._arrays.numpy import address_of
+from cubn._arrays.numpy import DATA, address_of, read_address
 from cubn._types import Extents, Statistics
 from cubn.backends.cpu import relu_mask
 from cubn.backends.cpu.assemble import Copies
@@ -15,6 +15,8 @@ from cubn.backends.cpu.relu_mask import ReluMask
 
 Doubles = NDArray[np.float64]
 Sums = tuple[Doubles, Doubles]
+
+_new = tuple.__new__  # of a NamedTuple, in a third of the time
 
 
 class PreparedForward:
@@ -66,7 +68,7 @@ class PreparedTrain:
         /,
     ) -> tuple[Statistics, ReluMask | None]:
         memory = np.empty(self._size)
-        address = address_of(memory)
+        address = read_address(id(memory) + DATA).value
         passed = relu_mask.new(self._extents, self._words) if self._words else None
         launch = self._launch
         workspace = launch.workspace()
@@ -90,7 +92,8 @@ class PreparedTrain:
             eps,
             0.0 if momentum is None else momentum,
         )
-        return Statistics(memory, address, self._channels, self._gamma, self._beta), passed
+        found = _new(Statistics, (memory, address, self._channels, self._gamma, self._beta))
+        return found, passed
 
 
 class PreparedBackward:
@@ -115,7 +118,7 @@ class PreparedBackward:
         /,
     ) -> Sums:
         sums = np.empty((2, self._channels))
-        first = address_of(sums)
+        first = read_address(id(sums) + DATA).value
         launch = self._launch
         workspace = launch.workspace()
         launch.run(

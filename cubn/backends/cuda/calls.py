@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cubn._types import (
+    ROWS,
     Affine,
     BackendArray,
     Extents,
@@ -28,11 +29,14 @@ GRADIENTS = ("dgamma", "dbeta")
 
 
 class ReluMask(NamedTuple):
-    """Which y passed a residual ReLU, a bit an element in the order of (n, c, p), or of (n, p, c): "nhwc"."""
+    """Which y passed a residual ReLU, a bit an element in the order of (n, c, p), or of (n, p, c).
+
+    The order is what a backward looks at when it is prepared: it depends on x, residual and y, not on x alone.
+    """
 
     memory: BackendArray
     address: int
-    layout: Layout
+    layout: Layout  # "nchw" or "nhwc"
 
 
 def new_relu_mask(device: Device, extents: Extents, layout: Layout) -> ReluMask:
@@ -48,7 +52,7 @@ def new_statistics(device: Device, C: int, gamma: bool, beta: bool) -> Statistic
 
 def row_offsets(C: int) -> list[int]:
     """Of the rows of statistics, in bytes: mean, m2, var, invstd, gamma, beta."""
-    return [8 * Statistics.offset(name, C) for name in Statistics.ROWS]
+    return [8 * Statistics.offset(name, C) for name in ROWS]
 
 
 def forward(
@@ -111,7 +115,7 @@ def train(
             prepare.channelwise(series, "update", C, "float32", (*STATISTICS, *update), movement)
     mask_layout = layout if options.keep_mask else None
     room, new = (series.numbers,), device.zeros if extents.N * extents.S == 0 else device.empty
-    has_room = series.numbers > 0
+    size, has_room = (Statistics.size(C),), series.numbers > 0
     has_gamma, has_beta = affine.gamma is not None, affine.beta is not None
     mean, m2, var, invstd, copy, other = row_offsets(C)
 
@@ -132,21 +136,16 @@ def train(
         momentum: float | None = 0.0,
         /,
     ) -> tuple[Statistics, ReluMask | None]:
-        found = new_statistics(device, C, has_gamma, has_beta)
+        found = device.empty(size, "float64")
+        at = device.address(found)
         kept = new_relu_mask(device, extents, mask_layout) if mask_layout else None
-        at = found.address
-        memory = new(room, "float64") if has_room else None
-        series.run(
-            device,
-            (
-                *(x, residual, y, 0, mask, gamma, beta, eps, old_mean, old_var, new_mean, new_var, tracked, skipped),
-                *(momentum or 0.0, momentum is None),
-                *(at, at + mean, at + m2, at + var, at + invstd, at + copy, at + other),
-                kept.address if kept else 0,
-                *(series.parts(device.address(memory)) if has_room else ()),
-            ),
-        )
-        return found, kept
+        given = (x, residual, y, 0, mask, gamma, beta, eps)
+        moved = (old_mean, old_var, new_mean, new_var, tracked, skipped, momentum or 0.0, momentum is None)
+        rows = (at, at + mean, at + m2, at + var, at + invstd, at + copy, at + other, kept.address if kept else 0)
+        memory = new(room, "float64") if has_room else None  # held until all is launched
+        parts = series.parts(device.address(memory)) if has_room else ()
+        series.run(device, given + moved + rows + parts)
+        return Statistics(found, at, C, has_gamma, has_beta), kept
 
     return call
 
@@ -196,15 +195,10 @@ def backward(
     ) -> Sums:
         memory = new(room, "float64")
         at = statistics.address
-        series.run(
-            device,
-            (
-                *(x, dy, dx, dresidual, mask, dgamma, dbeta),
-                *(at, at + mean, at + m2, at + var, at + invstd, at + gamma, at + beta),
-                relu_mask.address if relu_mask else 0,
-                *series.parts(device.address(memory)),
-            ),
-        )
+        given = (x, dy, dx, dresidual, mask, dgamma, dbeta)
+        bits = relu_mask.address if relu_mask else 0
+        rows = (at, at + mean, at + m2, at + var, at + invstd, at + gamma, at + beta, bits)
+        series.run(device, given + rows + series.parts(device.address(memory)))
         return memory[:C], memory[second : second + C]
 
     return call

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,17 +47,21 @@ class CupyDevice:
         self.index = index
         self._device = cupy.cuda.Device(index)
         self._torch = sys.modules["torch"] if library == "torch" else None
+        self._torchs_device = self._torch and self._torch.device("cuda", index)
         self._is_cupys = library == "cupy"
         self.limits = limits_of(index)
         self._kernels: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._copying: list[tuple[Any, Any]] = []  # memory of `staging`, and when it is free again
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        if self._is_cupys:  # whose current stream it is for anyway
+            with self._device:
+                return cupy.empty(shape, dtype)
         if self._torch is None:
-            with self._device, self._stream():
+            with self._device, cupy.cuda.Stream.null:
                 return cupy.empty(shape, dtype)
         size = byte_bounds(shape, None, np.dtype(dtype).itemsize)[1]
-        memory = self._torch.empty(size, dtype=self._torch.uint8, device=f"cuda:{self.index}")
+        memory = self._torch.empty(size, dtype=self._torch.uint8, device=self._torchs_device)
         return view(memory.data_ptr(), shape, None, dtype, memory, self.index)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
@@ -106,9 +110,10 @@ class CupyDevice:
         return int(array.data.ptr)
 
     def launch(self, launch: Launch, parameters: bytearray) -> None:
-        with self._device, self._stream() as stream:
+        argument = np.frombuffer(parameters, _by_value(len(parameters)))  # an array of one
+        with self._device:
             kernel = self._kernels.get((launch.kernel, launch.options)) or self._compiled(launch)
-            argument = np.frombuffer(parameters, _by_value(len(parameters)))  # an array of one
+            stream = self._stream()
             kernel((launch.grid,), (launch.threads,), (argument,), shared_mem=launch.shared_bytes, stream=stream)
 
     def _compiled(self, launch: Launch) -> Any:
@@ -122,8 +127,25 @@ class CupyDevice:
 
     def _stream(self) -> Any:
         if self._torch is not None:
-            return cupy.cuda.ExternalStream(self._torch.cuda.current_stream(self.index).cuda_stream, self.index)
+            return _foreign_stream(self._torch.cuda.current_stream(self.index).cuda_stream, self.index)
         return cupy.cuda.get_current_stream(self.index) if self._is_cupys else cupy.cuda.Stream.null
+
+
+class _Foreign(NamedTuple):
+    """A stream of another library, as CUDA's stream protocol has it."""
+
+    address: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.address
+
+
+@functools.lru_cache(256)
+def _foreign_stream(address: int, index: int) -> Any:
+    """CuPy's stream for one of another library, whose address is all there is to it: kept, for it costs some time."""
+    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14 and newer
+        return cupy.cuda.Stream.from_external(_Foreign(address))
+    return cupy.cuda.ExternalStream(address, index)
 
 
 @functools.cache

@@ -47,7 +47,8 @@ def node(
     if what == "Sums":
         _coefficients(series, extents.C, operands.x.dtype, affine)
     rows = prepare.rows(series, what, extents, operands, relu, relu_mask, limits)
-    prepare.merge(series, what, extents.C, rows, prepare.Rows(1, NODE))
+    one = plan.merge_rows(extents.C, what, rows.number, rows.number)
+    prepare.merge(series, one, rows, prepare.Rows(1, NODE))
     return series
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cubn._types import Affine, Extents, Operand, Operands, ReluGradient, Running, Statistics, Vector
+from cubn._types import ROWS, Affine, Extents, Operand, Operands, ReluGradient, Running, Vector
 from cubn.backends.cuda import plan
 from cubn.backends.cuda.parameters import of_operand, of_scattered, of_vector
 from cubn.backends.cuda.plan import VECTOR_BYTES, Fields, Launch, Layout, Limits, Options, What
 from cubn.backends.cuda.series import Series
 
-STATISTICS = ("count", *Statistics.ROWS[:4])
+STATISTICS = ("count", *ROWS[:4])
 OPERANDS = Operands._fields
 SUMS = ("first", "second")
 NODE = ("node_count", "node_first", "node_second")
@@ -21,9 +21,9 @@ FROM = ("from_count", "from_first", "from_second")
 
 
 class Rows(NamedTuple):
-    """Rows of nodes, and the names of the values that say where they are."""
+    """Rows of nodes, and the names of the values that say where their counts, firsts and seconds are."""
 
-    rows: int
+    number: int
     names: tuple[str, ...]
 
 
@@ -150,9 +150,9 @@ def rows(
     names = [*_present(read), *(("bits", "bits_first") if relu_mask else ()), *(("coefficients",) if read.g else ())]
     found = _new_rows(series, cut.rows, C)
     series.add(cut.reduce, names, fields, dict(zip(NODE, found.names, strict=True)))
-    for merge, left in cut.merges:
+    for launch, left in cut.merges:
         fewer = _new_rows(series, left, C)
-        _merge(series, merge, found, fewer)
+        merge(series, launch, found, fewer)
         found = fewer
     return found
 
@@ -164,19 +164,14 @@ def _new_rows(series: Series, count: int, C: int) -> Rows:
     return Rows(count, names)
 
 
-def _merge(series: Series, launch: Launch, found: Rows, into: Rows) -> None:
-    places = {**dict(zip(FROM, found.names, strict=True)), **dict(zip(NODE, into.names, strict=True))}
-    series.add(launch, (), {}, places)
-
-
-def merge(series: Series, what: What, C: int, found: Rows, into: Rows) -> None:
-    """All rows into one."""
-    _merge(series, plan.merge_rows(C, what, found.rows, found.rows), found, into)
+def merge(series: Series, launch: Launch, found: Rows, into: Rows) -> None:
+    """Rows into fewer ones."""
+    series.add(launch, (), {}, dict(zip((*FROM, *NODE), (*found.names, *into.names), strict=True)))
 
 
 def finish(series: Series, what: What, C: int, dtype: str, found: Rows, names: tuple[str, ...], fields: Fields) -> None:
     """The root of rows, and what follows from it."""
-    launch = plan.finish(C, what, found.rows, dtype)
+    launch = plan.finish(C, what, found.number, dtype)
     series.add(launch, (*names, "coefficients"), fields, dict(zip(FROM, found.names, strict=True)))
 
 

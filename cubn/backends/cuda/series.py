@@ -53,9 +53,9 @@ class Series:
         }
         self._launches.append((launch, Template({**dict(launch.fields), **(fields or {})}, places).filled))
 
-    def parts(self, memory: int) -> list[int]:
-        """Their addresses, in memory that begins at a multiple of 256 bytes."""
-        return [memory + offset for offset in self._offsets]
+    def parts(self, memory: int) -> tuple[int, ...]:
+        """Their addresses, in memory of a call's own."""
+        return tuple([memory + offset for offset in self._offsets])
 
     def run(self, device: Device, values: Values) -> None:
         for launch, filled in self._launches:

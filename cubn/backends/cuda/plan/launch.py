@@ -10,13 +10,13 @@ from cubn._types import Extents, GradientOptions, NormalizeOptions, Operand, Ope
 
 ELEMENTS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
 
-THREADS = 256
+THREADS = 256  # of a block; to be measured
 WARP = 32
 OCTET = 8  # elements a thread takes at a time
 VECTOR_BYTES = 16
 NODE_BYTES = 16
 WIDE_CHANNELS = 8  # bytes of neighbouring channels that a thread of reduce_channels owns
-WAVES = 4  # blocks per multiprocessor and more: enough to hide latency and even out the end
+WAVES = 4  # blocks per multiprocessor and more: enough to hide latency and even out the end; to be measured
 
 Fields = Mapping[str, int | float]
 """Members of kernels/parameters.cuh's `Parameters`, by name."""

@@ -24,7 +24,7 @@ from cubn.backends.cuda.plan.launch import (
     sizes,
 )
 
-STEPS = 4  # rounds of an elementwise thread
+STEPS = 4  # rounds of an elementwise thread; to be measured
 NARROW_INDEX = 1 << 31  # elements from which 32 bits do not count them
 
 

@@ -31,10 +31,10 @@ from cubn.backends.cuda.plan.launch import (
 from cubn.backends.cuda.plan.layouts import are_vectors, position_step
 from cubn.backends.cuda.plan.tree import Tree, tree_of
 
-MOST_NODES = 1024  # of a block, in shared memory
-MERGED_ROWS = 256  # rows of nodes that one block merges
+MOST_NODES = 1024  # of a block, in shared memory; to be measured
+MERGED_ROWS = 256  # rows of nodes that one block merges; to be measured
 MERGED_BYTES = 40 << 10  # the shared memory it uses for that
-MOST_ROUNDS = 16  # of 256 columns in a block of reduce_channels
+MOST_ROUNDS = 16  # of 256 columns in a block of reduce_channels; to be measured
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,13 @@ from cubn.backends.cuda.plan.tree import tree_of
 COEFFICIENTS_BYTES = {"float": 32, "double": 48}  # of a channel, in shared memory
 CLUSTER_CAPABILITY = (9, 0)
 CLUSTERS = (1, 2, 4, 8)  # blocks that share a slab; more than 8 are not portable
-SPLIT_BYTES = 8 << 10  # of a block; splitting a slab further only costs
+SPLIT_BYTES = 8 << 10  # of a block; splitting a slab further only costs; to be measured
 RESERVED_BYTES = 1 << 10  # of shared memory, in every block
-NEIGHBOUR_BYTES = 512  # of a sample, from which a block needs no more channels
-PEELED_BYTES = 1024  # from which elements before and after whole vectors no longer matter
+NEIGHBOUR_BYTES = 512  # of a sample, from which a block needs no more channels; to be measured
+PEELED_BYTES = 1024  # from which elements before and after whole vectors no longer matter; to be measured
 SLICES = (16, 32, 64)  # bytes of neighbouring channels, of a block; memory moves no fewer than 32
-LONE_BYTES = 64 << 10  # of a block, more than which takes longer than several launches where few blocks share them
-FEW_BLOCKS = 4  # times which is still less than the multiprocessors
+LONE_BYTES = 64 << 10  # of a block: more takes longer than several launches where few blocks share them; to be measured
+FEW_BLOCKS = 4  # times which is still less than the multiprocessors; to be measured
 
 
 def on_chip(
