@@ -130,7 +130,7 @@ def table_of(steps: Sequence[Step]) -> NDArray[np.int64]:
 
 
 def scratch_offsets(width: int, tiles: int, samples: int, spread: int = 0) -> tuple[tuple[int, ...], int]:
-    """Where a worker keeps what (at_pivot, ..., at_spread; see launch.py), and bytes in all."""
+    """Where a worker keeps what (at_pivot, ..., at_spread; see parameters.py), and bytes in all."""
     sizes = (
         max(width, 6) * LANES * 8,
         2304,
