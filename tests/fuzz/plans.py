@@ -6,6 +6,7 @@ import contextlib
 import random
 from collections.abc import Iterator
 
+from cubn import _calls
 from cubn.backends.cpu import plan, prepare, stages
 
 CONSTANTS = {
@@ -49,3 +50,4 @@ def _set(constants: dict[str, int]) -> None:
         for function in vars(module).values():
             if hasattr(function, "cache_clear") and function is not stages.kernel:  # which stays loaded for ever
                 function.cache_clear()
+    _calls.clear()

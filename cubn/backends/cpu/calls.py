@@ -19,13 +19,23 @@ Sums = tuple[Doubles, Doubles]
 _new = tuple.__new__  # of a NamedTuple, in a third of the time
 
 
-class PreparedForward:
-    """See `cubn.backends.protocol`."""
+class Prepared:
+    """A launch that is called in a way of its own."""
 
     __slots__ = ("_launch",)
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
+
+    @property
+    def nbytes(self) -> int:
+        return self._launch.nbytes
+
+
+class PreparedForward(Prepared):
+    """See `cubn.backends.protocol`."""
+
+    __slots__ = ()
 
     def __call__(
         self, x: int, residual: int, y: int, mask: int, gamma: int, beta: int, mean: int, var: int, eps: float, /
@@ -39,13 +49,14 @@ def forward_of_nothing(*_: float) -> None:
     """A batch without elements."""
 
 
-class PreparedTrain:
+class PreparedTrain(Prepared):
     """See `cubn.backends.protocol`."""
 
-    __slots__ = ("_beta", "_channels", "_extents", "_gamma", "_launch", "_size", "_words")
+    __slots__ = ("_beta", "_channels", "_extents", "_gamma", "_size", "_words")
 
     def __init__(self, launch: Launch, extents: Extents, copies: Copies, words: WordLayout | None) -> None:
-        self._launch, self._extents, self._words = launch, extents, words
+        super().__init__(launch)
+        self._extents, self._words = extents, words
         self._channels, self._size = extents.C, Statistics.size(extents.C)
         self._gamma, self._beta = copies
 
@@ -96,13 +107,14 @@ class PreparedTrain:
         return found, passed
 
 
-class PreparedBackward:
+class PreparedBackward(Prepared):
     """See `cubn.backends.protocol`."""
 
-    __slots__ = ("_channels", "_launch")
+    __slots__ = ("_channels",)
 
     def __init__(self, launch: Launch, channels: int) -> None:
-        self._launch, self._channels = launch, channels
+        super().__init__(launch)
+        self._channels = channels
 
     def __call__(
         self,

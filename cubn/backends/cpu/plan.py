@@ -29,7 +29,7 @@ WIDEST = 512  # channels side by side: long enough for memory to stream, short e
 SAMPLES_A_ROW = 256
 VALUES_A_ROW = 1 << 16  # of narrow 2-D arrays
 RUNS = LANES * LANES  # samples that a narrow array is taken by
-SERIAL_BYTES = 1 << 18  # below this waking a thread costs more than it saves
+SERIAL_BYTES = 1 << 18  # below this waking a thread, some microseconds, costs more than it saves
 STREAM_BYTES = 32 << 20  # above this an output would only push other data out of the caches
 BLOCK_BYTES = 1 << 16
 FEW_CHANNELS = 128  # up to which several positions of a dense nhwc array are taken as one row
@@ -130,7 +130,7 @@ def table_of(steps: Sequence[Step]) -> NDArray[np.int64]:
 
 
 def scratch_offsets(width: int, tiles: int, samples: int, spread: int = 0) -> tuple[tuple[int, ...], int]:
-    """Where a worker keeps what (at_pivot, ..., at_spread; see launch.py), and bytes in all."""
+    """Where a worker keeps what (at_pivot, ..., at_spread; see parameters.py), and bytes in all."""
     sizes = (
         max(width, 6) * LANES * 8,
         2304,
