@@ -125,7 +125,7 @@ def test_what_is_prepared_serves_all_addresses_of_an_alignment():
         return backend.prepare_train(EXTENTS, at(pointer), Affine(None, None), None, False, PLAIN)
 
     assert prepared(64) is prepared(1 << 40) is prepared(112)
-    assert prepared(64) is not prepared(68)
+    assert len({prepared(64), prepared(68), prepared(72)}) == 3
 
 
 class FailingDevice(Recorder):

@@ -61,10 +61,10 @@ def slab(extents: Extents, operands: Operands, options: Options, limits: Limits)
         return None
     dtype = operands.x.dtype
     neighbours = all(o.channel_stride == S for o in given(operands))
-    keep_bits = isinstance(options, NormalizeOptions) and options.keep_mask
-    group = _slab_group(extents, ITEMSIZE[dtype], neighbours, keep_bits)
+    keep_mask = isinstance(options, NormalizeOptions) and options.keep_mask
+    group = _slab_group(extents, ITEMSIZE[dtype], neighbours, keep_mask)
     torn = (group * S % OCTET and group < C) or (C * S % OCTET and N > 1)
-    if keep_bits and torn:  # two blocks would write the same byte
+    if keep_mask and torn:  # two blocks would write the same byte
         return None
     kept = given(operands)[: _staged(options)]
     aligned = all(are_vectors(o, (o.sample_stride, group * o.channel_stride)) for o in kept)
@@ -76,14 +76,14 @@ def _staged(options: Options) -> int:
     return 1 if isinstance(options, NormalizeOptions) else 2
 
 
-def _slab_group(extents: Extents, item: int, neighbours: bool, keep_bits: bool) -> int:
+def _slab_group(extents: Extents, item: int, neighbours: bool, keep_mask: bool) -> int:
     """Channels of a block: several where a sample has few positions, or vectors (or bytes of bits) would be torn."""
     _, C, S = extents
     group = 1
     while neighbours and group < C and S <= TILE:
         run = group * S * item
         torn = run % VECTOR_BYTES and run < PEELED_BYTES
-        if run >= NEIGHBOUR_BYTES and not torn and not (keep_bits and group * S % OCTET):
+        if run >= NEIGHBOUR_BYTES and not torn and not (keep_mask and group * S % OCTET):
             break
         group = min(2 * group, C)
     return group
