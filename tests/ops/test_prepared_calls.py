@@ -165,7 +165,7 @@ def test_a_given_out_is_written_as_by_the_full_way(library, where):
     _calls.clear()
     expected, *_ = call()
     with only_the_short_way():
-        found, saved, state = call()
+        found, saved, _ = call()
     arrays.assert_same(arrays.store_of(found), arrays.store_of(expected))
     if where == "x":
         with pytest.raises(ValueError, match="y was written over it"):
