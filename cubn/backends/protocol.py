@@ -94,7 +94,7 @@ class PreparedBackward(Protocol):
 
 class Backend(Protocol):
     """Every method works on the caller's current stream and returns at once or done. What is given to `prepare_...` are
-    layouts: only a pointer's remainder by 128 may be looked at.
+    layouts: only a pointer's remainder by 16 may be looked at.
     """
 
     name: str
