@@ -208,9 +208,11 @@ def _again(forward: Forward, dy: Any, out: Any) -> Gradients[Any] | None:
             return None
         given, at_dx = found
     kept = None if relu_mask is None else relu_mask.layout
-    call = _BACKWARDS.get((layouts, held.kind, kept, layout, given, frozen, threads.limit))
-    if call is None:
+    entry = _BACKWARDS.entries.get((layouts, held.kind, kept, layout, given, frozen, threads.limit))
+    if entry is None:
         return None
+    entry.asked_for = True
+    call = entry.value
     facts, library = call.facts, call.library
     if _calls.signature(x.owner) != (facts.x, x.pointer):
         return None
