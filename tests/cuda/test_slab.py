@@ -16,6 +16,7 @@ MANY = (9, 11, 49)  # rows enough for a thread each
 TILES = (3, 2, 4500)  # three tiles a sample, the last one short
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("extents", "options"),
@@ -42,6 +43,7 @@ def test_a_row_a_thread(S):
     assert all("-DTILE_LANES=1" in launch.options for (launch,) in launched)
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize(
     ("case", "step", "gradient"),
     [
@@ -60,6 +62,7 @@ def test_clusters(case, step, gradient, order):
     assert clusters("slab", *launched) == (step, gradient)
 
 
+@pytest.mark.every_pair
 @pytest.mark.parametrize(
     ("extents", "options"),
     [(SHORT, {}), (MANY, {}), (SHORT, {"gap": 3}), ((2, 3, 300), {}), ((2, 3, 264), {"relu": True})],

@@ -20,6 +20,7 @@ def check(case):
     return clusters("slab_channels", *launched)
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("extents", "options"),
@@ -42,18 +43,21 @@ def test_several_tiles(dtype):
     check(Case((2, 8, 4500), dtype, **LIMITS, relu=True, multiprocessors=16))
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("C", [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_channels_on_both_sides_of_slices(C, dtype):
     check(Case((6, C, 9), dtype, **LIMITS, gap=1 if C == 1 else 0, relu=True))
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 7, 15, 16, 17, 31, 32, 33, 34, 63, 64, 65, 127, 300])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_samples_of_one_value(N, dtype):
     check(Case((N, 24, 1), dtype, **LIMITS, order=Order.REVERSED))
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize(
     "S", [2, 3, 4, 5, 7, 8, 15, 16, 17, 32, 33, 63, 64, 65, 128, 129, 255, 256, 257, 511, 2047, 2048, 2049]
 )
@@ -62,6 +66,7 @@ def test_positions_on_both_sides_of_pieces_and_tiles(N, S):
     check(Case((N, 8, S), "bfloat16", **LIMITS, order=shuffled(S)))
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize(
     ("case", "step", "gradient"),
     [
@@ -85,6 +90,7 @@ def test_clusters(case, step, gradient, order):
     assert check(case._replace(order=order, channels_last=True)) == (step, gradient)
 
 
+@pytest.mark.every_pair
 @pytest.mark.parametrize(
     ("extents", "options"),
     [

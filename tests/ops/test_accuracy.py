@@ -150,6 +150,7 @@ class Layer:
         return {name: got[name] for name in self.values}
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("options", OPTIONS, ids=option_names)
 def test_gradients_are_slopes(backend, options):
     """Against central differences through cubn in float64, good to about eps ** (2/3) of the loss."""
@@ -191,6 +192,7 @@ def by_autograd(layer):
     return {name: leaf.grad.numpy() for name, leaf in leaves.items()}
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("options", OPTIONS, ids=option_names)
 def test_gradients_are_those_of_autograd(backend, options, dtype):

@@ -26,6 +26,7 @@ def place(store, axis, offset=0):
     return arrays.carry(arrays.at_address(np.moveaxis(store, 1, axis), offset), "numpy")
 
 
+@pytest.mark.every_pair
 @pytest.mark.usefixtures("eager_threads")
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("shape", [(33, 65, 1), (9, 17, 49), (5, 3, 2049), (7, 96, 7)])
@@ -43,6 +44,7 @@ def test_a_sample_alone_and_in_any_batch(backend, dtype, shape, axis):
         arrays.assert_same(part, whole[first : first + count], f"samples [{first}, {first + count})")
 
 
+@pytest.mark.every_pair
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("shape", [(2, 19, 13), (3, 33, 1), (1, 2, 2100)])
 @pytest.mark.parametrize("dtype", arrays.DTYPES)
@@ -65,6 +67,7 @@ def test_every_address(backend, dtype, shape, axis):
         arrays.assert_same(arrays.store_of(y), expected, f"offset {offset}")
 
 
+@pytest.mark.every_pair
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("shape", [(3, 19, 13), (9, 33, 1), (2, 2, 2100)])
 @pytest.mark.parametrize("dtype", arrays.DTYPES)
