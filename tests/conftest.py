@@ -40,7 +40,8 @@ def pytest_collection_modifyitems(items):
             if item.get_closest_marker(name):
                 products[name, item.parent.nodeid, item.originalname].append(item)
     for (name, *_), cases in products.items():
-        chosen = covering([case.callspec.indices for case in cases], STRENGTH[name])
+        rows = [{axis: repr(value) for axis, value in case.callspec.params.items()} for case in cases]
+        chosen = covering(rows, STRENGTH[name])
         for i in {*range(len(cases))}.difference(chosen):
             cases[i].add_marker("full")
 
