@@ -75,7 +75,7 @@ ROWS = every_pair(AXES, allowed)
     others_full([(row,) for row in ROWS], covering(ROWS, 1)),
     ids=lambda row: "-".join(map(str, row.values())),
 )
-def test_pairs(row):
+def test_any_address_gives_the_oracle_s_bits(row):
     check(row)
 
 
@@ -84,7 +84,7 @@ def test_pairs(row):
 @pytest.mark.parametrize("device", CUDA_ON_CPU)
 @pytest.mark.parametrize("layout", AXES["layout"])
 @pytest.mark.parametrize("dtype", AXES["dtype"])
-def test_every_shape_at_every_address(dtype, layout, device, order):
+def test_every_shape_at_every_address_gives_the_oracle_s_bits(dtype, layout, device, order):
     chosen = {"dtype": [dtype], "layout": [layout], "device": [device], "order": [order]}
     for row in whole_product({**AXES, **chosen}, [*chosen, "N", "C", "S", "x"], allowed):
         try:

@@ -130,7 +130,7 @@ def test_every_kernel_is_launched():
 @pytest.mark.every_value
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_specialisation(kernel, architecture):
+def test_a_specialisation_is_exact_in_registers_and_in_vectors(kernel, architecture):
     assert architecture in compiler(13)
     found = of_kernel(architecture, kernel)
     check(found[ARCHITECTURES.index(architecture) * len(found) // len(ARCHITECTURES)], architecture)
@@ -138,7 +138,7 @@ def test_a_specialisation(kernel, architecture):
 
 @pytest.mark.full
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_value_of_every_option(kernel):
+def test_every_value_of_every_option_is_exact_in_registers_and_in_vectors(kernel):
     compiler(13)
     for specialisation in every_value(of_kernel(EVERY_OPTION, kernel)):
         check(specialisation, EVERY_OPTION)
@@ -148,7 +148,7 @@ def test_every_value_of_every_option(kernel):
 @pytest.mark.parametrize("cuda", nvrtc.PLACES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_specialisation(kernel, architecture, cuda):
+def test_every_specialisation_is_exact_in_registers_and_in_vectors(kernel, architecture, cuda):
     if architecture not in compiler(cuda):
         pytest.skip(f"CUDA {cuda} does not know sm_{architecture}")
     wrong = []

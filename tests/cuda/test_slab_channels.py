@@ -34,12 +34,12 @@ def check(case):
     ],
     ids=["2-d", "2-d with bits", "few positions", "bits", "rows, frozen", "part of an octet, frozen"],
 )
-def test_every_dtype(dtype, extents, options):
+def test_every_dtype_gives_the_oracle_s_bits(dtype, extents, options):
     check(Case(extents, dtype, **LIMITS, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])  # of float64, two tiles fit nowhere
-def test_several_tiles(dtype):
+def test_several_tiles_give_the_oracle_s_bits(dtype):
     check(Case((2, 8, 4500), dtype, **LIMITS, relu=True, multiprocessors=16))
 
 
@@ -86,7 +86,7 @@ def test_positions_on_both_sides_of_pieces_and_tiles(N, S):
     ids=lambda value: "" if isinstance(value, tuple) and len(value) == 2 else None,
 )
 @pytest.mark.parametrize("order", [Order.ASCENDING, Order.REVERSED, shuffled(3)])
-def test_clusters(case, step, gradient, order):
+def test_a_cluster_gives_the_oracle_s_bits_in_any_order(case, step, gradient, order):
     assert check(case._replace(order=order, channels_last=True)) == (step, gradient)
 
 
@@ -104,7 +104,7 @@ def test_clusters(case, step, gradient, order):
 )
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("offset", range(8))
-def test_every_alignment(extents, options, in_place, offset):
+def test_every_alignment_gives_the_oracle_s_bits(extents, options, in_place, offset):
     offsets = (offset, (3 * offset + 1) % 8, (5 * offset + 2) % 8, (7 * offset + 4) % 8)
     check(Case(extents, "bfloat16", **LIMITS, residual=True, offsets=offsets, in_place=in_place, **options))
 

@@ -7,12 +7,12 @@ from tests.fuzz.unchecked import CHECKS
 from tests.ops.pairwise import others_full
 
 
-def test_bad_input(campaign):
+def test_bad_input_is_refused_and_changes_nothing(campaign):
     campaign("bad_input")
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand(seed):
+def test_a_hundred_thousand_bad_inputs_are_refused(seed):
     print(harness.campaign("bad_input", seed, cases=100_000))
 
 

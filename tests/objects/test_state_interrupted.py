@@ -179,7 +179,7 @@ def test_a_child_that_was_forked_in_the_midst_of_an_update_knows_it():
     run(program)
 
 
-def test_timers_during_training():
+def test_timers_during_training_end_in_an_error_or_done():
     """Real signals at any moment, each with every use: each ends, in an error or done, and nothing waits for ever."""
     program = """
         import itertools, signal, sys

@@ -28,7 +28,7 @@ def errors(x, mean, var):
 
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_statistics(backend, shape, offset):
+def test_statistics_are_as_near_to_float64_as_stated(backend, shape, offset):
     for seed in range(4):
         x = np.random.default_rng(seed).normal(offset, 1.0, shape).astype(np.float32)
         m = cubn.moments(x)
@@ -38,7 +38,7 @@ def test_statistics(backend, shape, offset):
 
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_training_output(backend, shape, offset):
+def test_training_output_is_within_4_ulp_of_float64(backend, shape, offset):
     """y within 4 ulp of the largest of |gamma * xhat|, |beta| and |gamma|, from the same x in float64."""
     for seed in range(4):
         rng = np.random.default_rng(seed)

@@ -31,7 +31,7 @@ PRODUCT = ["threads", "mask", "residual", "relu", "affine", "cut"]
     indirect=["backend"],
     ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())),
 )
-def test_pairs_of_options(backend, row):
+def test_every_pair_of_options_gives_the_oracle_s_bits(backend, row):
     cases.run(row)
 
 
@@ -50,7 +50,7 @@ def carried(backend):
     [(name, *pair) for name in BACKENDS for pair in carried(name)],
     indirect=["backend"],
 )
-def test_the_whole_product(backend, operation, dtype, library, layout):
+def test_the_whole_product_gives_the_oracle_s_bits(backend, operation, dtype, library, layout):
     chosen = {"operation": [operation], "dtype": [dtype], "library": [library], "layout": [layout]}
     axes = {**cases.AXES, **chosen}
     if backend != "cpu":

@@ -267,34 +267,34 @@ def anywhere(places):
 @pytest.mark.usefixtures("eager_threads", "passes")
 class TestTraining:
     @at_every_edge(1, PLACES)
-    def test_at_every_edge(self, backend, problem):
+    def test_the_oracle_s_bits_at_every_edge(self, backend, problem):
         check_training(problem)
 
     @anywhere(PLACES)
     @given(problems())
-    def test_anywhere(self, backend, problem):
+    def test_the_oracle_s_bits_anywhere(self, backend, problem):
         check_training(problem)
 
 
 @pytest.mark.usefixtures("eager_threads", "passes")
 class TestFrozenStatisticsAndInference:
     @at_every_edge(2, PLACES)
-    def test_at_every_edge(self, backend, problem):
+    def test_the_oracle_s_bits_at_every_edge(self, backend, problem):
         check_frozen_statistics_and_inference(problem)
 
     @anywhere(PLACES)
     @given(problems())
-    def test_anywhere(self, backend, problem):
+    def test_the_oracle_s_bits_anywhere(self, backend, problem):
         check_frozen_statistics_and_inference(problem)
 
 
 @pytest.mark.usefixtures("eager_threads", "passes")
 class TestMomentsOfAnyCut:
     @at_every_edge(3, PLAIN)
-    def test_at_every_edge(self, backend, problem):
+    def test_the_oracle_s_bits_at_every_edge(self, backend, problem):
         check_moments_and_normalize(problem, 5, (0.3, 0.5))
 
     @anywhere(PLAIN)
     @given(problems(), st.integers(0, 1000), st.lists(st.floats(0, 1), max_size=4))
-    def test_anywhere(self, backend, problem, start, cuts):
+    def test_the_oracle_s_bits_anywhere(self, backend, problem, start, cuts):
         check_moments_and_normalize(problem, start, cuts)
