@@ -7,14 +7,20 @@ from cubn import _arguments
 MOVE = "a test in tests/pure needs a kernel: it belongs in another folder"
 
 
+def refuse(*_):
+    pytest.fail(MOVE, pytrace=False)
+
+
+class NothingComputes:
+    """A backend that may be looked for, but not used."""
+
+    __getattr__ = refuse
+
+
 @pytest.fixture(autouse=True)
 def no_kernel(monkeypatch):
-    """Neither is there a backend that arrays could be computed on, nor a kernel that it could be asked for."""
-
-    def refuse(*_):
-        pytest.fail(MOVE, pytrace=False)
-
-    monkeypatch.setattr("cubn.backends.cpu.backend", refuse)
+    """No operation comes to the CPU backend, and no kernel is compiled, nor loaded from the cache."""
+    monkeypatch.setattr("cubn.backends.cpu.backend", NothingComputes)
     monkeypatch.setattr("cubn.backends.cpu.cache.load", refuse)
     _arguments.backend.cache_clear()
     yield
