@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from cubn import _calls
@@ -10,9 +11,9 @@ from cubn._arrays.library import ALIGNMENT
 from cubn._calls import Call
 from cubn._inputs import bind, bind_beside, bind_parameters, bind_x, overwrites, relu_gradient
 from cubn._moments import Moments
-from cubn._types import NormalizeOptions, Running
+from cubn._types import Affine, NormalizeOptions, Running, Vector
+from cubn.backends.protocol import PreparedNormalize
 from cubn.errors import message
-from cubn.moments import statistics_of
 from cubn.saved import Forward, Layouts, Read, Saved
 from cubn.state import BatchNormState, Held, checked_eps
 from cubn.sync import communicator
@@ -154,35 +155,70 @@ def forward_frozen(
     ----------
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     """
+    if comm is None and sizes is None and (relu is False or relu is True):
+        found = _calls.find(_FROZEN, x, state, mask, residual, out, relu)
+        if found is not None:
+            call, held, at_x, at_residual, at_mask, at_y = found
+            y = out
+            if y is None:
+                y, at_y = call.allocate(x)
+            if at_y % ALIGNMENT == call.alignment:
+                version = call.library.version
+                read = Read(x, at_x, version(x), None)
+                masked = None if mask is None else Read(mask, at_mask, call.facts.mask.library.version(mask), None)
+                addresses = at_x, at_residual, at_y, at_mask
+                forward = _frozen(call.facts, call.prepared, held, state.eps, addresses, read, masked, at_y == at_x)
+                if out is not None and call.library.counts_versions:
+                    call.library.mark_written(out)
+                return y, Saved._of(forward)
     check_sizes("forward_frozen", sizes, comm)
     relu = flag(relu, "forward_frozen", "relu")
     group = None if comm is None else communicator(comm)
     inputs = bind("forward_frozen", x, state, mask, residual)
     extents, held = inputs.extents, inputs.held
     context = SyncContext.without_exchange("forward_frozen", group, sizes, extents.N) if group else None
-    running = _running(held, "forward_frozen")
+    _running(held, "forward_frozen")
     output = inputs.destination("forward_frozen", out)
-    gradient = relu_gradient(relu, residual is not None)
-    options = NormalizeOptions(residual is not None, relu, keep_mask=gradient == "mask")
-    place = inputs.backend
-    statistics = place.new_statistics(extents.C, held.affine)
-    place.keep(held.affine, statistics)
-    place.frozen_statistics(running, state.eps, statistics)
-    relu_mask = place.normalize(extents, inputs.operands(output.array), statistics, statistics.affine, options)
+    layouts = Layouts.of(inputs, relu_gradient(relu, residual is not None))
+    options = NormalizeOptions(residual is not None, relu, keep_mask=layouts.relu == "mask")
+    operands = inputs.operands(output.array)
+    copies = Affine(*(vector and Vector(0, "float64", 1) for vector in held.affine))
+    prepared = inputs.backend.prepare_normalize(extents, operands, copies, options)
+    at_x, at_residual, at_y, _, at_mask = (operand.pointer if operand else 0 for operand in operands)
+    read, masked = Read.of(inputs.x), inputs.mask and Read.of(inputs.mask)
+    overwritten = overwrites(out, output, inputs.x)
+    addresses = at_x, at_residual, at_y, at_mask
+    forward = _frozen(layouts, prepared, held, state.eps, addresses, read, masked, overwritten)
+    call = Call(prepared, layouts, inputs.x, output.array, (inputs.x, inputs.beside), (inputs.mask,))
+    given = None if out is None else output.array
+    if type(relu) is bool:
+        _calls.remember(_FROZEN, call, inputs, state, given, relu)
     y = output.finish()
-    return y, Saved._of(
-        Forward(
-            Layouts.of(inputs, gradient),
-            Read.of(inputs.x),
-            inputs.mask and Read.of(inputs.mask),
-            held,
-            statistics,
-            relu_mask,
-            frozen=True,
-            overwritten=overwrites(out, output, inputs.x),
-            context=context,
-        )
-    )
+    return y, Saved._of(forward._replace(context=context))
+
+
+_FROZEN = _calls.new_store()
+
+
+def _frozen(
+    layouts: Layouts,
+    prepared: PreparedNormalize,
+    held: Held,
+    eps: float,
+    addresses: tuple[int, int, int, int],
+    read: Read,
+    masked: Read | None,
+    overwritten: bool,
+) -> Forward:
+    """Write y, and what its backward needs."""
+    place = layouts.backend
+    statistics = place.new_statistics(layouts.extents.C, held.affine)
+    place.keep(held.affine, statistics)
+    assert held.running, "checked at first"
+    place.frozen_statistics(held.running, eps, statistics)
+    gamma, beta = statistics.at("gamma") if statistics.gamma else 0, statistics.at("beta") if statistics.beta else 0
+    relu_mask = prepared(*addresses, statistics, gamma, beta)
+    return Forward(layouts, read, masked, held, statistics, relu_mask, True, overwritten)
 
 
 def normalize(
@@ -230,6 +266,30 @@ def normalize(
     -----
     A sample's y does not depend on the other samples. Reads x (and residual) once, writes y once.
     """
+    known = type(moments) is Moments and type(eps) is float and type(channel_axis) is int
+    if known and moments._count and 0 < eps < math.inf and (relu is False or relu is True):
+        found = _calls.look_up(
+            _NORMALIZATIONS, (x, mask, residual, gamma, beta, out), moments.num_features, channel_axis, relu
+        )
+        y = None if found is None else _normalized(*found, moments, eps, x, out)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
+    return _normalize(x, moments, gamma, beta, eps, channel_axis, mask, residual, relu, out)  # type: ignore[no-any-return]
+
+
+def _normalize(
+    x: Any,
+    moments: Moments,
+    gamma: Any,
+    beta: Any,
+    eps: float,
+    channel_axis: int,
+    mask: Any,
+    residual: Any,
+    relu: bool,
+    out: Any,
+) -> Any:
+    """With every check."""
     if not isinstance(moments, Moments):
         remedy = "Use cubn.moments(x) to take them."
         raise TypeError(message("normalize", "moments", "be Moments", type(moments).__name__, remedy))
@@ -240,10 +300,36 @@ def normalize(
     eps = checked_eps(eps, "normalize")
     inputs = bind_beside("normalize", bind_parameters("normalize", inputs, gamma=gamma, beta=beta), mask, residual)
     output = inputs.destination("normalize", out)
-    statistics = statistics_of(moments, eps, inputs.backend)
+    held, operands = inputs.held, inputs.operands(output.array)
     options = NormalizeOptions(residual is not None, relu)
-    inputs.backend.normalize(inputs.extents, inputs.operands(output.array), statistics, inputs.held.affine, options)
-    y: ArrayT = output.finish()
+    prepared = inputs.backend.prepare_normalize(inputs.extents, operands, held.affine, options)
+    at_x, at_residual, at_y, _, at_mask = (operand.pointer if operand else 0 for operand in operands)
+    at_gamma, at_beta, *_ = held.addresses
+    prepared(at_x, at_residual, at_y, at_mask, moments._place(eps, inputs.backend), at_gamma, at_beta)
+    parameters = held.arrays.get("gamma"), held.arrays.get("beta")
+    call = Call(prepared, inputs.backend, inputs.x, output.array, (inputs.x, inputs.beside), (inputs.mask, *parameters))
+    if type(channel_axis) is int:
+        arrays = (inputs.x, inputs.mask, inputs.beside, *parameters, None if out is None else output.array)
+        _calls.add(_NORMALIZATIONS, call, arrays, moments.num_features, channel_axis, relu)
+    return output.finish()
+
+
+_NORMALIZATIONS = _calls.new_store()
+
+
+def _normalized(call: Call[Any, Any], at: list[int], moments: Moments, eps: float, x: Any, out: Any) -> Any | None:
+    """A `normalize` like one that was made before; None where something is in its way."""
+    at_x, at_mask, at_residual, at_gamma, at_beta, at_y = at
+    y = out
+    if y is None:
+        y, at_y = call.allocate(x)
+    elif not call.takes(out, at_y, (at_x, at_residual), (at_mask, at_gamma, at_beta), None):
+        return None
+    if at_y % ALIGNMENT != call.alignment:
+        return None
+    call.prepared(at_x, at_residual, at_y, at_mask, moments._place(eps, call.facts), at_gamma, at_beta)
+    if out is not None and call.library.counts_versions:
+        call.library.mark_written(out)
     return y
 
 

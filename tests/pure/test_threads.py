@@ -14,7 +14,7 @@ from cubn.backends import threads
 
 def number(monkeypatch, setting):
     """What is found where nobody has set a number."""
-    monkeypatch.setattr(threads, "_limit", None)
+    monkeypatch.setattr(threads, "limit", None)
     monkeypatch.setenv("CUBN_NUM_THREADS", setting)
     return cubn.get_num_threads()
 
@@ -37,14 +37,14 @@ def test_what_is_no_number_of_threads_is_refused(monkeypatch, setting):
 def test_a_number_set_by_the_program_stands_above_the_variable(monkeypatch):
     with pytest.raises(ValueError, match="CUBN_NUM_THREADS"):
         number(monkeypatch, "two")
-    monkeypatch.setattr(threads, "_limit", None)  # put back afterwards
+    monkeypatch.setattr(threads, "limit", None)  # put back afterwards
     cubn.set_num_threads(2)
     assert cubn.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("n", [2, np.int8(2), np.uint64(2), np.array(2)])
 def test_an_integer_of_any_library_is_a_number_of_threads(monkeypatch, n):
-    monkeypatch.setattr(threads, "_limit", None)
+    monkeypatch.setattr(threads, "limit", None)
     cubn.set_num_threads(n)
     assert type(cubn.get_num_threads()) is int
     assert cubn.get_num_threads() == 2
@@ -67,7 +67,7 @@ def test_an_integer_of_any_library_is_a_number_of_threads(monkeypatch, n):
     ],
 )
 def test_what_cannot_be_set_is_refused_and_changes_nothing(monkeypatch, n, error, text):
-    monkeypatch.setattr(threads, "_limit", 3)
+    monkeypatch.setattr(threads, "limit", 3)
     with pytest.raises(error, match="^" + re.escape(f"set_num_threads: n must {text}")):
         cubn.set_num_threads(n)
     assert cubn.get_num_threads() == 3
