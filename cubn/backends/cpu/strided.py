@@ -160,7 +160,7 @@ def _spread(b: ir.IRBuilder, value: ir.Value, vector: ir.VectorType) -> ir.Value
 
 
 def of_any(source: Source) -> Any:
-    """tile(): see by_channels.py. Present values of a column are staged in acc, then reduced like any other leaf."""
+    """tile(): see nhwc.py. Present values of a column are staged in acc, then reduced like any other leaf."""
     element, what = source.element, source.what
     staged = Source(Element("float64" if element.acc_size == 8 else "float32"), what, "none")
     push, count_up, settle = counter(element, what)
