@@ -11,7 +11,7 @@ from cubn._calls import Call
 from cubn._inputs import bind, bind_beside, bind_parameters, bind_x, overwrites, relu_gradient
 from cubn._moments import Moments
 from cubn._types import NormalizeOptions, Running
-from cubn.errors import message
+from cubn.errors import message, reporting_as
 from cubn.moments import statistics_of
 from cubn.saved import Forward, Layouts, Read, Saved
 from cubn.state import BatchNormState, Held, checked_eps
@@ -92,13 +92,14 @@ def forward(
     return _forward(x, state, mask, residual, relu, out)  # type: ignore[no-any-return]
 
 
+@reporting_as("forward")
 def _forward(x: Any, state: BatchNormState, mask: Any, residual: Any, relu: bool, out: Any) -> Any:
     """With every check."""
-    relu = flag(relu, "forward", "relu")
-    inputs = bind("forward", x, state, mask, residual)
+    relu = flag(relu, "relu")
+    inputs = bind(x, state, mask, residual)
     held = inputs.held
-    running = _running(held, "forward")
-    output = inputs.destination("forward", out)
+    running = _running(held)
+    output = inputs.destination(out)
     options = NormalizeOptions(residual is not None, relu)
     operands = inputs.operands(output.array)
     prepared = inputs.backend.prepare_forward(inputs.extents, operands, held.affine, running, options)
@@ -109,6 +110,7 @@ def _forward(x: Any, state: BatchNormState, mask: Any, residual: Any, relu: bool
     return output.finish()
 
 
+@reporting_as("forward_frozen")
 def forward_frozen(
     x: ArrayT,
     state: BatchNormState,
@@ -154,14 +156,14 @@ def forward_frozen(
     ----------
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     """
-    check_sizes("forward_frozen", sizes, comm)
-    relu = flag(relu, "forward_frozen", "relu")
+    check_sizes(sizes, comm)
+    relu = flag(relu, "relu")
     group = None if comm is None else communicator(comm)
-    inputs = bind("forward_frozen", x, state, mask, residual)
+    inputs = bind(x, state, mask, residual)
     extents, held = inputs.extents, inputs.held
-    context = SyncContext.without_exchange("forward_frozen", group, sizes, extents.N) if group else None
-    running = _running(held, "forward_frozen")
-    output = inputs.destination("forward_frozen", out)
+    context = SyncContext.without_exchange(group, sizes, extents.N) if group else None
+    running = _running(held)
+    output = inputs.destination(out)
     gradient = relu_gradient(relu, residual is not None)
     options = NormalizeOptions(residual is not None, relu, keep_mask=gradient == "mask")
     place = inputs.backend
@@ -185,6 +187,7 @@ def forward_frozen(
     )
 
 
+@reporting_as("normalize")
 def normalize(
     x: ArrayT,
     moments: Moments,
@@ -232,14 +235,14 @@ def normalize(
     """
     if not isinstance(moments, Moments):
         remedy = "Use cubn.moments(x) to take them."
-        raise TypeError(message("normalize", "moments", "be Moments", type(moments).__name__, remedy))
-    relu = flag(relu, "normalize", "relu")
-    inputs = bind_x("normalize", x, channel_axis, moments.num_features)
+        raise TypeError(message("moments", "be Moments", type(moments).__name__, remedy))
+    relu = flag(relu, "relu")
+    inputs = bind_x(x, channel_axis, moments.num_features)
     if not moments.count:
-        raise ValueError(message("normalize", "moments", "be of at least one value per channel", moments.count))
-    eps = checked_eps(eps, "normalize")
-    inputs = bind_beside("normalize", bind_parameters("normalize", inputs, gamma=gamma, beta=beta), mask, residual)
-    output = inputs.destination("normalize", out)
+        raise ValueError(message("moments", "be of at least one value per channel", moments.count))
+    eps = checked_eps(eps)
+    inputs = bind_beside(bind_parameters(inputs, gamma=gamma, beta=beta), mask, residual)
+    output = inputs.destination(out)
     statistics = statistics_of(moments, eps, inputs.backend)
     options = NormalizeOptions(residual is not None, relu)
     inputs.backend.normalize(inputs.extents, inputs.operands(output.array), statistics, inputs.held.affine, options)
@@ -247,8 +250,8 @@ def normalize(
     return y
 
 
-def _running(held: Held, function: str) -> Running:
+def _running(held: Held) -> Running:
     if held.running is None:
         remedy = "Use forward_train, or normalize by moments(x)."
-        raise ValueError(message(function, "state", "have running statistics", "a state with track=False", remedy))
+        raise ValueError(message("state", "have running statistics", "a state with track=False", remedy))
     return held.running

@@ -16,13 +16,14 @@ from cubn._inputs import bind_beside, bind_x
 from cubn._moments import Moments
 from cubn._types import BOOL, NUMBERS, Nodes, Statistics
 from cubn.backends.protocol import Backend
-from cubn.errors import message
+from cubn.errors import message, reporting_as
 from cubn.state import BatchNormState, checked_state
 from cubn.sync import collective
 from cubn.sync.collective import Gathered, Terms, check_sizes
 from cubn.typing import AnyArray, ArrayT, Comm, DType, Sizes
 
 
+@reporting_as("moments")
 def moments(
     x: AnyArray,
     *,
@@ -81,10 +82,10 @@ def moments(
     >>> cubn.moments(pixels, dtype="float64").mean
     array([ 7.5, 11.5, 15.5])
     """
-    check_sizes("moments", sizes, comm)
+    check_sizes(sizes, comm)
     if comm is not None:
         make = partial(_Taking, x, channel_axis, mask, start, dtype)
-        return collective.start("moments", comm, sizes, make).finish()
+        return collective.start(comm, sizes, make).finish()
     taking = _Taking(x, channel_axis, mask, start, dtype)
     first = taking.terms.start
     return Moments._of(first, first + taking.terms.N, taking.on_host(taking.part(first)))
@@ -95,13 +96,13 @@ class _Taking:
 
     def __init__(self, x: Any, channel_axis: int, mask: Any, start: int, dtype: DType | None) -> None:
         if dtype is not None:
-            described = None if mask is None else _arrays.describe(mask, "moments", "mask", BOOL)
+            described = None if mask is None else _arrays.describe(mask, "mask", BOOL)
             x, mask = _converted(x, dtype), described and on_host(described)
-        self.inputs = inputs = bind_beside("moments", bind_x("moments", x, channel_axis), mask)
-        first = _arguments.whole(start, "moments", "start")
+        self.inputs = inputs = bind_beside(bind_x(x, channel_axis), mask)
+        first = _arguments.whole(start, "start")
         if not 0 <= first < MOST:
             rule = "be 0 or more and less than 2**62, a global sample index"
-            raise ValueError(message("moments", "start", rule, first))
+            raise ValueError(message("start", rule, first))
         self.backend = inputs.backend
         N, C, _ = inputs.extents
         self.terms = Terms("moments", C, N, inputs.x.dtype, start=first)
@@ -128,15 +129,15 @@ _INTEGERS = {"float32": 1 << 24, "float64": 1 << 53}
 @default_floating_point
 def _converted(x: Any, dtype: DType) -> np.ndarray[Any, Any]:
     """x in another dtype, without loss."""
-    name = _arguments.dtype_name(dtype, tuple(_INTEGERS), "moments")
-    values = on_host(_arrays.describe(x, "moments", "x", NUMBERS))
+    name = _arguments.dtype_name(dtype, tuple(_INTEGERS))
+    values = on_host(_arrays.describe(x, "x", NUMBERS))
     exact = values.dtype.itemsize <= np.dtype(name).itemsize
     if values.dtype.kind in "iu" and values.size:
         exact = -_INTEGERS[name] <= int(values.min()) and int(values.max()) <= _INTEGERS[name]
     if not exact:
         remedy = "Convert it first, if rounding is meant." if name == "float64" else "Use dtype='float64'."
         rule = f"hold numbers that {name} can hold exactly"
-        raise ValueError(message("moments", "x", rule, f"values of {values.dtype}", remedy, shape=values.shape))
+        raise ValueError(message("x", rule, f"values of {values.dtype}", remedy, shape=values.shape))
     return values.astype(name)
 
 
@@ -148,6 +149,7 @@ def finite_mask(x: NDArray[Any], *, channel_axis: int = 1) -> NDArray[np.bool_]:
 def finite_mask(x: ArrayT, *, channel_axis: int = 1) -> ArrayT: ...
 
 
+@reporting_as("finite_mask")
 def finite_mask(x: Any, *, channel_axis: int = 1) -> Any:
     """Which positions of x are finite in all channels: the mask with which NaN and inf are left out.
 
@@ -178,10 +180,11 @@ def finite_mask(x: Any, *, channel_axis: int = 1) -> Any:
     >>> cubn.moments(x, mask=cubn.finite_mask(x)).mean
     array([3., 3.])
     """
-    inputs = bind_x("finite_mask", x, channel_axis)
+    inputs = bind_x(x, channel_axis)
     return inputs.x.library.finite(inputs.x, inputs.axis)
 
 
+@reporting_as("update")
 def update(state: BatchNormState, moments: Moments) -> None:
     """Move a state's running statistics towards given moments.
 
@@ -209,17 +212,17 @@ def update(state: BatchNormState, moments: Moments) -> None:
     -----
     Computed in float64 and rounded once. Updates of one state from several threads take turns.
     """
-    checked_state(state, "update")
+    checked_state(state)
     if not isinstance(moments, Moments):
         remedy = "Use cubn.moments(x) to take them."
-        raise TypeError(message("update", "moments", "be Moments", type(moments).__name__, remedy))
+        raise TypeError(message("moments", "be Moments", type(moments).__name__, remedy))
     if moments.num_features != state.num_features:
         rule = f"have {state.num_features} channels, as the state has"
-        raise ValueError(message("update", "moments", rule, moments.num_features))
-    state._check_updatable("update")
-    place = state._place("update")
+        raise ValueError(message("moments", rule, moments.num_features))
+    state._check_updatable()
+    place = state._place()
     statistics = statistics_of(moments, state.eps, place)
-    with state._turn("update"), state._moving("update") as move:
+    with state._turn(), state._moving() as move:
         place.update(statistics, move.old, move.new, move.counters, move.update)
 
 
