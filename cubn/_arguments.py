@@ -116,7 +116,7 @@ def dtype_name(dtype: Any, choices: tuple[Word, ...]) -> Word:
     raise TypeError(message("dtype", f"be {' or '.join(map(repr, choices))}", quoted(dtype)))
 
 
-def whole(value: int, argument: str) -> int:
+def as_int(value: int, argument: str) -> int:
     """An integer of any library's kind; True and False are none."""
     try:
         if isinstance(value, bool):

@@ -66,7 +66,7 @@ class Differentiation:
         self.forward = forward
         layouts = forward.layouts
         inputs = forward.inputs
-        self.inputs = inputs = inputs._replace(beside=like_x("dy", dy, inputs.x))
+        self.inputs = inputs = inputs._replace(residual_or_dy=like_x("dy", dy, inputs.x))
         self.backend, x = inputs.backend, inputs.x
         _check_unchanged(forward, inputs)
         self.in_given = out is not None
@@ -74,7 +74,7 @@ class Differentiation:
             self.dx = _arrays.empty_like(x)
         else:
             masked = (region("mask", inputs.mask),) if inputs.mask else ()
-            self.dx = _arguments.destination(out, x, {"dy": inputs.beside}, (region("x", x), *masked))
+            self.dx = _arguments.destination(out, x, {"dy": inputs.residual_or_dy}, (region("x", x), *masked))
         self.dresidual = _arrays.empty_like(x) if layouts.residual else None
         self.dgamma, self.dbeta = _parameter_outputs(forward)
         self.operands = inputs.operands(self.dx.array, self.dresidual and self.dresidual.array)
@@ -131,13 +131,13 @@ class Differentiation:
             or any(d and d.array.library.adopts for d in outputs)
         ):
             return
-        gamma, beta = (_beside(name, forward) if self.dgamma else None for name in _homes(forward).values())
+        gamma, beta = (_allocator(name, forward) if self.dgamma else None for name in _homes(forward).values())
         aligned = self.dresidual.array.pointer % ALIGNMENT if self.dresidual else 0
         version = (mask or x).library.version
         facts = Facts(like_x, like_mask, version, self.options.residual, aligned, gamma, beta)
         call = Call(prepared, facts, x, self.dx.array, (dy,), (x, mask))
         kept = None if forward.relu_mask is None else forward.relu_mask.layout
-        key = (forward.layouts, forward.held.kind, kept, like_dy, given, forward.frozen, threads.limit)
+        key = (forward.layouts, forward.held.layout, kept, like_dy, given, forward.frozen, threads.limit)
         BACKWARDS.add(key, call)
 
     def part(self, start: int) -> Nodes:
@@ -225,7 +225,7 @@ def _parameter_outputs(forward: Forward) -> tuple[Output | None, Output | None]:
     return dgamma, dbeta
 
 
-def _beside(name: str, forward: Forward) -> tuple[str, Allocate]:
+def _allocator(name: str, forward: Forward) -> tuple[str, Allocate]:
     """How vectors like one of the parameters are made."""
     home = forward.held.arrays[name]
     return name, home.library.allocator((forward.layouts.extents.C,), (1,), home.dtype, home)

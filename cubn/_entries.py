@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _nodes
-from cubn._arguments import flag, plain, stored, whole
+from cubn._arguments import as_int, flag, plain, stored
 from cubn._tree import Block
 from cubn._types import Nodes
 from cubn.errors import message
@@ -37,7 +37,7 @@ def checked_entries(d: Mapping[str, Any]) -> Entries:
         raise TypeError(message("d", "be a mapping, as from to_dict", type(d).__name__))
     if missing := [name for name in ENTRIES if name not in d]:
         raise KeyError(message("d", "have every entry of Moments.to_dict", f"no {', '.join(missing)}"))
-    start, stop = (whole(plain(d[name]), name) for name in ("start", "stop"))
+    start, stop = (as_int(plain(d[name]), name) for name in ("start", "stop"))
     exact = flag(plain(d["exact"]), "exact")
     blocks, nodes = _checked_nodes(d)
     if exact:

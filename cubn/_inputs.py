@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from cubn import _arguments, _arrays, _layout
-from cubn._arguments import refusal, region, whole
+from cubn._arguments import as_int, refusal, region
 from cubn._arrays import Array, Output
 from cubn._layout import operand
-from cubn._state.arrays import Held, hold
+from cubn._state.arrays import StateArrays, checked_arrays
 from cubn._types import BOOL, Extents, Operands, ReluGradient
 from cubn.backends import backend_for
 from cubn.backends.protocol import Backend
 from cubn.state import BatchNormState, checked_state
 
-NOTHING_HELD = Held({}, None, None)
+NO_ARRAYS = StateArrays({}, None, None)
 
 
 class Inputs(NamedTuple):
@@ -24,16 +24,16 @@ class Inputs(NamedTuple):
     axis: int  # of the channels
     extents: Extents
     backend: Backend
-    held: Held
+    held: StateArrays
     mask: Array | None = None
-    beside: Array | None = None  # residual, or dy
+    residual_or_dy: Array | None = None
 
     def operands(self, y: Array | None = None, r: Array | None = None) -> Operands:
         """As kernels see them, and what they write."""
-        x, axis, _, _, _, mask, beside = self
+        x, axis, _, _, _, mask, residual_or_dy = self
         return Operands(
             operand(x, axis),
-            beside and operand(beside, axis),
+            residual_or_dy and operand(residual_or_dy, axis),
             y and operand(y, axis),
             r and operand(r, axis),
             mask and _layout.mask_operand(mask, x.shape, axis),
@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
         if out is None:
             return _arrays.empty_like(self.x)
         apart = (region("mask", self.mask),) if self.mask else ()
-        in_place = {"x": self.x, "residual": self.beside}
+        in_place = {"x": self.x, "residual": self.residual_or_dy}
         return _arguments.destination(out, self.x, in_place, (*apart, *self.held.regions))
 
     @property
@@ -57,7 +57,7 @@ def bind(x: Any, state: BatchNormState, mask: Any, residual: Any) -> Inputs:
     """x, the state's arrays, mask and residual."""
     checked_state(state)
     inputs = bind_x(x, state.channel_axis, state.num_features)
-    return bind_beside(inputs._replace(held=state._read(inputs.x)), mask, residual)
+    return bind_mask_and_residual(inputs._replace(held=state._read(inputs.x)), mask, residual)
 
 
 def bind_x(x: Any, channel_axis: int, num_features: int | None = None) -> Inputs:
@@ -67,25 +67,25 @@ def bind_x(x: Any, channel_axis: int, num_features: int | None = None) -> Inputs
     if len(shape) < 2:
         remedy = "Samples and channels are two axes: a single sample has shape (1, C)."
         raise ValueError(refusal("x", "have 2 axes or more", array, remedy))
-    axis = _layout.channel_position(len(shape), whole(channel_axis, "channel_axis"))
+    axis = _layout.channel_position(len(shape), as_int(channel_axis, "channel_axis"))
     extents = _layout.extents(shape, axis)
     if not extents.C or num_features not in (None, extents.C):
         rule = f"have {num_features or '1 or more'} channels on axis {axis}"
         raise ValueError(refusal("x", rule, array, "channel_axis says which axis that is."))
-    return Inputs(array, axis, extents, backend_for(array.device, array.library.name), NOTHING_HELD)
+    return Inputs(array, axis, extents, backend_for(array.device, array.library.name), NO_ARRAYS)
 
 
 def bind_parameters(inputs: Inputs, **given: Any) -> Inputs:
     """Arrays of channels, where they are given."""
     arrays = {name: parameter(name, array, inputs) for name, array in given.items() if array is not None}
-    return inputs._replace(held=hold(arrays))
+    return inputs._replace(held=checked_arrays(arrays))
 
 
-def bind_beside(inputs: Inputs, mask: Any, residual: Any = None) -> Inputs:
+def bind_mask_and_residual(inputs: Inputs, mask: Any, residual: Any = None) -> Inputs:
     """A mask and a residual, where they are given."""
     return inputs._replace(
         mask=None if mask is None else _mask(mask, inputs),
-        beside=None if residual is None else like_x("residual", residual, inputs.x),
+        residual_or_dy=None if residual is None else like_x("residual", residual, inputs.x),
     )
 
 

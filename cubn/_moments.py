@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays, _nodes, reference
-from cubn._arguments import on_host, refusal, whole
+from cubn._arguments import as_int, on_host, refusal
 from cubn._entries import MOST, check_not_negative, checked_entries
 from cubn._floating_point import default_floating_point
 from cubn._tree import Block
@@ -124,7 +124,7 @@ class Moments:
         >>> (old + cubn.moments(np.ones((500, 2)))).std()
         array([1.69967317, 1.69967317])
         """
-        values = whole(count, "count")
+        values = as_int(count, "count")
         if not 0 < values < MOST:
             raise ValueError(message("count", "be at least 1 and less than 2**62", values))
         described = [_arrays.describe(array, name, detach=True) for name, array in (("mean", mean), ("var", var))]

@@ -99,7 +99,7 @@ class Training:
             return  # only the device, or another library, knows how many values there are
         each = N * S // max(1, math.prod(mask.shape)) if mask else N * S
         facts = Facts(self.layouts, self.updates, each)
-        call = Call(prepared, facts, inputs.x, self.output.array, (inputs.x, inputs.beside), (mask,))
+        call = Call(prepared, facts, inputs.x, self.output.array, (inputs.x, inputs.residual_or_dy), (mask,))
         _calls.remember(TRAININGS, call, inputs, self.state, self.given, *self.asked)
 
     def saved(

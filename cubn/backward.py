@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 
 from cubn import _calls
 from cubn._arrays.library import ALIGNMENT
+from cubn._calls import new_tuple
 from cubn._differentiation import BACKWARDS, WHOSE, AnyGradients, Differentiation
 from cubn.backends import threads
 from cubn.errors import message, reporting_as
@@ -184,7 +185,7 @@ def _again(forward: Forward, dy: Any, out: Any) -> Gradients[Any] | None:
             return None
         given, at_dx = found
     kept = None if relu_mask is None else relu_mask.layout
-    call = BACKWARDS.get((layouts, held.kind, kept, layout, given, frozen, threads.limit))
+    call = BACKWARDS.get((layouts, held.layout, kept, layout, given, frozen, threads.limit))
     if call is None:
         return None
     facts, library = call.facts, call.library
@@ -218,7 +219,8 @@ def _again(forward: Forward, dy: Any, out: Any) -> Gradients[Any] | None:
     call.prepared(x.pointer, at_dy, at_dx, at_dresidual, at_mask, statistics, relu_mask, at_dgamma, at_dbeta)
     if out is not None and library.counts_versions:
         library.mark_written(out)
-    return Gradients(dx, dgamma if statistics.gamma else None, dbeta if statistics.beta else None, dresidual)
+    dgamma, dbeta = dgamma if statistics.gamma else None, dbeta if statistics.beta else None
+    return new_tuple(Gradients, (dx, dgamma, dbeta, dresidual))
 
 
 def _start(context: SyncContext, *arguments: Any) -> Started[AnyGradients]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-from cubn._arguments import flag, whole
+from cubn._arguments import as_int, flag
 from cubn._differentiation import Differentiation
-from cubn._inputs import Inputs, bind_beside, bind_parameters, bind_x, parameter, relu_gradient
+from cubn._inputs import Inputs, bind_mask_and_residual, bind_parameters, bind_x, parameter, relu_gradient
 from cubn._layout import vector
-from cubn._state.arrays import hold
+from cubn._state.arrays import checked_arrays
 from cubn.errors import message, reporting_as
 from cubn.gradients import Gradients, StatisticsGradients
 from cubn.saved import Forward, Layouts, Read
@@ -127,7 +127,7 @@ def backward_from(
     Gradients(dx=float64 (8, 3, 5), dgamma=None, dbeta=None, dresidual=None)
     """
     relu, frozen = flag(relu, "relu"), flag(frozen, "frozen")
-    inputs = bind_beside(bind_x(x, channel_axis), mask)
+    inputs = bind_mask_and_residual(bind_x(x, channel_axis), mask)
     given = [parameter(*named, inputs) for named in (("mean", mean), ("invstd", invstd))]
     inputs = bind_parameters(inputs, gamma=gamma, beta=beta)
     held, place = inputs.held, inputs.backend
@@ -136,7 +136,7 @@ def backward_from(
         Layouts.of(inputs, relu_gradient(relu, residual=False)),
         Read.of(inputs.x),
         inputs.mask and Read.of(inputs.mask),
-        hold({**held.arrays, "running_mean": given[0]}),
+        checked_arrays({**held.arrays, "running_mean": given[0]}),
         place.given_statistics(inputs.extents.C, values, vector(given[0]), vector(given[1]), held.affine),
         None,
         frozen=frozen,
@@ -152,7 +152,7 @@ def _count(count: int | None, inputs: Inputs) -> int:
             rule, remedy = "be given together with a mask on a device", "It is how many positions are present."
             raise ValueError(message("count", rule, None, remedy))
         return present
-    number = whole(count, "count")
+    number = as_int(count, "count")
     if not 0 < number < 1 << 63:
         raise ValueError(message("count", "be 1 or more and less than 2**63", number))
     return number

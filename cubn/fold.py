@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays
-from cubn._arguments import on_host, refusal, whole
+from cubn._arguments import as_int, on_host, refusal
 from cubn._arrays import Array
 from cubn._floating_point import default_floating_point
 from cubn._state.arrays import STATISTICS, check_values, described
@@ -143,12 +143,12 @@ def _folded(state: BatchNormState) -> tuple[Float64, Float64, Array]:
 def _along_outputs(scale: Float64, weight: Array, output_axis: int, groups: int) -> Float64:
     """scale placed to multiply the weight."""
     shape = weight.shape
-    axis = whole(output_axis, "output_axis")
+    axis = as_int(output_axis, "output_axis")
     if not -len(shape) <= axis < len(shape):
         rule = f"be at least {-len(shape)} and below {len(shape)}"
         raise np.exceptions.AxisError(message("output_axis", rule, axis))
     axis %= len(shape)
-    groups = whole(groups, "groups")
+    groups = as_int(groups, "groups")
     if not 1 <= groups <= scale.size:
         raise ValueError(message("groups", f"be from 1 to the {scale.size} channels", groups))
     if shape[axis] * groups != scale.size:

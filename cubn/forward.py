@@ -8,13 +8,15 @@ from cubn import _calls
 from cubn._arguments import flag
 from cubn._arrays.library import ALIGNMENT
 from cubn._calls import Call
-from cubn._inputs import bind, bind_beside, bind_parameters, bind_x, overwrites, relu_gradient
+from cubn._inputs import bind, bind_mask_and_residual, bind_parameters, bind_x, overwrites, relu_gradient
 from cubn._moments import Moments
+from cubn._state.arrays import StateArrays
+from cubn._state.options import checked_eps
 from cubn._types import NormalizeOptions, Running
 from cubn.errors import message, reporting_as
 from cubn.moments import statistics_of
 from cubn.saved import Forward, Layouts, Read, Saved
-from cubn.state import BatchNormState, Held, checked_eps
+from cubn.state import BatchNormState
 from cubn.sync import communicator
 from cubn.sync.collective import SyncContext, check_sizes
 from cubn.typing import AnyArray, ArrayT, Comm, Like, Sizes, SupportsDLPack
@@ -105,7 +107,7 @@ def _forward(x: Any, state: BatchNormState, mask: Any, residual: Any, relu: bool
     prepared = inputs.backend.prepare_forward(inputs.extents, operands, held.affine, running, options)
     at_x, at_residual, at_y, _, at_mask = (operand.pointer if operand else 0 for operand in operands)
     prepared(at_x, at_residual, at_y, at_mask, *held.addresses, state.eps)
-    call = Call(prepared, None, inputs.x, output.array, (inputs.x, inputs.beside), (inputs.mask,))
+    call = Call(prepared, None, inputs.x, output.array, (inputs.x, inputs.residual_or_dy), (inputs.mask,))
     _calls.remember(_FORWARDS, call, inputs, state, None if out is None else output.array, relu)
     return output.finish()
 
@@ -241,7 +243,7 @@ def normalize(
     if not moments.count:
         raise ValueError(message("moments", "be of at least one value per channel", moments.count))
     eps = checked_eps(eps)
-    inputs = bind_beside(bind_parameters(inputs, gamma=gamma, beta=beta), mask, residual)
+    inputs = bind_mask_and_residual(bind_parameters(inputs, gamma=gamma, beta=beta), mask, residual)
     output = inputs.destination(out)
     statistics = statistics_of(moments, eps, inputs.backend)
     options = NormalizeOptions(residual is not None, relu)
@@ -250,7 +252,7 @@ def normalize(
     return y
 
 
-def _running(held: Held) -> Running:
+def _running(held: StateArrays) -> Running:
     if held.running is None:
         remedy = "Use forward_train, or normalize by moments(x)."
         raise ValueError(message("state", "have running statistics", "a state with track=False", remedy))

@@ -7,8 +7,8 @@ from typing import Any
 
 from cubn import _calls
 from cubn._arrays.library import ALIGNMENT
-from cubn._calls import Call
-from cubn._state.arrays import Held
+from cubn._calls import Call, new_tuple
+from cubn._state.arrays import StateArrays
 from cubn._training import TRAININGS, Facts, SynchronisedTraining, Training
 from cubn.backends.protocol import PreparedTrain
 from cubn.errors import reporting_as
@@ -142,12 +142,9 @@ def _start(comm: Comm, sizes: Sizes | None, *arguments: Any) -> Started[tuple[An
     return collective.start(comm, sizes, partial(SynchronisedTraining, *arguments))
 
 
-_new = tuple.__new__  # of a NamedTuple, in a third of the time
-
-
 def _again(
     call: Call[PreparedTrain, Facts],
-    held: Held,
+    held: StateArrays,
     at_x: int,
     at_residual: int,
     at_mask: int,
@@ -190,10 +187,10 @@ def _again(
     counts = library.counts_versions
     if out is not None and counts:
         library.mark_written(out)
-    read = _new(Read, (x, at_x, library.version(x) if counts else None, None))
+    read = new_tuple(Read, (x, at_x, library.version(x) if counts else None, None))
     masked = None
     if mask is not None:
-        masked = _new(Read, (mask, at_mask, library.version(mask) if counts else None, None))
+        masked = new_tuple(Read, (mask, at_mask, library.version(mask) if counts else None, None))
     saved = object.__new__(Saved)
-    keep(saved, _new(Forward, (layouts, read, masked, held, statistics, relu_mask, False, at_y == at_x, None)))
+    keep(saved, new_tuple(Forward, (layouts, read, masked, held, statistics, relu_mask, False, at_y == at_x, None)))
     return y, saved

@@ -12,7 +12,7 @@ from cubn import _arguments, _arrays, _nodes
 from cubn._arguments import on_host
 from cubn._entries import MOST
 from cubn._floating_point import default_floating_point
-from cubn._inputs import bind_beside, bind_x
+from cubn._inputs import bind_mask_and_residual, bind_x
 from cubn._moments import Moments
 from cubn._types import BOOL, NUMBERS, Nodes, Statistics
 from cubn.backends.protocol import Backend
@@ -98,8 +98,8 @@ class _Taking:
         if dtype is not None:
             described = None if mask is None else _arrays.describe(mask, "mask", BOOL)
             x, mask = _converted(x, dtype), described and on_host(described)
-        self.inputs = inputs = bind_beside(bind_x(x, channel_axis), mask)
-        first = _arguments.whole(start, "start")
+        self.inputs = inputs = bind_mask_and_residual(bind_x(x, channel_axis), mask)
+        first = _arguments.as_int(start, "start")
         if not 0 <= first < MOST:
             rule = "be 0 or more and less than 2**62, a global sample index"
             raise ValueError(message("start", rule, first))

@@ -14,16 +14,14 @@ from cubn import _arrays
 from cubn._arguments import dtype_name, flag, on_host, stored
 from cubn._arrays import Array
 from cubn._state import modules
-from cubn._state.arrays import ARRAYS, Held, check_on_host, described, filled, hold, placed, summary
+from cubn._state.arrays import ARRAYS, check_on_host, described, filled, placed, summary
 from cubn._state.attributes import Attributes
 from cubn._state.entries import checked_entries
 from cubn._state.holding import COUNTERS, Counted
-from cubn._state.options import DTYPES, OPTIONS, STATE, checked_eps, checked_momentum, checked_options
+from cubn._state.options import DTYPES, OPTIONS, STATE, checked_momentum, checked_options
 from cubn._types import COUNTS, CPU, FLOATS
 from cubn.errors import message, reporting_as
 from cubn.typing import DType, RunningVariance, SupportsDLPack
-
-__all__ = ["BatchNormState", "Held", "checked_eps", "checked_state", "hold"]
 
 
 class BatchNormState(Attributes):

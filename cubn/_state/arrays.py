@@ -24,16 +24,16 @@ ARRAYS = ("gamma", "beta", *STATISTICS)
 _NAMED = 8  # channels in a message
 
 
-class Kind:
+class StateLayout:
     """What all states share that hold arrays of the same libraries, dtypes, strides and rights; one object for each."""
 
     __slots__ = ("__weakref__",)
 
 
-_KINDS: weakref.WeakValueDictionary[tuple[Any, ...], Kind] = weakref.WeakValueDictionary()
+_LAYOUTS: weakref.WeakValueDictionary[tuple[Any, ...], StateLayout] = weakref.WeakValueDictionary()
 
 
-class Held:
+class StateArrays:
     """A state's arrays, on one device, and the same as kernels see them."""
 
     __slots__ = (
@@ -44,7 +44,7 @@ class Held:
         "affine",
         "arrays",
         "device",
-        "kind",
+        "layout",
         "regions",
         "running",
         "versioned",
@@ -62,7 +62,7 @@ class Held:
         self.regions = tuple(region(name, array) for name, array in arrays.items())
         at_gamma, at_beta, at_mean, at_var = (a.pointer if a else 0 for a in (gamma, beta, mean, var))
         self.addresses = at_gamma, at_beta, at_mean, at_var
-        self.kind = _kind(arrays)
+        self.layout = _layout_of(arrays)
         ndarrays = [array.owner for array in arrays.values() if isinstance(array.owner, np.ndarray)]
         self._headers = Headers(ndarrays) if ndarrays else None
         movable: dict[Library, list[Array]] = {}  # a library's own: nothing but `Headers` sees what happens to others
@@ -91,15 +91,15 @@ class Held:
             library.mark_written(*owners)
 
 
-def _kind(arrays: Mapping[str, Array]) -> Kind:
+def _layout_of(arrays: Mapping[str, Array]) -> StateLayout:
     facts = tuple((name, a.library, a.dtype, a.shape, a.strides, a.device, a.writable) for name, a in arrays.items())
-    kind = _KINDS.get(facts)
-    if kind is None:
-        kind = _KINDS[facts] = Kind()
-    return kind
+    layout = _LAYOUTS.get(facts)
+    if layout is None:
+        layout = _LAYOUTS[facts] = StateLayout()
+    return layout
 
 
-def hold(described: dict[str, Array], owners: Mapping[str, Any] | None = None) -> Held:
+def checked_arrays(described: dict[str, Array], owners: Mapping[str, Any] | None = None) -> StateArrays:
     """Per-channel arrays, all on one device, running statistics of one dtype; `owners` is where a state has them."""
     device = None
     for name, array in described.items():
@@ -112,7 +112,7 @@ def hold(described: dict[str, Array], owners: Mapping[str, Any] | None = None) -
     if mean and var and mean.dtype != var.dtype:
         remedy = "Convert one of them; from_arrays takes both at once."
         raise TypeError(refusal("running_var", f"have running_mean's dtype {mean.dtype}", var, remedy))
-    return Held(described, device, owners)
+    return StateArrays(described, device, owners)
 
 
 def described(array: Any, name: str) -> Array:

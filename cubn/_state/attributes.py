@@ -26,7 +26,7 @@ class _Attribute:
         return self if state is None else state._arrays[self._name]
 
     def __set__(self, state: Attributes, array: SupportsDLPack | None) -> None:
-        state._assign({self._name: array})
+        state._set_arrays({self._name: array})
 
 
 class _Counter(_Attribute):
@@ -42,7 +42,7 @@ class _Counter(_Attribute):
         return found
 
     def __set__(self, state: Attributes, counts: Any) -> None:
-        state._count({self._name: counts})
+        state._set_counters({self._name: counts})
 
 
 class Attributes(Holding):
@@ -70,7 +70,7 @@ class Attributes(Holding):
     @eps.setter
     def eps(self, eps: float) -> None:
         with reporting_as(STATE):
-            self._choose(eps=checked_eps(eps))
+            self._set_options(eps=checked_eps(eps))
 
     @property
     def momentum(self) -> float | None:
@@ -80,7 +80,7 @@ class Attributes(Holding):
     @momentum.setter
     def momentum(self, momentum: float | None) -> None:
         with reporting_as(STATE):
-            self._choose(momentum=checked_momentum(momentum, used=self._counters is not None))
+            self._set_options(momentum=checked_momentum(momentum, used=self._counters is not None))
 
     @property
     def channel_axis(self) -> int:
@@ -90,7 +90,7 @@ class Attributes(Holding):
     @channel_axis.setter
     def channel_axis(self, channel_axis: int) -> None:
         with reporting_as(STATE):
-            self._choose(channel_axis=checked_axis(channel_axis))
+            self._set_options(channel_axis=checked_axis(channel_axis))
 
     @property
     def running_variance(self) -> RunningVariance:
@@ -100,4 +100,4 @@ class Attributes(Holding):
     @running_variance.setter
     def running_variance(self, running_variance: RunningVariance) -> None:
         with reporting_as(STATE):
-            self._choose(running_variance=checked_variance(running_variance))
+            self._set_options(running_variance=checked_variance(running_variance))

@@ -17,7 +17,7 @@ from cubn._arguments import refusal
 from cubn._arrays import Array
 from cubn._arrays.numpy import address_of
 from cubn._layout import vector
-from cubn._state.arrays import ARRAYS, STATISTICS, Held, check_on_host, check_together, described, hold
+from cubn._state.arrays import ARRAYS, STATISTICS, StateArrays, check_on_host, check_together, checked_arrays, described
 from cubn._state.options import DTYPES, STATE, Options, check_counts, checked_momentum, counts
 from cubn._types import CPU, HOST, BackendArray, Counters, Running, Update
 from cubn.backends import backend_for
@@ -85,7 +85,7 @@ class Holding:
     )
     _arrays: dict[str, Any]
     _counters: Counted | None
-    _held: Held | None  # as last described, where that may be true for longer
+    _held: StateArrays | None  # as last described, where that may be true for longer
     _lock: threading.RLock
     _options: Options
 
@@ -101,36 +101,36 @@ class Holding:
         self._options = options
         self._arrays = dict.fromkeys(ARRAYS)
         self._counters = None
-        self._held = hold({})
+        self._held = checked_arrays({})
         self._lock = threading.RLock()
         _STATES.add(self)
-        self._assign(arrays, check=check)
+        self._set_arrays(arrays, check=check)
         if counters:
-            self._count(counters)
+            self._set_counters(counters)
 
     @reporting_as(STATE)
-    def _choose(self, **options: Any) -> None:
+    def _set_options(self, **options: Any) -> None:
         """Take options, which were checked."""
         with self._turn():
             self._options = self._options._replace(**options)
 
     @reporting_as(STATE)
-    def _assign(self, changes: Mapping[str, Any], *, check: bool = True) -> None:
+    def _set_arrays(self, changes: Mapping[str, Any], *, check: bool = True) -> None:
         """Take arrays, if they and those already held fit each other."""
         with self._turn():
             arrays = self._arrays | dict(changes)
             found = self._describe(arrays)
-            held = hold(found, arrays)
+            held = checked_arrays(found, arrays)
             check_together(found)
             if check:
                 check_on_host({name: found[name] for name in changes if name in found})
             self._arrays = arrays
-            self._keep(held)
+            self._remember(held)
             if held.running and self._counters is None:
                 self._counters = Counted.placed(HOST, self._no_counts())
 
     @reporting_as(STATE)
-    def _count(self, changes: Mapping[str, Any]) -> None:
+    def _set_counters(self, changes: Mapping[str, Any]) -> None:
         """Take counters."""
         with self._turn():
             if self._counters is None:
@@ -151,7 +151,7 @@ class Holding:
     def _no_counts(self) -> dict[str, Int64]:
         return {name: np.zeros(self._options.num_features, np.int64) for name in COUNTERS}
 
-    def _read(self, x: Array) -> Held:
+    def _read(self, x: Array) -> StateArrays:
         """The arrays, for an operation on x; they stay alive with the result.
 
         A framework may have moved or converted them since they were assigned.
@@ -162,7 +162,7 @@ class Holding:
             raise ValueError(refusal("x", rule, x, "Move one of them to the other's device."))
         return held
 
-    def _check_updatable(self, held: Held | None = None) -> None:
+    def _check_updatable(self, held: StateArrays | None = None) -> None:
         """Raise unless the running statistics (those held) can be written, or replaced."""
         if self._counters is None:
             remedy = "Make the state with track=True."
@@ -195,7 +195,7 @@ class Holding:
         return self._lock
 
     @contextmanager
-    def _moving(self, held: Held | None = None) -> Iterator[Move]:
+    def _moving(self, held: StateArrays | None = None) -> Iterator[Move]:
         """The running statistics (those held, if they still are), for a backend to move; inside a turn.
 
         `_check_updatable` has passed. What was written becomes the state's unless an error is raised.
@@ -232,14 +232,14 @@ class Holding:
             uncounted = Counted.placed(device, self._no_counts())
             place.update(statistics, move.old, move.new, uncounted.at, Update(1.0, biased=False))
 
-    def _current(self) -> Held:
+    def _current(self) -> StateArrays:
         arrays, held = self._arrays, self._held
         if held is None or not held.describes(arrays):
-            held = hold(self._describe(arrays), arrays)
-            self._keep(held)
+            held = checked_arrays(self._describe(arrays), arrays)
+            self._remember(held)
         return held
 
-    def _keep(self, held: Held) -> None:
+    def _remember(self, held: StateArrays) -> None:
         """Remember the description; not a capsule, which would keep memory from an owner who may give it away."""
         self._held = None if any(array.capsule for array in held.arrays.values()) else held
 

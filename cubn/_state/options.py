@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays
-from cubn._arguments import on_host, one_of, whole
+from cubn._arguments import as_int, on_host, one_of
 from cubn._types import COUNTS, Update
 from cubn.errors import message, quoted
 from cubn.typing import DTypeName, RunningVariance
@@ -45,7 +45,7 @@ def checked_options(
     num_features: int, eps: float, momentum: float | None, channel_axis: int, running_variance: RunningVariance
 ) -> Options:
     """Options that a state can have. Whether momentum is a weight is asked where it is given or used as one."""
-    channels = whole(num_features, "num_features")
+    channels = as_int(num_features, "num_features")
     if not 1 <= channels < _MOST_CHANNELS:
         raise ValueError(message("num_features", "be 1 or more and less than 2**48", quoted(channels)))
     return Options(
@@ -77,7 +77,7 @@ def checked_momentum(momentum: float | None, *, used: bool = True) -> float | No
 
 def checked_axis(channel_axis: int) -> int:
     """channel_axis as an axis that some array has."""
-    axis = whole(channel_axis, "channel_axis")
+    axis = as_int(channel_axis, "channel_axis")
     if not -_MOST_CHANNELS < axis < _MOST_CHANNELS:
         raise ValueError(message("channel_axis", "be an axis of x", quoted(axis)))
     return axis

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast
 
-from cubn._arguments import whole
+from cubn._arguments import as_int
 from cubn._types import Nodes
 from cubn.errors import CollectiveMismatch, message, quoted, reported, reporting_as
 from cubn.sync import Comm, communicator
@@ -227,7 +227,7 @@ def _declared(sizes: Any, group: Communicator) -> tuple[int, ...] | None:
     rule = f"be the number of samples of each of the {group.size} ranks"
     if not isinstance(sizes, Iterable):
         raise TypeError(message("sizes", rule, quoted(sizes)))
-    declared = tuple(whole(size, "sizes") for size in sizes)
+    declared = tuple(as_int(size, "sizes") for size in sizes)
     if len(declared) != group.size or not all(0 <= size < 1 << 62 for size in declared):
         raise ValueError(message("sizes", rule, sizes))
     return declared
