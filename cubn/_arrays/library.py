@@ -55,7 +55,7 @@ class Library(Protocol):
     counts_versions: bool = False  # of what is written to an array
     adopts: bool = False  # outputs are memory of ours, and `finish` calls the library, which may fail
 
-    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+    def describe(self, x: Any, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         """See `describe`."""
 
     def signature(self, x: Any) -> tuple[Layout, int] | None:

@@ -22,7 +22,7 @@ class Check(NamedTuple):
 
 
 CHECKS = {
-    "eps": Check("cubn.forward", "checked_eps", lambda eps, function: float(eps), "normalize", "eps"),
+    "eps": Check("cubn.forward", "checked_eps", float, "normalize", "eps"),
     "shape": Check("cubn._arguments", "check_like", lambda *arguments: None, "forward", "residual"),
     "mask": Check(
         "cubn._layout",

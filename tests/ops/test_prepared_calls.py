@@ -18,7 +18,7 @@ from tests.ops import arrays
 
 MOST_FRAMES = {"forward": 12, "forward_train": 30, "backward": 25}
 MOST_FILES = 6
-FULL_WAYS = {"cubn.forward": "_forward", "cubn.forward_train": "_Training", "cubn.backward": "Differentiation"}
+FULL_WAYS = {"cubn.forward": "_forward", "cubn.forward_train": "Training", "cubn.backward": "Differentiation"}
 
 
 @contextmanager
