@@ -129,7 +129,7 @@ class PreparedUpdate(Protocol):
 
 class Backend(Protocol):
     """Every method works on the caller's current stream and returns at once or done. What is given to `prepare_...` are
-    layouts: only a pointer's remainder by 128 may be looked at.
+    layouts: only a pointer's remainder by 16 may be looked at.
     """
 
     name: str

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cubn import demo
+from cubn.cli import demo
 
 
 @pytest.fixture

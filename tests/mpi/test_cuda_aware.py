@@ -1,6 +1,6 @@
 """Whether device pointers may be given to MPI: only where every source says yes."""
 
-from cubn import info
+from cubn.cli import info
 
 SOURCES = {
     "openmpi": ("MPIX_Query_cuda_support", "opal_cuda_support", "opal_built_with_cuda_support"),

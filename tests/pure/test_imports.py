@@ -5,11 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import cubn
 
 ROOT = Path(cubn.__file__).parent
 HEAVY = {"numba", "llvmlite", "cupy", "mpi4py", "torch", "jax"}
-ADAPTERS = {"backends", "sync", "torch.py", "jax.py"}
+ADAPTERS = {"backends", "sync"}
+A_RANK = "cli/demo_ranks.py"
+"""A program of its own, which mpiexec runs: one rank of the demo."""
 
 
 def imported(path):
@@ -23,10 +27,82 @@ def imported(path):
     return names
 
 
-def test_only_backends_sync_and_adapters_import_what_is_heavy():
-    files = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ADAPTERS]
-    assert ROOT / "_arrays" / "torch.py" in files
-    assert {path.name: imported(path) & HEAVY for path in files if imported(path) & HEAVY} == {}
+def test_only_backends_and_sync_import_what_is_heavy():
+    files = [path.relative_to(ROOT) for path in ROOT.rglob("*.py")]
+    heavy = {str(path): imported(ROOT / path) & HEAVY for path in files if path.parts[0] not in ADAPTERS}
+    assert {"_arrays/torch.py", "cli/demo.py"} < heavy.keys()
+    assert {path: names for path, names in heavy.items() if names} == {A_RANK: {"mpi4py"}}
+
+
+def modules(root):
+    """The modules of the package in the folder, by their names."""
+    paths = {path: path.relative_to(root.parent).with_suffix("").parts for path in root.rglob("*.py")}
+    return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for path, parts in paths.items()}
+
+
+def imports_among(found):
+    """Which of the modules each of them imports: anywhere in its file, also inside functions or for types alone."""
+
+    def of(path):
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}: a relative import"
+                for alias in node.names:
+                    submodule = f"{node.module}.{alias.name}"
+                    yield submodule if submodule in found else node.module
+
+    return {name: {other for other in of(path) if other in found} for name, path in found.items()}
+
+
+def circles(edges):
+    """Sets of nodes that reach each other, or themselves, along the edges."""
+
+    def reached(start):
+        seen, ahead = set(), list(edges[start])
+        while ahead:
+            node = ahead.pop()
+            if node not in seen:
+                seen.add(node)
+                ahead += edges[node]
+        return seen
+
+    reach = {node: reached(node) for node in edges}
+    found = {frozenset(other for other in reach[node] if node in reach[other]) for node in edges}
+    return {circle for circle in found if circle}
+
+
+def test_no_circle_of_imports_in_the_package():
+    edges = imports_among(modules(ROOT))
+    assert "cubn._arrays" in edges["cubn.state"] and "cubn.backends.cuda.device" in edges["cubn.backends.protocol"]
+    assert circles(edges) == set()
+
+
+@pytest.mark.parametrize(
+    ("where", "line", "circle"),
+    [
+        ("c", "import p.a", {"p.a", "p.b", "p.c"}),
+        ("c", "def f():\n    from p import b", {"p.b", "p.c"}),
+        ("d/__init__", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.a import x", {"p.a", "p.d"}),
+        ("b", "from p.b import x", {"p.b"}),
+        ("b", "import os", None),
+        ("c", "from p.d import x", None),
+    ],
+)
+def test_a_planted_circle_is_found(where, line, circle, tmp_path):
+    package = {
+        "__init__": "from p.a import x",
+        "a": "from p import d\nfrom p.b import x",
+        "b": "import p.c",
+        "c": "",
+        "d/__init__": "",
+    }
+    for name, text in (package | {where: f"{package[where]}\n{line}"}).items():
+        path = tmp_path / "p" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert circles(imports_among(modules(tmp_path / "p"))) == ({frozenset(circle)} if circle else set())
 
 
 def test_only_the_cpu_backend_imports_the_compiler():
