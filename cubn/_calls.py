@@ -142,6 +142,8 @@ def remember(
     store: Store[Any], call: Call[Any, Any], inputs: Inputs, state: BatchNormState, out: Array | None, *options: Any
 ) -> None:
     """Keep a call for others with such arguments, where they can be recognized."""
+    if type(state) is not BatchNormState:  # whose options may be others than those it has kept
+        return
     arrays = inputs.x, inputs.mask, inputs.beside, out
     layouts = [array and array.library.layout(array) for array in arrays]
     if any(array and layout is None for array, layout in zip(arrays, layouts, strict=True)):

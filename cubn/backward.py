@@ -10,7 +10,7 @@ import numpy as np
 
 from cubn import _arguments, _arrays, _calls
 from cubn._arguments import flag, one_of, refusal, region
-from cubn._arrays import Layout, Output
+from cubn._arrays import Array, Layout, Library, Output
 from cubn._arrays.library import ALIGNMENT, Allocate
 from cubn._calls import Call
 from cubn._floating_point import default_floating_point
@@ -189,8 +189,7 @@ class _Facts(NamedTuple):
     x: Layout
     mask: Layout | None
     version: Callable[[Any], int | None]  # of a mask
-    residual: bool
-    dresidual_alignment: int
+    dresidual: tuple[Allocate, int] | None  # and the remainder of its address
     dgamma: tuple[str, Allocate] | None  # the parameter beside which it is made, and how
     dbeta: tuple[str, Allocate] | None
 
@@ -226,9 +225,10 @@ def _again(forward: Forward, dy: Any, out: Any) -> Gradients[Any] | None:
         dx, at_dx = call.allocate(x.owner)
     elif not call.takes(out, at_dx, (at_dy,), (x.pointer, at_mask), None):
         return None
-    if facts.residual:
-        dresidual, at_dresidual = call.allocate(x.owner)
-        if at_dresidual % ALIGNMENT != facts.dresidual_alignment:
+    if facts.dresidual is not None:
+        allocate, alignment = facts.dresidual
+        dresidual, at_dresidual = allocate(x.owner)
+        if at_dresidual % ALIGNMENT != alignment:
             return None
     if at_dx % ALIGNMENT != call.alignment:
         return None
@@ -334,9 +334,8 @@ class Differentiation:
         ):
             return
         gamma, beta = (_beside(name, forward) if self.dgamma else None for name in _homes(forward).values())
-        aligned = self.dresidual.array.pointer % ALIGNMENT if self.dresidual else 0
         version = (mask or x).library.version
-        facts = _Facts(like_x, like_mask, version, self.options.residual, aligned, gamma, beta)
+        facts = _Facts(like_x, like_mask, version, self.dresidual and _of(self.dresidual.array, x), gamma, beta)
         call = Call(prepared, facts, x, self.dx.array, (dy,), (x, mask))
         kept = None if forward.relu_mask is None else forward.relu_mask.layout
         key = (forward.layouts, forward.held.kind, kept, like_dy, given, forward.frozen, threads.limit)
@@ -439,10 +438,18 @@ def _parameter_outputs(forward: Forward) -> tuple[Output | None, Output | None]:
     return dgamma, dbeta
 
 
+def _of(dresidual: Array, x: Array) -> tuple[Allocate, int]:
+    """How arrays like dresidual are made, which need not have the layout of dx."""
+    allocate = x.library.allocator(dresidual.shape, dresidual.strides, dresidual.dtype, x)
+    return allocate, dresidual.pointer % ALIGNMENT
+
+
 def _beside(name: str, forward: Forward) -> tuple[str, Allocate]:
     """How vectors like one of the parameters are made."""
-    home = forward.held.arrays[name]
-    return name, home.library.allocator((forward.layouts.extents.C,), (1,), home.dtype, home)
+    home, shape = forward.held.arrays[name], (forward.layouts.extents.C,)
+    if home.library is forward.layouts.x.library:
+        return name, home.library.allocator(shape, (1,), home.dtype, home)
+    return name, Library.allocator(home.library, shape, (1,), home.dtype, home)
 
 
 def _check_unchanged(forward: Forward, inputs: Inputs) -> None:
