@@ -127,7 +127,7 @@ def find(
         given, at_out = found
     features, _, _, axis, variance = state._options
     entry = store.entries.get(
-        (layout, masked, beside, given, held.kind, features, axis, variance, threads.limit, *options)
+        (layout, masked, beside, given, threads.limit, held.kind, features, axis, variance, *options)
     )
     if entry is None:
         return None
@@ -138,18 +138,36 @@ def find(
     return call, held, at_x, at_residual, at_mask, at_out
 
 
+def look_up(store: Store[Any], arrays: tuple[Any, ...], *options: Any) -> tuple[Any, list[int]] | None:
+    """The call that was made before with such arrays, some of which may be None, and where they are."""
+    key: list[Any] = []
+    at = []
+    for x in arrays:
+        found = (None, 0) if x is None else signature(x)
+        if found is None:
+            return None
+        key.append(found[0])
+        at.append(found[1])
+    call = store.get((*key, threads.limit, *options))
+    return None if call is None else (call, at)
+
+
+def add(store: Store[Any], call: Any, arrays: tuple[Array | None, ...], *options: Any) -> None:
+    """Keep a call for others with arrays like those, where they can be recognized."""
+    layouts = [array and array.library.layout(array) for array in arrays]
+    if all(layout or not array for array, layout in zip(arrays, layouts, strict=True)):
+        store.add((*layouts, threads.limit, *options), call)
+
+
 def remember(
     store: Store[Any], call: Call[Any, Any], inputs: Inputs, state: BatchNormState, out: Array | None, *options: Any
 ) -> None:
     """Keep a call for others with such arguments, where they can be recognized."""
     if type(state) is not BatchNormState:  # whose options may be others than those it has kept
         return
-    arrays = inputs.x, inputs.mask, inputs.beside, out
-    layouts = [array and array.library.layout(array) for array in arrays]
-    if any(array and layout is None for array, layout in zip(arrays, layouts, strict=True)):
-        return
     features, _, _, axis, variance = state._options
-    store.add((*layouts, inputs.held.kind, features, axis, variance, threads.limit, *options), call)
+    arrays = inputs.x, inputs.mask, inputs.beside, out
+    add(store, call, arrays, inputs.held.kind, features, axis, variance, *options)
 
 
 def signature(x: Any) -> tuple[Layout, int] | None:

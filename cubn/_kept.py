@@ -24,11 +24,13 @@ class Store(Generic[T]):
     """A memory of `most` bytes; what was not asked for lately makes way.
 
     What alone is more than `most` is not kept. There is no lock, which a signal handler or a forked child might find
-    taken: each step on the dict is whole by itself, and what it holds is counted anew where something is added.
+    taken: each step on the dict is whole by itself. How much it holds is added up along the way, and counted anew
+    where room is made, a quarter of it at once.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
+        self._held = 0  # bytes, or about that: what two threads add at once may count as one
         self.entries: dict[tuple[Any, ...], Entry[T]] = {}
 
     def get(self, key: tuple[Any, ...]) -> T | None:
@@ -43,7 +45,9 @@ class Store(Generic[T]):
         """Keep a value."""
         entry = Entry(value)
         if entry.nbytes <= self._most:
-            self._make_room(entry.nbytes)
+            self._held += entry.nbytes
+            if self._held > self._most:
+                self._make_room(entry.nbytes)
             self.entries[key] = entry
 
     @property
@@ -52,10 +56,14 @@ class Store(Generic[T]):
 
     def cache_clear(self) -> None:
         self.entries.clear()
+        self._held = 0
 
     def _make_room(self, size: int) -> None:
         """The oldest go, but for those asked for since they came or were last spared."""
-        while (excess := self.nbytes + size - self._most) > 0:
+        most = self._most
+        while (excess := self.nbytes + size - most) > 0:
+            most = 3 * self._most // 4
+            excess = max(excess, self.nbytes + size - most)
             for key, entry in self.entries.copy().items():
                 if excess <= 0:
                     break
@@ -65,6 +73,7 @@ class Store(Generic[T]):
                     self.entries[key] = entry
                 else:
                     excess -= entry.nbytes
+        self._held = self.nbytes + size
 
 
 class Kept(Store[T]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Self
 
@@ -13,7 +14,8 @@ from cubn._arguments import flag, on_host, plain, refusal, whole
 from cubn._entries import ENTRIES, MOST, check_blocks, check_not_negative, checked_nodes
 from cubn._floating_point import default_floating_point
 from cubn._tree import Block
-from cubn._types import Nodes
+from cubn._types import Nodes, Statistics
+from cubn.backends.protocol import Backend
 from cubn.errors import message
 from cubn.typing import SupportsDLPack
 
@@ -58,7 +60,7 @@ class Moments:
     """
 
     # Bytes, for nobody can change or free them through an array made of them.
-    __slots__ = ("_blocks", "_count", "_m2", "_mean", "_table", "exact", "start", "stop")
+    __slots__ = ("_blocks", "_count", "_m2", "_mean", "_statistics", "_table", "exact", "start", "stop")
     exact: bool
     start: int
     stop: int
@@ -67,6 +69,7 @@ class Moments:
     _count: int
     _mean: bytes
     _m2: bytes
+    _statistics: tuple[float, Float64] | None  # for an eps, what `statistics` made of these
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
         raise TypeError("Moments: cubn.moments(x), Moments.from_statistics and Moments.from_dict make them.")
@@ -77,20 +80,16 @@ class Moments:
     @classmethod
     def _of(cls, start: int, stop: int, nodes: Nodes, *, exact: bool = True) -> Self:
         """Moments of checked nodes; of a single one for no range, where they are not exact."""
-        count, mean, m2 = _nodes.root(nodes)
+        table = nodes.table.tobytes()
+        if len(nodes.blocks) == 1:  # which is the root
+            size = 4 * (nodes.table.shape[1] - 1)
+            count, mean, m2 = int.from_bytes(table[:8], sys.byteorder), table[8 : 8 + size], table[8 + size :]
+        else:
+            values, *totals = _nodes.root(nodes)
+            count, (mean, m2) = int(values), (total.tobytes() for total in totals)
         self = object.__new__(cls)
-        held = {
-            "exact": exact,
-            "start": start,
-            "stop": stop,
-            "_blocks": nodes.blocks,
-            "_table": nodes.table.tobytes(),
-            "_count": int(count),
-            "_mean": mean.tobytes(),
-            "_m2": m2.tobytes(),
-        }
-        for name, value in held.items():
-            object.__setattr__(self, name, value)
+        for keep, value in zip(_KEEP, (exact, start, stop, nodes.blocks, table, count, mean, m2, None), strict=True):
+            keep(self, value)
         return self
 
     @classmethod
@@ -208,6 +207,15 @@ class Moments:
             "mean": nodes.first.copy(),
             "m2": nodes.second.copy(),
         }
+
+    def _place(self, eps: float, place: Backend) -> Statistics:
+        """What normalisation needs of these, where a backend can use it, without gamma and beta."""
+        made = self._statistics
+        if made is None or made[0] != eps:
+            made = eps, _nodes.statistics(self._count, self.mean, self.m2, eps)
+            _KEEP[-1](self, made)
+        memory = place.from_host(made[1])
+        return Statistics(memory, place.address(memory), self.num_features, gamma=False, beta=False)
 
     @property
     def num_features(self) -> int:
@@ -369,3 +377,10 @@ class Moments:
         if other.num_features != self.num_features:
             rule = f"have {self.num_features} channels, as these Moments have"
             raise ValueError(message(function, "other", rule, other.num_features))
+
+
+_KEEP: tuple[Callable[[Moments, Any], None], ...] = tuple(
+    Moments.__dict__[name].__set__
+    for name in ("exact", "start", "stop", "_blocks", "_table", "_count", "_mean", "_m2", "_statistics")
+)
+"""How each attribute is given to new Moments; nothing else may."""

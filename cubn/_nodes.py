@@ -15,7 +15,6 @@ from cubn import reference
 from cubn._floating_point import default_floating_point
 from cubn._tree import Block, pair_order
 from cubn._types import Nodes, Statistics
-from cubn.backends.protocol import Backend
 
 Float64 = NDArray[np.float64]
 
@@ -42,8 +41,8 @@ def root(nodes: Nodes) -> tuple[Any, Float64, Float64]:
 
 @default_floating_point
 @np.errstate(all="ignore")
-def statistics(count: int, mean: Float64, m2: Float64, eps: float, place: Backend) -> Statistics:
-    """What normalisation needs of moments, where a backend can use it, without gamma and beta."""
+def statistics(count: int, mean: Float64, m2: Float64, eps: float) -> Float64:
+    """What normalisation needs of moments: the memory of `Statistics` without gamma and beta."""
     C = len(mean)
     memory = np.zeros(Statistics.size(C))
     found = Statistics(memory, 0, C, gamma=False, beta=False)
@@ -51,8 +50,7 @@ def statistics(count: int, mean: Float64, m2: Float64, eps: float, place: Backen
     found.mean[:], found.m2[:] = mean, m2
     np.divide(m2, np.float64(count), out=found.var)
     found.invstd[:] = 1 / np.sqrt(found.var + eps)
-    placed = place.from_host(memory)
-    return Statistics(placed, place.address(placed), C, gamma=False, beta=False)
+    return memory
 
 
 def joined(blocks: tuple[Block, ...], count: NDArray[np.int64], first: Float64, second: Float64) -> Nodes:

@@ -207,9 +207,11 @@ def _again(forward: Forward, dy: Any, out: Any) -> Gradients[Any] | None:
             return None
         given, at_dx = found
     kept = None if relu_mask is None else relu_mask.layout
-    call = _BACKWARDS.get((layouts, held.kind, kept, layout, given, frozen, threads.limit))
-    if call is None:
+    entry = _BACKWARDS.entries.get((layouts, held.kind, kept, layout, given, frozen, threads.limit))
+    if entry is None:
         return None
+    entry.asked_for = True
+    call = entry.value
     facts, library = call.facts, call.library
     if _calls.signature(x.owner) != (facts.x, x.pointer):
         return None
@@ -305,14 +307,15 @@ class Differentiation:
         """The whole batch is here."""
         forward = self.forward
         if self.in_given and self._may_fail():
-            sums = self.backend.root_sums(self.part(0))
-            return self._apply(sums, sums)
+            own = self.backend.root_sums(self.part(0))
+            return self._apply(own, own)
         prepared = self.backend.prepare_backward(
             self.inputs.extents, self.operands, forward.statistics, forward.relu_mask, self.parameters, self.options
         )
         x, dy, dx, dresidual, mask = (operand.pointer if operand else 0 for operand in self.operands)
         dgamma, dbeta = (output.array.pointer if output else 0 for output in (self.dgamma, self.dbeta))
-        sums = prepared(x, dy, dx, dresidual, mask, forward.statistics, forward.relu_mask, dgamma, dbeta)
+        at = (x, dy, dx, dresidual, mask)
+        sums = prepared(*at, forward.statistics, forward.relu_mask, dgamma, dbeta, self.by_statistics)
         if not self.by_statistics:
             self._remember(prepared)
         return self._written(self._of_channels(sums))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from cubn import _calls
@@ -12,7 +13,6 @@ from cubn._inputs import bind, bind_beside, bind_parameters, bind_x, overwrites,
 from cubn._moments import Moments
 from cubn._types import NormalizeOptions, Running
 from cubn.errors import message
-from cubn.moments import statistics_of
 from cubn.saved import Forward, Layouts, Read, Saved
 from cubn.state import BatchNormState, Held, checked_eps
 from cubn.sync import communicator
@@ -230,6 +230,30 @@ def normalize(
     -----
     A sample's y does not depend on the other samples. Reads x (and residual) once, writes y once.
     """
+    known = type(moments) is Moments and type(eps) is float and type(channel_axis) is int
+    if known and moments._count and 0 < eps < math.inf and (relu is False or relu is True):
+        found = _calls.look_up(
+            _NORMALIZATIONS, (x, mask, residual, gamma, beta, out), moments.num_features, channel_axis, relu
+        )
+        y = None if found is None else _normalized(*found, moments, eps, x, out)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
+    return _normalize(x, moments, gamma, beta, eps, channel_axis, mask, residual, relu, out)  # type: ignore[no-any-return]
+
+
+def _normalize(
+    x: Any,
+    moments: Moments,
+    gamma: Any,
+    beta: Any,
+    eps: float,
+    channel_axis: int,
+    mask: Any,
+    residual: Any,
+    relu: bool,
+    out: Any,
+) -> Any:
+    """With every check."""
     if not isinstance(moments, Moments):
         remedy = "Use cubn.moments(x) to take them."
         raise TypeError(message("normalize", "moments", "be Moments", type(moments).__name__, remedy))
@@ -240,10 +264,36 @@ def normalize(
     eps = checked_eps(eps, "normalize")
     inputs = bind_beside("normalize", bind_parameters("normalize", inputs, gamma=gamma, beta=beta), mask, residual)
     output = inputs.destination("normalize", out)
-    statistics = statistics_of(moments, eps, inputs.backend)
+    held, operands = inputs.held, inputs.operands(output.array)
     options = NormalizeOptions(residual is not None, relu)
-    inputs.backend.normalize(inputs.extents, inputs.operands(output.array), statistics, inputs.held.affine, options)
-    y: ArrayT = output.finish()
+    prepared = inputs.backend.prepare_normalize(inputs.extents, operands, held.affine, options)
+    at_x, at_residual, at_y, _, at_mask = (operand.pointer if operand else 0 for operand in operands)
+    at_gamma, at_beta, *_ = held.addresses
+    prepared(at_x, at_residual, at_y, at_mask, moments._place(eps, inputs.backend), at_gamma, at_beta)
+    parameters = held.arrays.get("gamma"), held.arrays.get("beta")
+    call = Call(prepared, inputs.backend, inputs.x, output.array, (inputs.x, inputs.beside), (inputs.mask, *parameters))
+    if type(channel_axis) is int:
+        arrays = (inputs.x, inputs.mask, inputs.beside, *parameters, None if out is None else output.array)
+        _calls.add(_NORMALIZATIONS, call, arrays, moments.num_features, channel_axis, relu)
+    return output.finish()
+
+
+_NORMALIZATIONS = _calls.new_store()
+
+
+def _normalized(call: Call[Any, Any], at: list[int], moments: Moments, eps: float, x: Any, out: Any) -> Any | None:
+    """A `normalize` like one that was made before; None where something is in its way."""
+    at_x, at_mask, at_residual, at_gamma, at_beta, at_y = at
+    y = out
+    if y is None:
+        y, at_y = call.allocate(x)
+    elif not call.takes(out, at_y, (at_x, at_residual), (at_mask, at_gamma, at_beta), None):
+        return None
+    if at_y % ALIGNMENT != call.alignment:
+        return None
+    call.prepared(at_x, at_residual, at_y, at_mask, moments._place(eps, call.facts), at_gamma, at_beta)
+    if out is not None and call.library.counts_versions:
+        call.library.mark_written(out)
     return y
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cubn import _arguments, _arrays, _nodes
+from cubn import _arguments, _arrays, _calls, _nodes
 from cubn._arguments import on_host
 from cubn._entries import MOST
 from cubn._floating_point import default_floating_point
 from cubn._inputs import bind_beside, bind_x
 from cubn._moments import Moments
-from cubn._types import BOOL, NUMBERS, Nodes, Statistics
-from cubn.backends.protocol import Backend
+from cubn._types import BOOL, NUMBERS, Nodes
+from cubn.backends.protocol import Backend, PreparedMoments, PreparedUpdate
 from cubn.errors import message
 from cubn.state import BatchNormState, checked_state
 from cubn.sync import collective
@@ -81,13 +81,40 @@ def moments(
     >>> cubn.moments(pixels, dtype="float64").mean
     array([ 7.5, 11.5, 15.5])
     """
+    if comm is None and sizes is None and dtype is None and type(channel_axis) is type(start) is int and start >= 0:
+        found = _calls.look_up(_MOMENTS, (x, mask), channel_axis, start)
+        if found is not None:
+            taken, at = found
+            return Moments._of(start, start + taken.N, taken.on_host(taken.prepared(*at)))
     check_sizes("moments", sizes, comm)
     if comm is not None:
         make = partial(_Taking, x, channel_axis, mask, start, dtype)
         return collective.start("moments", comm, sizes, make).finish()
     taking = _Taking(x, channel_axis, mask, start, dtype)
-    first = taking.terms.start
-    return Moments._of(first, first + taking.terms.N, taking.on_host(taking.part(first)))
+    first, inputs, operands = taking.terms.start, taking.inputs, taking.inputs.operands()
+    taken = _Taken(inputs.backend.prepare_moments(inputs.extents, operands, first), inputs.extents.N, inputs.backend)
+    if dtype is None and type(channel_axis) is type(start) is int:
+        _calls.add(_MOMENTS, taken, (inputs.x, inputs.mask), channel_axis, start)
+    nodes = taken.prepared(operands.x.pointer, operands.mask.pointer if operands.mask else 0)
+    return Moments._of(first, first + taken.N, taken.on_host(nodes))
+
+
+_MOMENTS = _calls.new_store()
+
+
+class _Taken(NamedTuple):
+    """Moments that were taken before, but for where."""
+
+    prepared: PreparedMoments
+    N: int
+    backend: Backend
+
+    @property
+    def nbytes(self) -> int:
+        return int(getattr(self.prepared, "nbytes", 0))
+
+    def on_host(self, nodes: Nodes) -> Nodes:
+        return nodes if self.backend.device is None else nodes._replace(table=self.backend.to_host(nodes.table))
 
 
 class _Taking:
@@ -209,6 +236,8 @@ def update(state: BatchNormState, moments: Moments) -> None:
     -----
     Computed in float64 and rounded once. Updates of one state from several threads take turns.
     """
+    if type(state) is BatchNormState and type(moments) is Moments and _again(state, moments):
+        return
     checked_state(state, "update")
     if not isinstance(moments, Moments):
         remedy = "Use cubn.moments(x) to take them."
@@ -218,11 +247,44 @@ def update(state: BatchNormState, moments: Moments) -> None:
         raise ValueError(message("update", "moments", rule, moments.num_features))
     state._check_updatable("update")
     place = state._place("update")
-    statistics = statistics_of(moments, state.eps, place)
+    statistics = moments._place(state.eps, place)
     with state._turn("update"), state._moving("update") as move:
         place.update(statistics, move.old, move.new, move.counters, move.update)
+        held = state._held
+        if held is not None and move.in_place:
+            prepared = place.prepare_update(moments.num_features, move.old, move.new, move.update.biased)
+            key = (held.kind, moments.num_features, move.update.biased)
+            _UPDATES.add(key, _Updated(prepared, place))
 
 
-def statistics_of(moments: Moments, eps: float, place: Backend) -> Statistics:
-    """What normalisation needs of Moments, where a backend can use it."""
-    return _nodes.statistics(int(moments.count), moments.mean, moments.m2, eps, place)
+_UPDATES = _calls.new_store()
+
+
+class _Updated(NamedTuple):
+    """An update that was made before, but for where."""
+
+    prepared: PreparedUpdate
+    backend: Backend
+    nbytes: int = 0
+
+
+def _again(state: BatchNormState, moments: Moments) -> bool:
+    """Update as it was done before; False where something is in its way."""
+    held, counters, lock = state._held, state._counters, state._lock
+    features, eps, momentum, _, variance = state._options
+    if held is None or counters is None or features != moments.num_features or not held.describes(state._arrays):
+        return False
+    updated = _UPDATES.get((held.kind, features, variance == "biased"))
+    if updated is None or lock._is_owned():  # type: ignore[attr-defined]
+        return False
+    statistics = moments._place(eps, updated.backend)
+    with lock:
+        counters, momentum = state._counters, state._options.momentum
+        if counters is None or counters.device != held.device or state._held is not held:
+            return False
+        if momentum is not None and not 0 <= momentum <= 1:
+            return False
+        _, _, mean, var = held.addresses
+        updated.prepared(statistics, mean, var, mean, var, *counters.at, momentum)
+        held.mark_written()
+    return True

@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from collections import defaultdict
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -12,6 +13,7 @@ from tests.cuda.named import PASSES, RESIDENT
 from tests.cuda_on_cpu.build import unavailable
 from tests.cuda_on_cpu.device import CpuDevice
 from tests.cuda_on_cpu.runner import shuffled
+from tests.ops.pairwise import covering
 
 settings.register_profile(
     "cubn", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -24,6 +26,24 @@ def pytest_addoption(parser):
     group = parser.getgroup("fuzz")
     group.addoption("--fuzz-seconds", type=float, default=5.0, help="how long tests/fuzz runs, all its parts together")
     group.addoption("--fuzz-seed", type=int, default=0, help="seed of tests/fuzz")
+
+
+STRENGTH = {"every_value": 1, "every_pair": 2}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a product of cases, a few are run by default; the others are `full`."""
+    products = defaultdict(list)
+    for item in items:
+        for name in STRENGTH:
+            if item.get_closest_marker(name):
+                products[name, item.parent.nodeid, item.originalname].append(item)
+    for (name, *_), cases in products.items():
+        rows = [{axis: repr(value) for axis, value in case.callspec.params.items()} for case in cases]
+        chosen = covering(rows, STRENGTH[name])
+        for i in {*range(len(cases))}.difference(chosen):
+            cases[i].add_marker("full")
 
 
 CUDA_ON_CPU = {"cuda-on-cpu": RESIDENT, "cuda-on-cpu-passes": PASSES}

@@ -19,7 +19,7 @@ from cubn._arrays.numpy import address_of
 from cubn._layout import vector
 from cubn._state.arrays import ARRAYS, STATISTICS, Held, check_on_host, check_together, described, hold
 from cubn._state.options import DTYPES, STATE, Options, check_counts, checked_momentum, counts
-from cubn._types import CPU, HOST, BackendArray, Counters, Running, Update
+from cubn._types import CPU, HOST, BackendArray, Counters, Running, Statistics, Update
 from cubn.backends import backend_for
 from cubn.backends.protocol import Backend
 from cubn.errors import device_name, message
@@ -224,7 +224,8 @@ class Holding:
         """An update of weight 1 by two values of mean 0 and variance 1, which nothing counts."""
         place, C = self._place("reset"), self._options.num_features
         device = self._current("reset").arrays["running_mean"].device
-        statistics = _nodes.statistics(2, np.zeros(C), np.ones(C), self._options.eps, place)
+        memory = place.from_host(_nodes.statistics(2, np.zeros(C), np.ones(C), self._options.eps))
+        statistics = Statistics(memory, place.address(memory), C, gamma=False, beta=False)
         with self._moving("reset") as move:
             uncounted = Counted.placed(device, self._no_counts())
             place.update(statistics, move.old, move.new, uncounted.at, Update(1.0, biased=False))

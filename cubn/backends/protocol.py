@@ -4,8 +4,8 @@ An operation validates and describes its arguments, then hands a backend nothing
 backend's own arrays. A backend validates nothing and knows nothing of array libraries. It returns numbers and *backend
 arrays*: NumPy arrays on the CPU, CuPy arrays on CUDA.
 
-The three operations that networks call at every step are *prepared*: all that follows from layouts and options is
-worked out once, and the prepared call then takes addresses alone, 0 for what is absent.
+Operations that networks call at every step are *prepared*: all that follows from layouts and options is worked out
+once, and the prepared call then takes addresses alone, 0 for what is absent.
 
 The arithmetic every backend must reproduce to the bit is stated in docs/numerics.md and, executably, in
 `cubn/reference.py`.
@@ -87,9 +87,44 @@ class PreparedBackward(Protocol):
         relu_mask: ReluMask | None,
         dgamma: int,
         dbeta: int,
+        wants_sums: bool = False,
         /,
-    ) -> Sums:
+    ) -> Sums | None:
         """Write dx, dresidual, dgamma and dbeta, those that were prepared for."""
+
+
+class PreparedNormalize(Protocol):
+    """A pass that normalises by given statistics, but for addresses."""
+
+    def __call__(
+        self, x: int, residual: int, y: int, mask: int, statistics: Statistics, gamma: int, beta: int, /
+    ) -> ReluMask | None:
+        """Write y."""
+
+
+class PreparedMoments(Protocol):
+    """Nodes of a range of samples, but for addresses."""
+
+    def __call__(self, x: int, mask: int, /) -> Nodes:
+        """See `Backend.moments`."""
+
+
+class PreparedUpdate(Protocol):
+    """An update of running statistics, but for addresses."""
+
+    def __call__(
+        self,
+        statistics: Statistics,
+        old_mean: int,
+        old_var: int,
+        new_mean: int,
+        new_var: int,
+        tracked: int,
+        skipped: int,
+        momentum: float | None,
+        /,
+    ) -> None:
+        """See `Backend.update`."""
 
 
 class Backend(Protocol):
@@ -152,6 +187,17 @@ class Backend(Protocol):
         """`backward_sums`, `root_sums`, `backward_apply` and, into dgamma and dbeta, `parameter_gradients`; fused where
         it fits. Of statistics and relu mask it looks at the layout.
         """
+
+    def prepare_normalize(
+        self, extents: Extents, operands: Operands, affine: Affine, options: NormalizeOptions
+    ) -> PreparedNormalize:
+        """`normalize`."""
+
+    def prepare_moments(self, extents: Extents, operands: Operands, start: int) -> PreparedMoments:
+        """`moments`."""
+
+    def prepare_update(self, C: int, old: Running, new: Running, biased: bool) -> PreparedUpdate:
+        """`update`."""
 
     # --- parts of batches ---------------------------------------------------------------------------------------------
 

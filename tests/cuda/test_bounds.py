@@ -1,7 +1,8 @@
 """No element past an array's last is read or written: arrays end with their allocation, where AddressSanitizer watches.
 
-At every element-aligned address, with every number of neighbours in memory from one vector to the next.
-`python -m tests.cuda.test_bounds NAME ...` runs some, in a child of sanitized.run().
+At every element-aligned address, with every number of neighbours in memory from one vector to the next; by default at
+two addresses for each number, so that arrays begin and end in every place of a vector.
+`python -m tests.cuda.test_bounds two|all NAME ...` runs some, in a child of sanitized.run().
 """
 
 import sys
@@ -43,24 +44,25 @@ KERNELS = {
 }
 
 
-def run(name: str) -> None:
+def run(name: str, addresses: str) -> None:
     """Every operation; what comes out is tested elsewhere."""
     limits, layout, neighbours, masked = KERNELS[name]
     backend = CudaBackend(CpuDevice(limits))
-    for length in neighbours:
+    for i, length in enumerate(neighbours):
         extents = (1, length, 15) if layout == "nhwc" else (1, 3, length)
-        for offset in OFFSETS:
+        for offset in OFFSETS if addresses == "all" else {0, i}:
             options = {"residual": True, "relu": limits is PASSES, "masked": masked}  # bits would align the octets of y
             calls.results(backend, calls.Layer(extents, "bfloat16", layout, (offset,) * 6, **options))
 
 
-def test_no_element_past_the_last_is_touched():
+@pytest.mark.parametrize("addresses", ["two", pytest.param("all", marks=pytest.mark.full)])
+def test_no_element_past_the_last_is_touched(addresses):
     if reason := sanitized.unavailable(ADDRESS):
         pytest.skip(reason)
-    process = sanitized.run(["-m", "tests.cuda.test_bounds", *KERNELS], ADDRESS)
+    process = sanitized.run(["-m", "tests.cuda.test_bounds", addresses, *KERNELS], ADDRESS)
     assert (process.returncode, process.stderr) == (0, "")
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        run(argument)
+    for argument in sys.argv[2:]:
+        run(argument, sys.argv[1])

@@ -1,7 +1,7 @@
 """What NVIDIA's compiler makes of every specialisation, for every compute capability, without a driver.
 
-By default every kernel is compiled once for each architecture, another specialisation for each, and for one
-architecture every value of every option; all of them with -m slow.
+By default every kernel is compiled, and something for every architecture; with -m full every kernel for each, another
+specialisation for each, and for one architecture every value of every option; all of them with -m slow.
 """
 
 import re
@@ -18,7 +18,7 @@ INEXACT = re.compile(r"\S*\.ftz\S*|\S*\.approx\S*|\bdiv\.full\S*|\b(?:fma|mad)\.
 """What flushes subnormals, approximates or contracts."""
 WIDE_LOAD = re.compile(r"\bld\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64)\b|\bcp\.async\.cg\S* .*, 16\b")
 WIDE_STORE = re.compile(r"\bst\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64)\b")
-EVERY_OPTION = 90  # the architecture for which every option's values are compiled by default
+EVERY_OPTION = 90  # the architecture for which every option's values are compiled
 
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float": 4, "double": 8}
 
@@ -127,16 +127,18 @@ def test_every_kernel_is_launched():
     assert sorted({s.kernel for s in specialisations()}) == KERNELS
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_specialisation(kernel, architecture):
+def test_a_specialisation_is_exact_in_registers_and_in_vectors(kernel, architecture):
     assert architecture in compiler(13)
     found = of_kernel(architecture, kernel)
     check(found[ARCHITECTURES.index(architecture) * len(found) // len(ARCHITECTURES)], architecture)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_value_of_every_option(kernel):
+def test_every_value_of_every_option_is_exact_in_registers_and_in_vectors(kernel):
     compiler(13)
     for specialisation in every_value(of_kernel(EVERY_OPTION, kernel)):
         check(specialisation, EVERY_OPTION)
@@ -146,7 +148,7 @@ def test_every_value_of_every_option(kernel):
 @pytest.mark.parametrize("cuda", nvrtc.PLACES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_specialisation(kernel, architecture, cuda):
+def test_every_specialisation_is_exact_in_registers_and_in_vectors(kernel, architecture, cuda):
     if architecture not in compiler(cuda):
         pytest.skip(f"CUDA {cuda} does not know sm_{architecture}")
     wrong = []

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_named(name):
+def test_a_named_layer_gives_the_oracle_s_bits(name):
     run(name, Order.REVERSED)
 
 

@@ -36,7 +36,7 @@ def device(request, monkeypatch):
     forget_backends()
 
 
-def test_training(device):
+def test_training_without_memory_leaves_the_state(device):
     x = np.random.default_rng(0).standard_normal((4, 3, 5, 5), dtype=np.float32)
     state = cubn.BatchNormState(3)
     before = copy.deepcopy(state.to_dict())

@@ -16,6 +16,7 @@ MANY = (9, 11, 49)  # rows enough for a thread each
 TILES = (3, 2, 4500)  # three tiles a sample, the last one short
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("extents", "options"),
@@ -28,20 +29,21 @@ TILES = (3, 2, 4500)  # three tiles a sample, the last one short
     ],
     ids=["short rows", "many short rows", "many short rows with bits", "rows, frozen", "tiles"],
 )
-def test_every_dtype(dtype, extents, options):
+def test_every_dtype_gives_the_oracle_s_bits(dtype, extents, options):
     different, *launched = train_and_back(Case(extents, dtype, 227, **options))
     assert different == []
     clusters("slab", *launched)
 
 
 @pytest.mark.parametrize("S", [2, 8, 9, 15, 16, 17, 23, 24, 49, 64, 65, 100, 127, 129, 196, 225, 248, 255, 256])
-def test_a_row_a_thread(S):
+def test_a_row_a_thread_gives_the_oracle_s_bits(S):
     different, *launched = train_and_back(Case((33, 1, S), "float16", 227, relu=True))
     assert different == []
     assert clusters("slab", *launched) == ((1, 1), (1, 1))
     assert all("-DTILE_LANES=1" in launch.options for (launch,) in launched)
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize(
     ("case", "step", "gradient"),
     [
@@ -54,12 +56,13 @@ def test_a_row_a_thread(S):
     ids=lambda value: "" if isinstance(value, tuple) and len(value) == 2 else None,
 )
 @pytest.mark.parametrize("order", [Order.ASCENDING, Order.REVERSED, shuffled(3)])
-def test_clusters(case, step, gradient, order):
+def test_a_cluster_gives_the_oracle_s_bits_in_any_order(case, step, gradient, order):
     different, *launched = train_and_back(case._replace(order=order))
     assert different == []
     assert clusters("slab", *launched) == (step, gradient)
 
 
+@pytest.mark.every_pair
 @pytest.mark.parametrize(
     ("extents", "options"),
     [(SHORT, {}), (MANY, {}), (SHORT, {"gap": 3}), ((2, 3, 300), {}), ((2, 3, 264), {"relu": True})],
@@ -67,7 +70,7 @@ def test_clusters(case, step, gradient, order):
 )
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("offset", range(8))
-def test_every_alignment(extents, options, in_place, offset):
+def test_every_alignment_gives_the_oracle_s_bits(extents, options, in_place, offset):
     offsets = (offset, (3 * offset + 1) % 8, (5 * offset + 2) % 8, (7 * offset + 4) % 8)
     case = Case(extents, "bfloat16", residual=True, offsets=offsets, in_place=in_place, **options)
     different, *launched = train_and_back(case)

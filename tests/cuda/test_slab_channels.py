@@ -20,6 +20,7 @@ def check(case):
     return clusters("slab_channels", *launched)
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("extents", "options"),
@@ -33,27 +34,30 @@ def check(case):
     ],
     ids=["2-d", "2-d with bits", "few positions", "bits", "rows, frozen", "part of an octet, frozen"],
 )
-def test_every_dtype(dtype, extents, options):
+def test_every_dtype_gives_the_oracle_s_bits(dtype, extents, options):
     check(Case(extents, dtype, **LIMITS, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])  # of float64, two tiles fit nowhere
-def test_several_tiles(dtype):
+def test_several_tiles_give_the_oracle_s_bits(dtype):
     check(Case((2, 8, 4500), dtype, **LIMITS, relu=True, multiprocessors=16))
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("C", [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_channels_on_both_sides_of_slices(C, dtype):
     check(Case((6, C, 9), dtype, **LIMITS, gap=1 if C == 1 else 0, relu=True))
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 7, 15, 16, 17, 31, 32, 33, 34, 63, 64, 65, 127, 300])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_samples_of_one_value(N, dtype):
     check(Case((N, 24, 1), dtype, **LIMITS, order=Order.REVERSED))
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize(
     "S", [2, 3, 4, 5, 7, 8, 15, 16, 17, 32, 33, 63, 64, 65, 128, 129, 255, 256, 257, 511, 2047, 2048, 2049]
 )
@@ -62,6 +66,7 @@ def test_positions_on_both_sides_of_pieces_and_tiles(N, S):
     check(Case((N, 8, S), "bfloat16", **LIMITS, order=shuffled(S)))
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize(
     ("case", "step", "gradient"),
     [
@@ -81,10 +86,11 @@ def test_positions_on_both_sides_of_pieces_and_tiles(N, S):
     ids=lambda value: "" if isinstance(value, tuple) and len(value) == 2 else None,
 )
 @pytest.mark.parametrize("order", [Order.ASCENDING, Order.REVERSED, shuffled(3)])
-def test_clusters(case, step, gradient, order):
+def test_a_cluster_gives_the_oracle_s_bits_in_any_order(case, step, gradient, order):
     assert check(case._replace(order=order, channels_last=True)) == (step, gradient)
 
 
+@pytest.mark.every_pair
 @pytest.mark.parametrize(
     ("extents", "options"),
     [
@@ -98,7 +104,7 @@ def test_clusters(case, step, gradient, order):
 )
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("offset", range(8))
-def test_every_alignment(extents, options, in_place, offset):
+def test_every_alignment_gives_the_oracle_s_bits(extents, options, in_place, offset):
     offsets = (offset, (3 * offset + 1) % 8, (5 * offset + 2) % 8, (7 * offset + 4) % 8)
     check(Case(extents, "bfloat16", **LIMITS, residual=True, offsets=offsets, in_place=in_place, **options))
 

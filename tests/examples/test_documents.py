@@ -95,7 +95,7 @@ def exceptions(text):
 
 def named_by_tests():
     """By number, the exceptions that the tests of bad input name, from their decorators to their ends."""
-    source = (ROOT / "tests" / "pure" / "test_bad_input.py").read_text()
+    source = (ROOT / "tests" / "ops" / "test_bad_input.py").read_text()
     found = {}
     for node in ast.parse(source).body:
         numbers = re.match(r"test((_\d+)+)_", getattr(node, "name", ""))

@@ -10,7 +10,7 @@ from tests.fuzz import capsules, producer
 from tests.fuzz.memory import Memory, Placed
 
 
-def test_capsules(campaign):
+def test_capsules_are_read_as_what_they_say_or_refused(campaign):
     campaign("capsules")
 
 

@@ -16,7 +16,7 @@ from tests.fuzz import harness
     ("fault", "how"),
     [("fails", "failed"), ("crashes", r"ended the process with status -\d+"), ("hangs", "hung for 0.5 s")],
 )
-def test_a_case_that(fault, how):
+def test_a_case_that_ends_badly_is_reported_with_how_to_run_it_again(fault, how):
     with pytest.raises(harness.Failed, match=rf"(?s)planted: case \d+ of seed 1 {how}") as caught:
         harness.campaign("planted", 1, cases=20, environment={"CUBN_PLANTED": fault}, patience=0.5)
     text = str(caught.value)

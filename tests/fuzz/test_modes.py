@@ -6,7 +6,7 @@ import pytest
 from tests.fuzz import modes
 
 
-def test_modes(campaign):
+def test_a_mode_of_the_caller_changes_no_bit(campaign):
     campaign("modes")
 
 

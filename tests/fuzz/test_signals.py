@@ -10,7 +10,7 @@ import pytest
 from tests.fuzz import signals
 
 
-def test_signals(campaign):
+def test_a_signal_leaves_nobody_writing_and_nothing_half_done(campaign):
     campaign("signals")
 
 

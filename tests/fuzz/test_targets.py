@@ -12,7 +12,7 @@ LEAST = 60.0  # seconds in all for more than one of them, since all have kernels
 
 @pytest.mark.skipif(not llvm.get_default_triple().startswith("x86_64"), reason="of another architecture")
 @pytest.mark.parametrize("target", TARGETS)
-def test_targets(campaign, request, target):
+def test_older_processors_give_the_oracle_s_bits(campaign, request, target):
     if request.config.getoption("fuzz_seconds") < LEAST and target != "nehalem":
         pytest.skip(f"needs --fuzz-seconds {LEAST:.0f} or more")
     features = {} if TARGETS[target] is None else {"NUMBA_CPU_FEATURES": TARGETS[target]}

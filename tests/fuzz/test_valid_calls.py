@@ -15,7 +15,7 @@ from tests import oracle
 from tests.fuzz import cases, given, harness, memory, plans, valid_calls
 
 
-def test_valid_calls(campaign):
+def test_valid_calls_give_the_oracle_s_bits_and_touch_no_other_memory(campaign):
     campaign("valid_calls")
 
 

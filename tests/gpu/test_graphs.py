@@ -59,7 +59,7 @@ def check_replays(shape, x, dy, state, outputs, replay):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_torch(name):
+def test_a_graph_of_torch_computes_what_was_recorded(name):
     shape = SHAPES[name]
     x, dy = torch.zeros(shape, device="cuda"), device_arrays.to_torch(batches(shape)[0])
     state = cubn.BatchNormState(shape[1], like=x)
@@ -81,7 +81,7 @@ def test_torch(name):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_cupy(name):
+def test_a_graph_of_cupy_computes_what_was_recorded(name):
     """CuPy's graphs do not own memory: a pool that nothing else uses, warmed up and kept, does."""
     shape = SHAPES[name]
     x, dy = cupy.zeros(shape, np.float32), device_arrays.to_cupy(batches(shape)[0])

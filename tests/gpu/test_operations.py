@@ -34,7 +34,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())))
-def test_pairs_of_options(row, on_device):
+def test_every_pair_of_options_gives_the_oracle_s_bits(row, on_device):
     cases.run(row)
 
 
@@ -55,7 +55,7 @@ def test_the_bits_of_the_cpu(name, dtype, channels_last):
 
 @pytest.mark.parametrize("offset", range(1, 8))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_any_alignment(dtype, offset):
+def test_any_alignment_gives_the_bits_of_the_host(dtype, offset):
     """Views that begin at every element within 16 bytes."""
     rng = np.random.default_rng(offset)
     shape = (5, 24, 7, 8)

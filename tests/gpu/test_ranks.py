@@ -34,7 +34,7 @@ def assert_same_as_on_the_host(batch, ranks):
 
 @pytest.mark.parametrize("library", device_arrays.LIBRARIES)
 @pytest.mark.parametrize("cut", [[16, 16], [20, 0, 12], [7, 9, 3, 13]], ids=str)
-def test_threads(cut, library):
+def test_ranks_that_are_threads_get_the_bits_of_the_host(cut, library):
     batch = Batch()
     ranks = threads.run(len(cut), lambda comm: step(batch, batch.range(cut, comm.rank), library, comm))
     assert_same_as_on_the_host(batch, ranks)
@@ -61,7 +61,7 @@ def test_pinned_memory_is_not_given_away_while_it_is_copied():
             np.testing.assert_array_equal(rank[i], state.running_mean)
 
 
-def test_nccl():
+def test_a_rank_of_nccl_gets_the_bits_of_the_host():
     """One rank: NCCL wants a device for each."""
     from cubn.sync import nccl
 

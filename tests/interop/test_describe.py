@@ -48,7 +48,7 @@ def test_extents_of_none_and_one(library, shape):
 
 
 @pytest.mark.parametrize("library", libraries.LIBRARIES)
-def test_masks_and_counters(library):
+def test_masks_and_counters_are_described_as_such(library):
     bits, counts = np.array([[True, False, True]]), np.array([[1, 2, 3]], np.int64)
     mask = described(libraries.carry(bits, library), _arrays.BOOL)
     assert mask.dtype == "bool"

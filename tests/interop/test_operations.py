@@ -45,7 +45,7 @@ def everything(library, dtype):
 
 
 @pytest.mark.parametrize(("library", "dtype"), LIBRARY_AND_DTYPE)
-def test_every_operation(library, dtype):
+def test_every_operation_gives_the_bits_that_numpy_arrays_get(library, dtype):
     x, results, held, moments = everything(library, dtype)
     _, expected, expected_held, expected_moments = everything("numpy", dtype)
     np.testing.assert_array_equal(values(x), store(1, dtype=dtype), "x, which should not change")
@@ -138,7 +138,7 @@ def test_torch_notices_that_its_buffers_were_written():
     assert state.running_mean._version > before
 
 
-def test_torch_channels_last():
+def test_channels_last_stays_channels_last():
     torch = pytest.importorskip("torch")
     x = torch.from_numpy(store(1)).to(memory_format=torch.channels_last)
     state = cubn.BatchNormState(3)
@@ -185,7 +185,7 @@ def test_a_torch_x_changed_since_the_forward():
         cubn.backward(torch.from_numpy(store(2)), saved)
 
 
-def test_inference_mode():
+def test_inference_mode_changes_nothing():
     torch = pytest.importorskip("torch")
     with torch.inference_mode():
         state = cubn.BatchNormState(3, like=torch.zeros(1))

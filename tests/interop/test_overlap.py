@@ -14,7 +14,7 @@ def overlap(a, b):
     return _arrays.overlap(a, b)
 
 
-def test_apart():
+def test_memory_apart_is_no_overlap():
     memory = np.zeros(100, np.float32)
     assert overlap(memory[:50], memory[50:]) == "none"
     assert overlap(memory[:50], memory[49::-1][:0]) == "none"
@@ -27,7 +27,7 @@ def test_interleaved_channels_of_one_buffer_are_apart():
     assert overlap(memory[:, :4], memory[:, 3:]) == "partial"
 
 
-def test_exactly_the_same():
+def test_the_same_elements_are_told_from_an_overlap_in_part():
     memory = np.zeros((4, 5), np.float32)
     assert overlap(memory, memory) == "same"
     assert overlap(memory, memory[:]) == "same"
@@ -35,7 +35,7 @@ def test_exactly_the_same():
     assert overlap(memory[:1], np.lib.stride_tricks.as_strided(memory, (1, 5), (400, 4))) == "same"
 
 
-def test_in_part():
+def test_an_overlap_in_part_is_seen():
     memory = np.zeros(100, np.float32)
     assert overlap(memory[:50], memory[49:99]) == "partial"
     assert overlap(memory, memory[::-1]) == "partial"
@@ -45,7 +45,7 @@ def test_in_part():
     assert overlap(memory[:50], memory[:50].view(np.float16)[:50]) == "partial"
 
 
-def test_across_libraries():
+def test_overlap_is_seen_across_libraries():
     torch = pytest.importorskip("torch")
     memory = np.zeros((4, 5), np.float32)
     tensor = torch.from_numpy(memory)

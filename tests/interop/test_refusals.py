@@ -36,11 +36,11 @@ def refused(x, error, text, *options):
         (np.ndarray, "a type."),
     ],
 )
-def test_not_an_array(x, got):
+def test_what_is_not_an_array_is_refused(x, got):
     refused(x, TypeError, f"forward: x must be an array with __dlpack__; got {got}")
 
 
-def test_sparse_jax():
+def test_sparse_arrays_of_jax_are_refused():
     pytest.importorskip("jax")
     from jax.experimental import sparse
 
@@ -71,7 +71,7 @@ def conversion(library, dtype):
 @pytest.mark.parametrize(
     "dtype", ["int8", "uint8", "int32", "int64", "bool", "complex64", "complex128", "object", "longdouble"]
 )
-def test_numpy_dtypes(dtype):
+def test_numpy_dtypes_that_are_no_floats_are_refused(dtype):
     x = np.zeros((2, 3), dtype)
     refused(x, TypeError, FLOATS.format(x.dtype.name) + conversion("numpy", dtype))
 
@@ -83,7 +83,7 @@ def test_numpy_strings_and_times():
         refused(x, TypeError, text + "It holds no numbers.")
 
 
-def test_numpy_structures():
+def test_numpy_structures_are_refused():
     x = np.zeros((2, 3), [("a", "f4"), ("b", "f4")])
     text = FLOATS.replace("dtype={0}", "dtype={1}").format(x.dtype.name, x.dtype)
     refused(x, TypeError, text + "Pass x[x.dtype.names[0]] or another of its fields.")
@@ -111,7 +111,7 @@ def test_dtypes_of_torch_and_jax(library, dtype):
     refused(x, TypeError, FLOATS.format(dtype) + conversion(library, dtype))
 
 
-def test_four_bit_jax():
+def test_four_bit_arrays_of_jax_are_refused():
     jax = pytest.importorskip("jax")
     refused(jax.numpy.zeros((2, 3), "int4"), TypeError, FLOATS.format("int4") + AS_FLOATS["jax"])
 
@@ -136,7 +136,7 @@ def test_a_mask_is_bool():
 
 
 @pytest.mark.parametrize("code", ["f2", "f4", "f8"])
-def test_byte_swapped(code):
+def test_byte_swapped_arrays_are_refused(code):
     dtype = np.dtype(code).newbyteorder("S")
     x = np.ones((2, 3), dtype)
     refused(
@@ -151,7 +151,7 @@ def test_byte_swapped(code):
 # --- row 9: devices -------------------------------------------------------------------------------------------------
 
 
-def test_meta():
+def test_meta_tensors_are_refused():
     torch = pytest.importorskip("torch")
     refused(
         torch.ones(2, 3, device="meta"),
@@ -180,7 +180,7 @@ class Elsewhere:
 @pytest.mark.parametrize(
     ("kind", "name"), [(10, "rocm"), (8, "metal"), (3, "pinned host memory"), (99, "DLPack device type 99")]
 )
-def test_other_devices(kind, name):
+def test_other_devices_are_refused(kind, name):
     refused(
         Elsewhere((kind, 0)),
         NotImplementedError,
@@ -188,7 +188,7 @@ def test_other_devices(kind, name):
     )
 
 
-def test_torch_on_rocm(monkeypatch):
+def test_torch_on_rocm_is_refused(monkeypatch):
     torch = pytest.importorskip("torch")
     library = _arrays.describe(torch.ones(1), "forward", "x").library
 
@@ -281,7 +281,7 @@ def test_outputs_under_a_fake_tensor_mode():
 
 
 @pytest.mark.parametrize("mode", ["jit", "grad", "vmap"])
-def test_jax_tracers(mode):
+def test_jax_tracers_are_refused(mode):
     jax = pytest.importorskip("jax")
     asked = []
 
@@ -318,7 +318,7 @@ def test_masked_arrays_and_matrices():
 
 
 @pytest.mark.parametrize("kind", ["nested", "sparse_coo", "sparse_csr"])
-def test_torch_layouts(kind):
+def test_torch_layouts_that_are_not_strided_are_refused(kind):
     torch = pytest.importorskip("torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch calls these layouts unfinished
@@ -330,7 +330,7 @@ def test_torch_layouts(kind):
     refused(x, TypeError, f"forward: x must be a dense tensor; got a {kind} one ({facts}). Pass {remedy}.")
 
 
-def test_quantised_tensors():
+def test_quantised_tensors_are_refused():
     torch = pytest.importorskip("torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates them
@@ -338,7 +338,7 @@ def test_quantised_tensors():
     refused(x, TypeError, FLOATS.format("quint8") + "Pass x.dequantize().")
 
 
-def test_masked_tensors():
+def test_masked_tensors_are_refused():
     torch = pytest.importorskip("torch")
     from torch.masked import masked_tensor
 

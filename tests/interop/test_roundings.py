@@ -24,7 +24,7 @@ def between(dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("library", libraries.LIBRARIES)
-def test_rounded_once(library, dtype):
+def test_results_are_rounded_once(library, dtype):
     if dtype == "bfloat16":
         pytest.importorskip("ml_dtypes")
     if not libraries.can_carry(library, dtype, "nchw"):

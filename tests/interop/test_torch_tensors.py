@@ -167,7 +167,7 @@ def test_what_a_lazy_module_has_not_made_yet(kind):
     state(gamma=lazy)
 
 
-def test_parameters_and_buffers():
+def test_parameters_and_buffers_are_tensors_like_others():
     gamma, mean = torch.nn.Parameter(torch.ones(3)), torch.nn.Buffer(torch.ones(3))
     assert torch.equal(cubn.forward(X, state(gamma=gamma, running_mean=mean)), cubn.forward(X, state()))
 

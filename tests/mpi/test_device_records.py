@@ -38,7 +38,7 @@ class Passing(Communicator):
 @pytest.mark.parametrize("cut", [[16, 16], [20, 0, 12]], ids=str)
 @pytest.mark.parametrize("declared", [False, True], ids=["agreed", "declared"])
 @pytest.mark.parametrize("how", [communicator, Passing], ids=["by way of the host", "as they are"])
-def test_one_answer(ranks, device, cut, declared, how):  # noqa: F811
+def test_ranks_get_the_answer_of_the_whole_batch(ranks, device, cut, declared, how):  # noqa: F811
     batch = Batch(masked=True)
 
     def body(comm):

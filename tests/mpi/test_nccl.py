@@ -31,7 +31,7 @@ def run(cut, body):
 @pytest.mark.parametrize("cut", [[16, 16], [20, 12], [0, 5, 0, 27], [11, 11, 10], [32]], ids=str)
 @pytest.mark.parametrize("declared", [False, True], ids=["agreed", "declared"])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-def test_one_answer(library, cut, declared, masked):
+def test_ranks_get_the_answer_of_the_whole_batch(library, cut, declared, masked):
     batch = Batch(masked=masked)
     options = {"sizes": cut} if declared else {}
     ranks = run(cut, lambda comm, part: [step(batch, *part, comm=comm, **options) for _ in range(2)])
@@ -100,7 +100,7 @@ def test_another_cut_than_before_is_agreed_on_again(library):
         assert_one_answer(parts, step(batch, 0, 32))
 
 
-def test_operations_together(library):
+def test_operations_together_get_the_answers_they_get_apart(library):
     batches = [Batch(seed=1), Batch("float16", seed=2, positions=(3,))]
     cut = [5, 27]
 

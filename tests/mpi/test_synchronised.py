@@ -78,7 +78,7 @@ def test_statistics_are_taken_once_where_the_cut_is_as_before(ranks, monkeypatch
 
 
 @pytest.mark.parametrize("gradients", ["local", "global"])
-def test_frozen_statistics(ranks, cut, gradients):
+def test_gradients_of_frozen_statistics_are_those_of_the_whole_batch(ranks, cut, gradients):
     batch = Batch()
 
     def body(comm):

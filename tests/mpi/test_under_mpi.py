@@ -10,7 +10,7 @@ from tests.mpi.launch import libraries
 FILES = [f"tests/mpi/test_{name}.py" for name in ("synchronised", "failures", "mpi_communicators")]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("processes", [3, *(pytest.param(size, marks=pytest.mark.full) for size in (1, 2, 4, 8))])
 def test_the_same_tests_in_processes(mpi, processes):
     run = mpi.run(
         processes, "-m", "mpi4py", "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", *FILES, timeout=200
@@ -70,6 +70,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failure_of_one_rank_ends_the_job(mpi, name, tmp_path):
     """With the documented line `mpiexec -n P python -m mpi4py program.py`, an error on one rank aborts all."""

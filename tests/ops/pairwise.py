@@ -1,7 +1,10 @@
-"""Rows of options: all pairs of a product, and the whole product."""
+"""Rows of options: all pairs of a product, the whole product, and few of the rows there are."""
 
 import itertools
 import random
+from collections import Counter
+
+import pytest
 
 
 def every_pair(axes, allowed, seed=0):
@@ -31,6 +34,26 @@ def whole_product(axes, names, allowed, seed=0):
         row = dict(zip(names, values, strict=True))
         if allowed(row):
             yield _complete(row, axes, allowed, (), rng)
+
+
+def covering(rows, strength):
+    """Numbers of a few rows (dicts) in which all combinations of `strength` values occur that occur in any row.
+
+    Of rows that add as many combinations, that with the values least used so far, so that none is favoured.
+    """
+    meets = [set(itertools.combinations(row.items(), strength)) for row in rows]
+    missing, used, chosen = set().union(*meets), Counter(), []
+    while missing:
+        best = max(range(len(rows)), key=lambda i: (len(meets[i] & missing), -sum(used[v] for v in rows[i].items())))
+        missing -= meets[best]
+        used.update(rows[best].items())
+        chosen.append(best)
+    return chosen
+
+
+def others_full(rows, chosen):
+    """Rows as parameters of a test: those of the chosen numbers, and the others marked `full`."""
+    return [pytest.param(*row, marks=() if i in chosen else pytest.mark.full) for i, row in enumerate(rows)]
 
 
 def _complete(start, axes, allowed, missing, rng):

@@ -28,7 +28,7 @@ def errors(x, mean, var):
 
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_statistics(backend, shape, offset):
+def test_statistics_are_as_near_to_float64_as_stated(backend, shape, offset):
     for seed in range(4):
         x = np.random.default_rng(seed).normal(offset, 1.0, shape).astype(np.float32)
         m = cubn.moments(x)
@@ -38,7 +38,7 @@ def test_statistics(backend, shape, offset):
 
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_training_output(backend, shape, offset):
+def test_training_output_is_within_4_ulp_of_float64(backend, shape, offset):
     """y within 4 ulp of the largest of |gamma * xhat|, |beta| and |gamma|, from the same x in float64."""
     for seed in range(4):
         rng = np.random.default_rng(seed)
@@ -150,6 +150,7 @@ class Layer:
         return {name: got[name] for name in self.values}
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("options", OPTIONS, ids=option_names)
 def test_gradients_are_slopes(backend, options):
     """Against central differences through cubn in float64, good to about eps ** (2/3) of the loss."""
@@ -191,6 +192,7 @@ def by_autograd(layer):
     return {name: leaf.grad.numpy() for name, leaf in leaves.items()}
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("options", OPTIONS, ids=option_names)
 def test_gradients_are_those_of_autograd(backend, options, dtype):

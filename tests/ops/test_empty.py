@@ -30,7 +30,7 @@ def options(x, relu, residual, mask):
 
 @pytest.mark.parametrize(("relu", "residual", "mask"), OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward(state, shape, relu, residual, mask):
+def test_forward_of_nothing_is_nothing(state, shape, relu, residual, mask):
     x = np.zeros(shape, np.float32)
     given = options(x, relu, residual, mask)
     of_data = cubn.moments(np.random.default_rng(1).standard_normal((5, 4)))
@@ -39,14 +39,14 @@ def test_forward(state, shape, relu, residual, mask):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_in_place(state, shape):
+def test_nothing_is_written_in_place(state, shape):
     x = np.zeros(shape, np.float32)
     assert cubn.forward(x, state, out=x) is x
 
 
 @pytest.mark.parametrize(("relu", "residual", "mask"), OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fine_tuning(state, shape, relu, residual, mask):
+def test_fine_tuning_on_nothing_has_gradients_of_zero(state, shape, relu, residual, mask):
     x = np.zeros(shape, np.float32)
     y, saved = cubn.forward_frozen(x, state, **options(x, relu, residual, mask))
     gradients = cubn.backward(y, saved)
@@ -57,7 +57,7 @@ def test_fine_tuning(state, shape, relu, residual, mask):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_learning_from_nothing(state, shape):
+def test_nothing_is_learned_from_nothing(state, shape):
     before = state.to_dict()
     cubn.update(state, cubn.moments(np.zeros(shape, np.float32)))
     assert_same(state.running_mean, before["running_mean"])
@@ -67,7 +67,7 @@ def test_learning_from_nothing(state, shape):
 
 @pytest.mark.parametrize("library", ["torch", "jax"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_in_other_libraries(state, shape, library):
+def test_nothing_of_other_libraries_stays_in_them(state, shape, library):
     pytest.importorskip(library)
     x = carry(np.zeros(shape, np.float32), library)
     y = cubn.forward(x, state)

@@ -53,6 +53,7 @@ def test_axes_over_65535(backend, shape, axis):
 ONES = [(2, 1), (1, 1, 2), (2, 1, 1, 1, 1, 1), (1, 40, 2), (300, 1), (1, 1, 5000)]
 
 
+@pytest.mark.every_pair
 @pytest.mark.parametrize(
     ("shape", "axis"), [(s, axis) for s in ONES for axis in (0, 1, -1) if np.prod(s) > s[axis]], ids=str
 )
@@ -61,6 +62,7 @@ def test_one_of_a_kind(backend, dtype, shape, axis):
     check(shape, axis, dtype)
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [

@@ -26,11 +26,12 @@ def place(store, axis, offset=0):
     return arrays.carry(arrays.at_address(np.moveaxis(store, 1, axis), offset), "numpy")
 
 
+@pytest.mark.every_pair
 @pytest.mark.usefixtures("eager_threads")
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("shape", [(33, 65, 1), (9, 17, 49), (5, 3, 2049), (7, 96, 7)])
 @pytest.mark.parametrize("dtype", arrays.DTYPES)
-def test_a_sample_alone_and_in_any_batch(backend, dtype, shape, axis):
+def test_a_sample_alone_has_the_bits_it_has_in_any_batch(backend, dtype, shape, axis):
     rng = np.random.default_rng(0)
     x = arrays.normal(rng, shape, dtype, wild=0.01)
     state = state_of(shape[1], axis, rng)
@@ -43,10 +44,11 @@ def test_a_sample_alone_and_in_any_batch(backend, dtype, shape, axis):
         arrays.assert_same(part, whole[first : first + count], f"samples [{first}, {first + count})")
 
 
+@pytest.mark.every_pair
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("shape", [(2, 19, 13), (3, 33, 1), (1, 2, 2100)])
 @pytest.mark.parametrize("dtype", arrays.DTYPES)
-def test_every_address(backend, dtype, shape, axis):
+def test_no_address_changes_a_bit_of_inference(backend, dtype, shape, axis):
     """x, residual and out begin at every element-aligned offset within 64 bytes, each at another."""
     rng = np.random.default_rng(1)
     x, residual = arrays.normal(rng, shape, dtype), arrays.normal(rng, shape, dtype)
@@ -65,10 +67,11 @@ def test_every_address(backend, dtype, shape, axis):
         arrays.assert_same(arrays.store_of(y), expected, f"offset {offset}")
 
 
+@pytest.mark.every_pair
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("shape", [(3, 19, 13), (9, 33, 1), (2, 2, 2100)])
 @pytest.mark.parametrize("dtype", arrays.DTYPES)
-def test_training_at_every_address(backend, dtype, shape, axis):
+def test_no_address_changes_a_bit_of_training(backend, dtype, shape, axis):
     rng = np.random.default_rng(2)
     x, dy = arrays.normal(rng, shape, dtype), arrays.normal(rng, shape, dtype)
     first = None

@@ -54,7 +54,7 @@ def test_every_launch_is_kept_by_bytes():
     assert by_entries == {"layout_of", "reading_of", "kernel"}
 
 
-def test_thousands_of_shapes(little_room):
+def test_thousands_of_shapes_do_not_fill_the_memory(little_room):
     state = cubn.BatchNormState(3)
     xs = np.zeros((3000, 3), np.float32)
     for n in range(2, 3000):

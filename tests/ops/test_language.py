@@ -98,12 +98,12 @@ def test_division_rounds_down(operator, divisor, tmp_path):
 
 
 @pytest.mark.parametrize("python", [nested, logic, constants, bits], ids=lambda f: f.__name__)
-def test_what_python_gives(python):
+def test_arithmetic_computes_what_python_does(python):
     same(python, itertools.product(INTEGERS, INTEGERS))
 
 
 @pytest.mark.parametrize("python", [collatz, primes], ids=lambda f: f.__name__)
-def test_loops(python):
+def test_loops_compute_what_python_does(python):
     same(python, [(0, 0), (1, 5), (6, 100), (27, 1000), (27, 20), (2, 60), (59, 60)])
 
 

@@ -28,11 +28,11 @@ def problems(seed):
 @pytest.mark.usefixtures("eager_threads")
 class TestNarrowArrays:
     @problems(1)
-    def test_training(self, problem):
+    def test_training_gives_the_oracle_s_bits(self, problem):
         check_training(problem)
 
     @problems(2)
-    def test_moments_of_any_cut(self, problem):
+    def test_moments_of_any_cut_are_the_oracle_s(self, problem):
         check_moments_and_normalize(problem, 3, (0.3, 0.5))
 
     @pytest.mark.parametrize("rows", [1 << 8, 1 << 12])

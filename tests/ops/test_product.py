@@ -1,7 +1,7 @@
 """Every operation with every option: dtype, layout, threads, library, mask, residual, ReLU, parameters, out, cut.
 
-Any two values of any two options meet in a row below, several times. The whole product of the options a result must not
-depend on, and of those that change it, runs with -m slow.
+Any two values of any two options meet in a row below, with -m full several times. The whole product of the options a
+result must not depend on, and of those that change it, runs with -m slow.
 """
 
 import itertools
@@ -10,17 +10,18 @@ import pytest
 
 from tests.conftest import BACKENDS
 from tests.ops import cases
-from tests.ops.pairwise import every_pair, whole_product
+from tests.ops.pairwise import every_pair, others_full, whole_product
 
 pytestmark = pytest.mark.usefixtures("eager_threads")
 
 SEEDS = {"cpu": range(4), "cuda-on-cpu": [4], "cuda-on-cpu-passes": [5]}
-ROWS = [
-    (backend, row)
+SEEDED = [
+    (seed, backend, row)
     for backend in SEEDS
     for seed in SEEDS[backend]
     for row in every_pair(cases.AXES, cases.allowed, seed)
 ]
+ROWS = others_full([row for _, *row in SEEDED], [i for i, (seed, *_) in enumerate(SEEDED) if seed not in (1, 2, 3)])
 PRODUCT = ["threads", "mask", "residual", "relu", "affine", "cut"]
 
 
@@ -30,7 +31,7 @@ PRODUCT = ["threads", "mask", "residual", "relu", "affine", "cut"]
     indirect=["backend"],
     ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())),
 )
-def test_pairs_of_options(backend, row):
+def test_every_pair_of_options_gives_the_oracle_s_bits(backend, row):
     cases.run(row)
 
 
@@ -49,7 +50,7 @@ def carried(backend):
     [(name, *pair) for name in BACKENDS for pair in carried(name)],
     indirect=["backend"],
 )
-def test_the_whole_product(backend, operation, dtype, library, layout):
+def test_the_whole_product_gives_the_oracle_s_bits(backend, operation, dtype, library, layout):
     chosen = {"operation": [operation], "dtype": [dtype], "library": [library], "layout": [layout]}
     axes = {**cases.AXES, **chosen}
     if backend != "cpu":

@@ -44,7 +44,7 @@ def assert_state(state, expected):
     wild=st.sampled_from([0.0, 0.02]),
 )
 @settings(max_examples=80)
-def test_many_batches(backend, seed, momentum, dtype, data, scales, wild):
+def test_running_statistics_of_many_batches_are_the_oracle_s(backend, seed, momentum, dtype, data, scales, wild):
     rng = np.random.default_rng(seed)
     state, expected = fresh(momentum, dtype)
     for scale in scales:

@@ -15,6 +15,7 @@ from tests import oracle
 from tests.conftest import CUDA_ON_CPU
 from tests.ops import arrays
 from tests.ops.cases import assert_moments
+from tests.ops.pairwise import others_full
 
 EPS = 1e-5
 SIZE = 60_000  # elements, at most
@@ -238,51 +239,62 @@ PLACES = [*PLAIN, ("cpu", "streamed"), ("cpu", "streamed by position")]
 
 
 def at_every_edge(seed, places):
-    """Three problems an edge on the CPU, one of their own on each of the others."""
-    problems = {name: problems_at_every_edge(1, f"{seed} {name}") for name in CUDA_ON_CPU}
-    problems["cpu"] = problems_at_every_edge(3, seed)
-    rows = [(name, passes, problem) for name, passes in places for problem in problems[name]]
+    """Three problems an edge and layout on the CPU, one of their own on each of the others.
+
+    By default one, in the first place; and each of the other places has one of the two layouts at every edge.
+    """
+    problems = {name: (1, problems_at_every_edge(1, f"{seed} {name}")) for name in CUDA_ON_CPU}
+    problems["cpu"] = 3, problems_at_every_edge(3, seed)
+    rows, chosen = [], []
+    for turn, (name, passes) in enumerate(places):
+        draws, drawn = problems[name]
+        for i, problem in enumerate(drawn):
+            (edge, layout), draw = divmod(i // draws, 2), i % draws
+            if draw == 0 and (turn == 0 or (edge + layout + turn) % 2):
+                chosen.append(len(rows))
+            rows.append((name, passes, problem))
     names = ("backend", "passes", "problem")
-    return pytest.mark.parametrize(names, rows, indirect=names[:2], ids=name_of)
+    return pytest.mark.parametrize(names, others_full(rows, set(chosen)), indirect=names[:2], ids=name_of)
 
 
 def anywhere(places):
-    """Where a test draws its own problems: that compiles many kernels."""
-    rows = [pytest.param(*place, marks=pytest.mark.slow if place[0] in CUDA_ON_CPU else ()) for place in places]
+    """Where a test draws its own problems, which compiles many kernels: by default on the CPU, in one way."""
+    marks = {"cpu": pytest.mark.full, **dict.fromkeys(CUDA_ON_CPU, pytest.mark.slow)}
+    rows = [pytest.param(*place, marks=() if place == places[0] else marks[place[0]]) for place in places]
     return pytest.mark.parametrize(("backend", "passes"), rows, indirect=True)
 
 
 @pytest.mark.usefixtures("eager_threads", "passes")
 class TestTraining:
     @at_every_edge(1, PLACES)
-    def test_at_every_edge(self, backend, problem):
+    def test_the_oracle_s_bits_at_every_edge(self, backend, problem):
         check_training(problem)
 
     @anywhere(PLACES)
     @given(problems())
-    def test_anywhere(self, backend, problem):
+    def test_the_oracle_s_bits_anywhere(self, backend, problem):
         check_training(problem)
 
 
 @pytest.mark.usefixtures("eager_threads", "passes")
 class TestFrozenStatisticsAndInference:
     @at_every_edge(2, PLACES)
-    def test_at_every_edge(self, backend, problem):
+    def test_the_oracle_s_bits_at_every_edge(self, backend, problem):
         check_frozen_statistics_and_inference(problem)
 
     @anywhere(PLACES)
     @given(problems())
-    def test_anywhere(self, backend, problem):
+    def test_the_oracle_s_bits_anywhere(self, backend, problem):
         check_frozen_statistics_and_inference(problem)
 
 
 @pytest.mark.usefixtures("eager_threads", "passes")
 class TestMomentsOfAnyCut:
     @at_every_edge(3, PLAIN)
-    def test_at_every_edge(self, backend, problem):
+    def test_the_oracle_s_bits_at_every_edge(self, backend, problem):
         check_moments_and_normalize(problem, 5, (0.3, 0.5))
 
     @anywhere(PLAIN)
     @given(problems(), st.integers(0, 1000), st.lists(st.floats(0, 1), max_size=4))
-    def test_anywhere(self, backend, problem, start, cuts):
+    def test_the_oracle_s_bits_anywhere(self, backend, problem, start, cuts):
         check_moments_and_normalize(problem, start, cuts)

@@ -43,7 +43,7 @@ def test_statistics_in_16_bits_are_read(backend, data, dtype, library):
 @pytest.mark.parametrize("wild", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
-def test_reset(backend, library, dtype, wild):
+def test_reset_gives_zero_and_one_to_the_bit(backend, library, dtype, wild):
     """0 and 1 to the bit, whatever there was before."""
     mean, var = np.full(C, -3.0, dtype), np.full(C, 7.0, dtype)
     if wild:

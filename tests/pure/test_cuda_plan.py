@@ -267,7 +267,7 @@ def test_all_work_is_done_once(layer, limits):
 
 @pytest.mark.parametrize("bits", [31, 63])
 @given(data=st.data())
-def test_division_by_a_constant(bits, data):
+def test_division_by_a_constant_is_exact(bits, data):
     by = data.draw(st.integers(1, 2**bits - 1))
     at = data.draw(st.integers(0, (2**bits - 1) // by)) * by
     near = st.sampled_from([n for n in (at - 1, at, at + by - 1) if 0 <= n < 2**bits])
@@ -331,7 +331,7 @@ def test_a_template_is_filled_with_the_values_of_a_call():
     assert filled == parameters.pack({**fields, **{name: values[place] for name, place in places.items()}})
 
 
-def test_packing():
+def test_fields_are_packed_where_the_struct_has_them():
     fields = {"samples": 2**40, "x.pointer": 2**63 - 1, "last.share.7": 0.1, "eps": 1e-5, "momentum": -0.0}
     block = parameters.pack(fields)
     members = parameters.members()

@@ -39,7 +39,7 @@ def textbook(y, state, axis=1):
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_scale_and_shift(dtype, affine):
+def test_scale_and_shift_are_those_of_the_formula(dtype, affine):
     state = state_of(affine=affine, dtype=dtype)
     scale, shift = cubn.fold(state)
     assert scale.dtype == shift.dtype == np.dtype(dtype)
@@ -48,7 +48,7 @@ def test_scale_and_shift(dtype, affine):
     np.testing.assert_allclose(x * scale + shift, textbook(x, state), rtol=ulps, atol=8 * ulps)
 
 
-def test_rounded_once():
+def test_scale_and_shift_are_rounded_once():
     state = state_of()
     held = {name: v.astype(np.float64) for name, v in state.to_dict().items() if isinstance(v, np.ndarray)}
     scale = held["gamma"] / np.sqrt(held["running_var"] + state.eps)
@@ -116,7 +116,7 @@ def test_what_is_not_finite_is_folded_without_a_word_of_numpy_s(into):
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
-def test_linear(library, biased):
+def test_a_folded_linear_layer_is_the_layer_and_its_norm(library, biased):
     pytest.importorskip(library)
     rng = np.random.default_rng(2)
     weight, bias, x = rng.normal(size=(C, 5)), rng.normal(size=C), rng.normal(size=(7, 5))
@@ -143,7 +143,7 @@ def test_output_channels_last():
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_convolution(rank, transposed, groups, biased):
+def test_a_folded_convolution_is_the_layer_and_its_norm(rank, transposed, groups, biased):
     torch = pytest.importorskip("torch")
     kind = getattr(torch.nn, f"Conv{'Transpose' if transposed else ''}{rank}d")
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from cubn._arrays import describe
 @pytest.mark.parametrize(
     ("ndim", "given_axis", "axis"), [(2, 1, 1), (4, -1, 3), (4, -3, 1), (3, 0, 0), (3, np.int64(2), 2)]
 )
-def test_channel_position(ndim, given_axis, axis):
+def test_a_channel_axis_is_counted_from_either_end(ndim, given_axis, axis):
     assert _layout.channel_position(ndim, given_axis, "forward") == axis
 
 
@@ -38,7 +38,7 @@ def test_a_channel_axis_that_is_not_there(axis):
         ((2, 3, 0, 4), 1, (2, 3, 0)),
     ],
 )
-def test_extents(shape, axis, extents):
+def test_extents_are_samples_channels_and_positions(shape, axis, extents):
     assert _layout.extents(shape, axis) == extents
 
 
@@ -66,7 +66,7 @@ def test_steps_of_dense_arrays(shape, axis, steps):
         assert (sample, channel) == steps[:2]
 
 
-def test_steps_of_views():
+def test_views_have_the_steps_of_their_elements():
     x = np.zeros((2, 3, 4, 5), np.float32)
     assert operand(x[:, :, ::2], 1) == (60, 20, (2, 5), (10, 1))
     assert operand(x[:, ::-1, ::-1, ::-1], 1) == (60, -20, (20,), (-1,))
@@ -180,12 +180,12 @@ def test_is_dense_at_the_edges():
         ((0, 3), (3, 1), True),
     ],
 )
-def test_is_distinct(shape, strides, distinct):
+def test_elements_that_share_memory_are_seen(shape, strides, distinct):
     assert _layout.is_distinct(shape, strides) is distinct
 
 
 @given(memories)
-def test_span(memory):
+def test_a_span_reaches_from_the_first_byte_to_the_last(memory):
     x = view(*memory)
     first = x[(0,) * x.ndim]
     assert _layout.span(x.shape, tuple(s // 8 for s in x.strides)) == (x.min() - first, x.max() + 1 - first)
@@ -226,7 +226,7 @@ def test_masks_that_do_not_fit(shape):
     assert mask_operand(shape, (2, 3, 4, 5), 1) is None
 
 
-def test_vectors():
+def test_a_vector_has_the_step_of_its_elements():
     x = np.zeros(12, np.float32)
     array = describe(x[::-3], "forward", "gamma")
     assert _layout.vector(array) == (x[-1:].ctypes.data, "float32", -3)

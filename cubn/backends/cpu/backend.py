@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cubn import _nodes
 from cubn._arrays.numpy import address_of
 from cubn._types import (
     Affine,
@@ -24,22 +23,24 @@ from cubn._types import (
     Vector,
 )
 from cubn.backends import threads
-from cubn.backends.cpu import plan, prepare, relu_mask
+from cubn.backends.cpu import plan, prepare
 from cubn.backends.cpu.assemble import Copies
 from cubn.backends.cpu.calls import (
     BackwardOfNothing,
     Doubles,
     PreparedBackward,
     PreparedForward,
+    PreparedMoments,
+    PreparedNormalize,
     PreparedTrain,
+    PreparedUpdate,
     Sums,
     forward_of_nothing,
+    no_nodes,
+    node_rows,
 )
-from cubn.backends.cpu.launch import Launch
 from cubn.backends.cpu.relu_mask import ReluMask
 from cubn.backends.cpu.stages import Elements, layout_of, reading_of
-
-Prepared = Callable[..., Any]
 
 
 class CpuBackend:
@@ -108,6 +109,21 @@ class CpuBackend:
         elements = _elements(extents, operands, relu_mask)
         return PreparedBackward(prepare.backward(elements, _copies(statistics), vectors, options), extents.C)
 
+    def prepare_normalize(
+        self, extents: Extents, operands: Operands, affine: Affine, options: NormalizeOptions
+    ) -> PreparedNormalize:
+        elements = _writing(extents, operands, options)
+        launch = None if 0 in extents else prepare.normalize(elements, _affine(affine), options)
+        return PreparedNormalize(launch, extents, elements.relu_mask)
+
+    def prepare_moments(self, extents: Extents, operands: Operands, start: int) -> PreparedMoments:
+        elements = _elements(extents, Operands(operands.x, mask=operands.mask), None)
+        cut = None if 0 in extents else plan.reduction(extents, reading_of(elements), start)
+        return PreparedMoments(prepare.moments(elements, start) if cut else None, cut, extents.C)
+
+    def prepare_update(self, C: int, old: Running, new: Running, biased: bool) -> PreparedUpdate:
+        return PreparedUpdate(prepare.update(C, _running(old), _running(new), biased))
+
     # --- parts of batches ---------------------------------------------------------------------------------------------
 
     def keep(self, affine: Affine, statistics: Statistics) -> None:
@@ -118,9 +134,7 @@ class CpuBackend:
             )
 
     def moments(self, extents: Extents, operands: Operands, start: int) -> Nodes:
-        x, _, _, _, mask = operands
-        elements = _elements(extents, Operands(x, mask=mask), None)
-        return _reduced(elements, start, lambda: prepare.moments(elements, start), 0, _pointers(x, mask))
+        return self.prepare_moments(extents, operands, start)(*_pointers(operands.x, operands.mask))
 
     def root(self, nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]:
         return _root("moments", nodes)
@@ -140,14 +154,9 @@ class CpuBackend:
     def normalize(
         self, extents: Extents, operands: Operands, statistics: Statistics, affine: Affine, options: NormalizeOptions
     ) -> ReluMask | None:
-        elements = _writing(extents, operands, options)
-        passed = relu_mask.new(extents, elements.relu_mask) if elements.relu_mask else None
-        if 0 not in extents:
-            x, g, y, _, mask = operands
-            prepare.normalize(elements, _affine(affine), options)(
-                statistics.address, *_pointers(x, g, y, mask), passed.address if passed else 0, *_pointers(*affine)
-            )
-        return passed
+        x, residual, y, mask = _pointers(operands.x, operands.g, operands.y, operands.mask)
+        normalize = self.prepare_normalize(extents, operands, affine, options)
+        return normalize(x, residual, y, mask, statistics, *_pointers(*affine))
 
     def given_statistics(self, C: int, count: int, mean: Vector, invstd: Vector, affine: Affine) -> Statistics:
         found, given = self.new_statistics(C, affine), self.new_statistics(C, Affine(mean, invstd))
@@ -157,15 +166,9 @@ class CpuBackend:
         return found
 
     def update(self, statistics: Statistics, old: Running, new: Running, counters: Counters, update: Update) -> None:
-        launch = prepare.update(statistics.C, _running(old), _running(new), update.biased)
-        momentum = update.momentum
-        launch(
-            statistics.address,
-            *_pointers(*old, *new),
-            *counters,
-            momentum is None,
-            0.0 if momentum is None else momentum,
-        )
+        move = self.prepare_update(statistics.C, old, new, update.biased)
+        at = old.mean.pointer, old.var.pointer, new.mean.pointer, new.var.pointer
+        move(statistics, *at, *counters, update.momentum)
 
     def backward_sums(
         self,
@@ -177,16 +180,13 @@ class CpuBackend:
         start: int,
     ) -> Nodes:
         x, g, _, _, mask = operands
+        if 0 in extents:
+            return no_nodes(extents.C)
         elements = _elements(extents, Operands(x, g, mask=mask), relu_mask)
+        launch = prepare.backward_sums(elements, _copies(statistics), options, start)
         given = (*_pointers(x, g, mask), relu_mask.address if relu_mask else 0)
-        copies = _copies(statistics)
-        return _reduced(
-            elements,
-            start,
-            lambda: prepare.backward_sums(elements, copies, options, start),
-            statistics.address,
-            given,
-        )
+        cut = plan.reduction(extents, reading_of(elements), start)
+        return node_rows(launch, cut, extents.C, statistics.address, *given)
 
     def backward_apply(
         self,
@@ -206,20 +206,6 @@ class CpuBackend:
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:
         launch = prepare.parameter_gradients(statistics.C, _vector(dgamma), _vector(dbeta))
         launch(statistics.address, *map(address_of, sums), dgamma.pointer, dbeta.pointer)
-
-
-def _reduced(
-    elements: Elements, start: int, launch: Callable[[], Launch], statistics: int, given: tuple[int, ...]
-) -> Nodes:
-    """Node rows, merged to maximal aligned blocks."""
-    C = elements.extents.C
-    if 0 in elements.extents:
-        return Nodes((), np.zeros((0, 2 * C + 1)))
-    cut = plan.reduction(elements.extents, reading_of(elements), start)
-    rows = len(cut.table)
-    nodes: tuple[NDArray[Any], ...] = np.empty(rows, np.int64), np.empty((rows, C)), np.empty((rows, C))
-    launch()(statistics, *given, *map(address_of, nodes))
-    return _nodes.joined(cut.blocks, *(part[list(cut.kept)] if len(cut.kept) < rows else part for part in nodes))
 
 
 def _root(what: str, nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from cubn import _nodes
 from cubn._arrays.numpy import DATA, address_of, read_address
-from cubn._types import Extents, Statistics
+from cubn._types import Extents, Nodes, Statistics
 from cubn.backends.cpu import relu_mask
 from cubn.backends.cpu.assemble import Copies
 from cubn.backends.cpu.launch import Launch
-from cubn.backends.cpu.plan import WordLayout
+from cubn.backends.cpu.plan import ReductionPlan, WordLayout
 from cubn.backends.cpu.relu_mask import ReluMask
 
 Doubles = NDArray[np.float64]
@@ -127,8 +130,9 @@ class PreparedBackward(Prepared):
         relu_mask: ReluMask | None,
         dgamma: int,
         dbeta: int,
+        wants_sums: bool = False,
         /,
-    ) -> Sums:
+    ) -> Sums | None:
         sums = np.empty((2, self._channels))
         first = read_address(id(sums) + DATA).value
         launch = self._launch
@@ -147,7 +151,7 @@ class PreparedBackward(Prepared):
             dgamma,
             dbeta,
         )
-        return sums[0], sums[1]
+        return (sums[0], sums[1]) if wants_sums else None
 
 
 class BackwardOfNothing:
@@ -169,9 +173,84 @@ class BackwardOfNothing:
         relu_mask: ReluMask | None,
         dgamma: int,
         dbeta: int,
+        wants_sums: bool = False,
         /,
     ) -> Sums:
         first, second = np.zeros((2, self._channels))
         if self._gradients:
             self._gradients(statistics.address, address_of(first), address_of(second), dgamma, dbeta)
         return first, second
+
+
+class PreparedNormalize:
+    """See `cubn.backends.protocol`."""
+
+    __slots__ = ("_extents", "_launch", "_words")
+
+    def __init__(self, launch: Launch | None, extents: Extents, words: WordLayout | None) -> None:
+        self._launch, self._extents, self._words = launch, extents, words
+
+    def __call__(
+        self, x: int, residual: int, y: int, mask: int, statistics: Statistics, gamma: int, beta: int, /
+    ) -> ReluMask | None:
+        passed = relu_mask.new(self._extents, self._words) if self._words else None
+        if self._launch:
+            at = passed.address if passed else 0
+            self._launch(statistics.address, x, residual, y, mask, at, gamma, beta)
+        return passed
+
+
+class PreparedUpdate:
+    """See `cubn.backends.protocol`."""
+
+    __slots__ = ("_launch",)
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+
+    def __call__(
+        self,
+        statistics: Statistics,
+        old_mean: int,
+        old_var: int,
+        new_mean: int,
+        new_var: int,
+        tracked: int,
+        skipped: int,
+        momentum: float | None,
+        /,
+    ) -> None:
+        moved = (old_mean, old_var, new_mean, new_var, tracked, skipped)
+        self._launch(statistics.address, *moved, momentum is None, 0.0 if momentum is None else momentum)
+
+
+class PreparedMoments:
+    """See `cubn.backends.protocol`."""
+
+    __slots__ = ("_channels", "_cut", "_launch")
+
+    def __init__(self, launch: Launch | None, cut: ReductionPlan | None, channels: int) -> None:
+        self._launch, self._cut, self._channels = launch, cut, channels
+
+    def __call__(self, x: int, mask: int, /) -> Nodes:
+        if self._launch is None or self._cut is None:
+            return no_nodes(self._channels)
+        return node_rows(self._launch, self._cut, self._channels, 0, x, mask)
+
+
+def node_rows(launch: Launch, cut: ReductionPlan, C: int, *given: int) -> Nodes:
+    """What a launch leaves, as a table."""
+    rows = len(cut.table)
+    if rows == 1:  # a table as it is
+        table = np.empty((1, 2 * C + 1))
+        at = address_of(table)
+        launch(*given, at, at + 8, at + 8 * (C + 1))
+        return Nodes(cut.blocks, table)
+    nodes: tuple[NDArray[Any], ...] = np.empty(rows, np.int64), np.empty((rows, C)), np.empty((rows, C))
+    launch(*given, *map(address_of, nodes))
+    return _nodes.joined(cut.blocks, *(part[list(cut.kept)] if len(cut.kept) < rows else part for part in nodes))
+
+
+def no_nodes(C: int) -> Nodes:
+    """Of a batch without elements."""
+    return Nodes((), np.zeros((0, 2 * C + 1)))

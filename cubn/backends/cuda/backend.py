@@ -28,13 +28,21 @@ from cubn._types import (
     Vector,
 )
 from cubn.backends.cuda import calls, parts
-from cubn.backends.cuda.calls import ReluMask, new_relu_mask, new_statistics
+from cubn.backends.cuda.calls import ReluMask, new_statistics
 from cubn.backends.cuda.device import Device
 from cubn.backends.cuda.parameters import Values
 from cubn.backends.cuda.plan import What
 from cubn.backends.cuda.prepare import STATISTICS, affine_vectors, layouts, running_vectors
 from cubn.backends.cuda.series import Series
-from cubn.backends.protocol import PreparedBackward, PreparedForward, PreparedTrain, Sums
+from cubn.backends.protocol import (
+    PreparedBackward,
+    PreparedForward,
+    PreparedMoments,
+    PreparedNormalize,
+    PreparedTrain,
+    PreparedUpdate,
+    Sums,
+)
 
 MOST = 512
 """Prepared calls and series that are kept, of each kind: 9 to 15 KB each."""
@@ -106,6 +114,27 @@ class CudaBackend:
         gradients = parameters and (_vector(parameters[0]), _vector(parameters[1]))
         return self._backward(extents, layouts(operands), copies, mask, gradients, options)
 
+    def prepare_normalize(
+        self, extents: Extents, operands: Operands, affine: Affine, options: NormalizeOptions
+    ) -> PreparedNormalize:
+        if 0 in extents:
+            return calls.normalize_nothing
+        series, layout = self._pass(extents, layouts(operands), _affine(affine), None, False, options)
+        return calls.normalize(self.device, series, extents, layout if options.keep_mask else None)
+
+    def prepare_moments(self, extents: Extents, operands: Operands, start: int) -> PreparedMoments:
+        read = Operands(operands.x, mask=operands.mask)
+
+        def call(x: int, mask: int, /) -> Nodes:
+            here = Operands(read.x._replace(pointer=x), mask=read.mask and read.mask._replace(pointer=mask))
+            return self._nodes("Moments", extents, here, None, None, "none", start)
+
+        return call
+
+    def prepare_update(self, C: int, old: Running, new: Running, biased: bool) -> PreparedUpdate:
+        moved = tuple((name, _vector(v)) for name, v in running_vectors(old, new).items())
+        return calls.update(self.device, self._per_channel("update", C, moved, calls.OF_UPDATE), biased)
+
     # --- per-channel arrays -------------------------------------------------------------------------------------------
 
     def keep(self, affine: Affine, statistics: Statistics) -> None:
@@ -134,9 +163,9 @@ class CudaBackend:
         return found
 
     def update(self, statistics: Statistics, old: Running, new: Running, counters: Counters, update: Update) -> None:
-        moved = running_vectors(old, new)
-        how = {"momentum": update.momentum or 0.0, "cumulative": update.momentum is None, "ddof": not update.biased}
-        self._channelwise("update", statistics.C, moved, {**_rows_of(statistics), **counters._asdict(), **how})
+        move = self.prepare_update(statistics.C, old, new, update.biased)
+        at = old.mean.pointer, old.var.pointer, new.mean.pointer, new.var.pointer
+        move(statistics, *at, *counters, update.momentum)
 
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:
         first, second = map(self._at, sums)
@@ -153,12 +182,9 @@ class CudaBackend:
     def normalize(
         self, extents: Extents, operands: Operands, statistics: Statistics, affine: Affine, options: NormalizeOptions
     ) -> ReluMask | None:
-        if 0 in extents:
-            return None
-        series, layout = self._pass(extents, layouts(operands), _affine(affine), None, False, options)
-        kept = new_relu_mask(self.device, extents, layout) if options.keep_mask else None
-        self._run(series, (*_pass_values(operands, affine, statistics, kept), 0, 0))
-        return kept
+        normalize = self.prepare_normalize(extents, operands, affine, options)
+        x, residual, y, _, mask, gamma, beta = (o.pointer if o else 0 for o in (*operands, *affine))
+        return normalize(x, residual, y, mask, statistics, gamma, beta)
 
     def backward_apply(
         self,
@@ -179,8 +205,8 @@ class CudaBackend:
     # --- the tree -----------------------------------------------------------------------------------------------------
 
     def moments(self, extents: Extents, operands: Operands, start: int) -> Nodes:
-        read = Operands(operands.x, mask=operands.mask)
-        return self._nodes("Moments", extents, read, None, None, "none", start)
+        x, _, _, _, mask = (operand.pointer if operand else 0 for operand in operands)
+        return self.prepare_moments(extents, operands, start)(x, mask)
 
     def backward_sums(
         self,

@@ -21,7 +21,14 @@ from cubn.backends.cuda.device import Device
 from cubn.backends.cuda.plan import Layout
 from cubn.backends.cuda.prepare import OPERANDS, STATISTICS, SUMS, affine_vectors, running_vectors, vector_fields
 from cubn.backends.cuda.series import Series
-from cubn.backends.protocol import PreparedBackward, PreparedForward, PreparedTrain, Sums
+from cubn.backends.protocol import (
+    PreparedBackward,
+    PreparedForward,
+    PreparedNormalize,
+    PreparedTrain,
+    PreparedUpdate,
+    Sums,
+)
 
 UPDATE = ("old_mean", "old_var", "new_mean", "new_var", "tracked", "skipped", "momentum", "cumulative")
 KEPT = ("kept_gamma", "kept_beta")
@@ -191,14 +198,61 @@ def backward(
         relu_mask: ReluMask | None,
         dgamma: int,
         dbeta: int,
+        wants_sums: bool = False,
         /,
-    ) -> Sums:
+    ) -> Sums | None:
         memory = new(room, "float64")
         at = statistics.address
         given = (x, dy, dx, dresidual, mask, dgamma, dbeta)
         bits = relu_mask.address if relu_mask else 0
         rows = (at, at + mean, at + m2, at + var, at + invstd, at + gamma, at + beta, bits)
         series.run(device, given + rows + series.parts(device.address(memory)))
-        return memory[:C], memory[second : second + C]
+        return (memory[:C], memory[second : second + C]) if wants_sums else None
+
+    return call
+
+
+def normalize(device: Device, series: Series, extents: Extents, mask_layout: Layout | None) -> PreparedNormalize:
+    """A pass of `parts.elementwise`; with a layout of the relu mask it is to keep."""
+    mean, m2, var, invstd, *_ = row_offsets(extents.C)
+    room = (series.numbers,)
+
+    def call(
+        x: int, residual: int, y: int, mask: int, statistics: Statistics, gamma: int, beta: int, /
+    ) -> ReluMask | None:
+        kept = new_relu_mask(device, extents, mask_layout) if mask_layout else None
+        memory = device.empty(room, "float64")
+        at = statistics.address
+        rows = (at, at + mean, at + m2, at + var, at + invstd, kept.address if kept else 0, 0, 0)
+        series.run(device, (x, residual, y, 0, mask, gamma, beta, *rows, *series.parts(device.address(memory))))
+        return kept
+
+    return call
+
+
+def normalize_nothing(*_: object) -> None:
+    """Of an empty batch."""
+
+
+OF_UPDATE = (*STATISTICS, "tracked", "skipped", "momentum", "cumulative", "ddof")
+
+
+def update(device: Device, series: Series, biased: bool) -> PreparedUpdate:
+    """A series that takes the four vectors, then what `OF_UPDATE` names."""
+
+    def call(
+        statistics: Statistics,
+        old_mean: int,
+        old_var: int,
+        new_mean: int,
+        new_var: int,
+        tracked: int,
+        skipped: int,
+        momentum: float | None,
+        /,
+    ) -> None:
+        rows = (statistics.at(name) for name in STATISTICS)
+        how = (momentum or 0.0, momentum is None, int(not biased))
+        series.run(device, (old_mean, old_var, new_mean, new_var, *rows, tracked, skipped, *how))
 
     return call

@@ -351,7 +351,7 @@ def made(**options):
         for i, value in enumerate(OUT_OF_RANGE[name])
     ],
 )
-def test_numbers_out_of_range(name, value):
+def test_numbers_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"^BatchNormState: {name} must .*; got ") as caught:
         made(**{name: value})
     assert len(str(caught.value)) < 250
@@ -365,7 +365,7 @@ def test_numbers_out_of_range(name, value):
 
 @pytest.mark.parametrize("kind", NO_NUMBERS)
 @pytest.mark.parametrize("name", ["num_features", "eps", "momentum", "channel_axis"])
-def test_no_numbers(name, kind):
+def test_options_that_are_no_numbers_are_refused(name, kind):
     if (name, kind) == ("momentum", "none"):
         return
     with pytest.raises(TypeError, match=rf"^BatchNormState: {name} must"):
@@ -373,7 +373,7 @@ def test_no_numbers(name, kind):
 
 
 @pytest.mark.parametrize("value", [1, None, ["biased"], np.array("biased")])
-def test_words_that_are_none(value):
+def test_words_that_are_none_are_refused(value):
     with pytest.raises(TypeError, match="BatchNormState: running_variance must be 'unbiased' or 'biased'; got"):
         made(running_variance=value)
 

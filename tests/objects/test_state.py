@@ -36,7 +36,7 @@ def same_states(a, b):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_new_state(dtype):
+def test_a_new_state_has_ones_and_zeros(dtype):
     state = cubn.BatchNormState(4, dtype=dtype)
     for name, value in zip(ARRAYS, (1, 0, 0, 1), strict=True):
         assert_same(getattr(state, name), np.full(4, value, dtype), name)
@@ -68,7 +68,7 @@ def test_beside_a_parameter():
     assert isinstance(cubn.BatchNormState(4, like=torch.nn.Parameter(torch.zeros(2))).gamma, torch.Tensor)
 
 
-def test_repr():
+def test_repr_says_options_and_arrays():
     options = "BatchNormState(4, eps=1e-05, momentum=0.1, channel_axis=1"
     assert repr(cubn.BatchNormState(4, track=False)) == f"{options}; gamma, beta: numpy float32 on cpu)"
 
@@ -129,7 +129,7 @@ def assert_updated(state, expected):
 @pytest.mark.parametrize("how", ["forward_train", "update"])
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
-def test_updates(library, momentum, how):
+def test_updates_are_those_of_the_oracle(library, momentum, how):
     pytest.importorskip(library)
     state = cubn.BatchNormState(4, momentum=momentum, like=carry(batch(), library))
     for seed in range(4):
@@ -188,7 +188,7 @@ def test_what_does_not_update(how):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_the_guard(momentum):
+def test_the_guard_keeps_what_is_not_finite_out_of_the_state(momentum):
     state = trained(momentum=momentum)
     before = state.to_dict()
     x = batch(7)

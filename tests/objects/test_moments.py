@@ -23,7 +23,7 @@ def assert_same_moments(a, b):
     assert_same(a.m2, b.m2, "m2")
 
 
-def test_against_the_textbook():
+def test_moments_are_those_of_the_textbook():
     m, x = cubn.moments(X), X.astype(np.float64)
     assert m.count == 55 and m.count.dtype == np.int64
     np.testing.assert_allclose(m.mean, x.mean((0, 2)), rtol=1e-6, atol=1e-7)
@@ -33,7 +33,7 @@ def test_against_the_textbook():
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (4, 3, 0), (0, 3)])
-def test_of_nothing(shape):
+def test_moments_of_nothing_are_zero(shape):
     m = cubn.moments(np.zeros(shape, np.float32), start=6)
     assert (m.start, m.stop, m.count) == (6, 6 + shape[0], 0)
     assert_same(m.mean, np.zeros(3))
@@ -41,7 +41,7 @@ def test_of_nothing(shape):
     assert np.isnan(m.var()).all() and np.isnan(m.var_unbiased()).all()
 
 
-def test_of_one_value():
+def test_one_value_has_no_unbiased_variance():
     m = cubn.moments(X[:1, :, 0])
     assert_same(m.var(), np.zeros(3))
     assert np.isnan(m.var_unbiased()).all()
@@ -89,7 +89,7 @@ def test_float64_and_float32_merge():
     np.testing.assert_allclose(merged.mean, X.mean((0, 2)), rtol=1e-5)
 
 
-def test_repr():
+def test_repr_says_range_and_count():
     assert repr(cubn.moments(X, start=2)) == "Moments(samples=[2, 13), num_features=3, count=55)"
 
 
@@ -153,7 +153,7 @@ def test_moments_are_added_to_moments_alone():
 
 @pytest.mark.parametrize("library", arrays.LIBRARIES)
 @pytest.mark.parametrize("dtype", arrays.DTYPES)
-def test_from_statistics(library, dtype):
+def test_from_statistics_gives_the_statistics_back(library, dtype):
     mean, var = (arrays.normal(np.random.default_rng(n), 4, dtype) for n in range(2))
     var = np.abs(oracle.widen(var)).astype(var.dtype) if var.dtype != np.uint16 else var & 0x7FFF
     m = cubn.Moments.from_statistics(10, arrays.carry(mean, library), arrays.carry(var, library))

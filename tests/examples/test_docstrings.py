@@ -11,6 +11,6 @@ MODULES = [cubn.Moments.__module__, cubn.moments.__module__, cubn.backward_from.
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples(name):
+def test_examples_in_docstrings_print_what_they_say(name):
     failed, tried = doctest.testmod(sys.modules[name])
     assert tried and not failed

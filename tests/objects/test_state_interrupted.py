@@ -158,7 +158,7 @@ def test_an_error_gives_the_turn_back(error):
 def test_a_child_that_was_forked_in_the_midst_of_an_update_knows_it():
     program = """
         import os
-        from tests.pure.test_state_interrupted import *
+        from tests.objects.test_state_interrupted import *
 
         def forked(attempt):
             child = os.fork()
@@ -179,11 +179,11 @@ def test_a_child_that_was_forked_in_the_midst_of_an_update_knows_it():
     run(program)
 
 
-def test_timers_during_training():
+def test_timers_during_training_end_in_an_error_or_done():
     """Real signals at any moment, each with every use: each ends, in an error or done, and nothing waits for ever."""
     program = """
         import itertools, signal, sys
-        from tests.pure.test_state_interrupted import *
+        from tests.objects.test_state_interrupted import *
 
         cubn.set_num_threads(1)
         state = cubn.BatchNormState(C)
