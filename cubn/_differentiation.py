@@ -10,7 +10,7 @@ import numpy as np
 
 from cubn import _arguments, _arrays, _calls
 from cubn._arguments import flag, one_of, refusal, region
-from cubn._arrays import Layout, Output
+from cubn._arrays import Array, Layout, Library, Output
 from cubn._arrays.library import ALIGNMENT, Allocate
 from cubn._calls import Call
 from cubn._floating_point import default_floating_point
@@ -38,8 +38,7 @@ class Facts(NamedTuple):
     x: Layout
     mask: Layout | None
     version: Callable[[Any], int | None]  # of a mask
-    residual: bool
-    dresidual_alignment: int
+    dresidual: tuple[Allocate, int] | None  # and the remainder of its address
     dgamma: tuple[str, Allocate] | None  # the parameter beside which it is made, and how
     dbeta: tuple[str, Allocate] | None
 
@@ -133,9 +132,8 @@ class Differentiation:
         ):
             return
         gamma, beta = (_allocator(name, forward) if self.dgamma else None for name in _homes(forward).values())
-        aligned = self.dresidual.array.pointer % ALIGNMENT if self.dresidual else 0
         version = (mask or x).library.version
-        facts = Facts(like_x, like_mask, version, self.options.residual, aligned, gamma, beta)
+        facts = Facts(like_x, like_mask, version, self.dresidual and _of(self.dresidual.array, x), gamma, beta)
         call = Call(prepared, facts, x, self.dx.array, (dy,), (x, mask))
         kept = None if forward.relu_mask is None else forward.relu_mask.layout
         key = (forward.layouts, forward.held.layout, kept, like_dy, given, forward.frozen, threads.limit)
@@ -226,10 +224,18 @@ def _parameter_outputs(forward: Forward) -> tuple[Output | None, Output | None]:
     return dgamma, dbeta
 
 
+def _of(dresidual: Array, x: Array) -> tuple[Allocate, int]:
+    """How arrays like dresidual are made, which need not have the layout of dx."""
+    allocate = x.library.allocator(dresidual.shape, dresidual.strides, dresidual.dtype, x)
+    return allocate, dresidual.pointer % ALIGNMENT
+
+
 def _allocator(name: str, forward: Forward) -> tuple[str, Allocate]:
     """How vectors like one of the parameters are made."""
-    home = forward.held.arrays[name]
-    return name, home.library.allocator((forward.layouts.extents.C,), (1,), home.dtype, home)
+    home, shape = forward.held.arrays[name], (forward.layouts.extents.C,)
+    if home.library is forward.layouts.x.library:
+        return name, home.library.allocator(shape, (1,), home.dtype, home)
+    return name, Library.allocator(home.library, shape, (1,), home.dtype, home)
 
 
 def _check_unchanged(forward: Forward, inputs: Inputs) -> None:

@@ -69,7 +69,7 @@ class Moments:
     _count: int
     _mean: bytes
     _m2: bytes
-    _statistics: tuple[float, Float64] | None  # for an eps, what `statistics` made of these
+    _statistics: tuple[float, bytes] | None  # for an eps, what `statistics` made of these
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
         raise TypeError("Moments: cubn.moments(x), Moments.from_statistics and Moments.from_dict make them.")
@@ -199,9 +199,9 @@ class Moments:
         """What normalisation needs of these, where a backend can use it, without gamma and beta."""
         made = self._statistics
         if made is None or made[0] != eps:
-            made = eps, _nodes.statistics(self._count, self.mean, self.m2, eps)
+            made = eps, _nodes.statistics(self._count, self.mean, self.m2, eps).tobytes()
             _KEEP[-1](self, made)
-        memory = place.from_host(made[1])
+        memory = place.from_host(np.frombuffer(made[1]))
         return Statistics(memory, place.address(memory), self.num_features, gamma=False, beta=False)
 
     @property

@@ -205,9 +205,10 @@ def _again(forward: Forward, dy: Any, out: Any) -> Gradients[Any] | None:
         dx, at_dx = call.allocate(x.owner)
     elif not call.takes(out, at_dx, (at_dy,), (x.pointer, at_mask), None):
         return None
-    if facts.residual:
-        dresidual, at_dresidual = call.allocate(x.owner)
-        if at_dresidual % ALIGNMENT != facts.dresidual_alignment:
+    if facts.dresidual is not None:
+        allocate, alignment = facts.dresidual
+        dresidual, at_dresidual = allocate(x.owner)
+        if at_dresidual % ALIGNMENT != alignment:
             return None
     if at_dx % ALIGNMENT != call.alignment:
         return None

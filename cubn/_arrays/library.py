@@ -67,7 +67,9 @@ class Library(Protocol):
         return None
 
     def allocator(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Allocate:
-        """`empty` for many calls: a function of an array like `like`, for an array beside it and its address."""
+        """`empty` for many calls: a function of an array like `like`, for an array beside it and its address. It is
+        called where an array of the library has just had a signature.
+        """
         like = like.nowhere()
 
         def allocate(x: Any) -> tuple[Any, int]:

@@ -38,6 +38,7 @@ class Torch(Library):
         self._tracing_state = torch._C._get_tracing_state
         self._dispatch_modes = torch._C._len_torch_dispatch_stack
         self._function_modes = torch._C._len_torch_function_stack
+        self._transformation = torch._C._functorch.peek_interpreter_stack
 
     def describe(self, x: Any, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         if x.layout is not self._strided or x.is_nested:
@@ -116,6 +117,8 @@ class Torch(Library):
     def signature(self, x: Any) -> tuple[Layout, int] | None:
         if self._tracing_state() or self._dispatch_modes() or self._function_modes():
             return None
+        if self._transformation() is not None:  # of torch.func, which may make outputs that stand for others
+            return None
         if self._forward_ad._current_level >= 0 or x.requires_grad or x.layout is not self._strided or x.is_nested:
             return None
         pointer = _address(x)
@@ -135,19 +138,24 @@ class Torch(Library):
         return array.shape, array.strides, dtype, array.pointer % ALIGNMENT, index
 
     def allocator(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Allocate:
-        kept = (shape, strides, dtype) == (like.shape, like.strides, like.dtype) and is_dense(shape, strides)
-        if not kept or math.prod(shape) * ITEMSIZE[dtype] >= _HUGE:
+        if 0 in shape or not is_dense(shape, strides) or math.prod(shape) * ITEMSIZE[dtype] >= _HUGE:
             return super().allocator(shape, strides, dtype, like)
         empty_like = self._torch.empty_like
+        template = self.empty(shape, strides, dtype, like).array.owner  # a caller's own may be another by now
+        template.untyped_storage().resize_(0)
 
         def allocate(x: Any) -> tuple[Any, int]:
-            y = empty_like(x)
-            return y, y.data_ptr()
+            y = empty_like(template)
+            pointer = _address(y)
+            if not pointer:  # made by a transformation: `empty` says so
+                return super(Torch, self).allocator(shape, strides, dtype, like)(x)
+            return y, pointer
 
         return allocate
 
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
-        y = self._torch.empty_strided(shape, strides, dtype=self._dtypes[dtype], device=like.owner.device)
+        device = "cpu" if like.device == HOST else f"cuda:{like.device[1]}"  # where its owner may have left
+        y = self._torch.empty_strided(shape, strides, dtype=self._dtypes[dtype], device=device)
         pointer = _address(y) if type(y) is self._torch.Tensor else 0
         if not pointer and 0 not in shape:  # a mode or a transformation makes tensors of its own
             with reporting_as("cubn"):
