@@ -4,7 +4,7 @@ The first call with a signature goes the full way, with every check, and leaves 
 what can differ: that arrays are where they can be read, that the state still holds its own, that nothing overlaps. What
 does not match goes the full way again, which finds the words for what is wrong.
 
-A signature is made of layouts (see `Library.signature`), the state's `Kind` and options; it holds no array.
+A signature is made of layouts (see `Library.signature`), the state's `StateLayout` and options; it holds no array.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from cubn._arrays import SIGNATURES, Array, Layout, addresses
 from cubn._arrays.library import ALIGNMENT, Library
 from cubn._inputs import Inputs
 from cubn._kept import Store
-from cubn._state.arrays import Held
+from cubn._state.arrays import StateArrays
 from cubn.backends import threads
 from cubn.state import BatchNormState
 
 PreparedT = TypeVar("PreparedT")
 FactsT = TypeVar("FactsT")
+
+new_tuple = tuple.__new__
+"""Makes a NamedTuple of its fields, in a third of the time."""
 
 _stores: list[Store[Any]] = []
 
@@ -63,7 +66,7 @@ class Call(Generic[PreparedT, FactsT]):
         self._in_place = tuple(a and (*_reach(a), x.library.layout(a) == x.library.layout(y)) for a in in_place)
         self._apart = tuple(a and _reach(a) for a in apart)
 
-    def takes(self, out: Any, at: int, in_place: Iterable[int], apart: Iterable[int], held: Held | None) -> bool:
+    def takes(self, out: Any, at: int, in_place: Iterable[int], apart: Iterable[int], held: StateArrays | None) -> bool:
         """Whether a given `out` can be written, is exactly one of the arrays that it may be, or shares no memory with
         any of them, and none with others and the state's.
         """
@@ -95,7 +98,7 @@ def _reach(array: Array) -> tuple[int, int]:
     return low - array.pointer, high - array.pointer
 
 
-Found = tuple[Any, Held, int, int, int, int]
+Found = tuple[Any, StateArrays, int, int, int, int]
 """A call, what the state holds, and where x, residual, mask and out are."""
 
 
@@ -111,24 +114,23 @@ def find(
     if (found := read(x)) is None:
         return None
     layout, at_x = found
-    masked = beside = given = None
+    mask_layout = residual_layout = out_layout = None
     at_mask = at_residual = at_out = 0
     if mask is not None:
         if (found := signature(mask)) is None:
             return None
-        masked, at_mask = found
+        mask_layout, at_mask = found
     if residual is not None:
         if (found := signature(residual)) is None:
             return None
-        beside, at_residual = found
+        residual_layout, at_residual = found
     if out is not None:
         if (found := signature(out)) is None:
             return None
-        given, at_out = found
+        out_layout, at_out = found
     features, _, _, axis, variance = state._options
-    entry = store.entries.get(
-        (layout, masked, beside, given, threads.limit, held.kind, features, axis, variance, *options)
-    )
+    layouts = layout, mask_layout, residual_layout, out_layout
+    entry = store.entries.get((*layouts, threads.limit, held.layout, features, axis, variance, *options))
     if entry is None:
         return None
     entry.asked_for = True
@@ -163,9 +165,11 @@ def remember(
     store: Store[Any], call: Call[Any, Any], inputs: Inputs, state: BatchNormState, out: Array | None, *options: Any
 ) -> None:
     """Keep a call for others with such arguments, where they can be recognized."""
+    if type(state) is not BatchNormState:  # whose options may be others than those it has kept
+        return
     features, _, _, axis, variance = state._options
-    arrays = inputs.x, inputs.mask, inputs.beside, out
-    add(store, call, arrays, inputs.held.kind, features, axis, variance, *options)
+    arrays = inputs.x, inputs.mask, inputs.residual_or_dy, out
+    add(store, call, arrays, inputs.held.layout, features, axis, variance, *options)
 
 
 def signature(x: Any) -> tuple[Layout, int] | None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from cubn import _arguments, _arrays, _layout
-from cubn._arguments import refusal, region, whole
+from cubn._arguments import as_int, refusal, region
 from cubn._arrays import Array, Output
 from cubn._layout import operand
-from cubn._state.arrays import Held, hold
+from cubn._state.arrays import StateArrays, checked_arrays
 from cubn._types import BOOL, Extents, Operands, ReluGradient
 from cubn.backends import backend_for
 from cubn.backends.protocol import Backend
 from cubn.state import BatchNormState, checked_state
 
-NOTHING_HELD = Held({}, None, None)
+NO_ARRAYS = StateArrays({}, None, None)
 
 
 class Inputs(NamedTuple):
@@ -24,28 +24,28 @@ class Inputs(NamedTuple):
     axis: int  # of the channels
     extents: Extents
     backend: Backend
-    held: Held
+    held: StateArrays
     mask: Array | None = None
-    beside: Array | None = None  # residual, or dy
+    residual_or_dy: Array | None = None
 
     def operands(self, y: Array | None = None, r: Array | None = None) -> Operands:
         """As kernels see them, and what they write."""
-        x, axis, _, _, _, mask, beside = self
+        x, axis, _, _, _, mask, residual_or_dy = self
         return Operands(
             operand(x, axis),
-            beside and operand(beside, axis),
+            residual_or_dy and operand(residual_or_dy, axis),
             y and operand(y, axis),
             r and operand(r, axis),
             mask and _layout.mask_operand(mask, x.shape, axis),
         )
 
-    def destination(self, function: str, out: Any) -> Output:
+    def destination(self, out: Any) -> Output:
         """Where y goes: a new array, or `out`."""
         if out is None:
             return _arrays.empty_like(self.x)
         apart = (region("mask", self.mask),) if self.mask else ()
-        in_place = {"x": self.x, "residual": self.beside}
-        return _arguments.destination(function, out, self.x, in_place, (*apart, *self.held.regions))
+        in_place = {"x": self.x, "residual": self.residual_or_dy}
+        return _arguments.destination(out, self.x, in_place, (*apart, *self.held.regions))
 
     @property
     def values(self) -> int | None:
@@ -53,67 +53,67 @@ class Inputs(NamedTuple):
         return _arguments.values_per_channel(self.extents, self.mask)
 
 
-def bind(function: str, x: Any, state: BatchNormState, mask: Any, residual: Any) -> Inputs:
+def bind(x: Any, state: BatchNormState, mask: Any, residual: Any) -> Inputs:
     """x, the state's arrays, mask and residual."""
-    checked_state(state, function)
-    inputs = bind_x(function, x, state.channel_axis, state.num_features)
-    return bind_beside(function, inputs._replace(held=state._read(function, inputs.x)), mask, residual)
+    checked_state(state)
+    inputs = bind_x(x, state.channel_axis, state.num_features)
+    return bind_mask_and_residual(inputs._replace(held=state._read(inputs.x)), mask, residual)
 
 
-def bind_x(function: str, x: Any, channel_axis: int, num_features: int | None = None) -> Inputs:
+def bind_x(x: Any, channel_axis: int, num_features: int | None = None) -> Inputs:
     """x, with the given number of channels if there is one."""
-    array = _arrays.describe(x, function, "x")
+    array = _arrays.describe(x, "x")
     shape = array.shape
     if len(shape) < 2:
         remedy = "Samples and channels are two axes: a single sample has shape (1, C)."
-        raise ValueError(refusal(function, "x", "have 2 axes or more", array, remedy))
-    axis = _layout.channel_position(len(shape), whole(channel_axis, function, "channel_axis"), function)
+        raise ValueError(refusal("x", "have 2 axes or more", array, remedy))
+    axis = _layout.channel_position(len(shape), as_int(channel_axis, "channel_axis"))
     extents = _layout.extents(shape, axis)
     if not extents.C or num_features not in (None, extents.C):
         rule = f"have {num_features or '1 or more'} channels on axis {axis}"
-        raise ValueError(refusal(function, "x", rule, array, "channel_axis says which axis that is."))
-    return Inputs(array, axis, extents, backend_for(array.device, array.library.name), NOTHING_HELD)
+        raise ValueError(refusal("x", rule, array, "channel_axis says which axis that is."))
+    return Inputs(array, axis, extents, backend_for(array.device, array.library.name), NO_ARRAYS)
 
 
-def bind_parameters(function: str, inputs: Inputs, **given: Any) -> Inputs:
+def bind_parameters(inputs: Inputs, **given: Any) -> Inputs:
     """Arrays of channels, where they are given."""
-    arrays = {name: parameter(function, name, array, inputs) for name, array in given.items() if array is not None}
-    return inputs._replace(held=hold(arrays, function))
+    arrays = {name: parameter(name, array, inputs) for name, array in given.items() if array is not None}
+    return inputs._replace(held=checked_arrays(arrays))
 
 
-def bind_beside(function: str, inputs: Inputs, mask: Any, residual: Any = None) -> Inputs:
+def bind_mask_and_residual(inputs: Inputs, mask: Any, residual: Any = None) -> Inputs:
     """A mask and a residual, where they are given."""
     return inputs._replace(
-        mask=None if mask is None else _mask(function, mask, inputs),
-        beside=None if residual is None else like_x(function, "residual", residual, inputs.x),
+        mask=None if mask is None else _mask(mask, inputs),
+        residual_or_dy=None if residual is None else like_x("residual", residual, inputs.x),
     )
 
 
-def parameter(function: str, argument: str, given: Any, inputs: Inputs) -> Array:
+def parameter(argument: str, given: Any, inputs: Inputs) -> Array:
     """A per-channel array of any library on x's device."""
-    array = _arrays.describe(given, function, argument, detach=True)
+    array = _arrays.describe(given, argument, detach=True)
     C = inputs.extents.C
     if array.shape != (C,):
-        raise ValueError(refusal(function, argument, f"have shape ({C},), one value per channel", array))
-    _arguments.check_device(function, argument, array, inputs.x)
+        raise ValueError(refusal(argument, f"have shape ({C},), one value per channel", array))
+    _arguments.check_device(argument, array, inputs.x)
     return array
 
 
-def like_x(function: str, argument: str, given: Any, x: Array) -> Array:
+def like_x(argument: str, given: Any, x: Array) -> Array:
     """Values that go with x's, of its shape, dtype, library and device."""
-    array = _arrays.describe(given, function, argument)
-    _arguments.check_like(function, argument, array, x)
+    array = _arrays.describe(given, argument)
+    _arguments.check_like(argument, array, x)
     return array
 
 
-def _mask(function: str, given: Any, inputs: Inputs) -> Array:
+def _mask(given: Any, inputs: Inputs) -> Array:
     """Which positions of x are present."""
-    array, x, axis = _arrays.describe(given, function, "mask", BOOL), inputs.x, inputs.axis
-    _arguments.check_device(function, "mask", array, x)
+    array, x, axis = _arrays.describe(given, "mask", BOOL), inputs.x, inputs.axis
+    _arguments.check_device("mask", array, x)
     if _layout.mask_operand(array, x.shape, axis) is None:
         shape = x.shape[:axis] + x.shape[axis + 1 :]
         rule = f"have x's shape without the channel axis, {shape}, or 1 instead of any extent"
-        raise ValueError(refusal(function, "mask", rule, array))
+        raise ValueError(refusal("mask", rule, array))
     return array
 
 

@@ -62,7 +62,7 @@ class Store(Generic[T]):
         """The oldest go, but for those asked for since they came or were last spared."""
         most = self._most
         while (excess := self.nbytes + size - most) > 0:
-            most = 3 * self._most // 4
+            most = max(size, 3 * self._most // 4)
             excess = max(excess, self.nbytes + size - most)
             for key, entry in self.entries.copy().items():
                 if excess <= 0:

@@ -35,14 +35,14 @@ class Unaddressable(ValueError):
     """A shape or strides of no array in memory."""
 
 
-def channel_position(ndim: int, channel_axis: int, function: str) -> int:
+def channel_position(ndim: int, channel_axis: int) -> int:
     """The channel axis counted from the front; a NumPy AxisError if there is no such axis."""
     if -ndim <= channel_axis < ndim:
         return channel_axis % ndim
     from numpy.exceptions import AxisError
 
     raise AxisError(
-        message(function, "channel_axis", f"be at least {-ndim} and below {ndim}, x having {ndim} axes", channel_axis)
+        message("channel_axis", f"be at least {-ndim} and below {ndim}, x having {ndim} axes", channel_axis)
     )
 
 

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays, _nodes, reference
-from cubn._arguments import flag, on_host, plain, refusal, whole
-from cubn._entries import ENTRIES, MOST, check_blocks, check_not_negative, checked_nodes
+from cubn._arguments import as_int, on_host, refusal
+from cubn._entries import MOST, check_not_negative, checked_entries
 from cubn._floating_point import default_floating_point
 from cubn._tree import Block
 from cubn._types import Nodes, Statistics
 from cubn.backends.protocol import Backend
-from cubn.errors import message
+from cubn.errors import message, reporting_as
 from cubn.typing import SupportsDLPack
 
 Float64 = NDArray[np.float64]
@@ -69,7 +69,7 @@ class Moments:
     _count: int
     _mean: bytes
     _m2: bytes
-    _statistics: tuple[float, Float64] | None  # for an eps, what `statistics` made of these
+    _statistics: tuple[float, bytes] | None  # for an eps, what `statistics` made of these
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
         raise TypeError("Moments: cubn.moments(x), Moments.from_statistics and Moments.from_dict make them.")
@@ -94,6 +94,7 @@ class Moments:
 
     @classmethod
     @default_floating_point
+    @reporting_as("from_statistics")
     def from_statistics(cls, count: int, mean: SupportsDLPack, var: SupportsDLPack) -> Self:
         """Moments of numbers that somebody else took.
 
@@ -122,19 +123,16 @@ class Moments:
         >>> (old + cubn.moments(np.ones((500, 2)))).std()
         array([1.69967317, 1.69967317])
         """
-        function = "from_statistics"
-        values = whole(count, function, "count")
+        values = as_int(count, "count")
         if not 0 < values < MOST:
-            raise ValueError(message(function, "count", "be at least 1 and less than 2**62", values))
-        described = [
-            _arrays.describe(*named, detach=True) for named in ((mean, function, "mean"), (var, function, "var"))
-        ]
+            raise ValueError(message("count", "be at least 1 and less than 2**62", values))
+        described = [_arrays.describe(array, name, detach=True) for name, array in (("mean", mean), ("var", var))]
         shape = described[0].shape
         for name, array in zip(("mean", "var"), described, strict=True):
             if len(shape) != 1 or not shape[0] or array.shape != shape:
-                raise ValueError(refusal(function, name, "have shape (C,), one value per channel, as the other", array))
+                raise ValueError(refusal(name, "have shape (C,), one value per channel, as the other", array))
         centre, variance = (on_host(array).astype(np.float64) for array in described)
-        check_not_negative(function, "var", variance)
+        check_not_negative("var", variance)
         with np.errstate(over="ignore"):
             return cls._pooled((np.array(values), centre, variance * values))
 
@@ -145,6 +143,7 @@ class Moments:
         return cls._of(0, 0, _nodes.joined(((0, 1),), np.array([count]), mean[None], m2[None]), exact=False)
 
     @classmethod
+    @reporting_as("from_dict")
     def from_dict(cls, d: Mapping[str, Any]) -> Self:
         """The Moments that `to_dict` wrote down.
 
@@ -164,20 +163,8 @@ class Moments:
         TypeError, ValueError
             If an entry does not fit.
         """
-        if not isinstance(d, Mapping):
-            raise TypeError(message("from_dict", "d", "be a mapping, as from to_dict", type(d).__name__))
-        if missing := [name for name in ENTRIES if name not in d]:
-            rule = "have every entry of Moments.to_dict"
-            raise KeyError(message("from_dict", "d", rule, f"no {', '.join(missing)}"))
-        start, stop = (whole(plain(d[name]), "from_dict", name) for name in ("start", "stop"))
-        exact = flag(plain(d["exact"]), "from_dict", "exact")
-        blocks, nodes = checked_nodes(d)
-        if exact:
-            check_blocks(start, stop, blocks)
-        elif (start, stop, blocks) != (0, 0, ((0, 1),)):
-            rule = "be [(0, 1)] of the range [0, 0) where exact is False"
-            raise ValueError(message("from_dict", "blocks", rule, (start, stop, blocks)))
-        return cls._of(start, stop, _nodes.merge(nodes), exact=exact)
+        entries = checked_entries(d)
+        return cls._of(entries.start, entries.stop, _nodes.merge(entries.nodes), exact=entries.exact)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that Moments hold, as plain numbers and NumPy arrays: `numpy.savez` stores it without pickle.
@@ -212,9 +199,9 @@ class Moments:
         """What normalisation needs of these, where a backend can use it, without gamma and beta."""
         made = self._statistics
         if made is None or made[0] != eps:
-            made = eps, _nodes.statistics(self._count, self.mean, self.m2, eps)
+            made = eps, _nodes.statistics(self._count, self.mean, self.m2, eps).tobytes()
             _KEEP[-1](self, made)
-        memory = place.from_host(made[1])
+        memory = place.from_host(np.frombuffer(made[1]))
         return Statistics(memory, place.address(memory), self.num_features, gamma=False, beta=False)
 
     @property
@@ -275,6 +262,7 @@ class Moments:
         """
         return np.sqrt(self.var())
 
+    @reporting_as("merge")
     def merge(self, other: Moments) -> Moments:
         """Moments of two neighbouring ranges together (Chan, Golub & LeVeque 1979).
 
@@ -299,13 +287,11 @@ class Moments:
             If the ranges are not neighbours, the channels differ in number, or one of the two is not `exact`.
         """
         if not isinstance(other, Moments):
-            raise TypeError(message("merge", "other", "be Moments", type(other).__name__))
-        self._check_channels("merge", other)
+            raise TypeError(message("other", "be Moments", type(other).__name__))
+        self._check_channels(other)
         if not (self.exact and other.exact):
             remedy = "Add Moments without a range: a + b."
-            raise ValueError(
-                message("merge", "other", "be of a range of samples, as these Moments", "exact=False", remedy)
-            )
+            raise ValueError(message("other", "be of a range of samples, as these Moments", "exact=False", remedy))
         if self.stop == other.start:
             left, right = self, other
         elif other.stop == self.start:
@@ -316,12 +302,13 @@ class Moments:
                 "Give `moments` the global index of its first sample as start, and merge neighbours; or, where samples "
                 "have no order, add them: a + b."
             )
-            raise ValueError(message("merge", "other", rule, f"[{other.start}, {other.stop})", remedy))
+            raise ValueError(message("other", rule, f"[{other.start}, {other.stop})", remedy))
         parts = left._nodes, right._nodes
         nodes = Nodes(parts[0].blocks + parts[1].blocks, np.concatenate([part.table for part in parts]))
         return Moments._of(left.start, right.stop, _nodes.merge(nodes))
 
     @default_floating_point
+    @reporting_as("+")
     def __add__(self, other: Moments) -> Moments:
         """Moments of the values of both, whatever their ranges (Chan, Golub & LeVeque 1979).
 
@@ -337,9 +324,9 @@ class Moments:
         """
         if not isinstance(other, Moments):
             return NotImplemented
-        self._check_channels("+", other)
+        self._check_channels(other)
         if self._count + other._count >= MOST:
-            raise ValueError(message("+", "other", "leave fewer than 2**62 values in all", int(other.count)))
+            raise ValueError(message("other", "leave fewer than 2**62 values in all", int(other.count)))
         a, b = ((np.array(part._count), part.mean, part.m2) for part in (self, other))
         return Moments._pooled(reference.merge(a, b))
 
@@ -373,10 +360,10 @@ class Moments:
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.m2 / np.float64(count or np.nan)
 
-    def _check_channels(self, function: str, other: Moments) -> None:
+    def _check_channels(self, other: Moments) -> None:
         if other.num_features != self.num_features:
             rule = f"have {self.num_features} channels, as these Moments have"
-            raise ValueError(message(function, "other", rule, other.num_features))
+            raise ValueError(message("other", rule, other.num_features))
 
 
 _KEEP: tuple[Callable[[Moments, Any], None], ...] = tuple(

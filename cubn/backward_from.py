@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-from cubn._arguments import flag, whole
-from cubn._inputs import Inputs, bind_beside, bind_parameters, bind_x, parameter, relu_gradient
+from cubn._arguments import as_int, flag
+from cubn._differentiation import Differentiation
+from cubn._inputs import Inputs, bind_mask_and_residual, bind_parameters, bind_x, parameter, relu_gradient
 from cubn._layout import vector
-from cubn._state.arrays import hold
-from cubn.backward import Differentiation
-from cubn.errors import message
+from cubn._state.arrays import checked_arrays
+from cubn.errors import message, reporting_as
 from cubn.gradients import Gradients, StatisticsGradients
 from cubn.saved import Forward, Layouts, Read
 from cubn.typing import AnyArray, ArrayT, Like, SupportsDLPack
@@ -53,6 +53,7 @@ def backward_from(
 ) -> StatisticsGradients[ArrayT]: ...
 
 
+@reporting_as("backward_from")
 def backward_from(
     dy: Like[ArrayT],
     x: ArrayT,
@@ -125,34 +126,33 @@ def backward_from(
     >>> cubn.backward_from(np.ones_like(x), x, mean=mean, invstd=invstd)
     Gradients(dx=float64 (8, 3, 5), dgamma=None, dbeta=None, dresidual=None)
     """
-    function = "backward_from"
-    relu, frozen = flag(relu, function, "relu"), flag(frozen, function, "frozen")
-    inputs = bind_beside(function, bind_x(function, x, channel_axis), mask)
-    given = [parameter(function, *named, inputs) for named in (("mean", mean), ("invstd", invstd))]
-    inputs = bind_parameters(function, inputs, gamma=gamma, beta=beta)
+    relu, frozen = flag(relu, "relu"), flag(frozen, "frozen")
+    inputs = bind_mask_and_residual(bind_x(x, channel_axis), mask)
+    given = [parameter(*named, inputs) for named in (("mean", mean), ("invstd", invstd))]
+    inputs = bind_parameters(inputs, gamma=gamma, beta=beta)
     held, place = inputs.held, inputs.backend
-    values = 0 if frozen else _count(function, count, inputs)
+    values = 0 if frozen else _count(count, inputs)
     forward = Forward(
         Layouts.of(inputs, relu_gradient(relu, residual=False)),
         Read.of(inputs.x),
         inputs.mask and Read.of(inputs.mask),
-        hold({**held.arrays, "running_mean": given[0]}, function),
+        checked_arrays({**held.arrays, "running_mean": given[0]}),
         place.given_statistics(inputs.extents.C, values, vector(given[0]), vector(given[1]), held.affine),
         None,
         frozen=frozen,
     )
-    return Differentiation(function, dy, forward, "local", statistics, out).run()
+    return Differentiation(dy, forward, "local", statistics, out).run()
 
 
-def _count(function: str, count: int | None, inputs: Inputs) -> int:
+def _count(count: int | None, inputs: Inputs) -> int:
     """Values per channel that the statistics are of."""
     if count is None:
         present = inputs.values
         if present is None:
             rule, remedy = "be given together with a mask on a device", "It is how many positions are present."
-            raise ValueError(message(function, "count", rule, None, remedy))
+            raise ValueError(message("count", rule, None, remedy))
         return present
-    number = whole(count, function, "count")
+    number = as_int(count, "count")
     if not 0 < number < 1 << 63:
-        raise ValueError(message(function, "count", "be 1 or more and less than 2**63", number))
+        raise ValueError(message("count", "be 1 or more and less than 2**63", number))
     return number

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 
 class BackendUnavailable(RuntimeError):
@@ -20,18 +22,44 @@ class StateWarning(UserWarning):
     """Running statistics hold a NaN or an infinity: raised where they come into a state."""
 
 
+_reporting: ContextVar[str] = ContextVar("reporting", default="cubn")
+
+
+@contextmanager
+def reporting_as(function: str) -> Iterator[None]:
+    """Let messages begin with this name, in a `with` block or, as a decorator, in a function.
+
+    What a user calls says its name where it begins to check. What is called meanwhile, out of an array's `__dlpack__`
+    or a signal handler, says its own, and this one holds again afterwards. A call that was made before is not checked,
+    and says nothing.
+    """
+    token = _reporting.set(function)
+    try:
+        yield
+    finally:
+        _reporting.reset(token)
+
+
+def reported() -> str:
+    """What messages begin with here."""
+    return _reporting.get()
+
+
 def message(
-    function: str,
     argument: str,
     rule: str,
     got: object,
     remedy: str = "",
     *,
+    function: str | None = None,
     shape: tuple[int, ...] | None = None,
     dtype: str | None = None,
     device: tuple[int, int] | str | None = None,
 ) -> str:
-    """`<function>: <argument> must <rule>; got <value> (shape=…, dtype=…, device=…). <remedy>`, of the facts given."""
+    """`<function>: <argument> must <rule>; got <value> (shape=…, dtype=…, device=…). <remedy>`, of the facts given.
+
+    `function` is for what has a name of its own wherever it is called; see `reporting_as`.
+    """
     place = device_name(device) if isinstance(device, tuple) else device
     facts = [
         f"{name}={value}"
@@ -40,7 +68,7 @@ def message(
     ]
     known = f" ({', '.join(facts)})" if facts else ""
     text = got if isinstance(got, str) else _written(got, str)
-    return f"{function}: {argument} must {rule}; got {text}{known}." + (f" {remedy}" if remedy else "")
+    return f"{function or reported()}: {argument} must {rule}; got {text}{known}." + (f" {remedy}" if remedy else "")
 
 
 def quoted(value: object) -> str:

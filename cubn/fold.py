@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays
-from cubn._arguments import on_host, refusal, whole
+from cubn._arguments import as_int, on_host, refusal
 from cubn._arrays import Array
 from cubn._floating_point import default_floating_point
 from cubn._state.arrays import STATISTICS, check_values, described
-from cubn.errors import message
+from cubn.errors import message, reporting_as
 from cubn.state import BatchNormState, checked_state
 from cubn.typing import ArrayT, SupportsDLPack
 
@@ -20,6 +20,7 @@ Float64 = NDArray[np.float64]
 
 
 @default_floating_point
+@reporting_as("fold")
 def fold(state: BatchNormState) -> tuple[Any, Any]:
     """The scale and shift that `forward` amounts to.
 
@@ -55,12 +56,13 @@ def fold(state: BatchNormState) -> tuple[Any, Any]:
     ----------
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     """
-    scale, shift, home = _folded(state, "fold")
+    scale, shift, home = _folded(state)
     with np.errstate(all="ignore"):
         return home.library.from_numpy(scale, home.dtype, home), home.library.from_numpy(shift, home.dtype, home)
 
 
 @default_floating_point
+@reporting_as("fold_into")
 def fold_into(
     weight: ArrayT, bias: SupportsDLPack | None, state: BatchNormState, *, output_axis: int = 0, groups: int = 1
 ) -> tuple[ArrayT, Any]:
@@ -107,12 +109,12 @@ def fold_into(
     -----
     Computed in float64 and rounded once. The folded layer has other bits than the layer followed by `forward`.
     """
-    array = _arrays.describe(weight, "fold_into", "weight", detach=True)
-    given = None if bias is None else _arrays.describe(bias, "fold_into", "bias", detach=True)
-    scale, shift, _ = _folded(state, "fold_into")
+    array = _arrays.describe(weight, "weight", detach=True)
+    given = None if bias is None else _arrays.describe(bias, "bias", detach=True)
+    scale, shift, _ = _folded(state)
     along = _along_outputs(scale, array, output_axis, groups)
     if given is not None and given.shape != scale.shape:
-        raise ValueError(refusal("fold_into", "bias", f"have shape {scale.shape}, one value per channel", given))
+        raise ValueError(refusal("bias", f"have shape {scale.shape}, one value per channel", given))
     offset = 0.0 if given is None else on_host(given).astype(np.float64)
     home = given or array
     with np.errstate(all="ignore"):
@@ -122,14 +124,14 @@ def fold_into(
         )
 
 
-def _folded(state: BatchNormState, function: str) -> tuple[Float64, Float64, Array]:
+def _folded(state: BatchNormState) -> tuple[Float64, Float64, Array]:
     """scale, shift, and the array they are like."""
-    if checked_state(state, function).running_var is None:
+    if checked_state(state).running_var is None:
         remedy = "Only running statistics can be folded: a batch's own differ from batch to batch."
-        raise ValueError(message(function, "state", "have running statistics", "a state with track=False", remedy))
+        raise ValueError(message("state", "have running statistics", "a state with track=False", remedy))
     held = state.to_dict()
-    found = {name: (described(getattr(state, name), name, function), held[name]) for name in STATISTICS}
-    check_values(found, function)
+    found = {name: (described(getattr(state, name), name), held[name]) for name in STATISTICS}
+    check_values(found)
     home = found["running_var"][0]
     gamma = held["gamma"].astype(np.float64) if "gamma" in held else 1.0
     beta = held["beta"].astype(np.float64) if "beta" in held else 0.0
@@ -141,22 +143,22 @@ def _folded(state: BatchNormState, function: str) -> tuple[Float64, Float64, Arr
 def _along_outputs(scale: Float64, weight: Array, output_axis: int, groups: int) -> Float64:
     """scale placed to multiply the weight."""
     shape = weight.shape
-    axis = whole(output_axis, "fold_into", "output_axis")
+    axis = as_int(output_axis, "output_axis")
     if not -len(shape) <= axis < len(shape):
         rule = f"be at least {-len(shape)} and below {len(shape)}"
-        raise np.exceptions.AxisError(message("fold_into", "output_axis", rule, axis))
+        raise np.exceptions.AxisError(message("output_axis", rule, axis))
     axis %= len(shape)
-    groups = whole(groups, "fold_into", "groups")
+    groups = as_int(groups, "groups")
     if not 1 <= groups <= scale.size:
-        raise ValueError(message("fold_into", "groups", f"be from 1 to the {scale.size} channels", groups))
+        raise ValueError(message("groups", f"be from 1 to the {scale.size} channels", groups))
     if shape[axis] * groups != scale.size:
         rule = f"have {scale.size} output channels on axis {axis}" + (f" in {groups} groups" if groups != 1 else "")
-        raise ValueError(refusal("fold_into", "weight", rule, weight, _meant(scale.size, shape, axis)))
+        raise ValueError(refusal("weight", rule, weight, _meant(scale.size, shape, axis)))
     if groups == 1:
         return scale.reshape([-1 if i == axis else 1 for i in range(len(shape))])
     if axis == 0 or shape[0] % groups:
         rule = f"have input channels on axis 0, a multiple of groups={groups}, and outputs on another"
-        raise ValueError(refusal("fold_into", "weight", rule, weight))
+        raise ValueError(refusal("weight", rule, weight))
     rows = np.repeat(scale.reshape(groups, -1), shape[0] // groups, axis=0)
     return rows.reshape([shape[0] if i == 0 else -1 if i == axis else 1 for i in range(len(shape))])
 

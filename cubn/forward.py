@@ -9,13 +9,15 @@ from cubn import _calls
 from cubn._arguments import flag
 from cubn._arrays.library import ALIGNMENT
 from cubn._calls import Call
-from cubn._inputs import bind, bind_beside, bind_parameters, bind_x, overwrites, relu_gradient
+from cubn._inputs import bind, bind_mask_and_residual, bind_parameters, bind_x, overwrites, relu_gradient
 from cubn._moments import Moments
+from cubn._state.arrays import StateArrays
+from cubn._state.options import checked_eps
 from cubn._types import Affine, NormalizeOptions, Running, Vector
 from cubn.backends.protocol import PreparedNormalize
-from cubn.errors import message
+from cubn.errors import message, reporting_as
 from cubn.saved import Forward, Layouts, Read, Saved
-from cubn.state import BatchNormState, Held, checked_eps
+from cubn.state import BatchNormState
 from cubn.sync import communicator
 from cubn.sync.collective import SyncContext, check_sizes
 from cubn.typing import AnyArray, ArrayT, Comm, Like, Sizes, SupportsDLPack
@@ -93,19 +95,20 @@ def forward(
     return _forward(x, state, mask, residual, relu, out)  # type: ignore[no-any-return]
 
 
+@reporting_as("forward")
 def _forward(x: Any, state: BatchNormState, mask: Any, residual: Any, relu: bool, out: Any) -> Any:
     """With every check."""
-    relu = flag(relu, "forward", "relu")
-    inputs = bind("forward", x, state, mask, residual)
+    relu = flag(relu, "relu")
+    inputs = bind(x, state, mask, residual)
     held = inputs.held
-    running = _running(held, "forward")
-    output = inputs.destination("forward", out)
+    running = _running(held)
+    output = inputs.destination(out)
     options = NormalizeOptions(residual is not None, relu)
     operands = inputs.operands(output.array)
     prepared = inputs.backend.prepare_forward(inputs.extents, operands, held.affine, running, options)
     at_x, at_residual, at_y, _, at_mask = (operand.pointer if operand else 0 for operand in operands)
     prepared(at_x, at_residual, at_y, at_mask, *held.addresses, state.eps)
-    call = Call(prepared, None, inputs.x, output.array, (inputs.x, inputs.beside), (inputs.mask,))
+    call = Call(prepared, None, inputs.x, output.array, (inputs.x, inputs.residual_or_dy), (inputs.mask,))
     _calls.remember(_FORWARDS, call, inputs, state, None if out is None else output.array, relu)
     return output.finish()
 
@@ -171,14 +174,29 @@ def forward_frozen(
                 if out is not None and call.library.counts_versions:
                     call.library.mark_written(out)
                 return y, Saved._of(forward)
-    check_sizes("forward_frozen", sizes, comm)
-    relu = flag(relu, "forward_frozen", "relu")
+    return _forward_frozen(x, state, mask, residual, relu, comm, sizes, out)
+
+
+@reporting_as("forward_frozen")
+def _forward_frozen(
+    x: Any,
+    state: BatchNormState,
+    mask: Any,
+    residual: Any,
+    relu: bool,
+    comm: Comm | None,
+    sizes: Sizes | None,
+    out: Any,
+) -> tuple[Any, Saved[Any]]:
+    """With every check."""
+    check_sizes(sizes, comm)
+    relu = flag(relu, "relu")
     group = None if comm is None else communicator(comm)
-    inputs = bind("forward_frozen", x, state, mask, residual)
+    inputs = bind(x, state, mask, residual)
     extents, held = inputs.extents, inputs.held
-    context = SyncContext.without_exchange("forward_frozen", group, sizes, extents.N) if group else None
-    _running(held, "forward_frozen")
-    output = inputs.destination("forward_frozen", out)
+    context = SyncContext.without_exchange(group, sizes, extents.N) if group else None
+    _running(held)
+    output = inputs.destination(out)
     layouts = Layouts.of(inputs, relu_gradient(relu, residual is not None))
     options = NormalizeOptions(residual is not None, relu, keep_mask=layouts.relu == "mask")
     operands = inputs.operands(output.array)
@@ -189,10 +207,9 @@ def forward_frozen(
     overwritten = overwrites(out, output, inputs.x)
     addresses = at_x, at_residual, at_y, at_mask
     forward = _frozen(layouts, prepared, held, state.eps, addresses, read, masked, overwritten)
-    call = Call(prepared, layouts, inputs.x, output.array, (inputs.x, inputs.beside), (inputs.mask,))
+    call = Call(prepared, layouts, inputs.x, output.array, (inputs.x, inputs.residual_or_dy), (inputs.mask,))
     given = None if out is None else output.array
-    if type(relu) is bool:
-        _calls.remember(_FROZEN, call, inputs, state, given, relu)
+    _calls.remember(_FROZEN, call, inputs, state, given, relu)
     y = output.finish()
     return y, Saved._of(forward._replace(context=context))
 
@@ -203,7 +220,7 @@ _FROZEN = _calls.new_store()
 def _frozen(
     layouts: Layouts,
     prepared: PreparedNormalize,
-    held: Held,
+    held: StateArrays,
     eps: float,
     addresses: tuple[int, int, int, int],
     read: Read,
@@ -277,6 +294,7 @@ def normalize(
     return _normalize(x, moments, gamma, beta, eps, channel_axis, mask, residual, relu, out)  # type: ignore[no-any-return]
 
 
+@reporting_as("normalize")
 def _normalize(
     x: Any,
     moments: Moments,
@@ -292,14 +310,14 @@ def _normalize(
     """With every check."""
     if not isinstance(moments, Moments):
         remedy = "Use cubn.moments(x) to take them."
-        raise TypeError(message("normalize", "moments", "be Moments", type(moments).__name__, remedy))
-    relu = flag(relu, "normalize", "relu")
-    inputs = bind_x("normalize", x, channel_axis, moments.num_features)
+        raise TypeError(message("moments", "be Moments", type(moments).__name__, remedy))
+    relu = flag(relu, "relu")
+    inputs = bind_x(x, channel_axis, moments.num_features)
     if not moments.count:
-        raise ValueError(message("normalize", "moments", "be of at least one value per channel", moments.count))
-    eps = checked_eps(eps, "normalize")
-    inputs = bind_beside("normalize", bind_parameters("normalize", inputs, gamma=gamma, beta=beta), mask, residual)
-    output = inputs.destination("normalize", out)
+        raise ValueError(message("moments", "be of at least one value per channel", moments.count))
+    eps = checked_eps(eps)
+    inputs = bind_mask_and_residual(bind_parameters(inputs, gamma=gamma, beta=beta), mask, residual)
+    output = inputs.destination(out)
     held, operands = inputs.held, inputs.operands(output.array)
     options = NormalizeOptions(residual is not None, relu)
     prepared = inputs.backend.prepare_normalize(inputs.extents, operands, held.affine, options)
@@ -307,9 +325,11 @@ def _normalize(
     at_gamma, at_beta, *_ = held.addresses
     prepared(at_x, at_residual, at_y, at_mask, moments._place(eps, inputs.backend), at_gamma, at_beta)
     parameters = held.arrays.get("gamma"), held.arrays.get("beta")
-    call = Call(prepared, inputs.backend, inputs.x, output.array, (inputs.x, inputs.beside), (inputs.mask, *parameters))
+    call = Call(
+        prepared, inputs.backend, inputs.x, output.array, (inputs.x, inputs.residual_or_dy), (inputs.mask, *parameters)
+    )
     if type(channel_axis) is int:
-        arrays = (inputs.x, inputs.mask, inputs.beside, *parameters, None if out is None else output.array)
+        arrays = (inputs.x, inputs.mask, inputs.residual_or_dy, *parameters, None if out is None else output.array)
         _calls.add(_NORMALIZATIONS, call, arrays, moments.num_features, channel_axis, relu)
     return output.finish()
 
@@ -333,8 +353,8 @@ def _normalized(call: Call[Any, Any], at: list[int], moments: Moments, eps: floa
     return y
 
 
-def _running(held: Held, function: str) -> Running:
+def _running(held: StateArrays) -> Running:
     if held.running is None:
         remedy = "Use forward_train, or normalize by moments(x)."
-        raise ValueError(message(function, "state", "have running statistics", "a state with track=False", remedy))
+        raise ValueError(message("state", "have running statistics", "a state with track=False", remedy))
     return held.running

@@ -12,11 +12,11 @@ from cubn import _arguments, _arrays, _calls, _nodes
 from cubn._arguments import on_host
 from cubn._entries import MOST
 from cubn._floating_point import default_floating_point
-from cubn._inputs import bind_beside, bind_x
+from cubn._inputs import bind_mask_and_residual, bind_x
 from cubn._moments import Moments
 from cubn._types import BOOL, NUMBERS, Nodes
 from cubn.backends.protocol import Backend, PreparedMoments, PreparedUpdate
-from cubn.errors import message
+from cubn.errors import message, reporting_as
 from cubn.state import BatchNormState, checked_state
 from cubn.sync import collective
 from cubn.sync.collective import Gathered, Terms, check_sizes
@@ -86,10 +86,18 @@ def moments(
         if found is not None:
             taken, at = found
             return Moments._of(start, start + taken.N, taken.on_host(taken.prepared(*at)))
-    check_sizes("moments", sizes, comm)
+    return _moments(x, channel_axis, mask, comm, sizes, start, dtype)
+
+
+@reporting_as("moments")
+def _moments(
+    x: Any, channel_axis: int, mask: Any, comm: Comm | None, sizes: Sizes | None, start: int, dtype: DType | None
+) -> Moments:
+    """With every check."""
+    check_sizes(sizes, comm)
     if comm is not None:
         make = partial(_Taking, x, channel_axis, mask, start, dtype)
-        return collective.start("moments", comm, sizes, make).finish()
+        return collective.start(comm, sizes, make).finish()
     taking = _Taking(x, channel_axis, mask, start, dtype)
     first, inputs, operands = taking.terms.start, taking.inputs, taking.inputs.operands()
     taken = _Taken(inputs.backend.prepare_moments(inputs.extents, operands, first), inputs.extents.N, inputs.backend)
@@ -122,13 +130,13 @@ class _Taking:
 
     def __init__(self, x: Any, channel_axis: int, mask: Any, start: int, dtype: DType | None) -> None:
         if dtype is not None:
-            described = None if mask is None else _arrays.describe(mask, "moments", "mask", BOOL)
+            described = None if mask is None else _arrays.describe(mask, "mask", BOOL)
             x, mask = _converted(x, dtype), described and on_host(described)
-        self.inputs = inputs = bind_beside("moments", bind_x("moments", x, channel_axis), mask)
-        first = _arguments.whole(start, "moments", "start")
+        self.inputs = inputs = bind_mask_and_residual(bind_x(x, channel_axis), mask)
+        first = _arguments.as_int(start, "start")
         if not 0 <= first < MOST:
             rule = "be 0 or more and less than 2**62, a global sample index"
-            raise ValueError(message("moments", "start", rule, first))
+            raise ValueError(message("start", rule, first))
         self.backend = inputs.backend
         N, C, _ = inputs.extents
         self.terms = Terms("moments", C, N, inputs.x.dtype, start=first)
@@ -155,15 +163,15 @@ _INTEGERS = {"float32": 1 << 24, "float64": 1 << 53}
 @default_floating_point
 def _converted(x: Any, dtype: DType) -> np.ndarray[Any, Any]:
     """x in another dtype, without loss."""
-    name = _arguments.dtype_name(dtype, tuple(_INTEGERS), "moments")
-    values = on_host(_arrays.describe(x, "moments", "x", NUMBERS))
+    name = _arguments.dtype_name(dtype, tuple(_INTEGERS))
+    values = on_host(_arrays.describe(x, "x", NUMBERS))
     exact = values.dtype.itemsize <= np.dtype(name).itemsize
     if values.dtype.kind in "iu" and values.size:
         exact = -_INTEGERS[name] <= int(values.min()) and int(values.max()) <= _INTEGERS[name]
     if not exact:
         remedy = "Convert it first, if rounding is meant." if name == "float64" else "Use dtype='float64'."
         rule = f"hold numbers that {name} can hold exactly"
-        raise ValueError(message("moments", "x", rule, f"values of {values.dtype}", remedy, shape=values.shape))
+        raise ValueError(message("x", rule, f"values of {values.dtype}", remedy, shape=values.shape))
     return values.astype(name)
 
 
@@ -175,6 +183,7 @@ def finite_mask(x: NDArray[Any], *, channel_axis: int = 1) -> NDArray[np.bool_]:
 def finite_mask(x: ArrayT, *, channel_axis: int = 1) -> ArrayT: ...
 
 
+@reporting_as("finite_mask")
 def finite_mask(x: Any, *, channel_axis: int = 1) -> Any:
     """Which positions of x are finite in all channels: the mask with which NaN and inf are left out.
 
@@ -205,7 +214,7 @@ def finite_mask(x: Any, *, channel_axis: int = 1) -> Any:
     >>> cubn.moments(x, mask=cubn.finite_mask(x)).mean
     array([3., 3.])
     """
-    inputs = bind_x("finite_mask", x, channel_axis)
+    inputs = bind_x(x, channel_axis)
     return inputs.x.library.finite(inputs.x, inputs.axis)
 
 
@@ -238,22 +247,28 @@ def update(state: BatchNormState, moments: Moments) -> None:
     """
     if type(state) is BatchNormState and type(moments) is Moments and _again(state, moments):
         return
-    checked_state(state, "update")
+    _update(state, moments)
+
+
+@reporting_as("update")
+def _update(state: BatchNormState, moments: Moments) -> None:
+    """With every check."""
+    checked_state(state)
     if not isinstance(moments, Moments):
         remedy = "Use cubn.moments(x) to take them."
-        raise TypeError(message("update", "moments", "be Moments", type(moments).__name__, remedy))
+        raise TypeError(message("moments", "be Moments", type(moments).__name__, remedy))
     if moments.num_features != state.num_features:
         rule = f"have {state.num_features} channels, as the state has"
-        raise ValueError(message("update", "moments", rule, moments.num_features))
-    state._check_updatable("update")
-    place = state._place("update")
+        raise ValueError(message("moments", rule, moments.num_features))
+    state._check_updatable()
+    place = state._place()
     statistics = moments._place(state.eps, place)
-    with state._turn("update"), state._moving("update") as move:
+    with state._turn(), state._moving() as move:
         place.update(statistics, move.old, move.new, move.counters, move.update)
         held = state._held
         if held is not None and move.in_place:
             prepared = place.prepare_update(moments.num_features, move.old, move.new, move.update.biased)
-            key = (held.kind, moments.num_features, move.update.biased)
+            key = (held.layout, moments.num_features, move.update.biased)
             _UPDATES.add(key, _Updated(prepared, place))
 
 
@@ -274,7 +289,7 @@ def _again(state: BatchNormState, moments: Moments) -> bool:
     features, eps, momentum, _, variance = state._options
     if held is None or counters is None or features != moments.num_features or not held.describes(state._arrays):
         return False
-    updated = _UPDATES.get((held.kind, features, variance == "biased"))
+    updated = _UPDATES.get((held.layout, features, variance == "biased"))
     if updated is None or lock._is_owned():  # type: ignore[attr-defined]
         return False
     statistics = moments._place(eps, updated.backend)

@@ -12,7 +12,7 @@ import numpy as np
 from cubn._arguments import shown
 from cubn._arrays import Array
 from cubn._inputs import Inputs
-from cubn._state.arrays import Held
+from cubn._state.arrays import StateArrays
 from cubn._types import BackendArray, Extents, ReluGradient, Statistics
 from cubn.backends.protocol import Backend, ReluMask
 from cubn.sync.collective import SyncContext
@@ -67,7 +67,7 @@ class Forward(NamedTuple):
     layouts: Layouts
     x: Read
     mask: Read | None
-    held: Held
+    held: StateArrays
     """Where gamma, beta and the running statistics came from."""
     statistics: Statistics
     relu_mask: ReluMask | None

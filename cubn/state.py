@@ -5,73 +5,26 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays
-from cubn._arguments import dtype_name, flag, on_host, plain, stored
+from cubn._arguments import dtype_name, flag, on_host, stored
 from cubn._arrays import Array
 from cubn._state import modules
-from cubn._state.arrays import ARRAYS, Held, check_on_host, described, filled, hold, placed, summary
-from cubn._state.holding import COUNTERS, Counted, Holding
-from cubn._state.options import (
-    DTYPES,
-    STATE,
-    Options,
-    checked_axis,
-    checked_eps,
-    checked_momentum,
-    checked_options,
-    checked_variance,
-)
+from cubn._state.arrays import ARRAYS, check_on_host, described, filled, placed, summary
+from cubn._state.attributes import Attributes
+from cubn._state.entries import checked_entries
+from cubn._state.holding import COUNTERS, Counted
+from cubn._state.options import DTYPES, OPTIONS, STATE, checked_momentum, checked_options
 from cubn._types import COUNTS, CPU, FLOATS
-from cubn.errors import message
+from cubn.errors import message, reporting_as
 from cubn.typing import DType, RunningVariance, SupportsDLPack
 
-__all__ = ["BatchNormState", "Held", "checked_eps", "checked_state", "hold"]
 
-_OPTIONS = Options._fields
-_NEEDED = ("num_features", "eps", "channel_axis")  # in a dictionary; what else a state has not is left out
-
-
-class _Attribute:
-    """An attribute whose array is checked and looked at when it is assigned."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, state: None, owner: type) -> Self: ...
-
-    @overload
-    def __get__(self, state: BatchNormState, owner: type) -> Any: ...
-
-    def __get__(self, state: BatchNormState | None, owner: type) -> Any:
-        return self if state is None else state._arrays[self._name]
-
-    def __set__(self, state: BatchNormState, array: SupportsDLPack | None) -> None:
-        state._assign({self._name: array})
-
-
-class _Counter(_Attribute):
-    """A counter: a copy is taken of what is assigned, and given to who reads it."""
-
-    def __get__(self, state: BatchNormState | None, owner: type) -> Any:
-        if state is None:
-            return self
-        if state._counters is None:
-            return None
-        found = state._counts()[self._name]
-        found.flags.writeable = False
-        return found
-
-    def __set__(self, state: BatchNormState, counts: Any) -> None:
-        state._count({self._name: counts})
-
-
-class BatchNormState(Holding):
+class BatchNormState(Attributes):
     """The parameters, running statistics and options of one batch normalisation (Ioffe & Szegedy 2015).
 
     y = (x - mean) / sqrt(var + eps) * gamma + beta, with running statistics in `forward` and a batch's own in
@@ -139,13 +92,7 @@ class BatchNormState(Holding):
 
     __slots__ = ()
 
-    gamma = _Attribute()
-    beta = _Attribute()
-    running_mean = _Attribute()
-    running_var = _Attribute()
-    tracked = _Counter()
-    skipped = _Counter()
-
+    @reporting_as(STATE)
     def __init__(
         self,
         num_features: int,
@@ -159,16 +106,17 @@ class BatchNormState(Holding):
         like: SupportsDLPack | None = None,
         running_variance: RunningVariance = "unbiased",
     ) -> None:
-        dtype = dtype_name(dtype, DTYPES, STATE)
-        beside = _beside(like, STATE)
-        fills = {"gamma": 1, "beta": 0} if flag(affine, STATE, "affine") else {}
-        if flag(track, STATE, "track"):
+        dtype = dtype_name(dtype, DTYPES)
+        place = _described_like(like)
+        fills = {"gamma": 1, "beta": 0} if flag(affine, "affine") else {}
+        if flag(track, "track"):
             fills |= {"running_mean": 0, "running_var": 1}
         momentum = checked_momentum(momentum, used=track)
         options = checked_options(num_features, eps, momentum, channel_axis, running_variance)
-        self._begin(options, {name: filled(options.num_features, fills[name], dtype, beside) for name in fills})
+        self._begin(options, {name: filled(options.num_features, fills[name], dtype, place) for name in fills})
 
     @classmethod
+    @reporting_as(STATE)
     def from_arrays(
         cls,
         *,
@@ -223,6 +171,7 @@ class BatchNormState(Holding):
         return cls._of(arrays, num_features, counters, check, eps, momentum, channel_axis, running_variance)
 
     @classmethod
+    @reporting_as(STATE)
     def from_module(cls, bn: Any, *, check: bool = True) -> Self:
         """A state of the parameters and buffers of a PyTorch batch norm, used in place, with its options.
 
@@ -257,6 +206,7 @@ class BatchNormState(Holding):
         return cls._of(arrays, arguments.pop("num_features"), counters, check, **arguments)
 
     @classmethod
+    @reporting_as("from_dict")
     def from_dict(cls, d: Mapping[str, Any], *, like: SupportsDLPack | None = None, check: bool = True) -> Self:
         """The state that `to_dict` wrote down, in arrays of its own.
 
@@ -280,25 +230,17 @@ class BatchNormState(Holding):
         TypeError, ValueError
             If an entry does not fit, or is none of a state's.
         """
-        if not isinstance(d, Mapping):
-            raise TypeError(message("from_dict", "d", "be a mapping, as from to_dict", type(d).__name__))
-        found = {name: value for name in d if (value := plain(d[name])) is not None}
-        needed = _NEEDED + (COUNTERS if "running_mean" in found else ())
-        if missing := [name for name in needed if name not in found]:
-            remedy = "For arrays of another origin there is from_arrays."
-            raise KeyError(message("from_dict", "d", "have the entries of to_dict", f"no {', '.join(missing)}", remedy))
-        if other := [str(name) for name in found if name not in (*_OPTIONS, *ARRAYS, *COUNTERS)]:
-            rule, remedy = "have the entries of to_dict and no others", "Correct its name, or leave it out."
-            raise ValueError(message("from_dict", "d", rule, ", ".join(other), remedy))
-        beside = _beside(like, "from_dict")
-        arrays = {name: stored(found[name], STATE, name, FLOATS) for name in ARRAYS if name in found}
-        counters = {name: stored(found[name], STATE, name, COUNTS) for name in COUNTERS if name in found}
-        if flag(check, STATE, "check"):  # before they are on a device
-            check_on_host({name: described(array, name) for name, array in arrays.items()})
-        arrays = {name: placed(array, beside) for name, array in arrays.items()}
-        options = (found.get("momentum"), found["channel_axis"], found.get("running_variance", "unbiased"))
-        return cls._of(arrays, found["num_features"], counters, False, found["eps"], *options)
+        found, place = checked_entries(d), _described_like(like)
+        with reporting_as(STATE):
+            arrays = {name: stored(found[name], name, FLOATS) for name in ARRAYS if name in found}
+            counters = {name: stored(found[name], name, COUNTS) for name in COUNTERS if name in found}
+            if flag(check, "check"):  # before they are on a device
+                check_on_host({name: described(array, name) for name, array in arrays.items()})
+            arrays = {name: placed(array, place) for name, array in arrays.items()}
+            options = (found.get("momentum"), found["channel_axis"], found.get("running_variance", "unbiased"))
+            return cls._of(arrays, found["num_features"], counters, False, found["eps"], *options)
 
+    @reporting_as("to_dict")
     def to_dict(self, *, like: SupportsDLPack | None = None) -> dict[str, Any]:
         """Everything the state holds, as plain numbers, words and arrays of its own.
 
@@ -317,16 +259,17 @@ class BatchNormState(Holding):
             and skipped, each an array of shape (C,). What the state does not have is left out, `momentum=None` too. A
             bfloat16 array comes as float32, which holds it exactly.
         """
-        beside = _beside(like, "to_dict")
-        with self._turn("to_dict"):
-            held = self._describe(self._arrays, "to_dict")
+        place = _described_like(like)
+        with self._turn():
+            held = self._describe(self._arrays)
             arrays = {name: on_host(array) for name, array in held.items()} | self._counts()
-        return _present(**self._options._asdict()) | {name: placed(arrays[name], beside) for name in arrays}
+        return _present(**self._options._asdict()) | {name: placed(arrays[name], place) for name in arrays}
 
     def copy(self) -> Self:
         """A state with copies of the arrays, in their own libraries."""
         return copy.copy(self)
 
+    @reporting_as("reset")
     def reset(self, *, statistics: bool = True, counters: bool = True) -> None:
         """Begin anew: running_mean 0 and running_var 1, as in a new state, and no updates counted.
 
@@ -345,56 +288,14 @@ class BatchNormState(Holding):
         TypeError
             If they are of 16 bits.
         """
-        flag(statistics, "reset", "statistics")
-        flag(counters, "reset", "counters")
-        with self._turn("reset"):
-            self._check_updatable("reset")
+        flag(statistics, "statistics")
+        flag(counters, "counters")
+        with self._turn():
+            self._check_updatable()
             if statistics:
                 self._move_to_zero_and_one()
             if counters and self._counters:
                 self._counters = Counted.placed(self._counters.device, self._no_counts())
-
-    @property
-    def num_features(self) -> int:
-        """Channels, C."""
-        return self._options.num_features
-
-    @property
-    def eps(self) -> float:
-        """Added to the variance."""
-        return self._options.eps
-
-    @eps.setter
-    def eps(self, eps: float) -> None:
-        self._choose(eps=checked_eps(eps, STATE))
-
-    @property
-    def momentum(self) -> float | None:
-        """Weight of the new value in the running statistics; None for the cumulative average."""
-        return self._options.momentum
-
-    @momentum.setter
-    def momentum(self, momentum: float | None) -> None:
-        momentum = checked_momentum(momentum, used=self._counters is not None)
-        self._choose(momentum=momentum)
-
-    @property
-    def channel_axis(self) -> int:
-        """The channels' axis in x."""
-        return self._options.channel_axis
-
-    @channel_axis.setter
-    def channel_axis(self, channel_axis: int) -> None:
-        self._choose(channel_axis=checked_axis(channel_axis))
-
-    @property
-    def running_variance(self) -> RunningVariance:
-        """Which variance of a batch running_var averages: "unbiased" or "biased"."""
-        return self._options.running_variance
-
-    @running_variance.setter
-    def running_variance(self, running_variance: RunningVariance) -> None:
-        self._choose(running_variance=checked_variance(running_variance))
 
     def __repr__(self) -> str:
         channels, eps, momentum, axis, variance = self._options
@@ -415,13 +316,15 @@ class BatchNormState(Holding):
         state.__setstate__(self._copied(memo))
         return state
 
+    @reporting_as("copy")
     def _copied(self, memo: dict[int, Any]) -> dict[str, Any]:
         """All there is, copied at one moment."""
-        with self._turn("copy"):
+        with self._turn():
             return {"arrays": copy.deepcopy(self._arrays, memo), **self._options._asdict(), **self._counts()}
 
+    @reporting_as(STATE)
     def __setstate__(self, state: dict[str, Any]) -> None:
-        options = checked_options(*(({"running_variance": "unbiased"} | state)[name] for name in _OPTIONS))
+        options = checked_options(*(({"running_variance": "unbiased"} | state)[name] for name in OPTIONS))
         counters = _present(**{name: state.get(name) for name in COUNTERS})
         self._begin(options, _present(**{name: state["arrays"].get(name) for name in ARRAYS}), counters, check=False)
 
@@ -438,10 +341,10 @@ class BatchNormState(Holding):
         running_variance: RunningVariance = "unbiased",
     ) -> Self:
         """A state of arrays."""
-        flag(check, STATE, "check")
+        flag(check, "check")
         if num_features is None:
             if not arrays:
-                raise ValueError(message(STATE, "num_features", "be given where there are no arrays", None))
+                raise ValueError(message("num_features", "be given where there are no arrays", None))
             name, array = next(iter(arrays.items()))
             num_features = math.prod(described(array, name).shape)
         self = cls.__new__(cls)
@@ -450,16 +353,16 @@ class BatchNormState(Holding):
         return self
 
 
-def checked_state(state: Any, function: str) -> BatchNormState:
+def checked_state(state: Any) -> BatchNormState:
     """state, if it is one."""
     if not isinstance(state, BatchNormState):
         remedy = "BatchNormState.from_module makes one of a torch batch norm, from_arrays of any arrays."
-        raise TypeError(message(function, "state", "be a BatchNormState", type(state).__name__, remedy))
+        raise TypeError(message("state", "be a BatchNormState", type(state).__name__, remedy))
     return state
 
 
-def _beside(like: Any, function: str) -> Array | None:
-    return None if like is None else _arrays.describe(like, function, "like", detach=True)
+def _described_like(like: Any) -> Array | None:
+    return None if like is None else _arrays.describe(like, "like", detach=True)
 
 
 def _present(**values: Any) -> dict[str, Any]:

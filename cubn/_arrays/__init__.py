@@ -46,15 +46,15 @@ __all__ = [
 ]
 
 
-def describe(x: Any, function: str, argument: str, dtypes: tuple[str, ...] = FLOATS, *, detach: bool = False) -> Array:
+def describe(x: Any, argument: str, dtypes: tuple[str, ...] = FLOATS, *, detach: bool = False) -> Array:
     """Describe any library's array without copying it.
 
     Parameters
     ----------
     x : array
         Of any library with `__dlpack__`.
-    function, argument : str
-        Whose argument this is, for messages.
+    argument : str
+        Which argument this is, for messages.
     dtypes : tuple of str
         What is accepted.
     detach : bool
@@ -72,12 +72,12 @@ def describe(x: Any, function: str, argument: str, dtypes: tuple[str, ...] = FLO
     BufferError
         The array's library would not export it, or its capsule makes no sense.
     """
-    read = _DESCRIBERS.get(type(x)) or _describer(x, function, argument)
+    read = _DESCRIBERS.get(type(x)) or _describer(x, argument)
     try:
-        return read(x, function, argument, dtypes, detach)
+        return read(x, argument, dtypes, detach)
     except _layout.Unaddressable as error:
         reason = str(error)
-    refuse(x, function, argument, ValueError, "fit in memory", reason, "")
+    refuse(x, argument, ValueError, "fit in memory", reason, "")
 
 
 def empty_like(x: Array) -> Output:
@@ -90,10 +90,10 @@ def empty_vector(features: int, dtype: str, like: Array) -> Output:
     return like.library.empty((features,), (1,), dtype, like)
 
 
-def destination(out: Any, function: str, argument: str = "out") -> Output:
+def destination(out: Any, argument: str = "out") -> Output:
     """A caller's own array, to be written and given back."""
-    array = describe(out, function, argument)
-    check_writable(array, function, argument)
+    array = describe(out, argument)
+    check_writable(array, argument)
 
     def finish() -> Any:
         array.library.mark_written(out)
@@ -102,9 +102,9 @@ def destination(out: Any, function: str, argument: str = "out") -> Output:
     return Output(array, finish)
 
 
-def check_writable(array: Array, function: str, argument: str) -> None:
+def check_writable(array: Array, argument: str) -> None:
     """Raise unless the array can be written: TypeError for an immutable library, ValueError for this array alone."""
-    wrong = partial(refuse, array, function, argument)
+    wrong = partial(refuse, array, argument)
     if array.library.immutable:
         wrong(TypeError, "be an array that can be written", f"an immutable {array.library.name} array", "Leave it out.")
     if not array.writable:
@@ -120,7 +120,7 @@ def check_writable(array: Array, function: str, argument: str) -> None:
         wrong(ValueError, "have memory of its own for every element", got, "Pass a copy.")
 
 
-_Describer = Callable[[Any, str, str, tuple[str, ...], bool], Array]
+_Describer = Callable[[Any, str, tuple[str, ...], bool], Array]
 _DESCRIBERS: dict[type, _Describer] = {np.ndarray: NUMPY.describe, np.memmap: NUMPY.describe}
 
 
@@ -131,21 +131,21 @@ SIGNATURES: dict[type, Callable[[Any], tuple[Layout, int] | None]] = {
 """How an array's layout is found quickly, by its type; arrays known by their capsules alone are described each time."""
 
 
-def _describer(x: Any, function: str, argument: str) -> _Describer:
+def _describer(x: Any, argument: str) -> _Describer:
     """Who describes arrays of x's type, on meeting the first one; an error if nobody does."""
     kind = type(x)
     torch, jax, cupy = (sys.modules.get(name) for name in ("torch", "jax", "cupy"))
     if isinstance(x, np.ndarray):
-        refuse_subclass(x, function, argument)
+        refuse_subclass(x, argument)
     if torch and isinstance(x, torch.Tensor):
-        _check_plain(torch, x, function, argument)
+        _check_plain(torch, x, argument)
         found = _torch(torch).describe
         if kind in (torch.Tensor, torch.nn.Parameter):  # others may answer otherwise
             SIGNATURES[kind] = _torch(torch).signature
     elif jax and isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
         found = _jax(jax).describe
     elif (jax and isinstance(x, (jax.Array, jax.ShapeDtypeStruct))) or (torch and isinstance(x, torch.fx.Proxy)):
-        refuse_stand_in(x, function, argument)
+        refuse_stand_in(x, argument)
     elif cupy and isinstance(x, cupy.ndarray):
         found = _cupy(cupy).describe
         if not _cupy(cupy).is_rocm:
@@ -153,7 +153,7 @@ def _describer(x: Any, function: str, argument: str) -> _Describer:
     elif hasattr(kind, "__dlpack__"):
         found = _foreign(*_home(x)).describe
     else:
-        refuse_non_array(x, function, argument)
+        refuse_non_array(x, argument)
     _DESCRIBERS[kind] = found
     return found
 
@@ -165,15 +165,15 @@ _SUBCLASS_REMEDIES = {
 }
 
 
-def _check_plain(torch: Any, x: Any, function: str, argument: str) -> None:
+def _check_plain(torch: Any, x: Any, argument: str) -> None:
     """Raise unless a tensor of x's type holds numbers, and nothing more."""
     kind = type(x)
     if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
         remedy = "Run its module once, or materialize it."
-        refuse(x, function, argument, TypeError, "be initialized", a_type(x), remedy)
+        refuse(x, argument, TypeError, "be initialized", a_type(x), remedy)
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         remedy = _SUBCLASS_REMEDIES.get(kind.__name__, "").format(argument)
-        refuse_stand_in(x, function, argument, remedy=remedy)
+        refuse_stand_in(x, argument, remedy=remedy)
 
 
 def _home(x: Any) -> tuple[str, Callable[[Any], Any] | None]:

@@ -52,12 +52,12 @@ def provide(device_type: int, memory: Callable[[], DeviceMemory]) -> None:
     _memory_of[device_type] = memory
 
 
-def read(x: Any, function: str, argument: str, dtypes: tuple[str, ...], library: Library) -> Array:
+def read(x: Any, argument: str, dtypes: tuple[str, ...], library: Library) -> Array:
     """Describe x by its capsule."""
-    claimed = _device(x, function, argument)
+    claimed = _device(x, argument)
     kind = claimed[0]
     if kind not in (CPU, CUDA):
-        refuse_device(x, _OTHER_DEVICES.get(kind, f"DLPack device type {kind}"), function, argument)
+        refuse_device(x, _OTHER_DEVICES.get(kind, f"DLPack device type {kind}"), argument)
     rule = "be an array its library can export"
     try:
         capsule = dlpack.export(x, None if kind == CPU else _LEGACY_STREAM)
@@ -68,27 +68,27 @@ def read(x: Any, function: str, argument: str, dtypes: tuple[str, ...], library:
         if device != claimed:
             raise dlpack.Malformed(f"one of {device_name(device)} beside a __dlpack_device__ of {device_name(claimed)}")
     except (dlpack.Malformed, Unaddressable) as error:
-        raise BufferError(message(function, argument, rule, error, **facts(x))) from None
+        raise BufferError(message(argument, rule, error, **facts(x))) from None
     except MemoryError:
         raise
     except Exception as error:
-        raise BufferError(message(function, argument, rule, _said(error), **facts(x))) from error
+        raise BufferError(message(argument, rule, _said(error), **facts(x))) from error
     array = Array(pointer, shape, strides, dtype, device, writable, x, library, capsule)
     if dtype not in dtypes:
-        refuse_dtype(array, dtype, dtypes, function, argument, library.conversion)
+        refuse_dtype(array, dtype, dtypes, argument, library.conversion)
     if pointer % ITEMSIZE[dtype]:
-        refuse_misaligned(array, function, argument, f"address {pointer:#x}")
+        refuse_misaligned(array, argument, f"address {pointer:#x}")
     return array
 
 
-def _device(x: Any, function: str, argument: str) -> tuple[int, int]:
+def _device(x: Any, argument: str) -> tuple[int, int]:
     """What x says of its device."""
     try:
         kind, index = x.__dlpack_device__()
         return operator.index(kind), operator.index(index)
     except Exception as error:
         rule = "have a __dlpack_device__ of two integers"
-        raise TypeError(message(function, argument, rule, _said(error), **facts(x))) from error
+        raise TypeError(message(argument, rule, _said(error), **facts(x))) from error
 
 
 def _said(error: Exception) -> str:

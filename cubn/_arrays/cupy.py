@@ -27,17 +27,17 @@ class Cupy(Library):
         self._cupy = cupy
         self.is_rocm = bool(cupy.cuda.runtime.is_hip)
 
-    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+    def describe(self, x: Any, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         if self.is_rocm:
-            refuse_device(x, "rocm", function, argument)
+            refuse_device(x, "rocm", argument)
         strides, name = layout_of(x.shape, x.strides, x.dtype)
         if name not in dtypes:
-            refuse_dtype(x, name, dtypes, function, argument, self.conversion)
+            refuse_dtype(x, name, dtypes, argument, self.conversion)
         if strides is None:
-            refuse_misaligned(x, function, argument, f"strides of {x.strides} bytes")
+            refuse_misaligned(x, argument, f"strides of {x.strides} bytes")
         pointer = x.data.ptr
         if pointer % x.itemsize:
-            refuse_misaligned(x, function, argument, f"address {pointer:#x}")
+            refuse_misaligned(x, argument, f"address {pointer:#x}")
         return Array(pointer, x.shape, strides, name, (CUDA, x.device.id), True, x, self)
 
     def signature(self, x: Any) -> tuple[Layout, int] | None:

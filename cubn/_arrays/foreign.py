@@ -23,14 +23,14 @@ class Foreign(Library):
         self.name = name
         self._from_dlpack = from_dlpack
 
-    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
-        return read(x, function, argument, dtypes, self)
+    def describe(self, x: Any, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+        return read(x, argument, dtypes, self)
 
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
         adopt = self._from_dlpack
         if adopt is None:
             raise TypeError(
-                message("cubn", "x's library", "have from_dlpack, to make outputs", self.name, "Pass out=.")
+                message("x's library", "have from_dlpack, to make outputs", self.name, "Pass out=.", function="cubn")
             )
         output, exporter = new_output(shape, strides, dtype, like.device, self)
         return Output(output, lambda: adopt(exporter))

@@ -26,20 +26,20 @@ class Jax(Library):
     def __init__(self, jax: Any) -> None:
         self._jax = jax
 
-    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+    def describe(self, x: Any, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         if x.is_deleted():
-            refuse(x, function, argument, ValueError, "not be deleted", "a deleted array", "Donate a copy instead.")
+            refuse(x, argument, ValueError, "not be deleted", "a deleted array", "Donate a copy instead.")
         devices = len(x.sharding.device_set)
         if devices > 1:
-            self._refuse_several(x, devices, function, argument)
+            self._refuse_several(x, devices, argument)
         if not isinstance(x.dtype, np.dtype):  # a type of JAX's own, such as that of random keys
-            refuse_dtype(x, str(x.dtype), dtypes, function, argument, "It holds no numbers.")
+            refuse_dtype(x, str(x.dtype), dtypes, argument, "It holds no numbers.")
         dtype = dtype_name(x.dtype)
         if dtype not in dtypes:  # some have no capsule
-            refuse_dtype(x, dtype, dtypes, function, argument, self.conversion)
-        return read(x, function, argument, dtypes, self)
+            refuse_dtype(x, dtype, dtypes, argument, self.conversion)
+        return read(x, argument, dtypes, self)
 
-    def _refuse_several(self, x: Any, devices: int, function: str, argument: str) -> NoReturn:
+    def _refuse_several(self, x: Any, devices: int, argument: str) -> NoReturn:
         remedy = f"Pass {argument}.addressable_data(0)"
         if x.is_fully_replicated:
             remedy += ", which is the whole of it."
@@ -47,7 +47,7 @@ class Jax(Library):
             remedy = f"Pass jax.device_put({argument}, jax.devices()[0]), or one shard, {argument}.addressable_data(0)."
         else:
             remedy += ", the first shard that this process has."
-        refuse(x, function, argument, ValueError, "be on one device", f"one on {devices} devices", remedy)
+        refuse(x, argument, ValueError, "be on one device", f"one on {devices} devices", remedy)
 
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
         output, exporter = new_output(shape, strides, dtype, like.device, self)

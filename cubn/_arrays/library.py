@@ -55,7 +55,7 @@ class Library(Protocol):
     counts_versions: bool = False  # of what is written to an array
     adopts: bool = False  # outputs are memory of ours, and `finish` calls the library, which may fail
 
-    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+    def describe(self, x: Any, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         """See `describe`."""
 
     def signature(self, x: Any) -> tuple[Layout, int] | None:
@@ -67,7 +67,9 @@ class Library(Protocol):
         return None
 
     def allocator(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Allocate:
-        """`empty` for many calls: a function of an array like `like`, for an array beside it and its address."""
+        """`empty` for many calls: a function of an array like `like`, for an array beside it and its address. It is
+        called where an array of the library has just had a signature.
+        """
         like = like.nowhere()
 
         def allocate(x: Any) -> tuple[Any, int]:

@@ -29,20 +29,20 @@ class NumPy(Library):
     fixed = True  # but for what `Headers` see
     conversion = "Pass {0}.astype('{1}')."
 
-    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+    def describe(self, x: Any, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         shape = x.shape
         dtype = x.dtype
         strides, name = layout_of(shape, x.strides, dtype)
         if name not in dtypes:
             if not dtype.isnative:
                 remedy = f"Pass {argument}.astype({argument}.dtype.newbyteorder('='))."
-                refuse(x, function, argument, TypeError, "have this machine's byte order", name, remedy)
-            refuse_dtype(x, name, dtypes, function, argument, self._conversion(dtype))
+                refuse(x, argument, TypeError, "have this machine's byte order", name, remedy)
+            refuse_dtype(x, name, dtypes, argument, self._conversion(dtype))
         pointer = address_of(x)
         if strides is None:
-            refuse_misaligned(x, function, argument, f"strides of {x.strides} bytes")
+            refuse_misaligned(x, argument, f"strides of {x.strides} bytes")
         if pointer % dtype.itemsize:
-            refuse_misaligned(x, function, argument, f"address {pointer:#x}")
+            refuse_misaligned(x, argument, f"address {pointer:#x}")
         return Array(pointer, shape, strides, name, HOST, x.flags.writeable, x, self)
 
     def _conversion(self, dtype: np.dtype[Any]) -> str:

@@ -15,21 +15,19 @@ _DEVICE_TYPES = {"cpu": CPU, "cuda": CUDA}
 _LIBRARY = re.compile(r"^\w+\.(?=\w+$)")  # in torch.float32
 
 
-def refuse(
-    x: Any, function: str, argument: str, error: type[Exception], rule: str, got: object, remedy: str
-) -> NoReturn:
+def refuse(x: Any, argument: str, error: type[Exception], rule: str, got: object, remedy: str) -> NoReturn:
     """Raise what is wrong with x, with the facts known about it."""
-    raise error(message(function, argument, rule, got, remedy, **facts(x)))
+    raise error(message(argument, rule, got, remedy, **facts(x)))
 
 
-def refuse_non_array(x: Any, function: str, argument: str) -> NoReturn:
+def refuse_non_array(x: Any, argument: str) -> NoReturn:
     remedy = ""
     if conversion := _to_array(x):
         remedy = f"Pass {conversion.format(argument)}."
-    refuse(x, function, argument, TypeError, "be an array with __dlpack__", a_type(x), remedy)
+    refuse(x, argument, TypeError, "be an array with __dlpack__", a_type(x), remedy)
 
 
-def refuse_subclass(x: Any, function: str, argument: str) -> NoReturn:
+def refuse_subclass(x: Any, argument: str) -> NoReturn:
     """Subclasses of NumPy's array mean more, or other, than their numbers: masks, units, matrix products."""
     remedy = f"Pass numpy.asarray({argument})."
     if isinstance(x, np.ma.MaskedArray):
@@ -37,33 +35,31 @@ def refuse_subclass(x: Any, function: str, argument: str) -> NoReturn:
         if argument == "x":  # the only one that has a mask beside it
             mask = "mask=~numpy.ma.getmaskarray(x).any(channel_axis)"
             remedy = f"Pass x.filled(0), with {mask}: a position is present in all channels or in none."
-    refuse(x, function, argument, TypeError, "be a plain numpy.ndarray", a_type(x), remedy)
+    refuse(x, argument, TypeError, "be a plain numpy.ndarray", a_type(x), remedy)
 
 
-def refuse_dtype(
-    x: Any, dtype: str, dtypes: tuple[str, ...], function: str, argument: str, conversion: str = ""
-) -> NoReturn:
+def refuse_dtype(x: Any, dtype: str, dtypes: tuple[str, ...], argument: str, conversion: str = "") -> NoReturn:
     """`conversion` is how x's library converts `{0}` to dtype `{1}`, or what else to say."""
     *most, last = dtypes
     rule = f"have dtype {', '.join(most)} or {last}" if most else f"have dtype {last}"
     if dtype.startswith("complex"):
         conversion = "Pass {0}.real and {0}.imag apart."
     remedy = conversion.format(argument, "float32" if "float32" in dtypes else last)
-    refuse(x, function, argument, TypeError, rule, dtype, remedy or "Convert it first.")
+    refuse(x, argument, TypeError, rule, dtype, remedy or "Convert it first.")
 
 
-def refuse_stand_in(x: Any, function: str, argument: str, where: str = "", remedy: str = "") -> NoReturn:
+def refuse_stand_in(x: Any, argument: str, where: str = "", remedy: str = "") -> NoReturn:
     rule = "hold numbers in memory, not stand for them"
     remedy = remedy or "Call it outside tracing, vmap and the like."
-    refuse(x, function, argument, TypeError, rule, f"{a_type(x)}{where}", remedy)
+    refuse(x, argument, TypeError, rule, f"{a_type(x)}{where}", remedy)
 
 
-def refuse_misaligned(x: Any, function: str, argument: str, got: str) -> NoReturn:
-    refuse(x, function, argument, ValueError, "be aligned to its elements", got, "Pass a copy.")
+def refuse_misaligned(x: Any, argument: str, got: str) -> NoReturn:
+    refuse(x, argument, ValueError, "be aligned to its elements", got, "Pass a copy.")
 
 
-def refuse_device(x: Any, device: str, function: str, argument: str, remedy: str = "Move it there first.") -> NoReturn:
-    refuse(x, function, argument, NotImplementedError, "be on a CPU or CUDA device", device, remedy)
+def refuse_device(x: Any, device: str, argument: str, remedy: str = "Move it there first.") -> NoReturn:
+    refuse(x, argument, NotImplementedError, "be on a CPU or CUDA device", device, remedy)
 
 
 def facts(x: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from cubn._arrays.memory import rounded, view, widened
 from cubn._arrays.refusals import refuse, refuse_device, refuse_dtype, refuse_misaligned, refuse_stand_in
 from cubn._layout import Shape, Strides, Unaddressable, is_dense, span
 from cubn._types import CUDA, DTYPES, HOST, ITEMSIZE
+from cubn.errors import reporting_as
 
 _HUGE = 4 << 20  # bytes from which huge pages pay; NumPy asks for them itself, from the same size
 
@@ -37,44 +38,45 @@ class Torch(Library):
         self._tracing_state = torch._C._get_tracing_state
         self._dispatch_modes = torch._C._len_torch_dispatch_stack
         self._function_modes = torch._C._len_torch_function_stack
+        self._transformation = torch._C._functorch.peek_interpreter_stack
 
-    def describe(self, x: Any, function: str, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
+    def describe(self, x: Any, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         if x.layout is not self._strided or x.is_nested:
-            self._refuse_layout(x, function, argument)
+            self._refuse_layout(x, argument)
         if self._tracing_state() or self._dispatch_modes() or self._function_modes():
-            self._check_modes(x, function, argument)
-        device = HOST if x.is_cpu else self._device(x, function, argument)
+            self._check_modes(x, argument)
+        device = HOST if x.is_cpu else self._device(x, argument)
         pointer = _address(x)
         if not pointer and x.numel():
-            self._refuse_without_memory(x, function, argument)
+            self._refuse_without_memory(x, argument)
         dtype = self._names.get(x.dtype)
         if dtype not in dtypes:
             conversion = "Pass {0}.dequantize()." if x.is_quantized else self.conversion
-            refuse_dtype(x, dtype or str(x.dtype).removeprefix("torch."), dtypes, function, argument, conversion)
+            refuse_dtype(x, dtype or str(x.dtype).removeprefix("torch."), dtypes, argument, conversion)
         own = not x.requires_grad
         if not (own or detach):
             remedy = f"Pass {argument}.detach()."
-            refuse(x, function, argument, TypeError, "not require a gradient", "requires_grad=True", remedy)
+            refuse(x, argument, TypeError, "not require a gradient", "requires_grad=True", remedy)
         if self._forward_ad._current_level >= 0 and self._is_dual(x):
             remedy = f"Pass {argument}.detach()."
-            refuse(x, function, argument, TypeError, "have no forward-mode tangent", "a dual tensor", remedy)
+            refuse(x, argument, TypeError, "have no forward-mode tangent", "a dual tensor", remedy)
         if x.is_neg():  # a view whose memory holds the numbers with the other sign
             x, own = x.resolve_neg(), False
             pointer = x.data_ptr()
         size = ITEMSIZE[dtype]
         if pointer % size:
-            refuse_misaligned(x, function, argument, f"address {pointer:#x}")
+            refuse_misaligned(x, argument, f"address {pointer:#x}")
         shape, strides = tuple(x.shape), x.stride()
         if (x.storage_offset() + span(shape, strides)[1]) * size > x.untyped_storage().nbytes():
-            self._refuse_without_memory(x, function, argument)
+            self._refuse_without_memory(x, argument)
         return Array(pointer, shape, strides, dtype, device, own, x, self)
 
-    def _refuse_layout(self, x: Any, function: str, argument: str) -> NoReturn:
+    def _refuse_layout(self, x: Any, argument: str) -> NoReturn:
         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
         dense = f"torch.nested.to_padded_tensor({argument}, 0)" if x.is_nested else f"{argument}.to_dense()"
-        refuse(x, function, argument, TypeError, "be a dense tensor", f"a {kind} one", f"Pass {dense}.")
+        refuse(x, argument, TypeError, "be a dense tensor", f"a {kind} one", f"Pass {dense}.")
 
-    def _check_modes(self, x: Any, function: str, argument: str) -> None:
+    def _check_modes(self, x: Any, argument: str) -> None:
         """Raise where operations are recorded or faked: the numbers would be constants of the recording.
 
         Modes that watch what torch does, or say where it does it, are none of cubn's business.
@@ -89,31 +91,33 @@ class Torch(Library):
         if self._tracing_state():
             active.append("torch.jit.trace")
         if active:
-            refuse_stand_in(x, function, argument, f" under {active[-1]}")
+            refuse_stand_in(x, argument, f" under {active[-1]}")
 
     def _is_dual(self, x: Any) -> bool:
         return self._forward_ad.unpack_dual(x).tangent is not None
 
-    def _refuse_without_memory(self, x: Any, function: str, argument: str) -> NoReturn:
+    def _refuse_without_memory(self, x: Any, argument: str) -> NoReturn:
         """x has elements where there is no memory of its own: it is no plain tensor, or its storage was freed."""
         try:
             held = x.untyped_storage().nbytes()
         except NotImplementedError:
             held = None
         if held is None or x._is_zerotensor() or self._torch._is_functional_tensor(x):
-            refuse_stand_in(x, function, argument)
+            refuse_stand_in(x, argument)
         got, remedy = f"a storage of {held} bytes", "It was freed or cut: restore it first, as FSDP's unshard does."
-        refuse(x, function, argument, ValueError, "lie inside its storage", got, remedy)
+        refuse(x, argument, ValueError, "lie inside its storage", got, remedy)
 
-    def _device(self, x: Any, function: str, argument: str) -> tuple[int, int]:
+    def _device(self, x: Any, argument: str) -> tuple[int, int]:
         if not x.is_cuda or self._torch.version.hip:
             name = "rocm" if x.is_cuda else x.device.type
             filled = f"It holds no numbers: fill torch.empty_like({argument}, device='cpu') and pass that."
-            refuse_device(x, name, function, argument, filled if name == "meta" else f"Pass {argument}.cpu().")
+            refuse_device(x, name, argument, filled if name == "meta" else f"Pass {argument}.cpu().")
         return CUDA, x.device.index
 
     def signature(self, x: Any) -> tuple[Layout, int] | None:
         if self._tracing_state() or self._dispatch_modes() or self._function_modes():
+            return None
+        if self._transformation() is not None:  # of torch.func, which may make outputs that stand for others
             return None
         if self._forward_ad._current_level >= 0 or x.requires_grad or x.layout is not self._strided or x.is_nested:
             return None
@@ -134,22 +138,28 @@ class Torch(Library):
         return array.shape, array.strides, dtype, array.pointer % ALIGNMENT, index
 
     def allocator(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Allocate:
-        kept = (shape, strides, dtype) == (like.shape, like.strides, like.dtype) and is_dense(shape, strides)
-        if not kept or math.prod(shape) * ITEMSIZE[dtype] >= _HUGE:
+        if 0 in shape or not is_dense(shape, strides) or math.prod(shape) * ITEMSIZE[dtype] >= _HUGE:
             return super().allocator(shape, strides, dtype, like)
         empty_like = self._torch.empty_like
+        template = self.empty(shape, strides, dtype, like).array.owner  # a caller's own may be another by now
+        template.untyped_storage().resize_(0)
 
         def allocate(x: Any) -> tuple[Any, int]:
-            y = empty_like(x)
-            return y, y.data_ptr()
+            y = empty_like(template)
+            pointer = _address(y)
+            if not pointer:  # made by a transformation: `empty` says so
+                return super(Torch, self).allocator(shape, strides, dtype, like)(x)
+            return y, pointer
 
         return allocate
 
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
-        y = self._torch.empty_strided(shape, strides, dtype=self._dtypes[dtype], device=like.owner.device)
+        device = "cpu" if like.device == HOST else f"cuda:{like.device[1]}"  # where its owner may have left
+        y = self._torch.empty_strided(shape, strides, dtype=self._dtypes[dtype], device=device)
         pointer = _address(y) if type(y) is self._torch.Tensor else 0
         if not pointer and 0 not in shape:  # a mode or a transformation makes tensors of its own
-            refuse_stand_in(y, "cubn", "an output")
+            with reporting_as("cubn"):
+                refuse_stand_in(y, "an output")
         if y.nbytes >= _HUGE and like.device == HOST:
             _advise_huge_pages(pointer, y.nbytes)
         return Output(Array(pointer, shape, strides, dtype, like.device, True, y, self), lambda: y)

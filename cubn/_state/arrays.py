@@ -15,9 +15,8 @@ from cubn._arguments import on_host, refusal, region
 from cubn._arrays import Array, Headers
 from cubn._arrays.library import Library
 from cubn._layout import vector
-from cubn._state.options import STATE
 from cubn._types import CPU, FLOATS, Affine, Running
-from cubn.errors import StateWarning, device_name, message
+from cubn.errors import StateWarning, device_name, message, reported
 
 STATISTICS = ("running_mean", "running_var")
 ARRAYS = ("gamma", "beta", *STATISTICS)
@@ -25,16 +24,16 @@ ARRAYS = ("gamma", "beta", *STATISTICS)
 _NAMED = 8  # channels in a message
 
 
-class Kind:
+class StateLayout:
     """What all states share that hold arrays of the same libraries, dtypes, strides and rights; one object for each."""
 
     __slots__ = ("__weakref__",)
 
 
-_KINDS: weakref.WeakValueDictionary[tuple[Any, ...], Kind] = weakref.WeakValueDictionary()
+_LAYOUTS: weakref.WeakValueDictionary[tuple[Any, ...], StateLayout] = weakref.WeakValueDictionary()
 
 
-class Held:
+class StateArrays:
     """A state's arrays, on one device, and the same as kernels see them."""
 
     __slots__ = (
@@ -45,7 +44,7 @@ class Held:
         "affine",
         "arrays",
         "device",
-        "kind",
+        "layout",
         "regions",
         "running",
         "versioned",
@@ -63,7 +62,7 @@ class Held:
         self.regions = tuple(region(name, array) for name, array in arrays.items())
         at_gamma, at_beta, at_mean, at_var = (a.pointer if a else 0 for a in (gamma, beta, mean, var))
         self.addresses = at_gamma, at_beta, at_mean, at_var
-        self.kind = _kind(arrays)
+        self.layout = _layout_of(arrays)
         ndarrays = [array.owner for array in arrays.values() if isinstance(array.owner, np.ndarray)]
         self._headers = Headers(ndarrays) if ndarrays else None
         movable: dict[Library, list[Array]] = {}  # a library's own: nothing but `Headers` sees what happens to others
@@ -92,15 +91,15 @@ class Held:
             library.mark_written(*owners)
 
 
-def _kind(arrays: Mapping[str, Array]) -> Kind:
+def _layout_of(arrays: Mapping[str, Array]) -> StateLayout:
     facts = tuple((name, a.library, a.dtype, a.shape, a.strides, a.device, a.writable) for name, a in arrays.items())
-    kind = _KINDS.get(facts)
-    if kind is None:
-        kind = _KINDS[facts] = Kind()
-    return kind
+    layout = _LAYOUTS.get(facts)
+    if layout is None:
+        layout = _LAYOUTS[facts] = StateLayout()
+    return layout
 
 
-def hold(described: dict[str, Array], function: str, owners: Mapping[str, Any] | None = None) -> Held:
+def checked_arrays(described: dict[str, Array], owners: Mapping[str, Any] | None = None) -> StateArrays:
     """Per-channel arrays, all on one device, running statistics of one dtype; `owners` is where a state has them."""
     device = None
     for name, array in described.items():
@@ -108,27 +107,27 @@ def hold(described: dict[str, Array], function: str, owners: Mapping[str, Any] |
             first, device = name, array.device
         elif array.device != device:
             rule = f"be on the device of {first}, {device_name(device)}"
-            raise ValueError(refusal(function, name, rule, array, "Move one of them to the other's device."))
+            raise ValueError(refusal(name, rule, array, "Move one of them to the other's device."))
     mean, var = (described.get(name) for name in STATISTICS)
     if mean and var and mean.dtype != var.dtype:
         remedy = "Convert one of them; from_arrays takes both at once."
-        raise TypeError(refusal(function, "running_var", f"have running_mean's dtype {mean.dtype}", var, remedy))
-    return Held(described, device, owners)
+        raise TypeError(refusal("running_var", f"have running_mean's dtype {mean.dtype}", var, remedy))
+    return StateArrays(described, device, owners)
 
 
-def described(array: Any, name: str, function: str = STATE) -> Array:
+def described(array: Any, name: str) -> Array:
     """One of a state's arrays."""
-    return _arrays.describe(array, function, name, FLOATS, detach=True)
+    return _arrays.describe(array, name, FLOATS, detach=True)
 
 
-def filled(C: int, value: float, dtype: str, beside: Array | None) -> Any:
-    """A new per-channel array in the library of `beside`, or NumPy's."""
-    return placed(np.full(C, value, dtype), beside)
+def filled(C: int, value: float, dtype: str, like: Array | None) -> Any:
+    """A new per-channel array in the library of `like`, or NumPy's."""
+    return placed(np.full(C, value, dtype), like)
 
 
-def placed(values: np.ndarray[Any, Any], beside: Array | None) -> Any:
-    """The values in the library of `beside`, on its device; themselves without it."""
-    return values if beside is None else beside.library.from_numpy(values, values.dtype.name, beside)
+def placed(values: np.ndarray[Any, Any], like: Array | None) -> Any:
+    """The values in the library of `like`, on its device; themselves without it."""
+    return values if like is None else like.library.from_numpy(values, values.dtype.name, like)
 
 
 def check_together(described: Mapping[str, Array]) -> None:
@@ -137,31 +136,31 @@ def check_together(described: Mapping[str, Array]) -> None:
     if len(held) == 1:
         (other,) = set(STATISTICS) - set(held)
         remedy = "Give both for running statistics, or neither."
-        raise ValueError(message(STATE, other, f"be given together with {held[0]}", None, remedy))
+        raise ValueError(message(other, f"be given together with {held[0]}", None, remedy))
     for name in held:
         for other, array in described.items():
             if other != name and _arrays.overlap(described[name], array) != "none":
                 remedy = "Pass a copy of one of them."
-                raise ValueError(refusal(STATE, name, f"share no memory with {other}", described[name], remedy))
+                raise ValueError(refusal(name, f"share no memory with {other}", described[name], remedy))
 
 
 def check_on_host(described: Mapping[str, Array]) -> None:
     """Check the values of those running statistics that are on the host. A device is not waited for."""
     host = {name: described[name] for name in STATISTICS if name in described and described[name].device[0] == CPU}
     advice = "check=False takes it all the same, to be examined or repaired."
-    check_values({name: (array, on_host(array)) for name, array in host.items()}, STATE, advice)
+    check_values({name: (array, on_host(array)) for name, array in host.items()}, advice)
 
 
-def check_values(found: Mapping[str, tuple[Array, np.ndarray[Any, Any]]], function: str, advice: str = "") -> None:
+def check_values(found: Mapping[str, tuple[Array, np.ndarray[Any, Any]]], advice: str = "") -> None:
     """Raise where a variance is negative, and warn where running statistics are not finite."""
     if "running_var" in found:
         array, var = found["running_var"]
         if below := _where(var < 0):
             rule = f"be 0 or more, but is negative in {channels(below)}"
-            raise ValueError(refusal(function, "running_var", rule, array, f"{advice} reset() starts over.".lstrip()))
+            raise ValueError(refusal("running_var", rule, array, f"{advice} reset() starts over.".lstrip()))
     for name, (_, values) in found.items():
         if wild := _where(~np.isfinite(values)):
-            text = f"{function}: {name} is not finite in {channels(wild)}, and neither is what is computed from it."
+            text = f"{reported()}: {name} is not finite in {channels(wild)}, and neither is what is computed from it."
             repair = "The next training batch replaces it, and reset() starts over."
             warnings.warn(f"{text} {repair} {advice}".rstrip(), StateWarning, stacklevel=_outside())
 

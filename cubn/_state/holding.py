@@ -17,12 +17,12 @@ from cubn._arguments import refusal
 from cubn._arrays import Array
 from cubn._arrays.numpy import address_of
 from cubn._layout import vector
-from cubn._state.arrays import ARRAYS, STATISTICS, Held, check_on_host, check_together, described, hold
+from cubn._state.arrays import ARRAYS, STATISTICS, StateArrays, check_on_host, check_together, checked_arrays, described
 from cubn._state.options import DTYPES, STATE, Options, check_counts, checked_momentum, counts
 from cubn._types import CPU, HOST, BackendArray, Counters, Running, Statistics, Update
 from cubn.backends import backend_for
 from cubn.backends.protocol import Backend
-from cubn.errors import device_name, message
+from cubn.errors import device_name, message, reporting_as
 
 Int64 = NDArray[np.int64]
 
@@ -85,7 +85,7 @@ class Holding:
     )
     _arrays: dict[str, Any]
     _counters: Counted | None
-    _held: Held | None  # as last described, where that may be true for longer
+    _held: StateArrays | None  # as last described, where that may be true for longer
     _lock: threading.RLock
     _options: Options
 
@@ -101,40 +101,43 @@ class Holding:
         self._options = options
         self._arrays = dict.fromkeys(ARRAYS)
         self._counters = None
-        self._held = hold({}, STATE)
+        self._held = checked_arrays({})
         self._lock = threading.RLock()
         _STATES.add(self)
-        self._assign(arrays, check=check)
+        self._set_arrays(arrays, check=check)
         if counters:
-            self._count(counters)
+            self._set_counters(counters)
 
-    def _choose(self, **options: Any) -> None:
+    @reporting_as(STATE)
+    def _set_options(self, **options: Any) -> None:
         """Take options, which were checked."""
-        with self._turn(STATE):
+        with self._turn():
             self._options = self._options._replace(**options)
 
-    def _assign(self, changes: Mapping[str, Any], *, check: bool = True) -> None:
+    @reporting_as(STATE)
+    def _set_arrays(self, changes: Mapping[str, Any], *, check: bool = True) -> None:
         """Take arrays, if they and those already held fit each other."""
-        with self._turn(STATE):
+        with self._turn():
             arrays = self._arrays | dict(changes)
-            found = self._describe(arrays, STATE)
-            held = hold(found, STATE, arrays)
+            found = self._describe(arrays)
+            held = checked_arrays(found, arrays)
             check_together(found)
             if check:
                 check_on_host({name: found[name] for name in changes if name in found})
             self._arrays = arrays
-            self._keep(held)
+            self._remember(held)
             if held.running and self._counters is None:
                 self._counters = Counted.placed(HOST, self._no_counts())
 
-    def _count(self, changes: Mapping[str, Any]) -> None:
+    @reporting_as(STATE)
+    def _set_counters(self, changes: Mapping[str, Any]) -> None:
         """Take counters."""
-        with self._turn(STATE):
+        with self._turn():
             if self._counters is None:
                 if any(value is not None for value in changes.values()):
                     name = next(iter(changes))
                     remedy = "Only a state with running statistics counts their updates."
-                    raise ValueError(message(STATE, name, "be None", NO_STATISTICS, remedy))
+                    raise ValueError(message(name, "be None", NO_STATISTICS, remedy))
                 return
             counters = self._counters.on_host()
             counters |= {name: counts(value, name, self._options.num_features) for name, value in changes.items()}
@@ -148,61 +151,61 @@ class Holding:
     def _no_counts(self) -> dict[str, Int64]:
         return {name: np.zeros(self._options.num_features, np.int64) for name in COUNTERS}
 
-    def _read(self, function: str, x: Array) -> Held:
+    def _read(self, x: Array) -> StateArrays:
         """The arrays, for an operation on x; they stay alive with the result.
 
         A framework may have moved or converted them since they were assigned.
         """
-        held = self._current(function)
+        held = self._current()
         if held.device not in (None, x.device):
             rule = f"be on the state's device, {device_name(held.device)}"
-            raise ValueError(refusal(function, "x", rule, x, "Move one of them to the other's device."))
+            raise ValueError(refusal("x", rule, x, "Move one of them to the other's device."))
         return held
 
-    def _check_updatable(self, function: str, held: Held | None = None) -> None:
+    def _check_updatable(self, held: StateArrays | None = None) -> None:
         """Raise unless the running statistics (those held) can be written, or replaced."""
         if self._counters is None:
             remedy = "Make the state with track=True."
-            raise ValueError(message(function, "state", "have running statistics", NO_STATISTICS, remedy))
-        held = held or self._current(function)
+            raise ValueError(message("state", "have running statistics", NO_STATISTICS, remedy))
+        held = held or self._current()
         for name in STATISTICS:
             array = held.arrays[name]
             if array.dtype not in DTYPES:
                 remedy = "Make a state of float32 copies: at small momenta a variance of 16 bits stops moving."
                 rule = "have dtype float32 or float64 to be updated"
-                raise TypeError(refusal(function, name, rule, array, remedy))
+                raise TypeError(refusal(name, rule, array, remedy))
             if not array.library.immutable:
-                _arrays.check_writable(array, function, name)
+                _arrays.check_writable(array, name)
         momentum = self._options.momentum
         if momentum is not None and not 0 <= momentum <= 1:
-            checked_momentum(momentum, function)
+            checked_momentum(momentum)
 
-    def _place(self, function: str) -> Backend:
+    def _place(self) -> Backend:
         """Where the running statistics are updated when there is no x to say so."""
-        mean = self._current(function).arrays["running_mean"]
+        mean = self._current().arrays["running_mean"]
         return backend_for(mean.device, mean.library.name)
 
-    def _turn(self, function: str) -> threading.RLock:
+    def _turn(self) -> threading.RLock:
         """The lock, for a `with`; an error where this thread holds it, since what it is at would be torn."""
         if self._lock._is_owned():  # type: ignore[attr-defined]
             rule = "not be used in the midst of its own update, copy or assignment"
             got = "a call from a signal handler, a __del__ or the like"
             remedy = "Set a flag there, and do this after the step."
-            raise RuntimeError(message(function, "state", rule, got, remedy))
+            raise RuntimeError(message("state", rule, got, remedy))
         return self._lock
 
     @contextmanager
-    def _moving(self, function: str, held: Held | None = None) -> Iterator[Move]:
+    def _moving(self, held: StateArrays | None = None) -> Iterator[Move]:
         """The running statistics (those held, if they still are), for a backend to move; inside a turn.
 
         `_check_updatable` has passed. What was written becomes the state's unless an error is raised.
         """
         if held is None or held is not self._held:
-            before, held = held, self._current(function)
-            self._check_updatable(function, held)
+            before, held = held, self._current()
+            self._check_updatable(held)
             if before and before.device != held.device:
                 moved = held.arrays["running_mean"]
-                raise ValueError(refusal(function, "running_mean", "stay on x's device meanwhile", moved))
+                raise ValueError(refusal("running_mean", "stay on x's device meanwhile", moved))
         arrays = [held.arrays[name] for name in STATISTICS]
         fresh = [_arrays.empty_vector(a.shape[0], a.dtype, a) if a.library.immutable else None for a in arrays]
         assert self._counters
@@ -222,32 +225,32 @@ class Holding:
 
     def _move_to_zero_and_one(self) -> None:
         """An update of weight 1 by two values of mean 0 and variance 1, which nothing counts."""
-        place, C = self._place("reset"), self._options.num_features
-        device = self._current("reset").arrays["running_mean"].device
+        place, C = self._place(), self._options.num_features
+        device = self._current().arrays["running_mean"].device
         memory = place.from_host(_nodes.statistics(2, np.zeros(C), np.ones(C), self._options.eps))
         statistics = Statistics(memory, place.address(memory), C, gamma=False, beta=False)
-        with self._moving("reset") as move:
+        with self._moving() as move:
             uncounted = Counted.placed(device, self._no_counts())
             place.update(statistics, move.old, move.new, uncounted.at, Update(1.0, biased=False))
 
-    def _current(self, function: str) -> Held:
+    def _current(self) -> StateArrays:
         arrays, held = self._arrays, self._held
         if held is None or not held.describes(arrays):
-            held = hold(self._describe(arrays, function), function, arrays)
-            self._keep(held)
+            held = checked_arrays(self._describe(arrays), arrays)
+            self._remember(held)
         return held
 
-    def _keep(self, held: Held) -> None:
+    def _remember(self, held: StateArrays) -> None:
         """Remember the description; not a capsule, which would keep memory from an owner who may give it away."""
         self._held = None if any(array.capsule for array in held.arrays.values()) else held
 
-    def _describe(self, arrays: Mapping[str, Any], function: str) -> dict[str, Array]:
+    def _describe(self, arrays: Mapping[str, Any]) -> dict[str, Array]:
         """The arrays there are, each with the state's number of channels."""
-        found = {name: described(a, name, function) for name, a in arrays.items() if a is not None}
+        found = {name: described(a, name) for name, a in arrays.items() if a is not None}
         for name, array in found.items():
             if array.shape != (self._options.num_features,):
                 rule = f"have shape ({self._options.num_features},), one value per channel"
-                raise ValueError(refusal(function, name, rule, array))
+                raise ValueError(refusal(name, rule, array))
         return found
 
 

@@ -21,7 +21,9 @@ def of_torch(module: Any) -> dict[str, Any]:
             if lazy
             else "Of another module, pass the arrays, eps and momentum to from_arrays."
         )
-        raise TypeError(message(f"{STATE}.from_module", "bn", "be a batch norm of torch.nn", kind.__name__, remedy))
+        raise TypeError(
+            message("bn", "be a batch norm of torch.nn", kind.__name__, remedy, function=f"{STATE}.from_module")
+        )
     return {
         "num_features": module.num_features,
         "gamma": module.weight,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cubn import _arrays
-from cubn._arguments import on_host, one_of, whole
+from cubn._arguments import as_int, on_host, one_of
 from cubn._types import COUNTS, Update
 from cubn.errors import message, quoted
 from cubn.typing import DTypeName, RunningVariance
@@ -38,51 +38,54 @@ class Options(NamedTuple):
         return Update(self.momentum, self.running_variance == "biased")
 
 
+OPTIONS = Options._fields
+
+
 def checked_options(
     num_features: int, eps: float, momentum: float | None, channel_axis: int, running_variance: RunningVariance
 ) -> Options:
     """Options that a state can have. Whether momentum is a weight is asked where it is given or used as one."""
-    channels = whole(num_features, STATE, "num_features")
+    channels = as_int(num_features, "num_features")
     if not 1 <= channels < _MOST_CHANNELS:
-        raise ValueError(message(STATE, "num_features", "be 1 or more and less than 2**48", quoted(channels)))
+        raise ValueError(message("num_features", "be 1 or more and less than 2**48", quoted(channels)))
     return Options(
         channels,
-        checked_eps(eps, STATE),
+        checked_eps(eps),
         checked_momentum(momentum, used=False),
         checked_axis(channel_axis),
         checked_variance(running_variance),
     )
 
 
-def checked_eps(eps: float, function: str) -> float:
+def checked_eps(eps: float) -> float:
     """eps as a number that can be added to a variance."""
-    number = _number(eps, function, "eps")
+    number = _number(eps, "eps")
     if not 0 < number < math.inf:
-        raise ValueError(message(function, "eps", "be positive and finite", number))
+        raise ValueError(message("eps", "be positive and finite", number))
     return number
 
 
-def checked_momentum(momentum: float | None, function: str = STATE, *, used: bool = True) -> float | None:
+def checked_momentum(momentum: float | None, *, used: bool = True) -> float | None:
     """momentum as a number; as a weight, if it is used."""
     if momentum is None:
         return None
-    number = _number(momentum, function, "momentum")
+    number = _number(momentum, "momentum")
     if used and not 0 <= number <= 1:
-        raise ValueError(message(function, "momentum", "be None or from 0 to 1, the weight of the new value", number))
+        raise ValueError(message("momentum", "be None or from 0 to 1, the weight of the new value", number))
     return number
 
 
 def checked_axis(channel_axis: int) -> int:
     """channel_axis as an axis that some array has."""
-    axis = whole(channel_axis, STATE, "channel_axis")
+    axis = as_int(channel_axis, "channel_axis")
     if not -_MOST_CHANNELS < axis < _MOST_CHANNELS:
-        raise ValueError(message(STATE, "channel_axis", "be an axis of x", quoted(axis)))
+        raise ValueError(message("channel_axis", "be an axis of x", quoted(axis)))
     return axis
 
 
 def checked_variance(running_variance: RunningVariance) -> RunningVariance:
     """Which variance running_var averages."""
-    return one_of(RUNNING_VARIANCES, running_variance, STATE, "running_variance")
+    return one_of(RUNNING_VARIANCES, running_variance, "running_variance")
 
 
 def counts(values: Any, name: str, channels: int) -> NDArray[np.int64]:
@@ -92,16 +95,16 @@ def counts(values: Any, name: str, channels: int) -> NDArray[np.int64]:
     if isinstance(values, int) and not isinstance(values, bool):
         found = np.array(values, np.int64 if abs(values) < _MOST_BATCHES else object)
     elif hasattr(type(values), "__dlpack__"):
-        array = _arrays.describe(values, STATE, name, COUNTS)
+        array = _arrays.describe(values, name, COUNTS)
         found = on_host(array)
     else:
         remedy = "Pass an int, or an array of int64."
-        raise TypeError(message(STATE, name, "be a count, or an array of one per channel", quoted(values), remedy))
+        raise TypeError(message(name, "be a count, or an array of one per channel", quoted(values), remedy))
     if found.shape not in ((), (channels,)):
         rule = f"be a number or have shape ({channels},), one count per channel"
-        raise ValueError(message(STATE, name, rule, "an array", shape=found.shape))
+        raise ValueError(message(name, rule, "an array", shape=found.shape))
     if wrong := [value for value in found.reshape(-1).tolist() if not 0 <= value < _MOST_BATCHES]:
-        raise ValueError(message(STATE, name, "be 0 or more and less than 2**62", quoted(wrong[0])))
+        raise ValueError(message(name, "be 0 or more and less than 2**62", quoted(wrong[0])))
     return np.broadcast_to(found, channels).astype(np.int64)
 
 
@@ -111,13 +114,13 @@ def check_counts(tracked: NDArray[np.int64], skipped: NDArray[np.int64]) -> None
         c = more[0]
         got = f"{skipped[c]} skipped of {tracked[c]} tracked in channel {c}"
         remedy = "reset(statistics=False) sets both to 0."
-        raise ValueError(message(STATE, "tracked", "be at least skipped", got, remedy))
+        raise ValueError(message("tracked", "be at least skipped", got, remedy))
 
 
-def _number(value: float, function: str, argument: str) -> float:
+def _number(value: float, argument: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(message(function, argument, "be a real number", quoted(value)))
+        raise TypeError(message(argument, "be a real number", quoted(value)))
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(message(function, argument, "be a number that a float can hold", quoted(value))) from None
+        raise ValueError(message(argument, "be a number that a float can hold", quoted(value))) from None

@@ -37,11 +37,13 @@ def set_num_threads(n: int) -> None:
             raise TypeError
         number = operator.index(n)
     except TypeError:
-        raise TypeError(message("set_num_threads", "n", "be an int", type(n).__name__, remedy)) from None
+        raise TypeError(message("n", "be an int", type(n).__name__, remedy, function="set_num_threads")) from None
     if number < 1:
-        raise ValueError(message("set_num_threads", "n", "be at least 1", number if number > -MOST else "less", remedy))
+        raise ValueError(
+            message("n", "be at least 1", number if number > -MOST else "less", remedy, function="set_num_threads")
+        )
     if number > MOST:
-        raise ValueError(message("set_num_threads", "n", "be at most 2**22", "more"))
+        raise ValueError(message("n", "be at most 2**22", "more", function="set_num_threads"))
     limit = number
 
 
@@ -68,7 +70,9 @@ def _asked_for() -> int | None:
     if asked.isascii() and asked.isdigit() and len(asked) < 20 and 0 < int(asked) <= MOST:
         return int(asked)
     remedy = "Unset it for as many threads as there are cores."
-    raise ValueError(message("cubn", "CUBN_NUM_THREADS", "be a whole number, 1 to 2**22, or auto", repr(asked), remedy))
+    raise ValueError(
+        message("CUBN_NUM_THREADS", "be a whole number, 1 to 2**22, or auto", repr(asked), remedy, function="cubn")
+    )
 
 
 def cores() -> int:

@@ -71,9 +71,9 @@ def communicator(comm: Comm) -> Communicator:
         return torch_distributed.communicator(comm)
     if distributed is not None and distributed.is_available() and _is(comm, distributed.GroupMember.NON_GROUP_MEMBER):
         rule, remedy = "be a process group this process is in", "Call it on the ranks of the group alone."
-        raise ValueError(message("cubn", "comm", rule, "torch's NON_GROUP_MEMBER", remedy))
+        raise ValueError(message("comm", rule, "torch's NON_GROUP_MEMBER", remedy, function="cubn"))
     rule = "be an mpi4py communicator, a torch.distributed process group or a cubn.sync.Communicator"
-    raise TypeError(message("cubn", "comm", rule, type(comm).__name__))
+    raise TypeError(message("comm", rule, type(comm).__name__, function="cubn"))
 
 
 def _is(comm: Any, mark: Any) -> bool:

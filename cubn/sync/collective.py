@@ -12,9 +12,9 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast
 
-from cubn._arguments import whole
+from cubn._arguments import as_int
 from cubn._types import Nodes
-from cubn.errors import CollectiveMismatch, message, quoted
+from cubn.errors import CollectiveMismatch, message, quoted, reported, reporting_as
 from cubn.sync import Comm, communicator
 from cubn.sync.exchange import Exchange, LocalPart, begin, leave
 from cubn.sync.header import MAX_OPERATIONS, OPERATIONS, Terms
@@ -36,10 +36,10 @@ class SyncContext(NamedTuple):
     """Number of the forward's exchange; 0 if there was none."""
 
     @classmethod
-    def without_exchange(cls, function: str, group: Communicator, sizes: Any, N: int) -> SyncContext:
+    def without_exchange(cls, group: Communicator, sizes: Any, N: int) -> SyncContext:
         """Of an operation on N samples here that exchanges nothing, and checks what its backward will rely on."""
-        declared = _declared(function, sizes, group)
-        _check_own(function, declared, group, N)
+        declared = _declared(sizes, group)
+        _check_own(declared, group, N)
         return cls(group, declared, 0)
 
 
@@ -91,14 +91,14 @@ class Started(Generic[T_co]):
 # --- how operations begin one ---------------------------------------------------------------------------------------
 
 
-def start(function: str, comm: Any, sizes: Any, make: Callable[[], Operation[T]]) -> Started[T]:
+def start(comm: Any, sizes: Any, make: Callable[[], Operation[T]]) -> Started[T]:
     """Begin an operation in an exchange of its own, or add it to those that are together on its communicator."""
     group = communicator(comm)
     shared = _OPEN.get()
     if shared is not None and shared.communicator is group:
-        return shared.add(function, sizes, make)
+        return shared.add(sizes, make)
     with _Together(group) as alone:
-        started = alone.add(function, sizes, make)
+        started = alone.add(sizes, make)
     return started
 
 
@@ -140,7 +140,7 @@ class _Together:
                 "Make a new communicator."
             )
         self.communicator = communicator
-        self._function = OPERATIONS[0]
+        self._name = OPERATIONS[0]
         self._operations: list[Operation[Any]] = []
         self._sizes: tuple[int, ...] | None = None
         self._exchange: Exchange | None = None
@@ -151,22 +151,22 @@ class _Together:
     def __enter__(self) -> Self:
         return self
 
-    def add(self, function: str, sizes: Any, make: Callable[[], Operation[T]]) -> Started[T]:
+    def add(self, sizes: Any, make: Callable[[], Operation[T]]) -> Started[T]:
         """One more operation, made here so that its errors reach the other ranks."""
-        self._function = function
-        declared = _declared(function, sizes, self.communicator)
+        self._name = reported()
+        declared = _declared(sizes, self.communicator)
         if self._operations and declared != self._sizes:
-            raise ValueError(message(function, "sizes", "be the same throughout a `with together` block", sizes))
+            raise ValueError(message("sizes", "be the same throughout a `with together` block", sizes))
         self._sizes = declared
         operation = make()
         N = operation.terms.N
-        _check_own(function, declared, self.communicator, N)
+        _check_own(declared, self.communicator, N)
         if self._operations and N != self._operations[0].terms.N:
             rule = f"have {self._operations[0].terms.N} samples, as in the first operation of the `with together` block"
-            raise ValueError(message(function, "x", rule, N, "Start it outside the block."))
+            raise ValueError(message("x", rule, N, "Start it outside the block."))
         if len(self._operations) == MAX_OPERATIONS:
             most = f"a `with together` block holds {MAX_OPERATIONS} operations at most. Begin another."
-            raise ValueError(f"{function}: {most}")
+            raise ValueError(f"{reported()}: {most}")
         self._operations.append(operation)
         return Started(self, len(self._operations) - 1)
 
@@ -175,8 +175,8 @@ class _Together:
         if error is not None and not isinstance(error, Exception):
             leave(self.communicator, error)
             return
-        with self._keeping_errors():
-            self._exchange = begin(self.communicator, self._function, self._operations, self._sizes, error)
+        with reporting_as(self._name), self._keeping_errors():
+            self._exchange = begin(self.communicator, self._operations, self._sizes, error)
 
     def result(self, index: int) -> Any:
         """What an operation returns, once the exchange is complete."""
@@ -189,10 +189,12 @@ class _Together:
             )
         if not self._gathered:
             context = SyncContext(self.communicator, self._sizes, self._exchange.call.number)
-            with self._keeping_errors():
+            with reporting_as(self._name), self._keeping_errors():
                 self._gathered = [Gathered(*nodes, context) for nodes in self._exchange.finish()]
         if index not in self._results:
-            self._results[index] = self._operations[index].finish(self._gathered[index])
+            operation = self._operations[index]
+            with reporting_as(operation.terms.operation):
+                self._results[index] = operation.finish(self._gathered[index])
         return self._results[index]
 
     @contextmanager
@@ -211,28 +213,28 @@ _OPEN: ContextVar[_Together | None] = ContextVar("open", default=None)
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
 
-def check_sizes(function: str, sizes: Any, comm: Any) -> None:
+def check_sizes(sizes: Any, comm: Any) -> None:
     """Sizes say nothing without the ranks whose they are."""
     if sizes is not None and comm is None:
         remedy = "They are the samples of its ranks."
-        raise ValueError(message(function, "sizes", "be given together with comm", "comm=None", remedy))
+        raise ValueError(message("sizes", "be given together with comm", "comm=None", remedy))
 
 
-def _declared(function: str, sizes: Any, group: Communicator) -> tuple[int, ...] | None:
+def _declared(sizes: Any, group: Communicator) -> tuple[int, ...] | None:
     """The samples of each rank, where the caller knows them."""
     if sizes is None:
         return None
     rule = f"be the number of samples of each of the {group.size} ranks"
     if not isinstance(sizes, Iterable):
-        raise TypeError(message(function, "sizes", rule, quoted(sizes)))
-    declared = tuple(whole(size, function, "sizes") for size in sizes)
+        raise TypeError(message("sizes", rule, quoted(sizes)))
+    declared = tuple(as_int(size, "sizes") for size in sizes)
     if len(declared) != group.size or not all(0 <= size < 1 << 62 for size in declared):
-        raise ValueError(message(function, "sizes", rule, sizes))
+        raise ValueError(message("sizes", rule, sizes))
     return declared
 
 
-def _check_own(function: str, declared: tuple[int, ...] | None, group: Communicator, N: int) -> None:
+def _check_own(declared: tuple[int, ...] | None, group: Communicator, N: int) -> None:
     """This rank's size is that of its x."""
     if declared is not None and declared[group.rank] != N:
         rule = f"be {N} for rank {group.rank}, the samples of its x"
-        raise ValueError(message(function, "sizes", rule, declared))
+        raise ValueError(message("sizes", rule, declared))

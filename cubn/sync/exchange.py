@@ -68,7 +68,6 @@ class Exchange(NamedTuple):
 
 def begin(
     communicator: Communicator,
-    function: str,
     parts: Sequence[LocalPart],
     sizes: tuple[int, ...] | None,
     error: Exception | None,
@@ -77,8 +76,6 @@ def begin(
 
     Parameters
     ----------
-    function : str
-        In whose name errors are raised.
     sizes : tuple of int, optional
         The samples of each rank, where the caller declared them.
     error : Exception, optional
@@ -86,7 +83,7 @@ def begin(
     """
 
     def steps() -> Exchange | None:
-        call = CollectiveCall.of(communicator, function, parts, sizes)
+        call = CollectiveCall.of(communicator, parts, sizes)
         if error is None:
             return _begin(call)
         _read(call, _say(call, failed=True))
@@ -104,7 +101,6 @@ class CollectiveCall(NamedTuple):
     communicator: Communicator
     number: int
     """Of the exchange, on this communicator."""
-    function: str
     parts: tuple[LocalPart, ...]
     sizes: tuple[int, ...] | None
     on_device: bool
@@ -112,12 +108,12 @@ class CollectiveCall(NamedTuple):
 
     @classmethod
     def of(
-        cls, communicator: Communicator, function: str, parts: Sequence[LocalPart], sizes: tuple[int, ...] | None
+        cls, communicator: Communicator, parts: Sequence[LocalPart], sizes: tuple[int, ...] | None
     ) -> CollectiveCall:
         backends = {id(part.backend): part.backend for part in parts if part.terms.gathers}
         on_device = len(backends) == 1 and all(communicator.takes(backend) for backend in backends.values())
         communicator.exchanges += 1
-        return cls(communicator, communicator.exchanges, function, tuple(parts), sizes, on_device)
+        return cls(communicator, communicator.exchanges, tuple(parts), sizes, on_device)
 
     @property
     def rank(self) -> int:
@@ -192,7 +188,7 @@ def _begin(call: CollectiveCall) -> Exchange:
 def _say(call: CollectiveCall, *, failed: bool) -> _Gather:
     """Begin the gather of headers."""
     terms = [part.terms for part in call.parts]
-    said = header.encode(call.function, terms, call.number, call.sizes, on_device=call.on_device, failed=failed)
+    said = header.encode(terms, call.number, call.sizes, on_device=call.on_device, failed=failed)
     sizes = [HEADER.itemsize] * call.communicator.size
     received = np.empty(sum(sizes), np.uint8)
     return _Gather(call.communicator.gather(said, received, sizes), said, received)
@@ -305,7 +301,7 @@ def _read(call: CollectiveCall, headers: _Gather) -> tuple[Headers, Exception | 
     """
     headers.pending.wait()
     said = header.decode(headers.received)
-    mismatch = header.disagreement(call.function, said)
+    mismatch = header.disagreement(said)
     if mismatch is not None and header.any_declared(said):
         _abandon(call.communicator, str(mismatch))
     return said, mismatch
@@ -332,4 +328,4 @@ def _check_records(call: CollectiveCall, layout: RecordLayout, records: _Gather)
     """Raise if a rank failed after its header was out."""
     ranks = failed_ranks(layout, records.received)
     if ranks:
-        raise _HeardByAll(header.failure(call.function, ranks))
+        raise _HeardByAll(header.failure(ranks))

@@ -78,7 +78,6 @@ class Terms(NamedTuple):
 
 
 def encode(
-    function: str,
     all_terms: Sequence[Terms],
     exchange: int,
     declared: tuple[int, ...] | None,
@@ -87,7 +86,7 @@ def encode(
     failed: bool = False,
 ) -> Bytes:
     """The header of a rank's operations; of several, the hash says the rest."""
-    first = all_terms[0] if all_terms else Terms(function, 0, 0, "none")
+    first = all_terms[0] if all_terms else Terms(OPERATIONS[0], 0, 0, "none")
     several = len({terms.operation for terms in all_terms}) > 1
     on = first.options | {
         name for name, is_on in ((OPTIONS[0], declared is not None), (OPTIONS[-1], on_device)) if is_on
@@ -161,11 +160,11 @@ def _hashed(h: np.void) -> str:
     return "sizes" if h["operations"] == 1 else "operations or sizes"
 
 
-def disagreement(function: str, headers: Headers) -> CollectiveMismatch | None:
+def disagreement(headers: Headers) -> CollectiveMismatch | None:
     """The error every rank raises if the headers do not say the same, or say that a rank failed."""
     failed = np.flatnonzero(headers["flags"] & _FAILED).tolist()
     if failed:
-        return failure(function, failed)
+        return failure(failed)
     rows = headers.view(np.uint8).reshape(len(headers), -1)
     if not ((rows ^ rows[0]) & _AGREED).any():
         return None
@@ -179,13 +178,13 @@ def disagreement(function: str, headers: Headers) -> CollectiveMismatch | None:
         said.setdefault(", ".join(_SAID[name](header) for name in differing), []).append(rank)
     got = "; ".join(f"{what} on {_ranks(ranks)}" for what, ranks in said.items())
     remedy = "Call the same operations with the same options in the same order on all of them."
-    return CollectiveMismatch(message(function, "ranks", "do the same thing", got, remedy))
+    return CollectiveMismatch(message("ranks", "do the same thing", got, remedy))
 
 
-def failure(function: str, failed: Sequence[int]) -> CollectiveMismatch:
+def failure(failed: Sequence[int]) -> CollectiveMismatch:
     """The error of the other ranks where some have failed."""
     remedy = "Its own error says more." if len(failed) == 1 else "Their own errors say more."
-    return CollectiveMismatch(message(function, "ranks", "do the same thing", f"an error on {_ranks(failed)}", remedy))
+    return CollectiveMismatch(message("ranks", "do the same thing", f"an error on {_ranks(failed)}", remedy))
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -60,7 +60,7 @@ class MPICommunicator(Communicator):
     def _gather(self, record: Any, received: Any, sizes: Sequence[int]) -> _Pending:
         if self._comm == MPI.COMM_NULL or MPI.Is_finalized():
             rule, got = "be kept until the last backward of its forwards", "one that was freed, or after MPI.Finalize"
-            raise ValueError(message("cubn", "comm", rule, got, "Free it later."))
+            raise ValueError(message("comm", rule, got, "Free it later.", function="cubn"))
         sending = [record, MPI.BYTE]
         if all(size == sizes[0] for size in sizes):
             request = self._comm.Iallgather(sending, [received, sizes[0], MPI.BYTE])
@@ -151,11 +151,11 @@ def communicator(comm: MPI.Comm, *, device_memory: bool | None = None) -> MPICom
     """
     if MPI.Is_finalized() or (comm in (MPI.COMM_WORLD, MPI.COMM_SELF) and not MPI.Is_initialized()):
         got = "one after MPI.Finalize" if MPI.Is_finalized() else "one before MPI.Init"
-        raise ValueError(message("cubn", "comm", "be used between MPI.Init and MPI.Finalize", got))
+        raise ValueError(message("comm", "be used between MPI.Init and MPI.Finalize", got, function="cubn"))
     if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
         got = "COMM_NULL" if comm == MPI.COMM_NULL else type(comm).__name__
         remedy = "Merge an intercommunicator; pass no comm on ranks outside the group."
-        raise ValueError(message("cubn", "comm", "be an intracommunicator this process is in", got, remedy))
+        raise ValueError(message("comm", "be an intracommunicator this process is in", got, remedy, function="cubn"))
     found = cast("MPICommunicator | None", comm.Get_attr(_key()))
     if found is None:
         found = MPICommunicator(comm)

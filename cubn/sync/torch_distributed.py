@@ -53,6 +53,6 @@ def communicator(group: dist.ProcessGroup) -> TorchCommunicator:
     if group not in _KNOWN:
         if dist.get_rank(group) < 0:
             rule, remedy = "be a process group this process is in", "Call it on the ranks of the group alone."
-            raise ValueError(message("cubn", "comm", rule, "another one", remedy))
+            raise ValueError(message("comm", rule, "another one", remedy, function="cubn"))
         _KNOWN[group] = TorchCommunicator(group)
     return _KNOWN[group]

@@ -1,7 +1,8 @@
 """What nobody should pass, given to every argument, constructor and attribute, and then used.
 
 A case is drawn together with the errors it has to meet. Anything else is a fault: another error, none, a crash; and so
-is a change of any array or state behind a call that was refused.
+is a change of any array or state behind a call that was refused. Half of the calls are made after a good one, which
+leaves a short way behind.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Case:
     target: str
     bad: tuple[tuple[str, str], ...]
     beside: tuple[str, ...] = ()  # valid options that are given too
+    known: bool = False  # whether the same was called before with all that it asks for
 
 
 # --- what is called, and the roles of its arguments -------------------------------------------------------------------
@@ -126,6 +128,7 @@ ROLES: dict[str, dict[str, dict[str, Weird]]] = {
     | OPTIONS
     | {"tracked": weird.COUNTER, "skipped": weird.COUNTER, "num_features": weird.FEATURES}
     | {"training": weird.FLAG, "weight": weird.PARAMETER},
+    "changed": {name: weird.CHANGED_RUNNING if name.startswith("running") else weird.CHANGED for name in VECTORS},
     "saved": {},
     "Moments": {},
     "Gradients": {},
@@ -148,6 +151,9 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     "fold_into": ("weight", "bias", "state"),
     "from_arrays": ("gamma", "beta", "running_mean", "running_var"),
 }
+KNOWN = ("forward", "forward_train", "forward_frozen", "normalize", "moments", "backward", "backward_from", "update")
+KNOWN += ("state",)
+"""What is called at every step, or lent to what is."""
 CLASSES = {
     "saved": cubn.Saved,
     "Moments": cubn.Moments,
@@ -181,14 +187,15 @@ def draw(rng: random.Random) -> Case:
     target = rng.choice(TARGETS)
     roles = ROLES[target]
     names = rng.sample(list(roles), min(len(roles), rng.choice([1, 1, 1, 2])))
-    alone = target in ("state", "__setstate__", "moments.from_dict", *RESULTS)
+    alone = target in ("state", "changed", "__setstate__", "moments.from_dict", *RESULTS)
     if alone or {"x", "dtype"} <= {*names}:  # integers are good where a dtype is given
         names = names[:1]
     bad = tuple((name, rng.choice(VALUES[target, name])) for name in names)
     optional = [n for n in ("mask", "residual", "out", "beta", "gamma") if n in roles and n not in names]
     if target in ("from_arrays", "from_dict", "state"):
         optional = []
-    return Case(target, bad, tuple(n for n in optional if rng.random() < 0.2))
+    beside = tuple(n for n in optional if rng.random() < 0.2)
+    return Case(target, bad, beside, known=target in KNOWN and rng.random() < 0.5)
 
 
 # --- running a case ---------------------------------------------------------------------------------------------------
@@ -197,10 +204,22 @@ def draw(rng: random.Random) -> Case:
 def run(case: Case) -> None:
     w = world()
     try:
+        if case.known:
+            _make_known(w, case)
         _judge(w, case, _outcome(w, case), _allowed(case))
     except AssertionError:
         w.renew()
         raise
+
+
+def _make_known(w: World, case: Case) -> None:
+    """Call what is to be called, with what it asks for."""
+    if case.target == "state":
+        use(w, w.state)
+    else:
+        given = [name for name, _ in case.bad if name in (*ON_X, *VECTORS) and hasattr(w, name)]
+        _call(w, Case(case.target, (), (*case.beside, *given)))
+    w.renew()
 
 
 def _outcome(w: World, case: Case) -> Exception | None:
@@ -363,6 +382,16 @@ def _set_and_use(w: World, case: Case) -> None:
         raise
 
 
+def _change_and_use(w: World, case: Case) -> None:
+    """An array that changes in place after a state of it was used."""
+    arrays = {name: getattr(w, name).copy() for name in VECTORS}
+    state = cubn.BatchNormState.from_arrays(**arrays)
+    use(w, state)
+    ((name, value),) = case.bad
+    ROLES[case.target][name][value].make(arrays[name])
+    use(w, state)
+
+
 def _from_dict(w: World, case: Case) -> None:
     d: Any = dict(w.dict)
     for name, value in case.bad:
@@ -408,6 +437,7 @@ def _moments_of_dict(w: World, case: Case) -> None:
 
 _TARGETS = {
     "state": _set_and_use,
+    "changed": _change_and_use,
     "__setstate__": _unpickle,
     "from_dict": _from_dict,
     "moments.from_dict": _moments_of_dict,

@@ -50,6 +50,7 @@ class Case:
     restated: bool = False  # whether the backward is made a second time, by backward_from
     constants: tuple[tuple[str, int], ...] = ()
     seed: int = 0
+    known: bool = False  # whether there was a call of the same layouts before, with other values in other places
 
 
 def draw(rng: random.Random) -> Case:
@@ -88,6 +89,7 @@ def draw(rng: random.Random) -> Case:
         restated=rng.random() < 0.2,
         constants=plans.draw(rng),
         seed=rng.randrange(1 << 30),
+        known=rng.random() < 0.5,
     )
     return settled(case)
 
@@ -145,6 +147,7 @@ def settled(case: Case) -> Case:
 def simpler(case: Case) -> Iterator[Case]:
     """Cases with one thing less to think of, the largest steps first."""
     plain = {
+        "known": False,
         "constants": (),
         "threads": 1,
         "cut": (),

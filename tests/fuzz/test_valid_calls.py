@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cubn
-from cubn import reference
+from cubn import _calls, reference
 from cubn.backends.cpu import plan, pool
 from cubn.backends.cpu.parameters import FIELDS
 from tests import oracle
@@ -87,6 +87,32 @@ def test_an_oracle_that_is_a_little_wrong_is_found(change, monkeypatch, seed):
     monkeypatch.setattr(where, name, changed)
     with np.errstate(all="ignore"):
         assert harness.first_failure(FEW_KERNELS, seed, 100) is not None
+
+
+def _of_x_alone(store, x, state, mask, residual, out, *options):
+    """A known call that reads x in the residual's place."""
+    found = _calls_find(store, x, state, mask, residual, out, *options)
+    return found and (*found[:3], found[2] if residual is not None else 0, *found[4:])
+
+
+_calls_find = _calls.find
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_known_call_that_reads_another_array_is_found(known, monkeypatch, seed):
+    """But not where no call is known."""
+
+    def draw(rng):
+        return dataclasses.replace(_of_few_kernels(rng), known=known, operation="forward", residual=True, constants=())
+
+    def run(case):
+        _calls.clear()
+        valid_calls.run(case)
+
+    monkeypatch.setattr(_calls, "find", _of_x_alone)
+    few = SimpleNamespace(__name__="few kernels", draw=draw, run=run)
+    with np.errstate(all="ignore"):
+        assert (harness.first_failure(few, seed, 20) is not None) == known
 
 
 def test_a_plan_that_leaves_out_a_task_is_found(monkeypatch, seed):

@@ -107,6 +107,18 @@ RUNNING = {
     "None": Weird(lambda a: None, BOTH),
 }
 RUNNING_VAR = {**RUNNING, "negative": Weird(lambda a: -a - 1, RANGE)}
+CHANGED = {
+    "integers": Weird(lambda a: setattr(a, "dtype", np.int32), KIND),
+    "big-endian": Weird(lambda a: setattr(a, "dtype", ">f4"), KIND),
+    "halves": Weird(lambda a: setattr(a, "dtype", np.float16), RANGE),
+    "two axes": Weird(lambda a: setattr(a, "shape", (2, 2)), RANGE),
+    "shorter": Weird(lambda a: a.resize(3, refcheck=False), RANGE),
+    "longer": Weird(lambda a: a.resize(1 << 16, refcheck=False), RANGE),
+    "read-only": Weird(lambda a: setattr(a.flags, "writeable", False), ()),
+    "other values": Weird(lambda a: a.fill(2), ()),
+}
+CHANGED_RUNNING = CHANGED | {"read-only": Weird(CHANGED["read-only"].make, RANGE)}
+"""What happens to an array in place."""
 
 NO_NUMBERS = {name: Weird(NO_ARRAYS[name], KIND) for name in NO_ARRAYS.keys() - {"an integer", "a huge integer"}}
 NO_NUMBERS |= {

@@ -12,7 +12,7 @@ from tests.ops import arrays
 
 
 def described(x, dtypes=_arrays.FLOATS, **options):
-    return _arrays.describe(x, "forward", "x", dtypes, **options)
+    return _arrays.describe(x, "x", dtypes, **options)
 
 
 def made(library, dtype="float32", layout="nchw", shape=(3, 4, 5, 2)):

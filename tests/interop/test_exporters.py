@@ -16,7 +16,7 @@ EDGE = 1 << 63
 
 
 def described(x):
-    return _arrays.describe(x, "forward", "x")
+    return _arrays.describe(x, "x")
 
 
 def refused(x, error, text, cause=None):

@@ -8,6 +8,7 @@ import pytest
 
 from cubn import _arrays
 from cubn._arrays import dlpack
+from cubn.errors import reporting_as
 from tests.interop import libraries
 
 
@@ -55,8 +56,9 @@ class Wrong(Grid):
         return "a capsule"
 
 
+@reporting_as("forward")
 def described(x):
-    return _arrays.describe(x, "forward", "x")
+    return _arrays.describe(x, "x")
 
 
 def test_into_the_library_and_back():
@@ -87,7 +89,7 @@ def test_a_library_with_no_way_in():
     array = described(Closed(np.zeros((2, 3), np.float32)))
     with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
         _arrays.empty_like(array)
-    assert _arrays.destination(Closed(np.zeros((2, 3), np.float32)), "forward").array.writable
+    assert _arrays.destination(Closed(np.zeros((2, 3), np.float32))).array.writable
 
 
 @pytest.mark.parametrize("kind", [Old, Unready])

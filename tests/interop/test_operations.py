@@ -24,7 +24,7 @@ def store(seed, shape=SHAPE, dtype="float32"):
 
 def values(x):
     """A library's array as a store."""
-    return libraries.memory(_arrays.describe(x, "test", "x")).copy()
+    return libraries.memory(_arrays.describe(x, "x")).copy()
 
 
 def everything(library, dtype):

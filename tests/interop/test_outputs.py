@@ -15,7 +15,7 @@ from tests.ops import arrays
 
 
 def described(x):
-    return _arrays.describe(x, "forward", "x")
+    return _arrays.describe(x, "x")
 
 
 def written(output, values):
@@ -171,7 +171,7 @@ def test_no_output_leaks(library):
 
 def test_the_callers_own_destination():
     out = np.zeros((2, 3), np.float32)
-    output = _arrays.destination(out, "forward")
+    output = _arrays.destination(out)
     libraries.memory(output.array)[...] = 5
     assert output.finish() is out and (out == 5).all()
 
@@ -180,7 +180,7 @@ def test_torch_hears_of_a_written_destination():
     torch = pytest.importorskip("torch")
     out = torch.zeros(2, 3)
     before = out._version
-    output = _arrays.destination(out, "forward")
+    output = _arrays.destination(out)
     assert out._version == before
     assert output.finish() is out
     assert out._version > before
@@ -205,7 +205,7 @@ def test_outputs_lie_on_the_jax_device_of_x():
 import os, jax, numpy as np
 from cubn import _arrays
 x = jax.device_put(np.ones((2, 3), "float32"), jax.devices()[2])
-array = _arrays.describe(x, "forward", "x")
+array = _arrays.describe(x, "x")
 assert array.device == (1, 0)
 output = _arrays.empty_like(array)
 output.array.owner[...] = 4
@@ -224,7 +224,7 @@ def test_outputs_may_outlive_the_interpreter(library):
 import builtins, numpy as np, {library}
 from cubn import _arrays
 from tests.interop import libraries
-x = _arrays.describe(libraries.carry(np.ones((2, 3), "float32"), "{library}"), "forward", "x")
+x = _arrays.describe(libraries.carry(np.ones((2, 3), "float32"), "{library}"), "x")
 builtins.kept = [_arrays.empty_like(x).finish() for _ in range(3)], x
 print("done")
 """

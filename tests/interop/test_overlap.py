@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from cubn import _arrays
+from cubn.errors import reporting_as
 
 
 def overlap(a, b):
-    a, b = (_arrays.describe(v, "forward", "x") for v in (a, b))
+    a, b = (_arrays.describe(v, "x") for v in (a, b))
     assert _arrays.overlap(a, b) == _arrays.overlap(b, a)
     return _arrays.overlap(a, b)
 
@@ -54,8 +55,8 @@ def test_overlap_is_seen_across_libraries():
 
 
 def refused(array, error, text, function="forward", argument="out"):
-    with pytest.raises(error, match=f"^{re.escape(text)}$"):
-        _arrays.destination(array, function, argument)
+    with pytest.raises(error, match=f"^{re.escape(text)}$"), reporting_as(function):
+        _arrays.destination(array, argument)
 
 
 def test_a_read_only_destination():

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from cubn import _arrays
+from cubn.errors import reporting_as
 
 HERE = "shape=(2, 3), dtype=float32, device=cpu"
 
 
 def refused(x, error, text, *options):
     """Describing x fails with exactly this message, cause included."""
-    with pytest.raises(error, match=f"^{re.escape(text)}$") as caught:
-        _arrays.describe(x, "forward", "x", *options)
+    with pytest.raises(error, match=f"^{re.escape(text)}$") as caught, reporting_as("forward"):
+        _arrays.describe(x, "x", *options)
     return caught.value
 
 
@@ -190,7 +191,7 @@ def test_other_devices_are_refused(kind, name):
 
 def test_torch_on_rocm_is_refused(monkeypatch):
     torch = pytest.importorskip("torch")
-    library = _arrays.describe(torch.ones(1), "forward", "x").library
+    library = _arrays.describe(torch.ones(1), "x").library
 
     class OnRocm:
         layout, is_nested, is_cpu, is_cuda = torch.strided, False, False, True
@@ -199,9 +200,9 @@ def test_torch_on_rocm_is_refused(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.0")
     with pytest.raises(
         NotImplementedError,
-        match=re.escape("forward: x must be on a CPU or CUDA device; got rocm (shape=(2, 3), dtype=float32)."),
+        match=re.escape("cubn: x must be on a CPU or CUDA device; got rocm (shape=(2, 3), dtype=float32)."),
     ):
-        library.describe(OnRocm(), "forward", "x", _arrays.FLOATS, False)
+        library.describe(OnRocm(), "x", _arrays.FLOATS, False)
 
 
 # --- row 18: gradients ----------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ def test_outputs_under_a_fake_tensor_mode():
     torch = pytest.importorskip("torch")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    x = _arrays.describe(torch.ones(2, 3), "forward", "x")
+    x = _arrays.describe(torch.ones(2, 3), "x")
     with (
         FakeTensorMode(),
         pytest.raises(
@@ -373,12 +374,12 @@ from cubn import _arrays
 mesh = jax.make_mesh((2,), ("a",))
 x = jax.device_put(np.ones((2, 3), "float32"), jax.NamedSharding(mesh, jax.sharding.PartitionSpec("a")))
 try:
-    _arrays.describe(x, "forward", "x")
+    _arrays.describe(x, "x")
 except ValueError as error:
     print(error)
 """
     assert run(program, XLA_FLAGS="--xla_force_host_platform_device_count=2") == (
-        "forward: x must be on one device; got one on 2 devices (shape=(2, 3), dtype=float32). "
+        "cubn: x must be on one device; got one on 2 devices (shape=(2, 3), dtype=float32). "
         "Pass jax.device_put(x, jax.devices()[0]), or one shard, x.addressable_data(0)."
     )
 
@@ -406,7 +407,7 @@ def test_steps_of_no_whole_element():
         ValueError,
         f"forward: x must be aligned to its elements; got strides of (15, 5) bytes ({HERE}). Pass a copy.",
     )
-    assert _arrays.describe(np.zeros((1, 1), [("a", "f4"), ("b", "u1")])["a"], "forward", "x").shape == (1, 1)
+    assert _arrays.describe(np.zeros((1, 1), [("a", "f4"), ("b", "u1")])["a"], "x").shape == (1, 1)
 
 
 @pytest.mark.parametrize("library", ["torch", "array_api_strict"])

@@ -29,9 +29,9 @@ def test_results_are_rounded_once(library, dtype):
         pytest.importorskip("ml_dtypes")
     if not libraries.can_carry(library, dtype, "nchw"):
         pytest.skip(f"{library} has no {dtype}")
-    like = _arrays.describe(libraries.carry(np.zeros(1, arrays.STORES[dtype]), library), "test", "like")
+    like = _arrays.describe(libraries.carry(np.zeros(1, arrays.STORES[dtype]), library), "like")
     values = between(dtype)
-    made = _arrays.describe(like.library.from_numpy(values, dtype, like), "test", "made")
+    made = _arrays.describe(like.library.from_numpy(values, dtype, like), "made")
     expected = oracle.narrow(values, arrays.STORES[dtype])
     assert made.dtype == dtype or (library in libraries.FOREIGN and dtype == "bfloat16" and made.dtype == "float32")
     np.testing.assert_array_equal(made.library.to_numpy(made), oracle.widen(expected))

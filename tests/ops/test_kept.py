@@ -52,6 +52,16 @@ def test_what_is_larger_than_all_the_room_drives_nothing_out(table, made):
     assert made == [1, 2]
 
 
+def test_what_takes_nearly_all_the_room_drives_the_others_out(table, made):
+    for key in (1, 2):
+        table(key)
+    large = MOST - ENTRY - 1
+    assert len(table(3, large)) == large
+    table(3, large)
+    assert made == [1, 2, 3]
+    assert table.nbytes <= MOST
+
+
 def test_nothing_is_kept_of_a_function_that_raises():
     @kept(MOST)
     def refuse(key):

@@ -151,7 +151,7 @@ def test_a_repr_waits_for_nothing(device):
 def test_what_comes_from_the_host_is_looked_at_before_it_is_on_the_device(device, monkeypatch, bad):
     written = states()[1].to_dict() | {"running_var": np.array([1, 1, bad, 1, 1], np.float32)}
     like = remote(np.zeros(1, np.float32))
-    library = _arrays.describe(like, "test", "like").library
+    library = _arrays.describe(like, "like").library
     monkeypatch.setattr(type(library), "from_numpy", lambda self, values, dtype, like: remote(values))
     expected = (
         pytest.raises(ValueError, match="channel 2") if bad < 0 else pytest.warns(cubn.StateWarning, match="channel 2")

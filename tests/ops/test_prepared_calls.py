@@ -18,7 +18,7 @@ from tests.ops import arrays
 
 MOST_FRAMES = {"forward": 12, "forward_train": 30, "backward": 25}
 MOST_FILES = 6
-FULL_WAYS = {"cubn.forward": "_forward", "cubn.forward_train": "_Training", "cubn.backward": "Differentiation"}
+FULL_WAYS = {"cubn.forward": "_forward", "cubn.forward_train": "Training", "cubn.backward": "Differentiation"}
 
 
 @contextmanager
@@ -195,6 +195,21 @@ def test_a_given_out_is_written_as_by_the_full_way(library, where):
             cubn.backward(found, saved)
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_dresidual_has_the_layout_of_x_beside_an_out_of_another(library):
+    (x, axis), (dy, _) = (normal((4, 5, 3, 2), library=library, seed=s) for s in (1, 2))
+    out, _ = normal((4, 5, 3, 2), layout="channels_last", library=library)
+    _, saved = cubn.forward_train(x, fresh(x, axis), residual=dy, relu=True)
+    _calls.clear()
+    expected = cubn.backward(dy, saved, out=out)
+    dx, dresidual = (arrays.store_of(a).copy() for a in (out, expected.dresidual))
+    with only_the_short_way():
+        found = cubn.backward(dy, saved, out=out)
+    arrays.assert_same(arrays.store_of(found.dx), dx)
+    arrays.assert_same(arrays.store_of(found.dresidual), dresidual)
+    assert arrays.store_of(found.dresidual).strides == arrays.store_of(expected.dresidual).strides
+
+
 def test_eps_and_momentum_are_those_of_the_call():
     x, axis = normal((4, 5, 3))
     for eps, momentum in ((1e-5, 0.1), (1e-2, 0.9), (1e-3, None)):
@@ -368,6 +383,22 @@ def fresh_like(state):
     return other
 
 
+def test_a_class_of_states_with_options_of_its_own_is_not_taken_for_another():
+    class Elsewhere(cubn.BatchNormState):
+        @property
+        def channel_axis(self):
+            return 2
+
+    x, axis = normal((4, 3, 3))
+    state, other = fresh(x, axis), Elsewhere(3)
+    state.running_var = other.running_var = np.float32([1, 4, 9])
+    _calls.clear()
+    expected = cubn.forward(x, state)
+    _calls.clear()
+    cubn.forward(x, other)
+    arrays.assert_same(cubn.forward(x, state), expected)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_number_of_threads_is_that_of_the_call(threads):
     x, axis = normal((64, 40, 20, 20))
@@ -389,6 +420,12 @@ def torch_mistakes(torch):
         with FakeTensorMode():
             cubn.forward(w.x, w.state)
 
+    def beside_numpy(w):
+        _, saved = cubn.forward_train(X, w.state)
+        cubn.backward(X, saved)
+        with FakeTensorMode():
+            cubn.backward(X, saved)
+
     def freed(w):
         w.x.untyped_storage().resize_(0)
         cubn.forward(w.x, w.state)
@@ -401,7 +438,16 @@ def torch_mistakes(torch):
         w.x.add_(1)
         cubn.backward(w.dy, w.saved)
 
+    def differentiated(call):
+        return lambda w: torch.func.grad(lambda scale: scale * call(w).sum())(torch.ones(()))
+
     return {
+        "a forward differentiated by something else": differentiated(lambda w: cubn.forward(w.x, w.state)),
+        "a backward differentiated by something else": differentiated(lambda w: cubn.backward(w.dy, w.saved).dx),
+        "x of NumPy, and parameters under a fake mode": beside_numpy,
+        "functionalization": lambda w: torch.func.functionalize(lambda scale: scale * cubn.forward(w.x, w.state))(
+            torch.ones(())
+        ),
         "x requires a gradient": lambda w: cubn.forward(w.x.requires_grad_(), w.state),
         "out requires a gradient": lambda w: cubn.forward(w.x, w.state, out=w.out.requires_grad_()),
         "dy requires a gradient": lambda w: cubn.backward(w.dy.requires_grad_(), w.saved),
@@ -434,6 +480,10 @@ class WarmTorch:
 
 
 TORCH_MISTAKES = (
+    "a forward differentiated by something else",
+    "a backward differentiated by something else",
+    "x of NumPy, and parameters under a fake mode",
+    "functionalization",
     *("x requires a gradient", "out requires a gradient", "dy requires a gradient", "a dual tensor", "a fake mode"),
     *("a freed storage", "a cut storage", "x written since", "a sparse x", "a meta x", "an expanded out"),
 )
@@ -451,6 +501,55 @@ def test_a_mistake_with_tensors_meets_the_error_it_meets_at_once(mistake):
     with pytest.raises(type(at_once.value)) as later:
         make(warm)
     assert str(later.value) == str(at_once.value)
+
+
+def test_tensors_that_a_mapped_function_knows_are_plain_ones():
+    torch = pytest.importorskip("torch")
+    warm = WarmTorch(torch)
+    expected = cubn.forward(warm.x, warm.state)
+    seen = []
+    torch.func.vmap(lambda scale: seen.append(cubn.forward(warm.x, warm.state)) or scale)(torch.ones(2))
+    assert torch.equal(seen[0], expected)
+
+
+ELSEWHERE = {
+    "freed": lambda torch, gamma: gamma.new_empty(0),
+    "shorter": lambda torch, gamma: gamma[:1].clone(),
+    "wider": lambda torch, gamma: gamma.double(),
+    "narrower": lambda torch, gamma: gamma.half(),
+    "of two axes": lambda torch, gamma: gamma[:, None].clone(),
+}
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+def test_gradients_fit_the_parameters_of_the_forward_whatever_became_of_them(elsewhere):
+    """As sharded training does with them between the two, and `module.half()`."""
+    torch = pytest.importorskip("torch")
+    warm = WarmTorch(torch)
+    expected = cubn.backward(warm.dy, warm.saved)
+    for parameter in (warm.state.gamma, warm.state.beta):
+        parameter.data = ELSEWHERE[elsewhere](torch, parameter.data)
+    with only_the_short_way():
+        found = cubn.backward(warm.dy, warm.saved)
+    _calls.clear()
+    for gradients in (found, cubn.backward(warm.dy, warm.saved)):
+        for a, b in zip(gradients[:3], expected[:3], strict=True):
+            assert a.dtype == b.dtype
+            assert a.device == b.device
+            assert torch.equal(a, b)
+
+
+def test_gradients_of_parameters_are_plain_tensors():
+    torch = pytest.importorskip("torch")
+
+    class Marked(torch.Tensor):
+        pass
+
+    warm = WarmTorch(torch)
+    state = cubn.BatchNormState.from_arrays(gamma=torch.ones(3).as_subclass(Marked), beta=torch.zeros(3))
+    for _ in range(3):
+        _, saved = cubn.forward_train(warm.x, state)
+        assert type(cubn.backward(warm.dy, saved).dgamma) is torch.Tensor
 
 
 def test_tensors_that_were_written_have_newer_versions():

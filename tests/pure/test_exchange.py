@@ -26,7 +26,7 @@ OTHERWISE = {
 
 def headers(*all_terms, exchange=1, declared=None):
     """Those of ranks with these terms, each a list of operations."""
-    said = [header.encode("forward_train", terms, exchange, declared) for terms in all_terms]
+    said = [header.encode(terms, exchange, declared) for terms in all_terms]
     return header.decode(np.concatenate(said))
 
 
@@ -35,7 +35,7 @@ def headers(*all_terms, exchange=1, declared=None):
 def test_ranks_must_agree_on_everything_but_samples_and_values(field, index):
     odd = [TERMS, TERMS]
     odd[index] = TERMS._replace(**{field: OTHERWISE[field]})
-    error = header.disagreement("forward_train", headers([TERMS, TERMS], odd, [TERMS, TERMS]))
+    error = header.disagreement(headers([TERMS, TERMS], odd, [TERMS, TERMS]))
     if field in ("N", "values"):
         assert error is None
     else:
@@ -44,15 +44,15 @@ def test_ranks_must_agree_on_everything_but_samples_and_values(field, index):
 
 
 def test_ranks_that_failed_are_named_in_runs():
-    said = [header.encode("moments", [], 1, None, failed=rank in (0, 2, 3, 4, 6)) for rank in range(8)]
+    said = [header.encode([], 1, None, failed=rank in (0, 2, 3, 4, 6)) for rank in range(8)]
     got = "an error on ranks 0, 2-4, 6. Their own errors say more."
-    error = header.disagreement("moments", header.decode(np.concatenate(said)))
-    assert str(error) == f"moments: ranks must do the same thing; got {got}"
+    error = header.disagreement(header.decode(np.concatenate(said)))
+    assert str(error) == f"cubn: ranks must do the same thing; got {got}"
 
 
 def test_a_header_is_the_same_bytes_in_every_process():
     """Ranks compare them. The hash takes part: it must not depend on the order of a set, nor on the process."""
-    said = header.encode("forward_train", [TERMS, TERMS._replace(values=1)], 70000, (4, 0), on_device=True)
+    said = header.encode([TERMS, TERMS._replace(values=1)], 70000, (4, 0), on_device=True)
     fields = {
         "operation, dtype, operations": "03 03 02 00",
         "flags, exchange": "16 01 70 11",

@@ -133,5 +133,5 @@ def test_importing_cubn_imports_numpy_and_the_standard_library():
 
 
 def test_describing_an_array_imports_no_other_library():
-    program = "import numpy as np; from cubn import _arrays; _arrays.describe(np.ones((2, 3)), 'forward', 'x')"
+    program = "import numpy as np; from cubn import _arrays; _arrays.describe(np.ones((2, 3)), 'x')"
     assert not modules_after(program) & HEAVY

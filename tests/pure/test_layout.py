@@ -16,14 +16,14 @@ from cubn._arrays import describe
     ("ndim", "given_axis", "axis"), [(2, 1, 1), (4, -1, 3), (4, -3, 1), (3, 0, 0), (3, np.int64(2), 2)]
 )
 def test_a_channel_axis_is_counted_from_either_end(ndim, given_axis, axis):
-    assert _layout.channel_position(ndim, given_axis, "forward") == axis
+    assert _layout.channel_position(ndim, given_axis) == axis
 
 
 @pytest.mark.parametrize("axis", [-5, 4, 100])
 def test_a_channel_axis_that_is_not_there(axis):
-    text = f"forward: channel_axis must be at least -4 and below 4, x having 4 axes; got {axis}."
+    text = f"cubn: channel_axis must be at least -4 and below 4, x having 4 axes; got {axis}."
     with pytest.raises(np.exceptions.AxisError, match=f"^{re.escape(text)}$"):
-        _layout.channel_position(4, axis, "forward")
+        _layout.channel_position(4, axis)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_extents_are_samples_channels_and_positions(shape, axis, extents):
 
 
 def operand(x, axis):
-    return _layout.operand(describe(x, "forward", "x"), axis)[2:]
+    return _layout.operand(describe(x, "x"), axis)[2:]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def view(extents, random, dense):
 def test_an_operand_reaches_every_element_in_order(memory, axis):
     x = view(*memory)
     axis %= x.ndim
-    array = describe(x, "forward", "x")
+    array = describe(x, "x")
     N, C, S = _layout.extents(x.shape, axis)
     _, _, sample, channel, shape, strides = _layout.operand(array, axis)
     assert math.prod(shape) == S and 1 not in shape
@@ -196,7 +196,7 @@ def test_span_of_nothing():
 
 
 def mask_operand(shape, x_shape, axis):
-    mask = describe(np.zeros(shape, bool), "forward", "mask", ("bool",))
+    mask = describe(np.zeros(shape, bool), "mask", ("bool",))
     found = _layout.mask_operand(mask, x_shape, axis)
     return found and found[1:]
 
@@ -228,5 +228,5 @@ def test_masks_that_do_not_fit(shape):
 
 def test_a_vector_has_the_step_of_its_elements():
     x = np.zeros(12, np.float32)
-    array = describe(x[::-3], "forward", "gamma")
+    array = describe(x[::-3], "gamma")
     assert _layout.vector(array) == (x[-1:].ctypes.data, "float32", -3)

@@ -190,6 +190,10 @@ class PreparedNormalize:
     def __init__(self, launch: Launch | None, extents: Extents, words: WordLayout | None) -> None:
         self._launch, self._extents, self._words = launch, extents, words
 
+    @property
+    def nbytes(self) -> int:
+        return self._launch.nbytes if self._launch else 0
+
     def __call__(
         self, x: int, residual: int, y: int, mask: int, statistics: Statistics, gamma: int, beta: int, /
     ) -> ReluMask | None:
@@ -231,6 +235,10 @@ class PreparedMoments:
 
     def __init__(self, launch: Launch | None, cut: ReductionPlan | None, channels: int) -> None:
         self._launch, self._cut, self._channels = launch, cut, channels
+
+    @property
+    def nbytes(self) -> int:
+        return self._launch.nbytes if self._launch else 0
 
     def __call__(self, x: int, mask: int, /) -> Nodes:
         if self._launch is None or self._cut is None:
