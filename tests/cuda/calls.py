@@ -134,7 +134,7 @@ def backward(backend, extents, operands, statistics, relu_mask, options, paramet
     """As `Backend.prepare_backward` and its call."""
     call = backend.prepare_backward(extents, operands, statistics, relu_mask, parameters, options)
     pointers = map(pointer, operands)
-    return call(*pointers, statistics, relu_mask, *map(pointer, parameters or (None, None)))
+    return call(*pointers, statistics, relu_mask, *map(pointer, parameters or (None, None)), True)
 
 
 def results(backend, layer):
