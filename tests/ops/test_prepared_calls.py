@@ -18,7 +18,11 @@ from tests.ops import arrays
 
 MOST_FRAMES = {"forward": 12, "forward_train": 30, "backward": 25}
 MOST_FILES = 6
-FULL_WAYS = {"cubn.forward": "_forward", "cubn.forward_train": "Training", "cubn.backward": "Differentiation"}
+FULL_WAYS = (
+    *(("cubn.forward", name) for name in ("_forward", "_forward_frozen", "_normalize")),
+    *(("cubn.moments", name) for name in ("_moments", "_update")),
+    *(("cubn.forward_train", "Training"), ("cubn.backward", "Differentiation")),
+)
 
 
 @contextmanager
@@ -29,7 +33,7 @@ def only_the_short_way():
         raise AssertionError("the full way")
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in FULL_WAYS.items():
+        for module, name in FULL_WAYS:
             patch.setattr(sys.modules[module], name, refuse)
         yield
 
@@ -45,11 +49,19 @@ def fresh(x, axis, **options):
 
 
 def step(x, state, dy, **options):
-    """Everything a training step and an inference give, as stores."""
+    """Everything that the operations give, one after the other, as stores."""
     y, saved = cubn.forward_train(x, state, **options)
     gradients = cubn.backward(dy, saved)
     inferred = cubn.forward(x, state, **options)
-    found = [y, *gradients, inferred, state.running_mean, state.running_var, state.tracked, saved.mean, saved.invstd]
+    found = [y, *gradients, inferred, saved.mean, saved.invstd]
+    y, saved = cubn.forward_frozen(x, state, **options)
+    found += [y, *cubn.backward(dy, saved), saved.mean, saved.invstd]
+    mask, axis = options.get("mask"), state.channel_axis
+    taken = cubn.moments(x, channel_axis=axis, mask=mask)
+    found += [taken.mean, taken.m2]
+    found.append(cubn.normalize(x, taken, gamma=state.gamma, beta=state.beta, channel_axis=axis, **options))
+    cubn.update(state, taken)
+    found += [state.running_mean, state.running_var, state.tracked]
     return [arrays.store_of(a).copy() for a in found if a is not None]
 
 
