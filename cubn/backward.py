@@ -224,7 +224,7 @@ def _again(forward: Forward, dy: Any, out: Any) -> Gradients[Any] | None:
 
 
 def _start(context: SyncContext, *arguments: Any) -> Started[AnyGradients]:
-    make = partial(Differentiation, "backward", *arguments)
+    make = partial(Differentiation, *arguments)
     return collective.start(context.communicator, context.sizes, make)
 
 
