@@ -165,8 +165,8 @@ def remember(
     store: Store[Any], call: Call[Any, Any], inputs: Inputs, state: BatchNormState, out: Array | None, *options: Any
 ) -> None:
     """Keep a call for others with such arguments, where they can be recognized."""
-    if type(state) is not BatchNormState:  # whose options may be others than those it has kept
-        return
+    if type(state) is not BatchNormState or state._options is not inputs.options:
+        return  # a subclass may have options of its own, and another thread may have changed them meanwhile
     features, _, _, axis, variance = state._options
     arrays = inputs.x, inputs.mask, inputs.residual_or_dy, out
     add(store, call, arrays, inputs.held.layout, features, axis, variance, *options)

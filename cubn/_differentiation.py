@@ -117,7 +117,7 @@ class Differentiation:
 
     def _remember(self, prepared: PreparedBackward) -> None:
         """For calls that have the same signature."""
-        forward, (x, _, _, _, _, mask, dy) = self.forward, self.inputs
+        forward, (x, _, _, _, _, mask, dy, _) = self.forward, self.inputs
         assert dy is not None
         like_x, like_mask, like_dy = (array and array.library.layout(array) for array in (x, mask, dy))
         given = self.dx.array.library.layout(self.dx.array) if self.in_given else None

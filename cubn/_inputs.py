@@ -9,6 +9,7 @@ from cubn._arguments import as_int, refusal, region
 from cubn._arrays import Array, Output
 from cubn._layout import operand
 from cubn._state.arrays import StateArrays, checked_arrays
+from cubn._state.options import Options
 from cubn._types import BOOL, Extents, Operands, ReluGradient
 from cubn.backends import backend_for
 from cubn.backends.protocol import Backend
@@ -27,10 +28,11 @@ class Inputs(NamedTuple):
     held: StateArrays
     mask: Array | None = None
     residual_or_dy: Array | None = None
+    options: Options | None = None  # of the state, as they were when it was asked for the first
 
     def operands(self, y: Array | None = None, r: Array | None = None) -> Operands:
         """As kernels see them, and what they write."""
-        x, axis, _, _, _, mask, residual_or_dy = self
+        x, axis, _, _, _, mask, residual_or_dy, _ = self
         return Operands(
             operand(x, axis),
             residual_or_dy and operand(residual_or_dy, axis),
@@ -56,8 +58,10 @@ class Inputs(NamedTuple):
 def bind(x: Any, state: BatchNormState, mask: Any, residual: Any) -> Inputs:
     """x, the state's arrays, mask and residual."""
     checked_state(state)
+    options = state._options
     inputs = bind_x(x, state.channel_axis, state.num_features)
-    return bind_mask_and_residual(inputs._replace(held=state._read(inputs.x)), mask, residual)
+    inputs = inputs._replace(held=state._read(inputs.x), options=options)
+    return bind_mask_and_residual(inputs, mask, residual)
 
 
 def bind_x(x: Any, channel_axis: int, num_features: int | None = None) -> Inputs:

@@ -33,7 +33,7 @@ class Layouts:
 
     @classmethod
     def of(cls, inputs: Inputs, relu: ReluGradient) -> Layouts:
-        x, axis, extents, backend, _, mask, residual = inputs
+        x, axis, extents, backend, _, mask, residual, _ = inputs
         key = x.nowhere(), axis, extents, backend, mask and mask.nowhere(), residual is not None, relu
         found = _LAYOUTS.get(key)
         if found is None:

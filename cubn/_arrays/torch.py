@@ -131,7 +131,8 @@ class Torch(Library):
             return None
         if (x.storage_offset() + reach) * x.itemsize > x.untyped_storage().nbytes():
             return None
-        return (shape, strides, x.dtype, pointer % ALIGNMENT, x.get_device()), pointer
+        index = -1 if x.is_cpu else x.get_device() if x.is_cuda else None  # other accelerators count theirs alike
+        return (shape, strides, x.dtype, pointer % ALIGNMENT, index), pointer
 
     def layout(self, array: Array) -> Layout | None:
         dtype, index = self._dtypes[array.dtype], -1 if array.device == HOST else array.device[1]

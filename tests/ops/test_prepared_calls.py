@@ -122,7 +122,7 @@ print(i, resident() - before)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_twenty_thousand_shapes_take_bounded_memory():
     done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, timeout=900, check=True)
@@ -586,3 +586,24 @@ def test_state_tensors_that_moved_are_found():
     assert torch.equal(cubn.forward(warm.x, warm.state), expected)
     warm.state.gamma.data = torch.ones(3, dtype=torch.float64)
     assert torch.equal(2 * cubn.forward(warm.x, warm.state), expected)
+
+
+def test_a_call_during_which_options_changed_is_not_kept(monkeypatch):
+    """By another thread, say: it was prepared for one channel axis, and would be found for another."""
+    x = np.random.default_rng(0).standard_normal((4, 3, 3)).astype(np.float32)
+    state, other = cubn.BatchNormState(3, channel_axis=1), cubn.BatchNormState(3, channel_axis=2)
+    other.gamma[:] = state.gamma[:] = 1, 2, 3
+    read = type(state)._read
+    _calls.clear()
+    expected = cubn.forward(x, other)
+    _calls.clear()
+
+    def changed_meanwhile(self, array):
+        held = read(self, array)
+        self.channel_axis = 2
+        return held
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(state), "_read", changed_meanwhile)
+        cubn.forward(x, state)
+    arrays.assert_same(cubn.forward(x, other), expected)
