@@ -141,7 +141,7 @@ class Torch(Library):
     def allocator(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Allocate:
         if 0 in shape or not is_dense(shape, strides) or math.prod(shape) * ITEMSIZE[dtype] >= _HUGE:
             return super().allocator(shape, strides, dtype, like)
-        empty_like = self._torch.empty_like
+        like, empty_like = like.nowhere(), self._torch.empty_like  # a call that is kept holds no array of a caller's
         template = self.empty(shape, strides, dtype, like).array.owner  # a caller's own may be another by now
         template.untyped_storage().resize_(0)
 

@@ -1,9 +1,11 @@
 """Calls whose signature is known: the same bits and the same errors as the first call, by a short way."""
 
+import gc
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -145,6 +147,20 @@ def test_the_oldest_calls_make_way(monkeypatch):
         cubn.forward(kept, state)
     with pytest.raises(AssertionError), only_the_short_way():
         cubn.forward(x[:, :, :5], state)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_what_is_kept_keeps_no_array_of_a_caller_alive(library):
+    _calls.clear()
+    x, axis = normal((4, 5, 3), library=library)
+    residual, _ = normal((4, 5, 3), library=library, seed=1)
+    state = fresh(x, axis)
+    for options in ({}, {"residual": residual, "relu": True}, {"out": residual}):
+        step(x, state, residual, **options)
+    watched = [weakref.ref(array) for array in (x, residual, state.gamma, state.running_var)]
+    del x, residual, state, options
+    gc.collect()
+    assert [array() for array in watched] == [None] * 4
 
 
 # --- the same bits --------------------------------------------------------------------------------------------------
