@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -64,6 +63,3 @@ class Cupy(Library):
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         values: np.ndarray[Any, Any] = array.owner.get()
         return values.astype("float32") if array.dtype == "bfloat16" else values
-
-    def unchanged(self, arrays: Iterable[Array]) -> bool:
-        return True

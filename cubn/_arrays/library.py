@@ -97,11 +97,11 @@ class Library(Protocol):
         """Where all values along an axis are finite: an array of bool on the same device; else as `from_numpy`."""
         return (abs(array.owner) < math.inf).all(axis)
 
-    def unchanged(self, arrays: Iterable[Array]) -> bool:
-        """Whether the owners are as they were described: a yes is quick, a no may mean that one has to describe them
-        again.
+    def watch(self, arrays: Iterable[Array]) -> Callable[[], bool]:
+        """Of vectors: whether their owners are as they were described. A yes is quick, a no may mean that one has to
+        describe them again.
         """
-        return False
+        return lambda: False
 
     def count(self, mask: Any) -> int:
         """How many values of a mask on the host, one that has a signature, are True."""

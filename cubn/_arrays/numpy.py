@@ -85,9 +85,6 @@ class NumPy(Library):
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         return np.array(array.owner, "float32" if array.dtype == "bfloat16" else None)
 
-    def unchanged(self, arrays: Iterable[Array]) -> bool:
-        return True
-
 
 class Headers:
     """The headers of NumPy arrays of one axis, which must outlive this.

@@ -6,7 +6,7 @@ import ctypes
 import math
 import mmap
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -178,19 +178,26 @@ class Torch(Library):
                 raise
             return widened(np.array(view(array)), array.dtype)  # inside of torch.func, torch itself cannot
 
-    def unchanged(self, arrays: Iterable[Array]) -> bool:
-        dtypes, is_dual = self._dtypes, self._forward_ad._current_level >= 0
-        for pointer, shape, strides, dtype, _, writable, x, *_ in arrays:  # assigning to x.data moves or converts it
-            if (
-                x.data_ptr() != pointer
-                or x.dtype is not dtypes[dtype]
-                or x.stride() != strides  # of one axis, as a vector has
-                or x.numel() != shape[0]
-                or x.requires_grad is writable
-                or (is_dual and self._is_dual(x))
-            ):
-                return False
-        return True
+    def watch(self, arrays: Iterable[Array]) -> Callable[[], bool]:
+        level, is_dual, dtypes = self._forward_ad, self._is_dual, self._dtypes
+        watched = tuple(
+            (x, x.data_ptr, x.stride, x.numel, pointer, dtypes[dtype], strides, shape[0], not writable)
+            for pointer, shape, strides, dtype, _, writable, x, *_ in arrays
+        )
+
+        def unchanged() -> bool:
+            for x, data_ptr, stride, numel, pointer, dtype, strides, size, needs_gradient in watched:
+                if (
+                    data_ptr() != pointer  # assigning to x.data moves or converts it
+                    or x.dtype is not dtype
+                    or stride() != strides  # of one axis, as a vector has
+                    or numel() != size
+                    or x.requires_grad is not needs_gradient
+                ):
+                    return False
+            return level._current_level < 0 or not any(is_dual(x) for x, *_ in watched)
+
+        return unchanged
 
     def count(self, mask: Any) -> int:
         return int(self._torch.count_nonzero(mask))

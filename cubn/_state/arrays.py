@@ -69,7 +69,7 @@ class StateArrays:
         for array in arrays.values():
             if not array.library.fixed:
                 movable.setdefault(array.library, []).append(array)
-        self._movable = tuple((library.unchanged, tuple(group)) for library, group in movable.items())
+        self._movable = tuple(library.watch(group) for library, group in movable.items())
         written: dict[Library, list[Any]] = {}
         for name in STATISTICS:
             if name in arrays and arrays[name].library.counts_versions:
@@ -80,8 +80,8 @@ class StateArrays:
         """Whether a state still holds these arrays, and they are the same memory, shape, type and as writable."""
         if owners is not self._owners or (self._headers and not self._headers.unchanged()):
             return False
-        for unchanged, arrays in self._movable:  # noqa: SIM110, a generator takes longer than the rest
-            if not unchanged(arrays):
+        for unchanged in self._movable:  # noqa: SIM110, a generator takes longer than the rest
+            if not unchanged():
                 return False
         return True
 
