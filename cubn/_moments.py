@@ -83,7 +83,11 @@ class Moments:
         table = nodes.table.tobytes()
         if len(nodes.blocks) == 1:  # which is the root
             size = 4 * (nodes.table.shape[1] - 1)
-            count, mean, m2 = int.from_bytes(table[:8], sys.byteorder), table[8 : 8 + size], table[8 + size :]
+            count, mean, m2 = (
+                int.from_bytes(table[:8], sys.byteorder, signed=True),
+                table[8 : 8 + size],
+                table[8 + size :],
+            )
         else:
             values, *totals = _nodes.root(nodes)
             count, (mean, m2) = int(values), (total.tobytes() for total in totals)
