@@ -2,6 +2,7 @@
 
     python asv_benchmarks/compare.py                      measure every workload in float32
     python asv_benchmarks/compare.py --dtype bfloat16     another type, into cpu-bfloat16.json
+    python asv_benchmarks/compare.py --headline           the arrays of the README's table alone, into the same file
     python asv_benchmarks/compare.py --only '@56² nchw'   only what matches; prints, writes nothing
     python asv_benchmarks/compare.py --against TREE       cubn of this source tree and of another, without torch.compile
     python asv_benchmarks/compare.py --table FILE         the README's table, from a result file
@@ -116,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=("float16", "bfloat16", "float32", "float64"))
     parser.add_argument("--only", default="", metavar="REGEX")
+    parser.add_argument("--headline", action="store_true")
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--against", type=Path, metavar="TREE")
@@ -130,7 +132,8 @@ def main() -> None:
         compare_trees(options.only, options.dtype, options.turns, options.against, options.rounds)
         return
     rows = []
-    for row in measure(options.only, getattr(torch, options.dtype), options.turns, not options.no_compile):
+    only = "|".join(rf"^{re.escape(name)} " for name in HEADLINE) if options.headline else options.only
+    for row in measure(only, getattr(torch, options.dtype), options.turns, not options.no_compile):
         rows.append(row)
         if not options.json:
             print(line(row), flush=True)
