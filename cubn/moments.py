@@ -85,7 +85,7 @@ def moments(
         found = _calls.look_up(_MOMENTS, (x, mask), channel_axis, start)
         if found is not None:
             taken, at = found
-            return Moments._of(start, start + taken.N, taken.on_host(taken.prepared(*at)))
+            return Moments._of(start, start + taken.N, _on_host(taken.prepared(*at), taken.backend))
     return _moments(x, channel_axis, mask, comm, sizes, start, dtype)
 
 
@@ -104,7 +104,7 @@ def _moments(
     if dtype is None and type(channel_axis) is type(start) is int:
         _calls.add(_MOMENTS, taken, (inputs.x, inputs.mask), channel_axis, start)
     nodes = taken.prepared(operands.x.pointer, operands.mask.pointer if operands.mask else 0)
-    return Moments._of(first, first + taken.N, taken.on_host(nodes))
+    return Moments._of(first, first + taken.N, _on_host(nodes, taken.backend))
 
 
 _MOMENTS = _calls.new_store()
@@ -120,9 +120,6 @@ class _Taken(NamedTuple):
     @property
     def nbytes(self) -> int:
         return int(getattr(self.prepared, "nbytes", 0))
-
-    def on_host(self, nodes: Nodes) -> Nodes:
-        return nodes if self.backend.device is None else nodes._replace(table=self.backend.to_host(nodes.table))
 
 
 class _Taking:
@@ -150,10 +147,12 @@ class _Taking:
     def finish(self, gathered: Gathered) -> Moments:
         blocks = gathered.nodes.blocks
         start, stop = (blocks[0][0], blocks[-1][1]) if blocks else (self.terms.start,) * 2
-        return Moments._of(start, stop, _nodes.merge(self.on_host(gathered.nodes)))
+        return Moments._of(start, stop, _nodes.merge(_on_host(gathered.nodes, self.backend)))
 
-    def on_host(self, nodes: Nodes) -> Nodes:
-        return nodes._replace(table=self.backend.to_host(nodes.table))
+
+def _on_host(nodes: Nodes, place: Backend) -> Nodes:
+    """Nodes in memory that Moments can take them from."""
+    return nodes if place.device is None else nodes._replace(table=place.to_host(nodes.table))
 
 
 _INTEGERS = {"float32": 1 << 24, "float64": 1 << 53}
