@@ -1,0 +1,161 @@
+"""Count the cycles that the CPU kernels take for each element, on processors that need not be there.
+
+    python asv_benchmarks/cycles.py                       every processor, in float32, into results/by-processor/
+    python asv_benchmarks/cycles.py --dtype bfloat16      another type, into cycles-bfloat16.json
+    python asv_benchmarks/cycles.py --contracts           what other contracts would take, into contracts.json
+    python asv_benchmarks/cycles.py --processor znver4    one processor; prints, writes nothing
+    python asv_benchmarks/cycles.py --only 'moments nhwc' what matches; prints, writes nothing
+    python asv_benchmarks/cycles.py --against TREE        before (in another source tree) and after (in this one)
+    python asv_benchmarks/cycles.py --table FILE          the tables of docs/cpu.md or decision 12, from a result file
+
+It needs llvm-mca, LLVM's static analyser (apt-get install llvm-19), and takes some minutes a processor.
+
+Kernels are compiled for each processor. On this machine they run over small arrays, which shows the way they take, and
+the machine code on that way is what llvm-mca simulates, from beginning to end: with all data in the first cache, all
+jumps foreseen, and nothing known of the time until what was stored can be read. `bound` is for how long the busiest
+part of the processor is taken. Beside the kernels stand plain loops (plain.py), which compute what a framework's do.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from contracts import CONTRACTS
+from counted import PLAIN, STEPS, TODAY, counted, title
+from machine import write
+from throughput import PROCESSORS, analyser, version
+from trees import Row, in_turns, print_rows, rows_of, tree
+
+FOLDER = "by-processor"
+SHOWN = {
+    "moments": "statistics",
+    "sums": "sums of the backward",
+    "normalize": "normalise",
+    "input_gradient": "dx",
+    "train_slab": "training step",
+    "backward_slab": "backward",
+}
+DETAILED = ("znver4", "sapphirerapids")
+"""Processors of which the tables show more than cycles, and for which other contracts are counted."""
+
+
+def called(r: Row) -> str:
+    return title(r["kernel"], r["layout"], r["array"])
+
+
+def line(r: Row) -> str:
+    figures = ", ".join(f"{r[key]:.3f} {key}" for key in ("cycles", "instructions", "uops", "loads", "stores", "stack"))
+    return f"{r['processor']:<15} {called(r):<38} {figures}; {r['bottleneck']} {r['bound']:.3f}"
+
+
+def times_plain(rows: list[Row]) -> Iterator[tuple[Row, float]]:
+    """Rows of kernels, with their cycles as a multiple of the plain loops'."""
+    plain = {(r["processor"], r["kernel"], r["layout"]): r["cycles"] for r in rows if r["array"] == PLAIN}
+    for r in rows:
+        if r["array"] != PLAIN:
+            layout = "nchw" if r["layout"].startswith("nchw") else "nhwc"
+            yield r, r["cycles"] / sum(plain[r["processor"], loop, layout] for loop in STEPS[r["kernel"]])
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines)).replace(
+        " --- ", "---"
+    )
+
+
+def tables(path: Path) -> str:
+    content = json.loads(path.read_text())
+    rows = sorted(content["rows"], key=lambda r: list(STEPS).index(r["kernel"]))
+    return of_contracts(rows) if "contract" in rows[0] else cycles_and_more(rows, content["processors"])
+
+
+def cycles_and_more(rows: list[Row], names: Sequence[str]) -> str:
+    """Cycles on every processor, in parentheses as a multiple of the plain loop's; what they are spent on on some."""
+    cells: dict[tuple[str, str, str], list[str]] = {}
+    for r, times in times_plain(rows):
+        kernel = SHOWN[r["kernel"]], r["layout"], r["array"]
+        cells.setdefault(kernel, []).append(f"{r['cycles']:.2f} ({times:.1f}×)")
+    heads = ("what", "reading", "array")
+    first = markdown([*heads, *(PROCESSORS[name].shown for name in names)], [[*key, *of] for key, of in cells.items()])
+    figures = ("instructions", "uops", "cycles", "bound", "loads", "stores", "stack")
+    lines = [
+        [PROCESSORS[r["processor"]].shown, SHOWN[r["kernel"]], r["layout"], r["array"]]
+        + [f"{r[figure]:.2f}" for figure in figures]
+        + [r["bottleneck"]]
+        for name in DETAILED
+        for r in rows
+        if r["processor"] == name
+    ]
+    return f"{first}\n\n{markdown(['processor', *heads, *figures, 'busiest'], lines)}"
+
+
+def of_contracts(rows: list[Row]) -> str:
+    """Cycles today, and as a multiple of these under other contracts."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for r in rows:
+        found.setdefault((r["kernel"], r["layout"], r["array"], r["processor"]), {})[r["contract"]] = r
+    contracts = list(CONTRACTS)
+    lines = []
+    for (kernel, layout, _, name), of in found.items():
+        now = of[TODAY]["cycles"]
+        others = [f"{of[c]['cycles'] / now:.2f}" if c in of else "" for c in contracts[1:]]
+        lines.append([PROCESSORS[name].shown, SHOWN[kernel], layout, f"{now:.2f}", *others])
+    return markdown(["processor", "what", "reading", *contracts], lines)
+
+
+def compare_trees(names: Sequence[str], arguments: Sequence[str], other: Path) -> None:
+    """Print each kernel's figures before (in the other tree) and after (in this)."""
+    for name in names:
+        ((after, before),) = in_turns(__file__, [f"--processor={name}", *arguments], other, 1)
+        found, changes = {called(r): r for r in before if r["array"] != PLAIN}, []
+        for r in after:
+            if old := found.get(called(r)):
+                figures = ", ".join(
+                    f"{old[f]:.3f} -> {r[f]:.3f} {f}" for f in ("cycles", "bound", "instructions", "stack")
+                )
+                changes.append(r["cycles"] / old["cycles"])
+                print(f"{name:<15} {called(r):<38} {figures}: {changes[-1]:.2f} of the cycles", flush=True)
+        print(f"{name}: geometric mean {math.exp(sum(map(math.log, changes)) / len(changes)):.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="float32", choices=("float16", "bfloat16", "float32", "float64"))
+    parser.add_argument("--processor", choices=tuple(PROCESSORS), action="append")
+    parser.add_argument("--only", default="", metavar="REGEX")
+    parser.add_argument("--contract", default=TODAY, choices=tuple(CONTRACTS))
+    parser.add_argument("--contracts", action="store_true")
+    parser.add_argument("--against", type=Path, metavar="TREE")
+    parser.add_argument("--table", type=Path, metavar="FILE")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON, write nothing")
+    options = parser.parse_args()
+    if options.table:
+        print(tables(options.table))
+        return
+    analyser()
+    names = options.processor or list(DETAILED if options.contracts else PROCESSORS)
+    arguments = [f"--dtype={options.dtype}", f"--only={options.only}"]
+    if options.json:  # in a process of its own, which has no kernels of another processor or contract
+        found = counted(*names, options.dtype, options.only, options.contract)
+        print_rows([{"processor": name, **r} for name in names for r in found])
+    elif options.against:
+        compare_trees(names, arguments, options.against)
+    else:
+        rows = []
+        for name in names:
+            for contract in CONTRACTS if options.contracts else (options.contract,):
+                told = ["--json", f"--processor={name}", f"--contract={contract}", *arguments]
+                found = rows_of(__file__, told, tree())
+                print(*map(line, found), sep="\n", flush=True)
+                rows += [{"contract": contract, **r} if options.contracts else r for r in found]
+        if not (options.only or options.processor or options.contract != TODAY):
+            suffix = "" if options.dtype == "float32" else f"-{options.dtype}"
+            header: dict[str, object] = {"llvm-mca": version(), "dtype": options.dtype, "processors": names}
+            file = f"{'contracts' if options.contracts else 'cycles'}{suffix}.json"
+            print("written:", write(file, header, rows, FOLDER))
+
+
+if __name__ == "__main__":
+    main()
