@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from contracts import CONTRACTS
 from counting import Counting, counting
+from cycle_tables import PLAIN, STEPS, TODAY, title
 from plain import plain
 from throughput import PROCESSORS, Cost, cost
 from trees import Row
@@ -17,8 +18,6 @@ from trees import Row
 import cubn
 from cubn.backends.cpu import compile, plan
 from cubn.backends.cpu.simd import LANES
-
-TODAY = "today's"
 
 
 class Array(NamedTuple):
@@ -54,21 +53,6 @@ ARRAYS = (
 )
 OF_CONTRACTS = (ARRAYS[0], ARRAYS[3], ARRAYS[6])
 SAMPLES_AS_POSITIONS = (Array("nhwc_2d", "(2048, 64)", (1, 64, 32, 64)),)
-
-PLAIN = "plain loop"
-STEPS = {
-    "moments": ("moments",),
-    "sums": ("sums",),
-    "normalize": ("normalize",),
-    "input_gradient": ("input_gradient",),
-    "train_slab": ("moments", "normalize"),
-    "backward_slab": ("sums", "input_gradient"),
-}
-"""Kernels, and the plain loops that do the same."""
-
-
-def title(kernel: str, layout: str, array: str) -> str:
-    return f"{kernel} {layout} {array}"
 
 
 def counted(name: str, dtype: str, only: str, contract: str) -> Iterator[Row]:
