@@ -36,7 +36,7 @@ class Counting:
         llvm.initialize_all_asmprinters()
         options = {"reloc": "pic", "codemodel": "jitdefault", "jit": True}
         host, features = target.target()
-        self._here = llvm.Target.from_default_triple().create_target_machine(host, features, opt=1, **options)
+        self._here = llvm.Target.from_default_triple().create_target_machine(host, features, opt=0, **options)
         self._there = llvm.Target.from_triple(processor.triple).create_target_machine(name, opt=3, **options)
         self.optimiser = llvm.Target.from_triple(processor.triple).create_target_machine(name, opt=3, **options)
         self.optimiser.emit_object = self._emit_object
