@@ -43,6 +43,7 @@ class Counting:
         self._edit = edit
         self._last = Kernel("", np.zeros(0, np.int64))
         self.kernels: dict[str, Kernel] = {}
+        self._assemblies: dict[str, str] = {}
 
     def _emit_object(self, module: llvm.ModuleRef) -> bytes:
         """In place of an object file for the processor, one for this machine that notes its blocks."""
@@ -64,8 +65,9 @@ class Counting:
         text, notes = self.kernels[name]
         if notes[0] > ROOM:
             raise ValueError(f"{name} runs {notes[0]} blocks; {ROOM} are noted")
-        assembly = self._there.emit_assembly(llvm.parse_assembly(blocks.located(text)))
-        return blocks.way(assembly, notes[1 : 1 + notes[0]].tolist())
+        if name not in self._assemblies:
+            self._assemblies[name] = self._there.emit_assembly(llvm.parse_assembly(blocks.located(text)))
+        return blocks.way(self._assemblies[name], notes[1 : 1 + notes[0]].tolist())
 
     def run(self, call: Callable[[], object]) -> list[str]:
         """Names of the kernels that a call runs."""

@@ -1,11 +1,16 @@
 """Counted cycles as tables: of docs/cpu.md, and of the decision on what other contracts would take."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from machine import RESULTS
 from throughput import PROCESSORS
 from trees import Row
+
+DOCUMENTS = Path(__file__).parents[1] / "docs"
+CPU, CONTRACT = DOCUMENTS / "cpu.md", DOCUMENTS / "decisions" / "0012-what-the-contract-costs.md"
 
 PLAIN = "plain loop"
 """In a row, in place of an array."""
@@ -37,6 +42,16 @@ DETAILED = ("znver4", "sapphirerapids")
 
 def title(kernel: str, layout: str, array: str) -> str:
     return f"{kernel} {layout} {array}"
+
+
+@contextmanager
+def replaced_in(document: Path, table_of: Callable[[Path], str], file: str) -> Iterator[None]:
+    """A document with the table of a result file that is written within; where it has none yet, it gets none."""
+    old = "".join(table_of(path) for path in RESULTS.glob(file))
+    yield
+    (path,) = RESULTS.glob(file)
+    text = document.read_text()
+    document.write_text(text.replace(old, table_of(path)) if old else text)
 
 
 def called(r: Row) -> str:

@@ -1,8 +1,10 @@
 """Count the cycles that the CPU kernels take for each element, on processors that need not be there.
 
     python asv_benchmarks/cycles.py                       every processor, in float32, into results/by-processor/
+                                                          cycles.json and docs/cpu.md
     python asv_benchmarks/cycles.py --dtype bfloat16      another type, into cycles-bfloat16.json
     python asv_benchmarks/cycles.py --contracts           what other contracts would take, into contracts.json
+                                                          and docs/decisions/
     python asv_benchmarks/cycles.py --processor znver4    one processor; prints, writes nothing
     python asv_benchmarks/cycles.py --only 'moments nhwc' what matches; prints, writes nothing
     python asv_benchmarks/cycles.py --against TREE        before (in another source tree) and after (in this one)
@@ -22,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from contracts import CONTRACTS
-from cycle_tables import DETAILED, PLAIN, TODAY, called, line, tables
+from cycle_tables import CONTRACT, CPU, DETAILED, PLAIN, TODAY, called, line, replaced_in, tables
 from machine import write
 from throughput import PROCESSORS, analyser, version
 from trees import in_turns, print_rows, rows_of, tree
@@ -81,7 +83,8 @@ def main() -> None:
             suffix = "" if options.dtype == "float32" else f"-{options.dtype}"
             header: dict[str, object] = {"llvm-mca": version(), "dtype": options.dtype, "processors": names}
             file = f"{'contracts' if options.contracts else 'cycles'}{suffix}.json"
-            print("written:", write(file, header, rows, FOLDER))
+            with replaced_in(CONTRACT if options.contracts else CPU, tables, f"{FOLDER}/{file}"):
+                print("written:", write(file, header, rows, FOLDER))
 
 
 if __name__ == "__main__":
