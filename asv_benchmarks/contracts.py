@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from cycle_tables import TODAY
+
 from cubn.backends.cpu import arithmetic, kernels
 from cubn.backends.cpu.arithmetic import Coefficients, Moments, Node, Term, divided
 from cubn.backends.cpu.simd import Value, constant
@@ -69,7 +71,7 @@ def fused(text: str) -> str:
 
 PASSES, SUMS_AND_PASSES, MOMENTS = "^(normalize|input)", "^(normalize|input|sums)", "^moments n(chw|hwc )"
 CONTRACTS = {
-    "today's": Contract(),
+    TODAY: Contract(),
     "fused": Contract(edit=fused),
     "mean of one number": Contract(one_mean, only=SUMS_AND_PASSES),
     "mean of one number, fused": Contract(one_mean, fused, SUMS_AND_PASSES),

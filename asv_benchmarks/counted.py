@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from contracts import CONTRACTS
+from contracts import CONTRACTS, Contract
 from counting import Counting, counting
-from cycle_tables import PLAIN, STEPS, TODAY, title
+from cycle_tables import PLAIN, STEPS, title
 from plain import plain
 from throughput import PROCESSORS, Cost, cost
 from trees import Row
@@ -53,13 +53,13 @@ SAMPLES_AS_POSITIONS = (Array("nhwc_2d", "(2048, 16)", (1, 16, 32, 64)),)
 
 
 def counted(name: str, dtype: str, only: str, contract: str) -> Iterator[Row]:
-    """What each kernel takes for an element of each array, on one processor."""
+    """What each kernel takes for an element of each array, on one processor; under one of CONTRACTS, fewer of them."""
     cubn.set_num_threads(1)
     logging.getLogger("cubn").setLevel(logging.ERROR)  # it would say how long compiling takes
-    as_planned, other = plan.slab, CONTRACTS[contract]
-    other.change()
-    arrays = ARRAYS
-    if contract != TODAY:
+    as_planned, other, arrays = plan.slab, Contract(), ARRAYS
+    if contract:
+        other = CONTRACTS[contract]
+        other.change()
         arrays = SAMPLES_AS_POSITIONS if other.samples_as_positions else OF_CONTRACTS
 
     def wanted(kernel: str, array: Array) -> bool:
@@ -78,7 +78,7 @@ def counted(name: str, dtype: str, only: str, contract: str) -> Iterator[Row]:
                     if wanted(kernel, array) and kernel not in found:
                         found[kernel] = cost(count.way(ran), PROCESSORS[name])
                         yield row(kernel, array.layout, array.name, found[kernel], math.prod(array.shape))
-        for layout in ("nchw", "nhwc") if contract == TODAY else ():
+        for layout in () if contract else ("nchw", "nhwc"):
             for loop in ("moments", "sums", "normalize", "input_gradient"):
                 if re.search(only, title(loop, layout, PLAIN)):
                     yield row(loop, layout, PLAIN, *plain_cost(count, name, loop, dtype, layout == "nhwc"))

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from contracts import CONTRACTS
-from cycle_tables import CONTRACT, CPU, DETAILED, PLAIN, TODAY, called, line, replaced_in, tables
+from cycle_tables import CONTRACT, CPU, DETAILED, PLAIN, called, line, replaced_in, tables
 from machine import write
 from throughput import PROCESSORS, analyser, version
 from trees import in_turns, print_rows, rows_of, tree
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float16", "bfloat16", "float32", "float64"))
     parser.add_argument("--processor", choices=tuple(PROCESSORS), action="append")
     parser.add_argument("--only", default="", metavar="REGEX")
-    parser.add_argument("--contract", default=TODAY, choices=tuple(CONTRACTS))
+    parser.add_argument("--contract", default="", choices=tuple(CONTRACTS))
     parser.add_argument("--contracts", action="store_true")
     parser.add_argument("--against", type=Path, metavar="TREE")
     parser.add_argument("--table", type=Path, metavar="FILE")
@@ -75,11 +75,11 @@ def main() -> None:
         rows = []
         for name in names:
             for contract in CONTRACTS if options.contracts else (options.contract,):
-                told = ["--json", f"--processor={name}", f"--contract={contract}", *arguments]
+                told = [f"--processor={name}", f"--contract={contract}", *arguments]
                 found = rows_of(__file__, told, tree())
                 print(*map(line, found), sep="\n", flush=True)
                 rows += [{"contract": contract, **r} if options.contracts else r for r in found]
-        if not (options.only or options.processor or options.contract != TODAY):
+        if not (options.only or options.processor or options.contract):
             suffix = "" if options.dtype == "float32" else f"-{options.dtype}"
             header: dict[str, object] = {"llvm-mca": version(), "dtype": options.dtype, "processors": names}
             file = f"{'contracts' if options.contracts else 'cycles'}{suffix}.json"
