@@ -46,7 +46,7 @@ ARRAYS = (
     Array("narrow", "(2048, 8)", (2048, 8)),
     # of other shapes than above, since what was prepared for these is kept
     Array("nchw_long", "slab of 8@56²", (2, 8, 56, 56), slab=True),
-    Array("nchw_short", "slab of 64@7²", (5, 64, 7, 7), slab=True),
+    Array("nchw_short", "slab of 64@7²", (17, 64, 7, 7), slab=True),
 )
 OF_CONTRACTS = (ARRAYS[0], ARRAYS[2], ARRAYS[4])
 SAMPLES_AS_POSITIONS = (Array("nhwc_2d", "(2048, 16)", (1, 16, 32, 64)),)
@@ -71,13 +71,16 @@ def counted(name: str, dtype: str, only: str, contract: str) -> Iterator[Row]:
     with counting(name, PROCESSORS[name], other.edit) as count:
         for array in arrays:
             plan.slab = as_planned if array.slab else lambda *_: None
-            found: dict[str, Cost] = {}
-            for call in operations(array, dtype) if any(wanted(kernel, array) for kernel in STEPS) else ():
+            left = {kernel for kernel in STEPS if wanted(kernel, array)}
+            for call in operations(array, dtype):
+                if not left:
+                    break
                 for ran in count.run(call):
                     kernel = ran.partition("-")[0]
-                    if wanted(kernel, array) and kernel not in found:
-                        found[kernel] = cost(count.way(ran), PROCESSORS[name])
-                        yield row(kernel, array.layout, array.name, found[kernel], math.prod(array.shape))
+                    if kernel in left:
+                        left.remove(kernel)
+                        found = cost(count.way(ran), PROCESSORS[name])
+                        yield row(kernel, array.layout, array.name, found, math.prod(array.shape))
         for layout in () if contract else ("nchw", "nhwc"):
             for loop in ("moments", "sums", "normalize", "input_gradient"):
                 if re.search(only, title(loop, layout, PLAIN)):
