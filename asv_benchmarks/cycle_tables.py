@@ -46,12 +46,12 @@ def title(kernel: str, layout: str, array: str) -> str:
 
 @contextmanager
 def replaced_in(document: Path, table_of: Callable[[Path], str], file: str) -> Iterator[None]:
-    """A document with the table of a result file that is written within; where it has none yet, it gets none."""
-    old = "".join(table_of(path) for path in RESULTS.glob(file))
+    """A document with the table of the result file that is written within, in the place of the one before."""
+    text = document.read_text()
+    old = "".join(table_of(path) for path in RESULTS.glob(file)) or f"(No {Path(file).name} yet.)"
     yield
     (path,) = RESULTS.glob(file)
-    text = document.read_text()
-    document.write_text(text.replace(old, table_of(path)) if old else text)
+    document.write_text(text.replace(old, table_of(path)))
 
 
 def called(r: Row) -> str:
