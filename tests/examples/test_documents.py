@@ -78,7 +78,6 @@ def test_the_architecture_names_every_file_of_the_package():
         ("cost_of_ranks.py", "synchronised.json", ROOT / "docs" / "synchronised.md"),
         ("cycles.py", "cycles.json", ROOT / "docs" / "cpu.md"),
         ("cycles_here.py", "cycles_here.json", ROOT / "docs" / "cpu.md"),
-        ("cycles.py", "contracts.json", ROOT / "docs" / "decisions" / "0012-what-the-contract-costs.md"),
     ],
 )
 def test_table_is_that_of_the_committed_result_file(script, result, document):
