@@ -40,10 +40,11 @@ from cubn.backends.cpu.simd import (
     shifted,
 )
 
-FOUR_OF_ONE, TWO_OF_TWO = ROWS, ROWS + 1
-BLOCKS = (*((rows, 1) for rows in range(1, ROWS + 1)), (1, 4), (2, 2))
-"""(rows, columns) that are taken at a time: about four elements of a channel, or one column. More streams of memory
-than a processor follows cost more than the pushes that they save (twice the time at 256@56²).
+FOUR, EIGHT, TWO_BY_TWO = ROWS, ROWS + 1, ROWS + 2
+BLOCKS = (*((rows, 1) for rows in range(1, ROWS + 1)), (1, 4), (1, 8), (2, 2))
+"""(rows, columns) that are taken at a time: one column, or some of one or two rows. More streams of memory than a
+processor follows cost more than the pushes that they save: twice the time at 256@56², where four columns of eight rows
+were taken.
 """
 
 
@@ -113,10 +114,12 @@ def of_channels(source: Source) -> Any:
         while j < columns:
             rows, limit = (deepest, high) if j < high else (deepest - 1, columns)
             which, level = rows - 1, 0
-            if rows == 1 and j & 3 == 0 and j + 4 <= limit:
-                which, level = FOUR_OF_ONE, 2
+            if rows == 1 and j & 7 == 0 and j + 8 <= limit:
+                which, level = EIGHT, 3
+            elif rows == 1 and j & 3 == 0 and j + 4 <= limit:
+                which, level = FOUR, 2
             elif rows == 2 and j & 1 == 0 and j + 2 <= limit:
-                which, level = TWO_OF_TWO, 1
+                which, level = TWO_BY_TWO, 1
             index = j >> level
             weigh(rows << level, counts, shares, level, index)
             place, entries = moved(at, steps, j), table
