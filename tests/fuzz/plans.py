@@ -20,6 +20,8 @@ CONSTANTS = {
     "WIDEST_SLAB": [1, 2, 64],
     "TASKS": [1, 3, 1000],
     "WIDEST": [16, 48],
+    "NARROWEST": [16, 64],
+    "LEAST_A_ROW": [1, 1 << 14],
     "SAMPLES_A_ROW": [1, 16, 2048],
     "VALUES_A_ROW": [1, 1 << 12, 1 << 20],
 }

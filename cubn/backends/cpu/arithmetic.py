@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cubn.backends.cpu.simd import DOUBLE, Element, Value, constant, narrow, not_positive, select, widen
+from cubn.backends.cpu.simd import DOUBLE, Element, Value, constant, narrow, not_positive, plus_scaled, select, widen
 
 Node = tuple[Value, Value]
 Term = tuple[Value, ...]
@@ -90,10 +90,19 @@ class Moments:
         return mean, m2
 
     @staticmethod
-    def pair(a: Node, b: Node) -> Node:
-        """`merge` of two values, whose m2 is 0."""
+    def pair(a: Node, b: Node, halves: bool) -> Node:
+        """`merge` of two values, whose m2 is 0; `halves` as below."""
         d, half = b[0] - a[0], constant(a[0], 0.5)
-        return a[0] + d * half, (d * d) * half
+        return plus_scaled(a[0], d, half) if halves else a[0] + d * half, (d * d) * half
+
+    @staticmethod
+    def equal_merge(a: Node, b: Node, weight: Value, halves: bool) -> Node:
+        """`merge` of two nodes of equally many values, a power of two and not 1, so that products with the weight are
+        exact; `halves`: so are those of differences with 0.5, since none is a subnormal number.
+        """
+        d, half = b[0] - a[0], constant(a[0], 0.5)
+        mean = plus_scaled(a[0], d, half) if halves else a[0] + d * half
+        return mean, plus_scaled(a[1] + b[1], d * d, weight)
 
     @staticmethod
     def merge(a: Node, b: Node, share: Value, weight: Value) -> Node:
@@ -115,8 +124,12 @@ class Sums:
         return first, second
 
     @staticmethod
-    def pair(a: Node, b: Node) -> Node:
+    def pair(a: Node, b: Node, halves: bool = False) -> Node:
         return a[0] + b[0], a[1] + b[1]
+
+    @staticmethod
+    def equal_merge(a: Node, b: Node, weight: Value, halves: bool) -> Node:
+        return Sums.pair(a, b)
 
     @staticmethod
     def merge(a: Node, b: Node, share: Value, weight: Value) -> Node:

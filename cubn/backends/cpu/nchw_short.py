@@ -74,7 +74,7 @@ def of_rows(source: Source) -> Any:
 
     def merged_rows(nodes: list[Node]) -> Node:
         """The node of 16 positions, a channel a lane."""
-        count = 1.0
+        count = 1
         while len(nodes) > 1:
             nodes = [equal_merge(what, *neighbours(a, b), count) for a, b in zip(nodes[::2], nodes[1::2], strict=True)]
             count *= 2

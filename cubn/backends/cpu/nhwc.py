@@ -7,7 +7,6 @@ from typing import Any
 
 from cubn.backends.cpu.arithmetic import Moments, Node
 from cubn.backends.cpu.nodes import (
-    AT_BUFFER,
     AT_COLUMNS,
     AT_COUNTS,
     AT_PIVOT,
@@ -20,12 +19,12 @@ from cubn.backends.cpu.nodes import (
     ROWS,
     X_POSITION,
     Source,
-    ask_for,
     counter,
     jit,
     pairwise,
-    store_node,
+    push_up,
     term_at,
+    weighing,
     widened,
 )
 from cubn.backends.cpu.plan import NODE
@@ -38,50 +37,55 @@ from cubn.backends.cpu.simd import (
     get,
     instruction,
     moved,
-    put,
     shifted,
 )
+
+FOUR, EIGHT, TWO_BY_TWO = ROWS, ROWS + 1, ROWS + 2
+BLOCKS = (*((rows, 1) for rows in range(1, ROWS + 1)), (1, 4), (1, 8), (2, 2))
+"""(rows, columns) that are taken at a time: one column, or some of one or two rows. More streams of memory than a
+processor follows cost more than the pushes that they save: twice the time at 256@56², where four columns of eight rows
+were taken.
+"""
 
 
 def of_channels(source: Source) -> Any:
     """tile(): lanes are neighbouring channels in memory (nhwc), `width` vectors of them at a time so that memory
-    streams.
+    streams, a block after the other.
     """
     element, what = source.element, source.what
-    push, count_up, settle = counter(element, what)
+    _, _, settle = counter(element, what)
+    weigh, merge, above = weighing(element, what)
     to_double = widened(element, what)
 
-    def down(at: Values, steps: Values, rows: int) -> list[Values]:
-        """One below the other."""
-        return [shifted(at, steps, COLUMNS * r) for r in range(rows)]
+    def leaf(rows: int, at: Values, steps: Values, table: Values, mask: Value | None) -> Node:
+        """Of rows one below the other."""
+        places = [shifted(at, steps, COLUMNS * r) for r in range(rows)]
+        return what.leaf([term_at(source, place, table, mask) for place in places])
 
-    def leaf(rows: int, at: Values, steps: Values, table: Values, mask: Value | None = None) -> Node:
-        return what.leaf([term_at(source, place, table, mask) for place in down(at, steps, rows)])
+    def push(k: int, index: Value, to: Values, shares: Value, nodes: Iterator[Node]) -> None:
+        """The node of block k from those of its columns."""
+        rows, _ = BLOCKS[k]
+        push_up(element, [pairwise(what, nodes, rows)], to, index, merge, shares, above)
 
-    def block(columns: int, rows: int, to: Value, at: Values, steps: Values, table: Values) -> None:
-        """`columns` neighbouring columns of `rows` rows, merged in registers; the next ones are asked for meanwhile."""
+    def columns_of(k: int, at: Values, steps: Values, table: Values, mask: Value | None = None) -> Iterator[Node]:
+        rows, columns = BLOCKS[k]
+        return (leaf(rows, shifted(at, steps, j), steps, table, mask) for j in range(columns))
 
-        def leaves() -> Iterator[Node]:
-            for k in range(columns):
-                for place in down(shifted(at, steps, columns + k), steps, rows):
-                    ask_for(source, place)
-                yield leaf(rows, shifted(at, steps, k), steps, table)
-
-        store_node(element, pairwise(what, leaves(), float(rows)), to)
+    every_block = range(len(BLOCKS))
 
     @instruction()
-    def four(rows: Value, to: Value, at: Values, steps: Values, table: Values) -> None:
-        by_cases(rows, range(1, ROWS + 1), lambda r: block(4, r, to, at, steps, table))
+    def push_all(
+        which: Value, index: Value, to: Values, shares: Value, at: Values, steps: Values, table: Values
+    ) -> None:
+        by_cases(which, every_block, lambda k: push(k, index, to, shares, columns_of(k, at, steps, table)))
 
     @instruction()
-    def sixteen(to: Value, at: Values, steps: Values, table: Values) -> None:
-        block(16, 1, to, at, steps, table)
-
-    @instruction()
-    def one(rows: Value, lanes: Value, to: Value, at: Values, steps: Values, table: Values) -> None:
-        """A single column, of the first `lanes` channels."""
+    def push_some(
+        which: Value, lanes: Value, index: Value, to: Values, shares: Value, at: Values, steps: Values, table: Values
+    ) -> None:
+        """Of the first `lanes` channels."""
         mask = first_lanes(lanes)
-        by_cases(rows, range(1, ROWS + 1), lambda r: store_node(element, leaf(r, at, steps, table, mask), to))
+        by_cases(which, every_block, lambda k: push(k, index, to, shares, columns_of(k, at, steps, table, mask)))
 
     @instruction()
     def set_pivot(to: Value, px: Value, lanes: Value) -> None:
@@ -101,35 +105,33 @@ def of_channels(source: Source) -> Any:
             table = work + get(p + AT_PIVOT), 0
             for lane in range(width):
                 set_pivot(table[0] + lane * acc_vector, at[0] + lane * vector, channels - lane * LANES)
-        stack, counts, node = work + get(p + AT_COLUMNS), work + get(p + AT_COUNTS), work + get(p + AT_BUFFER)
+        stack, counts = work + get(p + AT_COLUMNS), work + get(p + AT_COUNTS)
+        shares = counts + 256
         columns = min(length, COLUMNS)
         deepest = (length + COLUMNS - 1) // COLUMNS
         high = length - (deepest - 1) * COLUMNS  # columns with one row more
         j = 0
         while j < columns:
             rows, limit = (deepest, high) if j < high else (deepest - 1, columns)
-            level = 0
-            if deepest == 1 and j & 15 == 0 and j + 16 <= limit:
-                level = 4
-            elif j & 3 == 0 and j + 4 <= limit:
-                level = 2
-            for k in range(level):
-                put(counts + 8 * k, rows << k)
+            which, level = rows - 1, 0
+            if rows == 1 and j & 7 == 0 and j + 8 <= limit:
+                which, level = EIGHT, 3
+            elif rows == 1 and j & 3 == 0 and j + 4 <= limit:
+                which, level = FOUR, 2
+            elif rows == 2 and j & 1 == 0 and j + 2 <= limit:
+                which, level = TWO_BY_TWO, 1
+            index = j >> level
+            weigh(rows << level, counts, shares, level, index)
             place, entries = moved(at, steps, j), table
+            to = stack + level * width * NODE, width * NODE
             for lane in range(width):
                 lanes = channels - lane * LANES
-                if lanes >= LANES and level:
-                    if level == 4:
-                        sixteen(node, place, steps, entries)
-                    else:
-                        four(rows, node, place, steps, entries)
-                    push(node, rows << level, stack, counts, width, lane, level, j >> level)
+                if lanes >= LANES:
+                    push_all(which, index, to, shares, place, steps, entries)
                 else:
-                    for k in range(1 << level):
-                        one(rows, min(lanes, LANES), node, moved(place, steps, k), steps, entries)
-                        push(node, rows, stack, counts, width, lane, 0, j + k)
+                    push_some(which, lanes, index, to, shares, place, steps, entries)
                 place, entries = moved(place, (vector, vector, 2), 1), moved(entries, (acc_vector, 0), 1)
-            count_up(rows << level, counts, level, j >> level)
+                to = moved(to, (NODE, 0), 1)
             j += 1 << level
         base = settle(stack, counts, width, columns)
         for lane in range(width):

@@ -27,12 +27,14 @@ from cubn.backends.cpu.nodes import (
     counter,
     equal_merge,
     jit,
+    load_node,
     neighbours,
     pairwise,
+    push_up,
     store_node,
     term_at,
 )
-from cubn.backends.cpu.plan import RUNS
+from cubn.backends.cpu.plan import NODE, RUNS
 from cubn.backends.cpu.simd import (
     DOUBLE,
     I1,
@@ -56,18 +58,23 @@ from cubn.backends.cpu.simd import (
     widen,
 )
 
+TOGETHER = 4  # samples of a vector that become one node in registers: more are more streams than a processor follows
+LEVEL = TOGETHER.bit_length() - 1
+HALF = LANES // 2
+NEAR = 1024  # bytes from sample to sample up to which the next samples are asked for: processors foresee longer rows
+
 
 def of_single_positions(source: Source, narrow: bool) -> Any:
-    """samples(): one position a sample (2-D input), lanes are channels; every merge is in float64, 16 samples in
-    registers.
+    """samples(): one position a sample (2-D input), lanes are channels; every merge is in float64.
 
     `narrow`: fewer than 16 channels, and dense arrays. Then 256 samples are taken at a time, a channel after the other:
     lanes are 16 runs of 16 samples, which a transpose lays side by side.
     """
     element, what = source.element, source.what
-    push, count_up, _ = counter(Element("float64"), what)
+    double = Element("float64")
+    push, count_up, settle = counter(double, what)
 
-    cannot_overflow = element.acc != DOUBLE
+    narrower = element.acc != DOUBLE  # than float64: then no square overflows, and no difference is subnormal
     acc = element.acc_size
     acc_vector = LANES * acc
 
@@ -76,34 +83,46 @@ def of_single_positions(source: Source, narrow: bool) -> Any:
         wide = widen(x, DOUBLE)
         return wide if trusted else wide + widen(x - x, DOUBLE), constant(wide, 0.0)
 
-    def doubted(node: Node) -> Node:
-        """NaNs where a value was not finite: m2 is not finite then, and is otherwise where float64 cannot overflow."""
-        mean, m2 = node
-        return mean + (m2 - m2), m2 + (m2 - m2)
-
-    def node_at(at: Values, table: Values, mask: Value | None = None, trusted: bool = False) -> Node:
+    def node_at(at: Values, table: Values, mask: Value | None = None) -> Node:
         if what is Moments:
-            return node_of(element.load(at[0], mask), trusted)
+            return node_of(element.load(at[0], mask), False)
         g, t = term_at(source, at, table, mask)
         return widen(g, DOUBLE), widen(t, DOUBLE)
 
-    def of_sixteen(nodes: Iterator[Node]) -> Node:
-        """The tree over 16 nodes of one value each, which were trusted."""
-        node = pairwise(what, nodes, 1.0)
-        return doubted(node) if what is Moments and cannot_overflow else node
+    @instruction()
+    def doubt(slot: Value) -> None:
+        """Make the node NaNs where a value was not finite: m2 is not finite then, and is otherwise where float64 cannot
+        overflow.
+        """
+        mean, m2 = load_node(double, slot)
+        store_node(double, (mean + (m2 - m2), m2 + (m2 - m2)), slot)
+
+    def parts(places: list[Values], table: Values) -> Iterator[Node]:
+        """The node of some samples: of all lanes, or where it has more in registers of one half and the other."""
+        if what is not Moments:
+            yield pairwise(what, (node_at(place, table) for place in places), 1)
+            return
+        for half in range(0, LANES, HALF):
+            xs = (element.load(x + half * element.size, lanes=HALF) for x, *_ in places)
+            yield pairwise(what, (node_of(x, narrower) for x in xs), 1, narrower)
+
+    def merge(left: Node, node: Node, weight: Value) -> Node:
+        """In the counter above, all nodes of a level have the same power of two of samples."""
+        return what.equal_merge(left, node, weight, narrower)
 
     @instruction()
-    def sixteen(to: Value, at: Values, steps: Values, table: Values) -> None:
-        def nodes() -> Iterator[Node]:
-            for i in range(LANES):
-                ask_for(source, shifted(at, steps, LANES + i))
-                yield node_at(shifted(at, steps, i), table, trusted=cannot_overflow)
-
-        store_node(Element("float64"), of_sixteen(nodes()), to)
+    def several(to: Values, index: Value, at: Values, ahead: Values, steps: Values, table: Values) -> None:
+        """Push the node of `TOGETHER` samples; ask for what comes `ahead`."""
+        places = [shifted(at, steps, i) for i in range(TOGETHER)]
+        for place in places:
+            ask_for(source, shifted(place, ahead, 1))
+        nodes = list(parts(places, table))
+        weight = constant(nodes[0][0], TOGETHER / 2)
+        push_up(double, nodes, to, index, merge, weight, lambda weight: weight + weight)
 
     @instruction()
     def one(to: Value, lanes: Value, at: Values, table: Values) -> None:
-        store_node(Element("float64"), node_at(at, table, first_lanes(lanes)), to)
+        store_node(double, node_at(at, table, first_lanes(lanes)), to)
 
     @instruction()
     def transpose(to: Value, at: Value, run: Value) -> None:
@@ -117,7 +136,7 @@ def of_single_positions(source: Source, narrow: bool) -> Any:
         """
         x = element.load_acc(at[0])
         if what is Moments:
-            return node_of(x, cannot_overflow)
+            return node_of(x, narrower)
         c, g = coefficients_at(element, table, one_channel=True), element.load_acc(at[1])
         if source.relu == "recompute":
             g = behind_relu(element, g, x, c)
@@ -130,17 +149,19 @@ def of_single_positions(source: Source, narrow: bool) -> Any:
     def runs(to: Value, bit: Value, at: Values, step: Value, words: Value, words_step: Value, table: Values) -> None:
         """The node of 256 samples of one channel."""
         every_run = words_step * LANES
-        node = of_sixteen(
+        nodes = (
             in_runs(shifted(at, (step, step), i), words + words_step * i, every_run, bit, table) for i in range(LANES)
         )
+        node = pairwise(what, nodes, 1, narrower)
         count = LANES
         while count < RUNS:
-            node = equal_merge(what, *neighbours(node, node), float(count))
+            node = equal_merge(what, *neighbours(node, node), count, narrower)
             count *= 2
         for part, place in zip(node, (to, to + HALF_NODE), strict=True):
             to.b.store(to.b.extract_element(part.v, I32(0)), pointer(place, DOUBLE))
 
     moments, vector = what is Moments, LANES * element.size
+    doubts = moments and narrower
 
     @jit
     def push_runs(p, work, at, c_all, table, node, stack, counts, index):  # type: ignore[no-untyped-def]
@@ -158,7 +179,7 @@ def of_single_positions(source: Source, narrow: bool) -> Any:
 
     @jit
     def samples(p, work, at, first, last, c0, width):  # type: ignore[no-untyped-def]
-        """Push samples [first, last) of `width` vectors from channel c0 onto the counter of samples."""
+        """The address of `width` node slots, from channel c0 on, and the count of samples [first, last)."""
         channels = min(get(p + CHANNELS) - c0, width * LANES)
         steps = get(p + X_SAMPLE), get(p + G_SAMPLE), get(p + RELU_MASK_SAMPLE)
         table = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
@@ -171,16 +192,19 @@ def of_single_positions(source: Source, narrow: bool) -> Any:
                 push_runs(p, work, moved(at, steps, first + n), channels, table, node, stack, counts, n >> 8)
                 count_up(RUNS, counts, 8, n >> 8)
                 n += RUNS
+        ahead = 0, 0, 0
+        if steps[0] <= NEAR:
+            ahead = moved(ahead, steps, TOGETHER)
         while n < stop:
-            level = 4 if n + LANES <= stop else 0
+            level = LEVEL if n + TOGETHER <= stop else 0
             for k in range(level):
                 put(counts + 8 * k, 1 << k)
             place, entries = moved(at, steps, first + n), table
             for lane in range(width):
                 lanes = channels - lane * LANES
                 if lanes >= LANES and level:
-                    sixteen(node, place, steps, entries)
-                    push(node, LANES, stack, counts, width, lane, 4, n >> 4)
+                    to = stack + (LEVEL * width + lane) * NODE, width * NODE
+                    several(to, n >> LEVEL, place, ahead, steps, entries)
                 else:
                     for k in range(1 << level):
                         one(node, min(lanes, LANES), moved(place, steps, k), entries)
@@ -188,5 +212,11 @@ def of_single_positions(source: Source, narrow: bool) -> Any:
                 place, entries = moved(place, (vector, vector, 2), 1), moved(entries, (acc_vector, 0), 1)
             count_up(1 << level, counts, level, n >> level)
             n += 1 << level
+        base = settle(stack, counts, width, stop)
+        root = stack + base * width * NODE
+        if doubts:
+            for lane in range(width):
+                doubt(root + lane * NODE)
+        return root, get(counts + 8 * base)
 
     return samples

@@ -7,7 +7,8 @@ contract's tree, neighbours first, an odd last node moving up alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -155,18 +156,21 @@ def store_node(element: Element, node: Node, slot: Value) -> None:
     element.store_acc(node[1], slot + HALF_NODE)
 
 
-def load_node(element: Element, slot: Value) -> Node:
-    return element.load_acc(slot), element.load_acc(slot + HALF_NODE)
+def load_node(element: Element, slot: Value, lanes: int = LANES) -> Node:
+    return element.load_acc(slot, lanes), element.load_acc(slot + HALF_NODE, lanes)
 
 
-def equal_merge(what: Reduction, a: Node, b: Node, count: float) -> Node:
-    """Merge of two nodes of `count` values each."""
+def equal_merge(what: Reduction, a: Node, b: Node, count: int, halves: bool = False) -> Node:
+    """Merge of two nodes of `count` values each; `halves` as in `Moments.equal_merge`."""
     if count == 1:
-        return what.pair(a, b)
-    return what.merge(a, b, constant(a[0], 0.5), constant(a[0], count * 0.5))
+        return what.pair(a, b, halves)
+    weight = constant(a[0], count * 0.5)
+    if count & (count - 1) == 0:
+        return what.equal_merge(a, b, weight, halves)
+    return what.merge(a, b, constant(a[0], 0.5), weight)
 
 
-def pairwise(what: Reduction, nodes: Iterable[Node], count: float) -> Node:
+def pairwise(what: Reduction, nodes: Iterable[Node], count: int, halves: bool = False) -> Node:
     """The tree over a power of two of nodes of `count` values each, merged as soon as they come so that few stay in
     registers.
     """
@@ -174,10 +178,83 @@ def pairwise(what: Reduction, nodes: Iterable[Node], count: float) -> Node:
     for index, node in enumerate(nodes):
         size = count
         while index & 1:
-            node = equal_merge(what, waiting.pop(), node, size)
+            node = equal_merge(what, waiting.pop(), node, size, halves)
             size, index = size * 2, index >> 1
         waiting.append(node)
     return waiting[0]
+
+
+Join = Callable[[Node, Node, Value], Node]
+
+
+def push_up(
+    element: Element,
+    parts: Sequence[Node],
+    to: Values,
+    index: Value,
+    merge: Join,
+    beside: Value,
+    above: Callable[[Value], Value],
+) -> None:
+    """`push` (see `counter`) of a node of 16 lanes that is in registers, some lanes after the other.
+
+    `to` is the slot of the node's level, and the bytes from a level to the next. merge(left, node, beside) merges with
+    what waits there; above(beside) is what goes with the level above.
+    """
+    slot, step = to
+    b, kind = slot.b, parts[0][0].type
+    size = kind.count * element.acc_size
+    before, test, join, end = b.block, *(b.append_basic_block(name) for name in ("test", "join", "end"))
+    b.branch(test)
+    b.position_at_end(test)
+    first = *itertools.chain(*parts), slot, index, beside
+    now = [Value(b, b.phi(value.type)) for value in first]
+    *values, at, bits, with_it = now
+    nodes = list(zip(values[::2], values[1::2], strict=True))
+    b.cbranch(b.trunc(bits.v, I1), join, end)
+    b.position_at_end(join)
+    merged = [merge(load_node(element, at + size * i, kind.count), node, with_it) for i, node in enumerate(nodes)]
+    then = *itertools.chain(*merged), at + step, Value(b, b.lshr(bits.v, I64(1))), above(with_it)
+    b.branch(test)
+    for phi, begin, later in zip(now, first, then, strict=True):
+        phi.v.add_incoming(begin.v, before)
+        phi.v.add_incoming(later.v, join)
+    b.position_at_end(end)
+    for i, node in enumerate(nodes):
+        store_node(element, node, at + size * i)
+
+
+def weighing(element: Element, what: Reduction) -> tuple[Any, Join, Callable[[Value], Value]]:
+    """(weigh, merge, above): `weigh` is for kernels, the others for `push_up`.
+
+    Before a node is pushed, `weigh` books its count as `count_up` does and puts the shares and weights of its merges
+    into a table, once for all vectors. `beside` is that table.
+    """
+    moments, entry = what is Moments, 2 * element.acc_size
+
+    @instruction()
+    def share_out(to: Value, left: Value, count: Value) -> None:
+        share = ratio(count, left + count, element.acc)
+        for i, one in enumerate((share, convert(left, element.acc) * share)):
+            one.b.store(one.v, pointer(to + element.acc_size * i, element.acc))
+
+    @jit
+    def weigh(count, counts, table, level, index):  # type: ignore[no-untyped-def]
+        while index & 1:
+            left = get(counts + 8 * level)
+            if moments:
+                share_out(table, left, count)
+            count += left
+            level += 1
+            index >>= 1
+            table += entry
+        put(counts + 8 * level, count)
+
+    def merge(left: Node, node: Node, table: Value) -> Node:
+        share, weight = (acc_at(element, table + element.acc_size * i, one_channel=True) for i in range(2))
+        return what.merge(left, node, share, weight)
+
+    return weigh, merge, lambda table: table + entry
 
 
 def counter(element: Element, what: Reduction) -> tuple[Any, Any, Any]:

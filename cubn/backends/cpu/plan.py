@@ -26,8 +26,10 @@ SPREAD = 6 * SPREAD_ROW  # bytes of such a row's coefficient table
 
 TASKS = 32  # enough to keep a few threads evenly busy, few enough that a node a task is nothing
 WIDEST = 512  # channels side by side: long enough for memory to stream, short enough for the counters to stay in cache
+NARROWEST = 128  # what they are cut to where there are few rows
+LEAST_A_ROW = 256  # values of a channel: rows are merged by one thread, at 10 to 20 % of the time with 64 (512@7²)
 SAMPLES_A_ROW = 256
-VALUES_A_ROW = 1 << 16  # of narrow 2-D arrays
+VALUES_A_ROW = 1 << 16  # of 2-D arrays
 RUNS = LANES * LANES  # samples that a narrow array is taken by
 SERIAL_BYTES = 1 << 18  # below this waking a thread, some microseconds, costs more than it saves
 STREAM_BYTES = 32 << 20  # above this an output would only push other data out of the caches
@@ -153,7 +155,11 @@ def reduction(extents: Extents, reading: Reading, start: int) -> ReductionPlan:
     """The rows of a reduction over samples [start, start + N)."""
     N, C, S = extents
     slot = 1 if reading == "nchw_long" else LANES
-    chunk = min(C, WIDEST) if reading.startswith("nhwc") else slot
+    chunk = slot
+    if reading.startswith("nhwc"):
+        chunk = min(C, WIDEST)
+        while chunk >= 2 * NARROWEST and -(-C // chunk) * (N * S // LEAST_A_ROW) < TASKS // 2:
+            chunk = -(-chunk // (2 * LANES)) * LANES
     if reading.startswith("nchw"):
         while chunk < 8 * slot and 4 * chunk * S < STRETCH_BYTES:
             chunk *= 2
@@ -191,11 +197,13 @@ def reduction(extents: Extents, reading: Reading, start: int) -> ReductionPlan:
 
 
 def _row_extent(extents: Extents, chunks: int, tiles: int, reading: Reading) -> tuple[int, int]:
-    """(samples a row at most, tiles a row): powers of two that leave about TASKS tasks."""
-    N, C, _ = extents
-    wanted = max(1, TASKS // chunks)
+    """(samples a row at most, tiles a row): powers of two that leave about TASKS tasks, or fewer of LEAST_A_ROW
+    values.
+    """
+    N, C, S = extents
+    wanted = max(1, min(TASKS // chunks, N * S // LEAST_A_ROW))
     if wanted <= N:
-        samples, most = 1, max(SAMPLES_A_ROW, VALUES_A_ROW // C if reading == "nhwc_narrow" else 0)
+        samples, most = 1, max(SAMPLES_A_ROW, VALUES_A_ROW // C if S == 1 else 0)
         while samples < most and N // (2 * samples) >= wanted:
             samples *= 2
         return max(samples, {"nhwc_2d": LANES, "nhwc_narrow": RUNS}.get(reading, 1)), tiles

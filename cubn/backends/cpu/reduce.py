@@ -55,11 +55,9 @@ def gather(source: Source, reading: Reading) -> Any:
 
         @jit
         def collect_single(p, work, at, first, last, tile_from, tile_to, c0, width):  # type: ignore[no-untyped-def]
-            samples(p, work, at, first, last, c0, width)
-            stack, counts = work + get(p + AT_SAMPLES), work + get(p + AT_COUNTS) + 1024
-            level = settle(stack, counts, width, last - first)
-            put(work + get(p + AT_COUNTS) + 2048, get(counts + 8 * level))
-            return stack + level * width * NODE
+            root, count = samples(p, work, at, first, last, c0, width)
+            put(work + get(p + AT_COUNTS) + 2048, count)
+            return root
 
         return collect_single
 

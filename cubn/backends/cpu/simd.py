@@ -75,7 +75,7 @@ def shifted(at: Values, steps: Values, count: Value | int) -> Values:
 def constant(like: Value, number: float) -> Value:
     """`number` in every lane of `like`'s type."""
     kind = like.type
-    value = ir.Constant(kind, [number] * LANES) if isinstance(kind, ir.VectorType) else ir.Constant(kind, number)
+    value = ir.Constant(kind, [number] * kind.count) if isinstance(kind, ir.VectorType) else ir.Constant(kind, number)
     return Value(like.b, value)
 
 
@@ -92,6 +92,13 @@ def shuffle(a: Value, b: Value, lanes: Sequence[int]) -> Value:
 
 
 EVEN, ODD = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
+
+
+def plus_scaled(a: Value, v: Value, factor: Value) -> Value:
+    """a + v * factor where that product is exact: then one rounding or two, as the processor has it, is the same."""
+    b, kind = a.b, a.type
+    name = f"llvm.fmuladd.v{kind.count}{_mangle(kind.element)}"
+    return Value(b, b.call(_declare(b, name, ir.FunctionType(kind, [kind] * 3)), [v.v, factor.v, a.v]))
 
 
 def first_lanes(count: Value) -> Value:
@@ -124,7 +131,7 @@ def widen(value: Value, element: ir.Type) -> Value:
     """float32 lanes as float64, or as they are."""
     if value.type.element == element:
         return value
-    return Value(value.b, value.b.fpext(value.v, ir.VectorType(element, LANES)))
+    return Value(value.b, value.b.fpext(value.v, ir.VectorType(element, value.type.count)))
 
 
 def narrow(value: Value, element: ir.Type) -> Value:
@@ -142,9 +149,9 @@ def scalar_at(address: Value, kind: ir.Type, align: int) -> Value:
     return Value(address.b, one)
 
 
-def load_raw(address: Value, element: ir.Type, align: int, mask: Value | None = None) -> Value:
-    """16 elements; with a mask the others are zero and their memory is not touched."""
-    b, vector = address.b, ir.VectorType(element, LANES)
+def load_raw(address: Value, element: ir.Type, align: int, mask: Value | None = None, lanes: int = LANES) -> Value:
+    """16 elements, or `lanes`; with a mask, which has 16, the others are zero and their memory is not touched."""
+    b, vector = address.b, ir.VectorType(element, lanes)
     if mask is None:
         value = b.load(pointer(address, vector), typ=vector)
         value.align = align
@@ -244,16 +251,16 @@ class Element:
         """acc lanes rounded to the dtype, in acc again."""
         return self.from_stored(self.to_stored(value)) if self.size == 2 else value
 
-    def load(self, address: Value, mask: Value | None = None) -> Value:
-        return self.from_stored(load_raw(address, self.stored, self.size, mask))
+    def load(self, address: Value, mask: Value | None = None, lanes: int = LANES) -> Value:
+        return self.from_stored(load_raw(address, self.stored, self.size, mask, lanes))
 
     def store(self, value: Value, address: Value, mask: Value | None = None, *, stream: bool = False) -> None:
         align = self.size * LANES if stream else self.size
         store_raw(self.to_stored(value), address, align, mask, stream=stream)
 
-    def load_acc(self, address: Value) -> Value:
-        """16 lanes of acc from scratch memory."""
-        return load_raw(address, self.acc, self.acc_size)
+    def load_acc(self, address: Value, lanes: int = LANES) -> Value:
+        """Lanes of acc from scratch memory."""
+        return load_raw(address, self.acc, self.acc_size, None, lanes)
 
     def store_acc(self, value: Value, address: Value) -> None:
         store_raw(value, address, self.acc_size)
