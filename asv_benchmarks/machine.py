@@ -25,8 +25,8 @@ def machine() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write(name: str, options: dict[str, object], rows: list[dict[str, object]]) -> Path:
-    """Write results/<machine>/<name>, one row a line, and return its path."""
+def write(name: str, options: dict[str, object], rows: list[dict[str, object]], folder: str = "") -> Path:
+    """Write results/<machine>/<name>, one row a line, and return its path; another folder where no machine matters."""
     header = {
         "processor": processor(),
         "cpus": os.cpu_count(),
@@ -35,7 +35,7 @@ def write(name: str, options: dict[str, object], rows: list[dict[str, object]]) 
         **{package: metadata.version(package) for package in ("numpy", "numba", "llvmlite", "torch")},
         **options,
     }
-    path = RESULTS / machine() / name
+    path = RESULTS / (folder or machine()) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     body = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in rows)
     path.write_text(f'{json.dumps(header, indent=2)[:-2]},\n  "rows": [\n{body}\n  ]\n}}\n')

@@ -30,11 +30,12 @@ def in_turns(script: str, arguments: Sequence[str], other: Path, count: int) -> 
     trees = (tree(), other.resolve())
     for turn in range(count):
         order = (0, 1) if turn % 2 == 0 else (1, 0)
-        rows = {i: _rows(script, arguments, trees[i]) for i in order}
+        rows = {i: rows_of(script, arguments, trees[i]) for i in order}
         yield rows[0], rows[1]
 
 
-def _rows(script: str, arguments: Sequence[str], of: Path) -> list[Row]:
+def rows_of(script: str, arguments: Sequence[str], of: Path) -> list[Row]:
+    """The rows that a script prints in a process that imports cubn from a tree."""
     command = [sys.executable, script, "--json", *arguments]
     environment = os.environ | {"PYTHONPATH": str(of)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

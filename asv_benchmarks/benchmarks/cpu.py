@@ -5,7 +5,11 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
+
 from .host import SHAPES, calls
+from .models import steps
+from .shares import Blocks, alternate_blocks, difference, share_ratio
 from .workloads import WORKLOADS, alternate, arrays, operations, use_threads
 
 NAMED = {f"{workload.name} {workload.layout}": workload for workload in WORKLOADS}
@@ -50,6 +54,32 @@ class Backward(_Ratios):
 
 class BackwardInto(_Ratios):
     operation = "backward into dx"
+
+
+class Share:
+    """What of a network's training step is batch norm's: the step minus that of the network without it."""
+
+    params = (["resnet20 nchw", "resnet20 nhwc", "mlp 2-d"],)
+    param_names = ("network",)
+
+    def setup_cache(self) -> dict[str, Blocks]:
+        use_threads()
+        return {network: alternate_blocks(steps(*network.split()), 12) for network in self.params[0]}
+
+    setup_cache.timeout = 600
+
+    def track_share(self, blocks: dict[str, Blocks], network: str) -> float:
+        return float(difference("cubn", "none")(blocks[network]) / np.median(blocks[network]["cubn"]))
+
+    def track_over_torch(self, blocks: dict[str, Blocks], network: str) -> float:
+        return float(share_ratio("cubn", "torch", "none")(blocks[network]))
+
+    def track_fused_over_torch(self, blocks: dict[str, Blocks], network: str) -> float:
+        """With the additions and ReLUs around it."""
+        return float(share_ratio("fused", "torch", "bare")(blocks[network]))
+
+    track_share.unit = "of a step"
+    track_over_torch.unit = track_fused_over_torch.unit = "of torch's share"
 
 
 class Overhead:

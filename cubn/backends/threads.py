@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 
+from cubn.backends.cores import cores
 from cubn.errors import message
 
 MOST = 1 << 22
@@ -18,7 +19,8 @@ def set_num_threads(n: int) -> None:
     """Set how many threads one operation may use on the CPU, the caller's included.
 
     Results do not depend on it. The default is the environment variable CUBN_NUM_THREADS; where that is not set, blank
-    or `auto`, the cores this process may run on.
+    or `auto`, OMP_NUM_THREADS; else the cores that this process may keep busy. Where an OpenMP runtime is loaded, as
+    PyTorch's is, an operation never uses more threads than that is told to, by `torch.set_num_threads` for one.
 
     Parameters
     ----------
@@ -63,20 +65,19 @@ def get_num_threads() -> int:
 
 
 def _asked_for() -> int | None:
-    """By the environment variable; None where it leaves the choice."""
+    """By the environment; None where it leaves the choice."""
     asked = os.environ.get("CUBN_NUM_THREADS", "").strip()
     if asked in ("", "auto"):
-        return None
-    if asked.isascii() and asked.isdigit() and len(asked) < 20 and 0 < int(asked) <= MOST:
-        return int(asked)
+        return _number(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0])  # a list is one number a level
+    if number := _number(asked):
+        return number
     remedy = "Unset it for as many threads as there are cores."
     raise ValueError(
         message("CUBN_NUM_THREADS", "be a whole number, 1 to 2**22, or auto", repr(asked), remedy, function="cubn")
     )
 
 
-def cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _number(text: str) -> int | None:
+    """A number of threads, where it is one."""
+    text = text.strip()
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 and 0 < int(text) <= MOST else None

@@ -45,10 +45,12 @@ def availability(device_type: int) -> tuple[bool, str]:
 
 def _cpu_settings() -> dict[str, str]:
     from cubn import get_num_threads
-    from cubn.backends.cpu import cache
+    from cubn.backends.cpu import cache, pool
 
     try:
-        threads = f"{get_num_threads()}, in a pool of cubn's own"
+        chosen = pool.choose()
+        whose = "a team of an OpenMP runtime's" if chosen.teams_of else "a pool of cubn's own"
+        threads = f"{get_num_threads()}, in {whose}: {chosen.reason}"
     except ValueError as error:
         threads = str(error)
     return {

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import cubn
-from cubn.backends.threads import cores
+from cubn.backends.cores import cores
 
 SHAPES = {  # by layout: channel axis and shapes, of which no two are worked on by the same kernels
     "nchw": (1, ((16, 64, 32, 32), (16, 3, 64, 64), (64, 64, 7, 7), (4096, 3, 7, 7))),

@@ -76,6 +76,8 @@ def test_the_architecture_names_every_file_of_the_package():
         ("accuracy.py", "accuracy.json", ROOT / "docs" / "numerics.md"),
         ("synchronised.py", "synchronised.json", ROOT / "docs" / "synchronised.md"),
         ("cost_of_ranks.py", "synchronised.json", ROOT / "docs" / "synchronised.md"),
+        ("cycles.py", "cycles.json", ROOT / "docs" / "cpu.md"),
+        ("cycles_here.py", "cycles_here.json", ROOT / "docs" / "cpu.md"),
     ],
 )
 def test_table_is_that_of_the_committed_result_file(script, result, document):

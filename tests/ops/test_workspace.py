@@ -56,10 +56,10 @@ def interrupted_before(bytecode, work, handler):
 @pytest.fixture
 def watched(fresh, plans_anew, monkeypatch):
     """Every launch is told by an assertion if its workspace is free."""
-    memory, larger, prepare = {}, launch._larger, pool.prepare
+    memory, another, prepare = {}, launch._another, pool.prepare
 
-    def recorded(size):
-        workspace = larger(size)
+    def recorded(size, has_team):
+        workspace = another(size, has_team)
         memory[workspace.address] = weakref.ref(workspace.memory)
         return workspace
 
@@ -72,7 +72,7 @@ def watched(fresh, plans_anew, monkeypatch):
 
         return checked
 
-    monkeypatch.setattr(launch, "_larger", recorded)
+    monkeypatch.setattr(launch, "_another", recorded)
     monkeypatch.setattr(pool, "prepare", prepared)
 
 
@@ -82,9 +82,9 @@ def test_a_handler_that_needs_more_room_takes_none_away(watched):
 
     def handler():
         for _ in range(2):
-            launch._thread.workspace = launch.Workspace(0, 0)  # as if what it takes were larger
+            launch._thread.workspace = launch.Workspace(0, 0, False)  # as if what it takes were larger
             assert all(map(np.array_equal, train(LARGE), expected[1]))
-        launch._thread.workspace = launch.Workspace(0, 0)
+        launch._thread.workspace = launch.Workspace(0, 0, False)
 
     for bytecode in range(1, 1000):
         found, came = interrupted_before(bytecode, lambda: train(SMALL), handler)

@@ -13,6 +13,7 @@ from cubn._arrays.numpy import address_of
 from cubn._kept import kept
 from cubn._types import ITEMSIZE, Operand
 from cubn.backends.cpu import pool
+from cubn.backends.cpu.words import HAS_TEAM, WORD
 
 ALIGNMENT = 128
 """Bytes: a cache line, and its neighbour that is fetched along."""
@@ -33,19 +34,23 @@ class Workspace(NamedTuple):
 
     address: int
     size: int
+    has_team: bool  # of an OpenMP runtime's threads: the word before the address says so
     memory: NDArray[np.uint8] | None = None
 
 
 class _Thread(threading.local):
-    workspace = Workspace(0, 0)
+    workspace = Workspace(0, 0, False)
 
 
 _thread = _Thread()
 
 
-def _larger(size: int) -> Workspace:
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    workspace = Workspace(-(-address_of(memory) // ALIGNMENT) * ALIGNMENT, size, memory)
+def _another(size: int, has_team: bool) -> Workspace:
+    memory = np.empty(size + 2 * ALIGNMENT, np.uint8)
+    address = (address_of(memory) // ALIGNMENT + 1) * ALIGNMENT
+    at = address - address_of(memory) + HAS_TEAM
+    memory[at : at + WORD].view(np.int64)[0] = has_team
+    workspace = Workspace(address, size, has_team, memory)
     if size <= WORKSPACE:
         _thread.workspace = workspace
     return workspace
@@ -65,11 +70,12 @@ class Launch:
         self.nbytes = program.nbytes + sum(array.nbytes for array in keeps)
 
     def workspace(self) -> Workspace:
-        """To be held while `run`, which is given its address first, is running; workers are there then."""
-        if self.helpers:
-            pool.ask_for(self.helpers)
+        """To be held while `run`, which is given its address first, is running; other threads are there then."""
+        has_team = self.helpers > 0 and pool.ask_for(self.helpers)
         workspace = _thread.workspace
-        return workspace if workspace.size >= self.size else _larger(self.size)
+        if workspace.size >= self.size and workspace.has_team >= has_team:
+            return workspace
+        return _another(self.size, has_team)
 
     def __call__(self, statistics: int, *arguments: float) -> None:
         workspace = self.workspace()

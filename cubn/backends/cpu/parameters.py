@@ -9,13 +9,18 @@ from cubn._types import ITEMSIZE, VECTOR_CODES, Affine, Operand, Operands, Vecto
 OPERANDS = Operands._fields
 VECTORS = ("gamma", "beta", "old_mean", "old_var", "new_mean", "new_var", "dgamma", "dbeta")
 
+RANGES = 8
+"""Into which tasks are cut at most."""
+
 FIELDS = (
-    "task",
-    *(f"unused_{i}" for i in range(15)),  # the next task to claim, apart from what is only read
-    "pass_task",
-    *(f"unused_{i}" for i in range(15, 30)),  # the same of an elementwise pass
+    "claimed",
+    *(f"unused_{i}" for i in range(1, 8 * RANGES)),  # a counter for each range of tasks, on a cache line of its own
+    "pass_claimed",
+    *(f"unused_{i}" for i in range(8 * RANGES + 1, 16 * RANGES)),  # the same of an elementwise pass
     "tasks",
     "pass_tasks",
+    "ranges",
+    "pass_ranges",
     "samples",
     "channels",
     "positions",

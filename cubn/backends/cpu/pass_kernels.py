@@ -8,12 +8,13 @@ from cubn.backends.cpu.elementwise import Pass
 from cubn.backends.cpu.parameters import OFFSET
 from cubn.backends.cpu.passes import channel_pass, flat_pass, position_pass, repeat_channels
 from cubn.backends.cpu.plan import Layout
-from cubn.backends.cpu.simd import LANES, Element, claim, get
+from cubn.backends.cpu.simd import LANES, Element, get
 from cubn.backends.cpu.strided import strided_pass
+from cubn.backends.cpu.tasks import next_task_backwards
 
 Function = Callable[[int, int], None]
 
-PASS_TASK, PASS_TASKS, BLOCK = OFFSET["pass_task"], OFFSET["pass_tasks"], OFFSET["block"]
+CLAIMED, TASKS, RANGES, BLOCK = (OFFSET[name] for name in ("pass_claimed", "pass_tasks", "pass_ranges", "block"))
 SAMPLES, CHANNELS, POSITIONS = OFFSET["samples"], OFFSET["channels"], OFFSET["positions"]
 
 
@@ -23,26 +24,28 @@ def elementwise_strided(element: Element, what: Pass) -> Function:
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         groups = (get(p + CHANNELS) + groups_of - 1) // groups_of
-        task = claim(p + PASS_TASK)
-        while task < get(p + PASS_TASKS):
+        tasks, ranges = get(p + TASKS), get(p + RANGES)
+        task, exhausted = next_task_backwards(p + CLAIMED, tasks, ranges, worker, 0)
+        while task >= 0:
             one(p, task // groups, task % groups * groups_of)
-            task = claim(p + PASS_TASK)
+            task, exhausted = next_task_backwards(p + CLAIMED, tasks, ranges, worker, exhausted)
 
     return kernel
 
 
 def elementwise_flat(element: Element, what: Pass) -> Function:
-    """y or dx from a table of repeated channels. Task: a block of elements, the last ones first."""
+    """y or dx from a table of repeated channels. Task: a block of elements."""
     of_elements = flat_pass(element, what)
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         block = get(p + BLOCK)
         total = get(p + SAMPLES) * get(p + POSITIONS) * get(p + CHANNELS)
-        task = claim(p + PASS_TASK)
-        while task < get(p + PASS_TASKS):
-            first = (get(p + PASS_TASKS) - 1 - task) * block
+        tasks, ranges = get(p + TASKS), get(p + RANGES)
+        task, exhausted = next_task_backwards(p + CLAIMED, tasks, ranges, worker, 0)
+        while task >= 0:
+            first = task * block
             of_elements(p, first, min(block, total - first))
-            task = claim(p + PASS_TASK)
+            task, exhausted = next_task_backwards(p + CLAIMED, tasks, ranges, worker, exhausted)
 
     return kernel
 
@@ -58,22 +61,23 @@ def repeat(element: Element) -> Function:
 
 
 def elementwise(element: Element, layout: Layout, what: Pass) -> Function:
-    """y or dx from the coefficient table. Task: a block of rows, the last ones first."""
+    """y or dx from the coefficient table. Task: a block of rows."""
     of_rows = channel_pass(element, what) if layout == "nchw" else position_pass(element, what)
     inner = CHANNELS if layout == "nchw" else POSITIONS
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         many, block = get(p + inner), get(p + BLOCK)
         rows = get(p + SAMPLES) * many
-        task = claim(p + PASS_TASK)
-        while task < get(p + PASS_TASKS):
-            stop = rows - task * block
-            at = max(stop - block, 0)
+        tasks, ranges = get(p + TASKS), get(p + RANGES)
+        task, exhausted = next_task_backwards(p + CLAIMED, tasks, ranges, worker, 0)
+        while task >= 0:
+            at = task * block
+            stop = min(at + block, rows)
             while at < stop:
                 n, first = at // many, at % many
                 count = min(many - first, stop - at)
                 of_rows(p, n, first, count)
                 at += count
-            task = claim(p + PASS_TASK)
+            task, exhausted = next_task_backwards(p + CLAIMED, tasks, ranges, worker, exhausted)
 
     return kernel

@@ -1,17 +1,21 @@
-"""A pool of threads that run kernels without the GIL: safe under any number of caller threads, after fork, and whatever
-a signal handler raises.
+"""Threads that run kernels without the GIL: safe under any number of caller threads, after fork, and whatever a signal
+handler raises.
 
 A *program* is the kernels of one launch and how many threads each is worth. One native call runs it, so that no
 exception can leave it half done or while threads still use the caller's memory: Python raises what a signal handler
 raises when the call is over.
 
 A kernel claims tasks from an atomic counter until none is left, and the calling thread always takes part. So a kernel
-ends even if no worker is free, and no call waits for another caller's. Between kernels a worker spins for a moment, so
-that the next one of a series starts at once; then it sleeps on a semaphore.
+ends even if no other thread is free, and no call waits for another caller's. Whose threads the others are, is chosen
+once (whose_threads.py): those of an OpenMP runtime that the process has loaded, or workers of this pool.
+
+A runtime has a team for each calling thread. A few threads at a time are given one; others, which a server may have
+hundreds of, share the workers.
 
 Each worker has a mailbox, a word that says what it does: it is not there yet, asleep, idle (spinning), reserved, busy,
 or the address of a job it has been given. Who changes a mailbox does so by compare-and-swap. A job given to a worker
-that has not yet begun is withdrawn when the caller has run out of tasks.
+that has not yet begun is withdrawn when the caller has run out of tasks. After a job a worker spins for a moment, so
+that the next one of a series starts at once; then it sleeps on a semaphore.
 
 Every thread computes in the default floating-point environment; the caller's own comes back with the call's end.
 Kernels are called by address, so that no compiler moves their arithmetic out of it.
@@ -24,20 +28,24 @@ import ctypes
 import functools
 import logging
 import os
+import sys
 import threading
+import time
 from array import array
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from cubn import _floating_point
-from cubn.backends.cpu import builtin, semaphore
+from cubn.backends.cores import cores
+from cubn.backends.cpu import builtin, openmp, semaphore, whose_threads
 from cubn.backends.cpu.compile import Kernel, compiled
-from cubn.backends.cpu.words import ABSENT, MAILBOX, PLACES, SPINS, WORD
-from cubn.backends.threads import cores
+from cubn.backends.cpu.whose_threads import Choice
+from cubn.backends.cpu.words import ABSENT, HEADER, MAILBOX, PARALLEL, PLACES, TEAM_SIZE, WORD
 
 logger = logging.getLogger("cubn")
 
 MOST = 255  # workers
+MOST_TEAMS = 4  # threads at a time that have one; each is as many threads as the runtime gives
 _C_API = (
     "PyLong_AsLongLong",
     "PyFloat_AsDouble",
@@ -52,7 +60,7 @@ _C_API = (
 @functools.cache
 def native(name: str) -> Kernel:
     def build() -> Callable[..., int | None]:
-        from cubn.backends.cpu.native_pool import ENTRIES
+        from cubn.backends.cpu.native_launch import ENTRIES
 
         return ENTRIES[name]
 
@@ -97,27 +105,51 @@ def _helpers(stage: Stage) -> int:
     return min(stage.threads - 1, MOST)
 
 
+class _Membership:
+    """A thread's right to a team of the runtime's; it ends with the thread."""
+
+    def __init__(self, teams: threading.Semaphore) -> None:
+        self._teams = teams
+
+    def __del__(self) -> None:
+        self._teams.release()
+
+
+class _Thread(threading.local):
+    team: _Membership | None = None
+
+
 class Pool:
     """Workers, as many as were ever asked for and could be started; one mailbox each, at a fixed place."""
 
     def __init__(self) -> None:
-        memory = ctypes.create_string_buffer(MAILBOX * (MOST + 2))
+        memory = ctypes.create_string_buffer(HEADER + MAILBOX * (MOST + 1))
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))  # workers look at it until the process ends
         self._address = -(-ctypes.addressof(memory) // MAILBOX) * MAILBOX
-        self.forget_workers()
+        self._begin(forked=False)
 
-    def forget_workers(self) -> None:
+    def begin_in_child(self) -> None:
         """Begin anew: a forked child has none of its parent's threads."""
+        self._begin(forked=True)
+
+    def _begin(self, forked: bool) -> None:
+        self._forked = forked
         modes = _floating_point.SAVE, _floating_point.SET, _floating_point.DEFAULT
         waits = semaphore.WAIT, semaphore.POST, semaphore.NAP, semaphore.A_NAP
-        ctypes.memset(self._address, 0, MAILBOX * (MOST + 1))
+        ctypes.memset(self._address, 0, HEADER + MAILBOX * MOST)
         self._write(self._address, 0, *modes, *waits, *map(builtin.address, _C_API), id(None))
         self._mailboxes = self._workers = 0
         self._free: list[int] = []  # mailboxes
         self._growing = threading.RLock()  # which a signal handler may take again
+        self._chosen: Choice | None = None
+        self._modules = 0  # that were loaded then
+        self._thread = _Thread()
+        self._teams = threading.Semaphore(MOST_TEAMS)
 
     def prepare(self, program: Program) -> Callable[..., None]:
         """The program as a function of addresses of a workspace and of statistics, then integers, then floats."""
+        if program.helpers:
+            self.choose()
         lists = program.integers, program.floats, program.in_workspace, program.in_statistics, program.stages
         words = array("q", (self._address, program.detaches, *map(len, lists), *program.block))
         words.extend((*program.integers, *program.floats))
@@ -127,10 +159,50 @@ class Pool:
             words.extend((stage.kernel.address, _helpers(stage)))
         return builtin.function(_execute(), words.tobytes())
 
-    def ask_for(self, helpers: int) -> None:
-        """Have so many workers, if that can be."""
-        if self._workers < helpers:
-            self._grow(helpers)
+    def choose(self) -> Choice:
+        """Whose threads compute. A runtime is kept once chosen; else one is looked for again when more is imported."""
+        chosen, modules = self._chosen, len(sys.modules)
+        if chosen is None or (chosen.limited_by is None and modules != self._modules):
+            chosen = whose_threads.choice(self._forked)
+            self._modules = modules
+            self._use(chosen)
+            self._chosen = chosen
+        return chosen
+
+    def _use(self, chosen: Choice) -> None:
+        limited_by, lent = chosen.limited_by, chosen.teams_of
+        if limited_by is None:
+            return
+        entry, location = 0, 0
+        if lent:
+            entry = native("gnu-team" if lent.is_gnu else "llvm-team").address
+            location = 0 if lent.is_gnu else ctypes.addressof(openmp.LOCATION)
+        parallel = lent.parallel if lent else 0
+        self._write(self._address + TEAM_SIZE, limited_by.max_threads, limited_by.thread_number, 0, entry, location)
+        self._write(self._address + PARALLEL, parallel)  # last: threads that compute meanwhile look at it first
+
+    def ask_for(self, helpers: int) -> bool:
+        """Have so many threads beside the caller's, if that can be; whether they are a team of a runtime's."""
+        chosen = self._chosen
+        if chosen is None or chosen.limited_by is None:
+            most = helpers
+        elif chosen.teams_of and self._has_team():
+            return True
+        else:
+            most = min(helpers, chosen.limited_by.threads - 1)
+        if self._workers < most:
+            self._grow(most)
+        return False
+
+    def _has_team(self) -> bool:
+        """Whether the calling thread is one of those that have a team; they are given out until there are enough."""
+        thread = self._thread
+        if thread.team is None:
+            openmp.tell_thread()
+            if not self._teams.acquire(blocking=False):
+                return False
+            thread.team = _Membership(self._teams)
+        return True
 
     def _grow(self, size: int) -> None:
         """Start workers. Where the system has no more threads to give, there are fewer."""
@@ -139,19 +211,25 @@ class Pool:
             while self._workers < size and (self._free or self._mailboxes < MOST):
                 mailbox = self._free.pop() if self._free else self._new_mailbox()
                 try:
-                    _thread.start_new_thread(serve, (mailbox, SPINS if self._workers + 1 < cores() else 0))
+                    _thread.start_new_thread(serve, (mailbox, self._spins()))
                 except RuntimeError as error:
                     self._free.append(mailbox)
                     _say_how_few(self._workers + 1, str(error))
                     return
                 self._workers += 1
 
+    def _spins(self) -> int:
+        """Pauses that one more worker makes after a job: none where others need the core."""
+        if self._workers + 1 >= cores() or (self._chosen and self._chosen.limited_by):
+            return 0
+        return int(whose_threads.spinning() / _pause())
+
     def _new_mailbox(self) -> int:
         """One that no worker will find but the one that is told of it."""
-        self._mailboxes += 1
-        mailbox = self._address + MAILBOX * self._mailboxes
+        mailbox = self._address + HEADER + MAILBOX * self._mailboxes
         wakeup = semaphore.made(mailbox + MAILBOX - semaphore.SIZE)
         self._write(mailbox, ABSENT, 0, wakeup, self._address)
+        self._mailboxes += 1
         self._write(self._address, self._mailboxes)
         return mailbox
 
@@ -161,13 +239,24 @@ class Pool:
 
 
 @functools.cache
+def _pause() -> float:
+    """Seconds that a pause takes, of some hundred."""
+    call, times, pauses = native("spin").call, [], 500
+    for _ in range(3):
+        begin = time.perf_counter()
+        call(pauses, 0)
+        times.append(time.perf_counter() - begin)
+    return max(min(times) / pauses, 1e-10)
+
+
+@functools.cache
 def _say_how_few(threads: int, error: str) -> None:
     logger.warning("cubn: no more threads can be started (%s): computing on %d, with the same results", error, threads)
 
 
 _pool = Pool()
-prepare, ask_for = _pool.prepare, _pool.ask_for
+prepare, ask_for, choose = _pool.prepare, _pool.ask_for, _pool.choose
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.forget_workers)
+    os.register_at_fork(after_in_child=_pool.begin_in_child)

@@ -15,7 +15,6 @@ from cubn.backends.cpu.simd import (
     DOUBLE,
     LANES,
     Value,
-    claim,
     convert,
     first_lanes,
     get,
@@ -26,10 +25,11 @@ from cubn.backends.cpu.simd import (
     splat,
     store_raw,
 )
+from cubn.backends.cpu.tasks import next_task
 
 Function = Callable[[int, int], None]
 
-TASK, TASKS, CHANNELS = OFFSET["task"], OFFSET["tasks"], OFFSET["channels"]
+CLAIMED, TASKS, RANGES, CHANNELS = OFFSET["claimed"], OFFSET["tasks"], OFFSET["ranges"], OFFSET["channels"]
 X, X_CHANNEL, G, G_CHANNEL = OFFSET["x"], OFFSET["x_channel"], OFFSET["g"], OFFSET["g_channel"]
 RELU_MASK, RELU_MASK_CHANNEL = OFFSET["relu_mask"], OFFSET["relu_mask_channel"]
 ROW_TABLE, CHUNK, CHUNKS = OFFSET["rows"], OFFSET["chunk"], OFFSET["chunks"]
@@ -62,8 +62,9 @@ def reduce_rows(source: Source, reading: Reading) -> Function:
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         work = get(p + SCRATCH) + worker * get(p + SCRATCH_SIZE)
         chunk, chunks, c_all = get(p + CHUNK), get(p + CHUNKS), get(p + CHANNELS)
-        task = claim(p + TASK)
-        while task < get(p + TASKS):
+        tasks, ranges = get(p + TASKS), get(p + RANGES)
+        task, exhausted = next_task(p + CLAIMED, tasks, ranges, worker, 0)
+        while task >= 0:
             r, c0 = task // chunks, task % chunks * chunk
             row = get(p + ROW_TABLE) + 32 * r
             few = min(chunk, c_all - c0)
@@ -90,7 +91,7 @@ def reduce_rows(source: Source, reading: Reading) -> Function:
                 store_lanes(get(p + NODE_FIRST) + to, slot, min(few - c, in_slot))
                 store_lanes(get(p + NODE_SECOND) + to, slot + HALF_NODE, min(few - c, in_slot))
             put(get(p + NODE_COUNT) + 8 * r, count)
-            task = claim(p + TASK)
+            task, exhausted = next_task(p + CLAIMED, tasks, ranges, worker, exhausted)
 
     return kernel
 

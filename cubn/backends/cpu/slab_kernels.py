@@ -14,11 +14,12 @@ from cubn.backends.cpu.passes import channel_pass, group_pass
 from cubn.backends.cpu.plan import NODE, Reading
 from cubn.backends.cpu.reduce import channels_of_a_slot, gather
 from cubn.backends.cpu.row_kernels import store_lanes
-from cubn.backends.cpu.simd import LANES, Element, claim, get, put
+from cubn.backends.cpu.simd import LANES, Element, get, put
+from cubn.backends.cpu.tasks import next_task
 
 Function = Callable[[int, int], None]
 
-TASK, TASKS, CHUNK = OFFSET["task"], OFFSET["tasks"], OFFSET["chunk"]
+CLAIMED, TASKS, RANGES, CHUNK = OFFSET["claimed"], OFFSET["tasks"], OFFSET["ranges"], OFFSET["chunk"]
 SAMPLES, CHANNELS, POSITIONS = OFFSET["samples"], OFFSET["channels"], OFFSET["positions"]
 X, X_CHANNEL, G, G_CHANNEL = OFFSET["x"], OFFSET["x_channel"], OFFSET["g"], OFFSET["g_channel"]
 RELU_MASK, RELU_MASK_CHANNEL = OFFSET["relu_mask"], OFFSET["relu_mask_channel"]
@@ -69,8 +70,9 @@ def train_slab(element: Element, reading: Reading, what: Forward) -> Function:
         work = get(p + SCRATCH) + worker * get(p + SCRATCH_SIZE)
         chunk, c_all = get(p + CHUNK), get(p + CHANNELS)
         tiles = (get(p + POSITIONS) + 2047) // 2048
-        task = claim(p + TASK)
-        while task < get(p + TASKS):
+        tasks, ranges = get(p + TASKS), get(p + RANGES)
+        task, exhausted = next_task(p + CLAIMED, tasks, ranges, worker, 0)
+        while task >= 0:
             c0 = task * chunk
             few = min(chunk, c_all - c0)
             width = (few + in_slot - 1) // in_slot
@@ -84,7 +86,7 @@ def train_slab(element: Element, reading: Reading, what: Forward) -> Function:
                 finish(p, c0 + i, (slot, slot + HALF_NODE), between, count, lanes)
                 tabulate(p, c0 + i, lanes)
             normalize(p, work + get(p + AT_SPREAD), c0, few)
-            task = claim(p + TASK)
+            task, exhausted = next_task(p + CLAIMED, tasks, ranges, worker, exhausted)
 
     return kernel
 
@@ -99,8 +101,9 @@ def backward_slab(element: Element, reading: Reading, what: Backward) -> Functio
         work = get(p + SCRATCH) + worker * get(p + SCRATCH_SIZE)
         chunk, c_all = get(p + CHUNK), get(p + CHANNELS)
         tiles = (get(p + POSITIONS) + 2047) // 2048
-        task = claim(p + TASK)
-        while task < get(p + TASKS):
+        tasks, ranges = get(p + TASKS), get(p + RANGES)
+        task, exhausted = next_task(p + CLAIMED, tasks, ranges, worker, 0)
+        while task >= 0:
             c0 = task * chunk
             few = min(chunk, c_all - c0)
             width = (few + in_slot - 1) // in_slot
@@ -117,6 +120,6 @@ def backward_slab(element: Element, reading: Reading, what: Backward) -> Functio
             for c in range(0, few, at_once):
                 tabulate(p, c0 + c, min(few - c, at_once))
             apply(p, work + get(p + AT_SPREAD), c0, few)
-            task = claim(p + TASK)
+            task, exhausted = next_task(p + CLAIMED, tasks, ranges, worker, exhausted)
 
     return kernel

@@ -16,7 +16,7 @@ from cubn._types import ITEMSIZE, Extents, Operands
 from cubn.backends.cpu import plan
 from cubn.backends.cpu.compile import Kernel, compiled
 from cubn.backends.cpu.launch import ALIGNMENT
-from cubn.backends.cpu.parameters import Fields
+from cubn.backends.cpu.parameters import RANGES, Fields
 from cubn.backends.cpu.pool import Stage
 
 CACHE_WAY = 4096
@@ -110,7 +110,8 @@ def elementwise(name: str, options: tuple[Any, ...], elements: Elements) -> Part
         tasks, block = plan.elementwise_tasks(extents, layout, size)
         before, fields, room = (), {}, {}
     threads = plan.threads_for(elements.nbytes, tasks, elements.threads)
-    fields |= {"pass_tasks": tasks, "block": block, "stream": plan.streams(extents, size, threads)}
+    fields |= {"pass_tasks": tasks, "pass_ranges": min(threads, RANGES), "block": block}
+    fields |= {"stream": plan.streams(extents, size, threads)}
     run = kernel(name, dtype, "nhwc_flat" if flat else layout, *options)
     return Part((*before, Stage(run, threads)), fields, room)
 
@@ -124,7 +125,7 @@ def reduction(name: str, options: tuple[Any, ...], elements: Elements, start: in
     workers = plan.threads_for(elements.nbytes, tasks, elements.threads)
     scratch, shares = _scratch(cut.offsets, cut.scratch, workers), _shares(extents.S, dtype)
     fields = {**scratch.fields, **shares.fields, "rows": address_of(cut.table)}
-    fields |= {"tasks": tasks, "chunk": cut.chunk, "chunks": cut.chunks}
+    fields |= {"tasks": tasks, "ranges": min(workers, RANGES), "chunk": cut.chunk, "chunks": cut.chunks}
     fields |= {"steps": len(steps), "step_table": address_of(steps), "node_row": 8 * extents.C}
     nodes = {"node_count": 8 * rows, "node_first": 8 * rows * extents.C, "node_second": 8 * rows * extents.C}
     stages: tuple[Stage, ...] = (Stage(kernel(name, dtype, reading, *options), workers),)
@@ -142,7 +143,8 @@ def slab(name: str, options: tuple[Any, ...], elements: Elements) -> Part | None
         return None
     workers = min(threads, cut.tasks)
     scratch, shares = _scratch(cut.offsets, cut.scratch, workers), _shares(extents.S, dtype)
-    fields = {**scratch.fields, **shares.fields, "tasks": cut.tasks, "chunk": cut.chunk}
+    fields = {**scratch.fields, **shares.fields, "tasks": cut.tasks, "ranges": min(workers, RANGES)}
+    fields["chunk"] = cut.chunk
     fields["stream"] = plan.streams(extents, ITEMSIZE[dtype], workers)
     return Part((Stage(kernel(name, dtype, reading, *options), workers),), fields, scratch.room, shares.keeps)
 

@@ -1,4 +1,4 @@
-"""Memory that Python and the native parts of the pool share, word by word: mailboxes, the pool, jobs and programs."""
+"""Memory that Python and native code of the pool share, word by word: the pool, mailboxes, jobs and programs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,21 @@ ABSENT, ASLEEP, IDLE, RESERVED, BUSY = range(5)
 
 MAILBOXES, SAVE_MODE, SET_MODE, DEFAULT_MODE, WAIT, POST, NAP, A_NAP = (WORD * i for i in range(8))
 AS_INTEGER, AS_FLOAT, ERROR, BAD_ARGUMENT, DETACH, ATTACH, KEEP, NONE = (WORD * i for i in range(8, 16))
-"""Of the pool, MAILBOX bytes before its mailboxes: how many; functions of the C library, of the operating system and of
-Python, and what they are given.
+TEAM_SIZE, TEAM_NUMBER, PARALLEL, TEAM_ENTRY, LOCATION = (WORD * i for i in range(16, 21))
+HEADER = 256
+"""Of the pool, HEADER bytes before its mailboxes: how many; functions of the C library, of the operating system and of
+Python, and what they are given; then the OpenMP runtime: omp_get_max_threads and omp_get_thread_num, what runs a
+parallel region (0: none is to be entered), what every thread of a team runs in it, and LLVM's source location, which
+GNU's runtime does not take.
 """
 
-SPINS = 30_000
-"""Pauses, of some 15-50 ns, before a thread that waits sleeps: longer than an operation's work between two kernels."""
+WAITING = 30_000
+"""Pauses, of some 15-50 ns, before a caller naps that waits for workers to finish their last tasks."""
 
-KERNEL, PARAMETERS, DONE, CALLERS_MODE = (WORD * i for i in range(4))
-"""Of a job; the last is the caller's floating-point environment."""
+KERNEL, PARAMETERS, DONE, OF_JOB, HELPERS, CALLERS_MODE = (WORD * i for i in range(6))
+"""Of a job: what is run, on what, how many workers are done, its pool, how many may help, and the caller's
+floating-point environment.
+"""
 
 OF_POOL, DETACHES, INTEGERS, FLOATS, IN_WORKSPACE, IN_STATISTICS, STAGES = (WORD * i for i in range(7))
 TEMPLATE = WORD * 7
@@ -36,3 +42,6 @@ the template, which is the parameter block but for its addresses: places of inte
 
 PROGRAM = bytes.__basicsize__ - 1
 """From a bytes object to what it holds."""
+
+HAS_TEAM = -WORD
+"""From a workspace: whether its thread may enter parallel regions of the OpenMP runtime."""

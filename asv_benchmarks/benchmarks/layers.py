@@ -1,0 +1,133 @@
+"""What the networks have behind a convolution: batch norm, with an addition and a ReLU or without, by each contestant.
+
+A contestant's calls are `forward_train(x, state, residual=, relu=)` and `backward(dy, saved)`, as cubn has them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import cubn
+from cubn.gradients import Gradients
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """The two calls, as autograd wants them."""
+
+    @staticmethod
+    def forward(ctx, x, residual, gamma, beta, state, relu, calls):
+        given = None if residual is None else residual.detach()
+        # Not save_for_backward: a Saved holds x, notices its changes as torch does, and has no tensor to replace in it.
+        y, ctx.saved = calls.forward_train(x.detach(), state, residual=given, relu=relu)
+        ctx.calls = calls
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        saved, ctx.saved = ctx.saved, None  # so that x is freed with the layer's backward, not with the graph
+        dx, dgamma, dbeta, dresidual = ctx.calls.backward(dy, saved)
+        return dx, dresidual, dgamma, dbeta, None, None, None
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """torch's parameters and buffers, of any rank, and a contestant's calls; in evaluation cubn's, without autograd."""
+
+    def __init__(self, channels: int, relu: bool = False, calls: Any = cubn) -> None:
+        super().__init__(channels)
+        self.relu, self.calls = relu, calls
+        self.state = cubn.BatchNormState.from_module(self)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if self.training:
+            given = (x, residual, self.weight, self.bias, self.state, self.relu, self.calls)
+            return BatchNormFunction.apply(*given)
+        return cubn.forward(x, self.state, residual=residual, relu=self.relu)
+
+
+class Torch:
+    """The operators that torch's own modules come to, in one call each way."""
+
+    @staticmethod
+    def forward_train(
+        x: torch.Tensor, state: cubn.BatchNormState, residual: torch.Tensor | None = None, relu: bool = False
+    ) -> tuple[torch.Tensor, tuple[object, ...]]:
+        of_state = (state.gamma, state.beta, state.running_mean, state.running_var)
+        y, mean, invstd = torch.native_batch_norm(x, *of_state, True, state.momentum, state.eps)
+        if residual is not None:
+            y.add_(residual)
+        if relu:
+            y.relu_()
+        return y, (x, state, mean, invstd, y if relu else None, residual is not None)
+
+    @staticmethod
+    def backward(dy: torch.Tensor, saved: tuple[object, ...]) -> Gradients[torch.Tensor]:
+        x, state, mean, invstd, y, added = saved
+        if y is not None:
+            dy = torch.ops.aten.threshold_backward(dy, y, 0)
+        of_forward = (x, state.gamma, state.running_mean, state.running_var, mean, invstd, True, state.eps)
+        of_norm = torch.ops.aten.native_batch_norm_backward(dy, *of_forward, [True, True, True])
+        return Gradients(*of_norm, dy if added else None)
+
+
+class ThenReLU(nn.Module):
+    """A layer, an addition and a ReLU by torch, in place as torchvision's networks have them."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.norm(x)
+        if residual is not None:
+            y = y.add_(residual)
+        return nn.functional.relu_(y)
+
+
+class JoinFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, dy
+
+
+class Join(nn.Module):
+    """Nothing, but that a shortcut has its backward as if it had been added."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return x if residual is None else JoinFunction.apply(x, residual)
+
+
+class Layers(NamedTuple):
+    """What a contestant makes for so many channels."""
+
+    norm: Callable[[int], nn.Module]
+    norm_relu: Callable[[int], nn.Module]  # takes a residual, too
+
+
+def with_relu_apart(norm: Callable[[int], nn.Module]) -> Layers:
+    return Layers(norm, lambda channels: ThenReLU(norm(channels)))
+
+
+def with_relu_fused(calls: Any) -> Layers:
+    return Layers(
+        lambda channels: BatchNorm(channels, calls=calls), lambda channels: BatchNorm(channels, relu=True, calls=calls)
+    )
+
+
+def contestants(module: Callable[[int], nn.Module]) -> dict[str, Layers]:
+    """Layers by contestant; torch's batch norm is the given module. "none" has no batch norm, "bare" no addition and no
+    ReLU either.
+    """
+    return {
+        "torch": with_relu_apart(module),
+        "cubn": with_relu_apart(BatchNorm),
+        "fused": with_relu_fused(cubn),
+        "none": with_relu_apart(nn.Identity),
+        "bare": Layers(nn.Identity, lambda channels: Join()),
+    }
