@@ -89,3 +89,37 @@ def test_no_address_changes_a_bit_of_training(backend, dtype, shape, axis):
         first = first or results
         for got, expected in zip(results, first, strict=True):
             arrays.assert_same(got, expected, f"offset {offset}")
+
+
+@pytest.mark.every_pair
+@pytest.mark.usefixtures("eager_threads", "passes")
+@pytest.mark.parametrize(("backend", "passes"), [("cpu", "plain"), ("cpu", "streamed by position")], indirect=True)
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33, 49, 63, 64, 65, 79, 80, 81])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_that_end_amid_a_vector_may_be_overwritten(backend, dtype, length, axis):
+    """y in new memory, in x's and in the residual's; rows are positions of a channel, or the channels of a position."""
+    rng = np.random.default_rng(3)
+    shape = (2, 5, length) if axis == 1 else (2, length, 5)
+    x, residual = arrays.normal(rng, shape, dtype), arrays.normal(rng, shape, dtype)
+    state = state_of(shape[1], axis, rng)
+    stats = oracle.frozen_statistics(state.running_mean, state.running_var, EPS)
+    expected = oracle.normalize(x, stats, state.gamma, state.beta, residual=residual)
+    for out in ("new", "x", "residual"):
+        given = {"x": place(x, axis, 3 * x.itemsize), "residual": place(residual, axis), "new": None}
+        y = cubn.forward(given["x"], state, residual=given["residual"], out=given[out])
+        arrays.assert_same(oracle.as_ncs(arrays.store_of(y), axis), expected, f"out is {out}")
+
+
+@pytest.mark.parametrize("of_the_mean", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_running_means_are_taken_to_their_last_bit_and_infinite_ones_give_nan(backend, axis, dtype, of_the_mean):
+    rng = np.random.default_rng(4)
+    x = arrays.normal(rng, (3, 19, 21), dtype)
+    mean, var = arrays.normal(rng, 19, of_the_mean, centre=1.0), np.ones(19, of_the_mean)
+    mean[[2, 11, 17]] = np.inf, -np.inf, np.nan
+    state = cubn.BatchNormState.from_arrays(running_mean=mean, running_var=var, eps=EPS, channel_axis=axis, check=False)
+    y = oracle.as_ncs(arrays.store_of(cubn.forward(place(x, axis), state)), axis)
+    assert np.isnan(y[:, [2, 11, 17]]).all()
+    arrays.assert_same(y, oracle.normalize(x, oracle.frozen_statistics(mean, var, EPS), None, None), "y")

@@ -45,8 +45,10 @@ def centre(x: Value, c: Coefficients) -> Value:
     return (x - c.high) - c.low
 
 
-def normalized(x: Value, c: Coefficients) -> Value:
-    return centre(x, c) * c.scale + c.beta
+def normalized(x: Value, c: Coefficients, exact_mean: bool = False) -> Value:
+    """`exact_mean`: of a mean that is an acc number, low is 0 (and x - 0 is x)."""
+    centred = x - c.high if exact_mean else centre(x, c)
+    return centred * c.scale + c.beta
 
 
 def relu(v: Value) -> Value:

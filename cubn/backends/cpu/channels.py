@@ -142,7 +142,9 @@ def entries(table: Values) -> Coefficients:
 
 
 def coefficients(acc: ir.Type) -> Any:
-    """An instruction: high, low, scale and beta into the table."""
+    """An instruction: high, low, scale and beta into the table. Where low is not finite, high is NaN too: then y is NaN
+    for those who do not read low.
+    """
 
     @instruction()
     def of_channels(table: Values, mean: Value, invstd: Value, gamma: Values, beta: Values, lanes: Value) -> None:
@@ -150,8 +152,9 @@ def coefficients(acc: ir.Type) -> Any:
         places = entries(table)
         centre = load(mean, mask)
         high = cast(centre, acc)
-        store(high, places.high, mask)
-        store(cast(centre - double(high), acc), places.low, mask)
+        low = cast(centre - double(high), acc)
+        store(high + (low - low), places.high, mask)
+        store(low, places.low, mask)
         load_parameter(gamma, 1.0, places.scale, acc, mask)
         store(cast(load(invstd, mask), acc) * load(places.scale, mask, acc), places.scale, mask)
         load_parameter(beta, 0.0, places.beta, acc, mask)

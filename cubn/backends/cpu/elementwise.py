@@ -8,7 +8,7 @@ no result depends on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cubn.backends.cpu.arithmetic import Coefficients, behind_relu, input_gradient, normalized, relu
@@ -30,9 +30,12 @@ from cubn.backends.cpu.simd import (
     pointer,
     prefetch,
     select,
+    shifted,
 )
 
 UNROLL = 4
+FURTHER = 2048
+"""Bytes ahead of what is streamed that x is asked for: half a page, behind which no processor looks ahead by itself."""
 
 CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
 X_SAMPLE, X_CHANNEL, X_POSITION = OFFSET["x_sample"], OFFSET["x_channel"], OFFSET["x_position"]
@@ -44,6 +47,7 @@ RELU_MASK_SAMPLE, RELU_MASK_CHANNEL, RELU_MASK_POSITION = (
     OFFSET["relu_mask_channel"],
     OFFSET["relu_mask_position"],
 )
+STREAM = OFFSET["stream"]
 X, Y, G, R, RELU_MASK = OFFSET["x"], OFFSET["y"], OFFSET["g"], OFFSET["r"], OFFSET["relu_mask"]
 
 
@@ -53,6 +57,7 @@ class Forward(NamedTuple):
     residual: bool
     relu: bool
     keep_mask: bool
+    exact_mean: bool = False
 
     @property
     def reads_g(self) -> bool:
@@ -115,7 +120,7 @@ def vector_of(
     def forward(
         what: Forward, x: Value, g: Value | None, place: tuple[Value, ...], c: Coefficients
     ) -> tuple[Value, None]:
-        v = normalized(x, c)
+        v = normalized(x, c, what.exact_mean)
         if g is not None:
             v = v + g
         if what.relu:
@@ -151,6 +156,12 @@ def sample(p, n):  # type: ignore[no-untyped-def]
 
 
 @jit
+def streams(p):  # type: ignore[no-untyped-def]
+    """Whether y is to bypass the caches: not where it replaces x or g, which are in them already."""
+    return get(p + STREAM) and get(p + Y) != get(p + X) and get(p + Y) != get(p + G)
+
+
+@jit
 def channel_steps(p):  # type: ignore[no-untyped-def]
     return get(p + Y_CHANNEL), get(p + X_CHANNEL), get(p + G_CHANNEL), get(p + R_CHANNEL), get(p + RELU_MASK_CHANNEL)
 
@@ -171,80 +182,137 @@ def elements(size: int, count: int) -> tuple[int, ...]:
     return (size * count,) * 4 + (count // 8,)
 
 
-def row_pass(element: Element, what: Pass, per_lane: bool, in_slab: bool = False) -> Any:
-    """For kernels: one row of `length` elements, by the entries of a coefficient table (a channel's, or with
-    per_lane one a lane).
+class RowPass(NamedTuple):
+    """For kernels, over elements side by side: `row` of any length, `seam` of one vector across two channels, `some` of
+    less than a vector.
+    """
+
+    row: Any
+    seam: Any
+    some: Any
+
+
+def row_pass(element: Element, what: Pass, per_lane: bool, in_slab: bool = False) -> RowPass:
+    """By the entries of a coefficient table (a channel's, or with per_lane one a lane).
 
     In a slab x and dy are in cache, and the output's next row is too far away for the processor to see it coming: it is
     asked for, `ahead` bytes from this one.
     """
     size, acc = element.size, element.acc_size
     compute = vector_of(element, what)
+    by_element, by_vector = elements(size, 1), elements(size, LANES)
+    entry = (acc, 0) if per_lane else (0, 0)
+    entries = (entry[0] * LANES, 0)
 
-    def steps(
-        count: int, stream: bool, at: Values, table: Values, ahead: Value | None = None, lanes: Value | None = None
+    def coefficients(table: Values) -> Coefficients:
+        return coefficients_at(element, table, one_channel=not per_lane)
+
+    def vectors(
+        places: Sequence[Values], found: Sequence[Coefficients], *, stream: bool = False, lanes: Value | None = None
     ) -> None:
-        """`count` vectors, loads before stores."""
-        (py, px, pg, pr, pb), (context, row) = at, table
-        if in_slab and ahead is not None:
+        """A vector at each place, loads before stores. What is streamed is asked for long before."""
+        if stream:
+            for _, px, pg, _, _ in places:
+                for o in range(0, LANES * size, LINE):
+                    prefetch(px + FURTHER + o)
+                    if what.reads_g:
+                        prefetch(pg + FURTHER + o)
+        mask = None if lanes is None else first_lanes(lanes)
+        xs = [element.load(px, mask) for _, px, _, _, _ in places]
+        gs = [element.load(pg, mask) if what.reads_g else None for _, _, pg, _, _ in places]
+        results = [compute(x, g, (pb,), c) for x, g, (*_, pb), c in zip(xs, gs, places, found, strict=True)]
+        for (y, dresidual), (py, _, _, pr, _) in zip(results, places, strict=True):
+            element.store(y, py, mask, stream=stream)
+            if dresidual is not None:
+                element.store(dresidual, pr, mask)
+
+    def neighbours(count: int, at: Values, table: Values, *, stream: bool = False) -> None:
+        tables = [shifted(table, entries, i) for i in range(count)] if per_lane else [table]
+        found = [coefficients(one) for one in tables] * (1 if per_lane else count)
+        vectors([shifted(at, by_vector, i) for i in range(count)], found, stream=stream)
+
+    def ask_for_output(py: Value, ahead: Value, count: int = 1) -> None:
+        if in_slab:
             for o in range(0, LANES * size * count, LINE):
                 prefetch(py + ahead + o, to_write=True)
-        mask = None if lanes is None else first_lanes(lanes)
-        offsets = [LANES * size * i for i in range(count)]
-        xs = [element.load(px + o, mask) for o in offsets]
-        gs = [element.load(pg + o, mask) if what.reads_g else None for o in offsets]
-        if per_lane:
-            tables = [coefficients_at(element, (context + LANES * acc * i, row)) for i in range(count)]
-        else:
-            tables = [coefficients_at(element, table, one_channel=True)] * count
-        found = [compute(x, g, (pb + 2 * i,), c) for i, (x, g, c) in enumerate(zip(xs, gs, tables, strict=True))]
-        for o, (y, dresidual) in zip(offsets, found, strict=True):
-            element.store(y, py + o, mask, stream=stream)
-            if dresidual is not None:
-                element.store(dresidual, pr + o, mask)
 
     @instruction()
     def many(at: Values, table: Values, ahead: Value) -> None:
-        steps(UNROLL, False, at, table, ahead)
+        ask_for_output(at[0], ahead, UNROLL)
+        neighbours(UNROLL, at, table)
 
     @instruction()
     def one(at: Values, table: Values, ahead: Value) -> None:
-        steps(1, False, at, table, ahead)
+        ask_for_output(at[0], ahead)
+        neighbours(1, at, table)
 
     @instruction()
-    def streamed(at: Values, table: Values) -> None:
-        steps(UNROLL, True, at, table)
+    def two(at: Values, table: Values, apart: Value, ahead: Value) -> None:
+        """Vectors so many elements apart. Where they overlap, both write the same."""
+        ask_for_output(at[0], ahead)
+        vectors([at, shifted(at, by_element, apart)], [coefficients(table), coefficients(shifted(table, entry, apart))])
+
+    @instruction()
+    def streamed_many(at: Values, table: Values) -> None:
+        neighbours(UNROLL, at, table, stream=True)
+
+    @instruction()
+    def streamed_one(at: Values, table: Values) -> None:
+        neighbours(1, at, table, stream=True)
 
     @instruction()
     def some(at: Values, table: Values, lanes: Value) -> None:
-        steps(1, False, at, table, lanes=lanes)
+        vectors([at], [coefficients(table)], lanes=lanes)
 
-    vector, by_element, by_vector = LANES * size, elements(size, 1), elements(size, LANES)
-    entry = (acc, 0) if per_lane else (0, 0)
-    has_relu_mask = what.has_relu_mask
+    def across(at: Values, table: Values, lanes: Value, *, stream: bool = False) -> None:
+        """The first lanes are of one channel, the others of the next."""
+        mask, following = first_lanes(lanes), coefficients(shifted(table, (acc, 0), 1))
+        found = Coefficients(*(select(mask, a, b) for a, b in zip(coefficients(table), following, strict=True)))
+        vectors([at], [found], stream=stream)
+
+    @instruction()
+    def plain_seam(at: Values, table: Values, lanes: Value, ahead: Value) -> None:
+        ask_for_output(at[0], ahead)
+        across(at, table, lanes)
+
+    @instruction()
+    def streamed_seam(at: Values, table: Values, lanes: Value) -> None:
+        across(at, table, lanes, stream=True)
+
+    vector, has_relu_mask = LANES * size, what.has_relu_mask
 
     @jit
-    def pass_over(length, at, table, stream, ahead):  # type: ignore[no-untyped-def]
-        if stream and not has_relu_mask:  # a relu mask is cut in words from the row's start
-            head = (-at[0] & (vector - 1)) // size
-            if head and head < length:
-                some(at, table, head)
-                length -= head
-                at, table = moved(at, by_element, head), moved(table, entry, head)
+    def row(length, at, table, stream, ahead):  # type: ignore[no-untyped-def]
+        apart = length % LANES
+        if apart and length > LANES and not has_relu_mask:  # whose words do not overlap
+            two(at, table, apart, ahead)
+            apart += LANES
+            at, table, length = moved(at, by_element, apart), moved(table, entry, apart), length - apart
         if stream and not at[0] & (vector - 1):
             while length >= UNROLL * LANES:
-                streamed(at, table)
+                streamed_many(at, table)
                 length -= UNROLL * LANES
-                at, table = moved(at, by_vector, UNROLL), moved(table, entry, UNROLL * LANES)
+                at, table = moved(at, by_vector, UNROLL), moved(table, entries, UNROLL)
+            while length >= LANES:
+                streamed_one(at, table)
+                length -= LANES
+                at, table = moved(at, by_vector, 1), moved(table, entries, 1)
         while length >= UNROLL * LANES:
             many(at, table, ahead)
             length -= UNROLL * LANES
-            at, table = moved(at, by_vector, UNROLL), moved(table, entry, UNROLL * LANES)
+            at, table = moved(at, by_vector, UNROLL), moved(table, entries, UNROLL)
         while length >= LANES:
             one(at, table, ahead)
             length -= LANES
-            at, table = moved(at, by_vector, 1), moved(table, entry, LANES)
+            at, table = moved(at, by_vector, 1), moved(table, entries, 1)
         if length:
             some(at, table, length)
 
-    return pass_over
+    @jit
+    def seam(at, table, lanes, stream, ahead):  # type: ignore[no-untyped-def]
+        if stream:
+            streamed_seam(at, table, lanes)
+        else:
+            plain_seam(at, table, lanes, ahead)
+
+    return RowPass(row, seam, some)

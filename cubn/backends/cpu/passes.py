@@ -5,97 +5,84 @@ from __future__ import annotations
 from typing import Any
 
 from cubn.backends.cpu.elementwise import (
-    UNROLL,
     Pass,
     channel_steps,
     elements,
     position_steps,
     row_pass,
     sample,
-    vector_of,
+    streams,
 )
-from cubn.backends.cpu.nodes import coefficients_at, jit
+from cubn.backends.cpu.nodes import jit
 from cubn.backends.cpu.parameters import OFFSET
 from cubn.backends.cpu.plan import SHORT, SPREAD_ROW
-from cubn.backends.cpu.simd import LANES, Element, Value, Values, get, instruction, moved, pointer, shifted, splat
+from cubn.backends.cpu.simd import LANES, Element, Value, get, instruction, moved, pointer, splat
 
 CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
 X_CHANNEL, Y_CHANNEL, G_CHANNEL, R_CHANNEL = (OFFSET[f"{name}_channel"] for name in "xygr")
-Y_SAMPLE, STREAM, PERIOD = OFFSET["y_sample"], OFFSET["stream"], OFFSET["period"]
+Y_SAMPLE, PERIOD = OFFSET["y_sample"], OFFSET["period"]
 COEFFICIENTS, COEFFICIENT_ROW = OFFSET["coefficients"], OFFSET["coefficient_row"]
 
 
 def channel_pass(element: Element, what: Pass, in_slab: bool = False) -> Any:
     """For kernels: one sample of `count` channels from c0 of a dense nchw array; in a slab, the one before it is
     next.
+
+    Channels that lie side by side are one long row: where one ends amid a vector, the next begins there.
     """
-    row = row_pass(element, what, False, in_slab)
-    acc = element.acc_size
+    row, seam, some = row_pass(element, what, False, in_slab)
+    size, acc, lanes, vector = element.size, element.acc_size, LANES, LANES * element.size
+    by_element = elements(size, 1)
+    has_relu_mask, reads_g, writes_r = what.has_relu_mask, what.reads_g, what.writes_r
+
+    @jit
+    def side_by_side(p):  # type: ignore[no-untyped-def]
+        step = get(p + POSITIONS) * size
+        if has_relu_mask or step < vector or get(p + X_CHANNEL) != step or get(p + Y_CHANNEL) != step:
+            return False
+        return (not reads_g or get(p + G_CHANNEL) == step) and (not writes_r or get(p + R_CHANNEL) == step)
 
     @jit
     def of_channels(p, n, c0, count):  # type: ignore[no-untyped-def]
-        steps = channel_steps(p)
+        steps, length, ahead = channel_steps(p), get(p + POSITIONS), -get(p + Y_SAMPLE)
         at = moved(sample(p, n), steps, c0)
         table = get(p + COEFFICIENTS) + c0 * acc, get(p + COEFFICIENT_ROW)
-        for _ in range(count):
-            row(get(p + POSITIONS), at, table, get(p + STREAM), -get(p + Y_SAMPLE))
-            at, table = moved(at, steps, 1), moved(table, (acc, 0), 1)
+        if not side_by_side(p):
+            for _ in range(count):
+                row(length, at, table, streams(p), ahead)
+                at, table = moved(at, steps, 1), moved(table, (acc, 0), 1)
+            return
+        stream, begun = streams(p), 0
+        if stream:
+            begun = (-at[0] & (vector - 1)) // size
+            if begun:
+                some(at, table, begun)
+                at = moved(at, by_element, begun)
+        for c in range(count):
+            left = (length - begun) % lanes
+            row(length - begun - left, at, table, stream, ahead)
+            at, begun = moved(at, by_element, length - begun - left), 0
+            if left and c + 1 < count:
+                seam(at, table, left, stream, ahead)
+                at, begun = moved(at, by_element, lanes), lanes - left
+            elif left:
+                some(at, table, left)
+            table = moved(table, (acc, 0), 1)
 
     return of_channels
 
 
 def position_pass(element: Element, what: Pass) -> Any:
-    """For kernels: all channels of `count` positions from s0 of one sample of an nhwc array, four positions at a
-    time.
-    """
-    row = row_pass(element, what, True)
-    compute = vector_of(element, what)
-    size, acc = element.size, element.acc_size
-    vector, by_vector = LANES * size, elements(size, LANES)
-
-    def four(stream: bool, at: Values, steps: Values, table: Values) -> None:
-        """16 channels of four positions: coefficients are loaded once."""
-        c = coefficients_at(element, table)
-        places = [shifted(at, steps, i) for i in range(UNROLL)]
-        xs = [element.load(px) for _, px, _, _, _ in places]
-        gs = [element.load(pg) if what.reads_g else None for _, _, pg, _, _ in places]
-        found = [compute(x, g, (pb,), c) for x, g, (*_, pb) in zip(xs, gs, places, strict=True)]
-        for (y, dresidual), (py, _, _, pr, _) in zip(found, places, strict=True):
-            element.store(y, py, stream=stream)
-            if dresidual is not None:
-                element.store(dresidual, pr)
-
-    @instruction()
-    def plain(at: Values, steps: Values, table: Values) -> None:
-        four(False, at, steps, table)
-
-    @instruction()
-    def streamed(at: Values, steps: Values, table: Values) -> None:
-        four(True, at, steps, table)
+    """For kernels: all channels of `count` positions from s0 of one sample of an nhwc array."""
+    row = row_pass(element, what, True).row
 
     @jit
     def of_positions(p, n, s0, count):  # type: ignore[no-untyped-def]
         steps = position_steps(p)
         at = moved(sample(p, n), steps, s0)
-        length, stream = get(p + CHANNELS), get(p + STREAM)
-        table = get(p + COEFFICIENTS), get(p + COEFFICIENT_ROW)
-        vectors = length // LANES
-        streams = stream and not (at[0] | steps[0]) & (vector - 1)
-        while count >= UNROLL:
-            place, entries = at, table
-            for _ in range(vectors):
-                if streams:
-                    streamed(place, steps, entries)
-                else:
-                    plain(place, steps, entries)
-                place, entries = moved(place, by_vector, 1), moved(entries, (acc, 0), LANES)
-            if length % LANES:
-                for i in range(UNROLL):
-                    row(length % LANES, moved(place, steps, i), entries, 0, 0)
-            at = moved(at, steps, UNROLL)
-            count -= UNROLL
+        table, stream = (get(p + COEFFICIENTS), get(p + COEFFICIENT_ROW)), streams(p)
         for _ in range(count):
-            row(length, at, table, stream, 0)
+            row(get(p + CHANNELS), at, table, stream, 0)
             at = moved(at, steps, 1)
 
     return of_positions
@@ -106,12 +93,12 @@ def flat_pass(element: Element, what: Pass) -> Any:
 
     The table has the channels over and over, so that rows are long; see `repeat_channels`.
     """
-    row = row_pass(element, what, True)
+    row = row_pass(element, what, True).row
     by_element = elements(element.size, 1)
 
     @jit
     def of_elements(p, first, count):  # type: ignore[no-untyped-def]
-        table, stream = (get(p + COEFFICIENTS), get(p + COEFFICIENT_ROW)), get(p + STREAM)
+        table, stream = (get(p + COEFFICIENTS), get(p + COEFFICIENT_ROW)), streams(p)
         at = moved(sample(p, 0), by_element, first)
         while count > 0:
             length = min(count, get(p + PERIOD))
@@ -148,7 +135,7 @@ def group_pass(element: Element, what: Pass) -> tuple[Any, Any]:
 
     `spread` makes the long row's coefficient table in scratch, once for all samples, and says whether that is worth it.
     """
-    row = row_pass(element, what, True, in_slab=True)
+    row = row_pass(element, what, True, in_slab=True).row
     size, acc, has_relu_mask = element.size, element.acc_size, what.has_relu_mask
     reads_g, writes_r = what.reads_g, what.writes_r
 
@@ -176,6 +163,6 @@ def group_pass(element: Element, what: Pass) -> tuple[Any, Any]:
     @jit
     def of_group(p, table, n, c0, count):  # type: ignore[no-untyped-def]
         at = moved(sample(p, n), channel_steps(p), c0)
-        row(get(p + POSITIONS) * count, at, (table, SPREAD_ROW), get(p + STREAM), -get(p + Y_SAMPLE))
+        row(get(p + POSITIONS) * count, at, (table, SPREAD_ROW), streams(p), -get(p + Y_SAMPLE))
 
     return spread, of_group

@@ -5,6 +5,7 @@ here.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,7 @@ from cubn._floating_point import default_floating_point
 from cubn._kept import kept
 from cubn._tree import COLUMNS, TILE, Block, Step, aligned_blocks, pair_order, root_order
 from cubn._types import Extents, Operand, Operands
+from cubn.backends.cpu.caches import last_level
 
 LANES = 16
 NODE = 256  # bytes of a node slot: two vectors of 16 float64
@@ -32,10 +34,12 @@ SAMPLES_A_ROW = 256
 VALUES_A_ROW = 1 << 16  # of 2-D arrays
 RUNS = LANES * LANES  # samples that a narrow array is taken by
 SERIAL_BYTES = 1 << 18  # below this waking a thread, some microseconds, costs more than it saves
-STREAM_BYTES = 32 << 20  # above this an output would only push other data out of the caches
+LAST_CACHE = last_level()
+STREAM_BYTES = LAST_CACHE.nbytes // 4  # of x, for each last cache in use: above, y only pushes other data out of it
+SHARING = LAST_CACHE.processors
 BLOCK_BYTES = 1 << 16
 FEW_CHANNELS = 128  # up to which several positions of a dense nhwc array are taken as one row
-PERIOD = 1024  # elements of such a row, at most
+PERIOD = 512  # elements of such a row, at most: its coefficients take a third of the first cache
 SLAB_BYTES = 1 << 19  # of x that a fused task may take: half of a core's cache or less
 STRETCH_BYTES = 1 << 13  # of a sample that a fused task should take at once, for memory to stream
 WIDEST_SLAB = 8  # node slots
@@ -285,9 +289,9 @@ def flat_tasks(extents: Extents, itemsize: int) -> tuple[int, int, int]:
     return -(-N * C * S // block), block, period
 
 
-def streams(extents: Extents, itemsize: int) -> bool:
+def streams(extents: Extents, itemsize: int, threads: int) -> bool:
     """Whether outputs should bypass the caches."""
-    return extents.N * extents.C * extents.S * itemsize >= STREAM_BYTES
+    return math.prod(extents) * itemsize >= -(-threads // SHARING) * STREAM_BYTES
 
 
 def threads_for(size: int, tasks: int, limit: int) -> int:

@@ -39,7 +39,8 @@ def forward(elements: Elements, affine: Affine, running: Running, options: Norma
     arguments = Arguments(("x", "g", "y", "mask", *AFFINE, *OLD), ("eps",))
     fields = of_affine(affine) | _of_running("old", running)
     room = Part(room=dict.fromkeys(("mean", "var", "invstd"), 8 * elements.extents.C))
-    run = stages.elementwise("normalize", _specialised(options), elements)
+    exact_mean = elements.dtype == "float64" or running.mean.dtype != "float64"
+    run = stages.elementwise("normalize", (*_specialised(options), exact_mean), elements)
     return over_elements((room, tabulate, run), elements, arguments, fields, strided=layout_of(elements) == "strided")
 
 

@@ -59,6 +59,8 @@ class Value:
         op = self.b.mul if self._is_integer() else self.b.fmul
         return Value(self.b, op(self.v, self._other(other)))
 
+    __rmul__ = __mul__
+
     def __truediv__(self, other: Value) -> Value:
         return Value(self.b, self.b.fdiv(self.v, other.v))
 
@@ -67,7 +69,7 @@ Values = tuple[Value, ...]
 """One of each array: addresses, or steps."""
 
 
-def shifted(at: Values, steps: Values, count: Value | int) -> Values:
+def shifted(at: Values, steps: Sequence[Value | int], count: Value | int) -> Values:
     """Addresses so many steps further on."""
     return tuple(address + step * count for address, step in zip(at, steps, strict=True))
 

@@ -19,6 +19,12 @@ from cubn.backends.cpu.launch import ALIGNMENT
 from cubn.backends.cpu.parameters import RANGES, Fields
 from cubn.backends.cpu.pool import Stage
 
+CACHE_WAY = 4096
+"""Bytes from which on addresses share the lines of a core's first cache; a row of the coefficient table ends
+`ROW_IN_CACHE` behind a multiple of them, and six such rows are spread over all lines.
+"""
+ROW_IN_CACHE = 5 * ALIGNMENT
+
 Arrays = tuple[NDArray[Any], ...]
 
 
@@ -79,9 +85,11 @@ def over_channels(*names: str, dtype: str) -> Part:
 
 
 def coefficients(entries: int, dtype: str) -> Part:
-    """Room for the coefficient table: six rows of acc, padded to whole vectors."""
+    """Room for the coefficient table: six rows of acc, padded to whole vectors, and so that they do not take turns in
+    the same lines of a cache.
+    """
     row = -(-entries // plan.LANES) * plan.LANES * ITEMSIZE[_acc(dtype)]
-    row = -(-row // ALIGNMENT) * ALIGNMENT
+    row += (ROW_IN_CACHE - row) % CACHE_WAY
     return Part((), {"coefficient_row": row}, {"coefficients": 6 * row})
 
 
@@ -103,7 +111,7 @@ def elementwise(name: str, options: tuple[Any, ...], elements: Elements) -> Part
         before, fields, room = (), {}, {}
     threads = plan.threads_for(elements.nbytes, tasks, elements.threads)
     fields |= {"pass_tasks": tasks, "pass_ranges": min(threads, RANGES), "block": block}
-    fields |= {"stream": plan.streams(extents, size)}
+    fields |= {"stream": plan.streams(extents, size, threads)}
     run = kernel(name, dtype, "nhwc_flat" if flat else layout, *options)
     return Part((*before, Stage(run, threads)), fields, room)
 
@@ -137,7 +145,7 @@ def slab(name: str, options: tuple[Any, ...], elements: Elements) -> Part | None
     scratch, shares = _scratch(cut.offsets, cut.scratch, workers), _shares(extents.S, dtype)
     fields = {**scratch.fields, **shares.fields, "tasks": cut.tasks, "ranges": min(workers, RANGES)}
     fields["chunk"] = cut.chunk
-    fields["stream"] = plan.streams(extents, ITEMSIZE[dtype])
+    fields["stream"] = plan.streams(extents, ITEMSIZE[dtype], workers)
     return Part((Stage(kernel(name, dtype, reading, *options), workers),), fields, scratch.room, shares.keeps)
 
 
