@@ -84,6 +84,29 @@ def test_threads_share_what_is_large(shape, axis, dtype):
     check(shape, axis, dtype, threads=(1, 2, 3, 11))
 
 
+FEW_POSITIONS = [(16, 3, 2), (17, 40, 5), (16, 100, 31), (40, 17, 15), (300, 16, 16), (15, 40, 5), (16, 40, 32)]
+"""Around those arrays that an elementwise pass takes as one row, with a coefficient an element."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("shape", [*FEW_POSITIONS, (16, 1100, 15)], ids=str)
+def test_many_samples_of_few_positions(shape, dtype):
+    check(shape, dtype=dtype, threads=(1, 2))
+
+
+@pytest.mark.parametrize("shape", FEW_POSITIONS, ids=str)
+def test_few_positions_of_arrays_with_gaps(shape):
+    """Samples or channels that do not lie side by side: slices of larger arrays."""
+    N, C, S = shape
+    rng = np.random.default_rng(0)
+    mean, var = np.zeros(C, np.float32), np.ones(C, np.float32)
+    for store in (arrays.normal(rng, (N, C + 1, S))[:, 1:], arrays.normal(rng, (N, C, S + 1))[:, :, :S]):
+        x = np.ascontiguousarray(store)
+        state = cubn.BatchNormState.from_arrays(running_mean=mean, running_var=var, num_features=C)
+        arrays.assert_same(cubn.forward(store, state), cubn.forward(x, state))
+        arrays.assert_same(cubn.forward(x, state, residual=store), cubn.forward(x, state, residual=x))
+
+
 def test_an_output_larger_than_the_caches():
     check((22, 64, 112, 112))
 

@@ -18,7 +18,7 @@ from cubn.backends.cpu.channel_kernels import (
 )
 from cubn.backends.cpu.elementwise import Backward, Forward
 from cubn.backends.cpu.nodes import Source
-from cubn.backends.cpu.pass_kernels import elementwise, elementwise_flat, elementwise_strided, repeat
+from cubn.backends.cpu.pass_kernels import elementwise, elementwise_flat, elementwise_strided, repeat, spread
 from cubn.backends.cpu.row_kernels import merge_rows, reduce_rows
 from cubn.backends.cpu.simd import Element
 from cubn.backends.cpu.slab_kernels import backward_slab, train_slab
@@ -30,6 +30,7 @@ FOR_ALL = {"statistics": finish_root, "frozen": widen_running, "keep": keep, "pa
 IN_ACC: dict[str, Callable[[Element], Function]] = {
     "finish": lambda element: for_all(finish_root, table_of(element)),
     "repeat": repeat,
+    "spread": spread,
     "tabulate": lambda element: for_all(table_of(element)),
     "tabulate_gradient": lambda element: for_all(gradient_table_of(element)),
     "tabulate_frozen": lambda element: for_all(widen_running, table_of(element)),
@@ -59,4 +60,4 @@ def build(name: str, dtype: str, options: tuple[Any, ...]) -> Function:
     what = Forward(*rest) if name == "normalize" else Backward(*rest)
     if way == "strided":
         return elementwise_strided(element, what)
-    return elementwise_flat(element, what) if way == "nhwc_flat" else elementwise(element, way, what)
+    return elementwise_flat(element, what) if way == "flat" else elementwise(element, way, what)

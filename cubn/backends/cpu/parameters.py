@@ -70,8 +70,9 @@ FIELDS = (
     "ddof",  # of the running variance, m2 / (count - ddof)
     "tracked",
     "skipped",  # int64[C] counters
-    "block",  # rows of the elementwise pass a task takes; or elements, where coefficients repeat after `period`
-    "period",
+    "block",  # rows of the elementwise pass a task takes; or elements, where coefficients repeat after `entries`,
+    "entries",
+    "period",  # and are in the table over and over, so many in all
 )
 OFFSET = {name: 8 * i for i, name in enumerate(FIELDS)}
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from cubn.backends.cpu.elementwise import Pass
 from cubn.backends.cpu.parameters import OFFSET
-from cubn.backends.cpu.passes import channel_pass, flat_pass, position_pass, repeat_channels
+from cubn.backends.cpu.passes import channel_pass, flat_pass, position_pass, repeat_entries, spread_channels
 from cubn.backends.cpu.plan import Layout
 from cubn.backends.cpu.simd import LANES, Element, get
 from cubn.backends.cpu.strided import strided_pass
@@ -34,7 +34,7 @@ def elementwise_strided(element: Element, what: Pass) -> Function:
 
 
 def elementwise_flat(element: Element, what: Pass) -> Function:
-    """y or dx from a table of repeated channels. Task: a block of elements."""
+    """y or dx from a table of repeated entries. Task: a block of elements."""
     of_elements = flat_pass(element, what)
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
@@ -50,9 +50,20 @@ def elementwise_flat(element: Element, what: Pass) -> Function:
     return kernel
 
 
+def spread(element: Element) -> Function:
+    """The coefficient table of few positions, spread and repeated."""
+    spread_out, fill = spread_channels(element), repeat_entries(element)
+
+    def kernel(p, worker):  # type: ignore[no-untyped-def]
+        spread_out(p)
+        fill(p)
+
+    return kernel
+
+
 def repeat(element: Element) -> Function:
     """The coefficient table of few channels, repeated."""
-    fill = repeat_channels(element)
+    fill = repeat_entries(element)
 
     def kernel(p, worker):  # type: ignore[no-untyped-def]
         fill(p)

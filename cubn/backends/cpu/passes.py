@@ -20,7 +20,7 @@ from cubn.backends.cpu.simd import LANES, Element, Value, get, instruction, move
 
 CHANNELS, POSITIONS = OFFSET["channels"], OFFSET["positions"]
 X_CHANNEL, Y_CHANNEL, G_CHANNEL, R_CHANNEL = (OFFSET[f"{name}_channel"] for name in "xygr")
-Y_SAMPLE, PERIOD = OFFSET["y_sample"], OFFSET["period"]
+Y_SAMPLE, PERIOD, ENTRIES = OFFSET["y_sample"], OFFSET["period"], OFFSET["entries"]
 COEFFICIENTS, COEFFICIENT_ROW = OFFSET["coefficients"], OFFSET["coefficient_row"]
 
 
@@ -89,9 +89,11 @@ def position_pass(element: Element, what: Pass) -> Any:
 
 
 def flat_pass(element: Element, what: Pass) -> Any:
-    """For kernels: `count` elements from the given one on, of dense nhwc arrays of few channels.
+    """For kernels: `count` elements from the given one on, of dense arrays whose rows are short: nhwc ones of few
+    channels, nchw ones of few positions.
 
-    The table has the channels over and over, so that rows are long; see `repeat_channels`.
+    The table has an entry for each element of a row, over and over, so that rows are long; see `spread_channels` and
+    `repeat_entries`.
     """
     row = row_pass(element, what, True).row
     by_element = elements(element.size, 1)
@@ -109,22 +111,56 @@ def flat_pass(element: Element, what: Pass) -> Any:
     return of_elements
 
 
-def repeat_channels(element: Element) -> Any:
-    """For kernels: fill the rows of the coefficient table up to the period with what their first C entries are."""
-    acc, lanes = element.acc_size, LANES
+def spread_channels(element: Element) -> Any:
+    """For kernels: repeat each of the C entries of the coefficient table's rows as often as there are positions."""
+    acc, lanes, copy, repeat = element.acc_size, LANES, _copy(element), _repeat(element)
 
-    @instruction()
-    def copy(to: Value, at: Value) -> None:
-        element.store_acc(element.load_acc(at), to)
+    @jit
+    def spread(p):  # type: ignore[no-untyped-def]
+        c_all, length = get(p + CHANNELS), get(p + POSITIONS)
+        for k in range(6):
+            table = get(p + COEFFICIENTS) + k * get(p + COEFFICIENT_ROW)
+            aside = table + (get(p + PERIOD) + lanes) * acc
+            for c in range(0, c_all, lanes):
+                copy(aside + c * acc, table + c * acc)
+            for c in range(c_all):
+                for s in range(0, length, lanes):  # what reaches into the next channel is overwritten by it
+                    repeat(table + (c * length + s) * acc, aside + c * acc)
+
+    return spread
+
+
+def repeat_entries(element: Element) -> Any:
+    """For kernels: fill the rows of the coefficient table up to the period with what their first entries are."""
+    acc, lanes, copy = element.acc_size, LANES, _copy(element)
 
     @jit
     def repeat(p):  # type: ignore[no-untyped-def]
         for k in range(6):
-            table, filled = get(p + COEFFICIENTS) + k * get(p + COEFFICIENT_ROW), get(p + CHANNELS)
+            table, filled = get(p + COEFFICIENTS) + k * get(p + COEFFICIENT_ROW), get(p + ENTRIES)
             while filled < get(p + PERIOD):
                 for i in range(0, filled, lanes):  # what is copied beyond the filled part is written again
                     copy(table + (filled + i) * acc, table + i * acc)
                 filled *= 2
+
+    return repeat
+
+
+def _copy(element: Element) -> Any:
+    @instruction()
+    def copy(to: Value, at: Value) -> None:
+        element.store_acc(element.load_acc(at), to)
+
+    return copy
+
+
+def _repeat(element: Element) -> Any:
+    """An instruction: the entry at an address, 16 times."""
+
+    @instruction()
+    def repeat(to: Value, at: Value) -> None:
+        b = to.b
+        element.store_acc(splat(Value(b, b.load(pointer(at, element.acc), typ=element.acc))), to)
 
     return repeat
 
@@ -137,12 +173,7 @@ def group_pass(element: Element, what: Pass) -> tuple[Any, Any]:
     """
     row = row_pass(element, what, True, in_slab=True).row
     size, acc, has_relu_mask = element.size, element.acc_size, what.has_relu_mask
-    reads_g, writes_r = what.reads_g, what.writes_r
-
-    @instruction()
-    def repeat(to: Value, at: Value) -> None:
-        b = to.b
-        element.store_acc(splat(Value(b, b.load(pointer(at, element.acc), typ=element.acc))), to)
+    reads_g, writes_r, repeat = what.reads_g, what.writes_r, _repeat(element)
 
     @jit
     def spread(p, table, c0, count):  # type: ignore[no-untyped-def]

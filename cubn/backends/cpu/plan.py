@@ -39,7 +39,10 @@ STREAM_BYTES = LAST_CACHE.nbytes // 4  # of x, for each last cache in use: above
 SHARING = LAST_CACHE.processors
 BLOCK_BYTES = 1 << 16
 FEW_CHANNELS = 128  # up to which several positions of a dense nhwc array are taken as one row
-PERIOD = 512  # elements of such a row, at most: its coefficients take a third of the first cache
+FEW_POSITIONS = 31  # up to which several channels of a dense nchw array are, where there are many samples
+FEW_SAMPLES = 16
+MOST_ENTRIES = 1 << 14
+PERIOD = 512  # elements of such a row, unless there are more entries: its coefficients take a third of the first cache
 SLAB_BYTES = 1 << 19  # of x that a fused task may take: half of a core's cache or less
 STRETCH_BYTES = 1 << 13  # of a sample that a fused task should take at once, for memory to stream
 WIDEST_SLAB = 8  # node slots
@@ -91,7 +94,7 @@ def reading_of(extents: Extents, operands: Operands, layout: Layout) -> Reading:
     if layout == "nchw":
         return "nchw_long" if extents.S >= COLUMNS else "nchw_short"
     if layout == "nhwc" and extents.S == 1:
-        return "nhwc_narrow" if extents.C < LANES and is_flat(extents, operands) else "nhwc_2d"
+        return "nhwc_narrow" if extents.C < LANES and flat_entries(extents, operands, layout) else "nhwc_2d"
     return layout
 
 
@@ -274,19 +277,24 @@ def elementwise_tasks(extents: Extents, layout: Layout, itemsize: int) -> tuple[
     return -(-rows // block), block
 
 
-def is_flat(extents: Extents, operands: Operands) -> bool:
-    """Whether arrays that hold channels side by side are few channels, one position after the other."""
-    _, C, S = extents
-    dense = (S * C, C)
-    return C <= FEW_CHANNELS and all((o.sample_stride, *(o.position_strides or (C,))) == dense for o in given(operands))
-
-
-def flat_tasks(extents: Extents, itemsize: int) -> tuple[int, int, int]:
-    """(tasks, elements a task, period of the coefficients) of an elementwise pass over flat arrays."""
+def flat_entries(extents: Extents, operands: Operands, layout: Layout) -> int | None:
+    """After how many elements coefficients repeat, where an elementwise pass takes dense arrays as one long row: nhwc
+    ones of few channels, nchw ones of few positions; None where it does not.
+    """
     N, C, S = extents
-    period = PERIOD // C * C
+    if layout == "nhwc":
+        few, strides = C <= FEW_CHANNELS, [(o.sample_stride, *(o.position_strides or (C,))) for o in given(operands)]
+        return C if few and all(those == (S * C, C) for those in strides) else None
+    few = S <= FEW_POSITIONS and C * S <= MOST_ENTRIES and N >= FEW_SAMPLES
+    dense = all((o.sample_stride, o.channel_stride) == (C * S, S) for o in given(operands))
+    return C * S if layout == "nchw" and few and dense else None
+
+
+def flat_tasks(extents: Extents, entries: int, itemsize: int) -> tuple[int, int, int]:
+    """(tasks, elements a task, period of the table) of an elementwise pass over arrays taken as one long row."""
+    period = max(1, PERIOD // entries) * entries
     block = max(1, BLOCK_BYTES // (period * itemsize)) * period
-    return -(-N * C * S // block), block, period
+    return -(-math.prod(extents) // block), block, period
 
 
 def streams(extents: Extents, itemsize: int, threads: int) -> bool:

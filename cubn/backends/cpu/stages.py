@@ -97,22 +97,19 @@ def elementwise(name: str, options: tuple[Any, ...], elements: Elements) -> Part
     """A pass over all elements, from the coefficient table."""
     extents, dtype, layout = elements.extents, elements.dtype, layout_of(elements)
     size = ITEMSIZE[dtype]
-    flat = layout == "nhwc" and not elements.relu_mask and plan.is_flat(extents, elements.operands)
-    if flat:
-        tasks, block, period = plan.flat_tasks(extents, size)
-        table = coefficients(2 * period + plan.LANES, dtype)
-        before, fields, room = (
-            over_channels("repeat", dtype=dtype).stages,
-            {**table.fields, "period": period},
-            table.room,
-        )
+    entries = None if elements.relu_mask else plan.flat_entries(extents, elements.operands, layout)
+    if entries:
+        tasks, block, period = plan.flat_tasks(extents, entries, size)
+        table = coefficients(2 * period + 2 * plan.LANES, dtype)
+        before = over_channels("repeat" if layout == "nhwc" else "spread", dtype=dtype).stages
+        fields, room = {**table.fields, "entries": entries, "period": period}, table.room
     else:
         tasks, block = plan.elementwise_tasks(extents, layout, size)
         before, fields, room = (), {}, {}
     threads = plan.threads_for(elements.nbytes, tasks, elements.threads)
     fields |= {"pass_tasks": tasks, "pass_ranges": min(threads, RANGES), "block": block}
     fields |= {"stream": plan.streams(extents, size, threads)}
-    run = kernel(name, dtype, "nhwc_flat" if flat else layout, *options)
+    run = kernel(name, dtype, "flat" if entries else layout, *options)
     return Part((*before, Stage(run, threads)), fields, room)
 
 
