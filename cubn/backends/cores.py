@@ -34,7 +34,7 @@ _Files = tuple[tuple[str, ...], ...]
 def _groups(root: Path) -> Iterator[tuple[Path, _Files]]:
     """Folders of this process's control groups, and in which files they have a quota and its period."""
     try:
-        lines = os.fsdecode((root / "proc/self/cgroup").read_bytes()).split("\n")
+        lines = os.fsdecode((root / "proc/self/cgroup").read_bytes()).splitlines()
     except OSError:
         return
     for line in lines:

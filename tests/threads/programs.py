@@ -96,7 +96,10 @@ def run(program, **environment):
         pytest.importorskip("torch")
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PRELUDE + textwrap.dedent(program)]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "CUBN_NUM", "KMP_"))}
-    few = {"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "0"}  # more than cores, perhaps; which spin would hold each other up
+    few = {
+        "OMP_NUM_THREADS": "3",
+        "GOMP_SPINCOUNT": "0",
+    }  # more than cores, perhaps; which spin would hold each other up
     environment = {name: value for name, value in (clean | few | environment).items() if value is not None}
     done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"

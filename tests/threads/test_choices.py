@@ -122,7 +122,8 @@ def test_words_of_two_runtimes_are_never_mixed():
 def test_what_cannot_be_chosen_is_refused_before_anything_is_changed():
     run(
         """
-        for asked, text in (("opnmp", "be auto, openmp or own; got 'opnmp'. Unset it"), ("openmp", "got openmp, and none. Import")):
+        wrong = {"opnmp": "be auto, openmp or own; got 'opnmp'. Unset it", "openmp": "got openmp, and none. Import"}
+        for asked, text in wrong.items():
             os.environ["CUBN_THREADING"] = asked
             state, out = cubn.BatchNormState(8), np.zeros_like(x)
             for _ in range(2):

@@ -14,7 +14,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this
 @needs_fork
 @every_choice
 def test_a_child_never_enters_a_team(choice):
-    """Nor does a grandchild, nor one forked by a signal handler in the midst of a call or while others are in theirs."""
+    """Nor does a grandchild, nor one forked by a signal handler in the midst of a call, or while others compute."""
     run(
         """
         def in_pool():

@@ -34,5 +34,4 @@ def test_every_job_is_done_once_and_nobody_waits_for_ever(case):
 )
 def test_a_protocol_with_a_mistake_is_found_out(mistake, found):
     with pytest.raises(Broken, match=found):
-        for case in CASES:
-            explored(Protocol(**case, mistake=mistake))
+        [explored(Protocol(**case, mistake=mistake)) for case in CASES]
