@@ -116,7 +116,7 @@ class _Membership:
 class _Thread(threading.local):
     team: _Membership | None = None
     told: Runtime | None = None  # for which the thread has its number of threads
-    in_team_by: Choice | None = None  # which is for good, so that nothing is left to be asked
+    in_team_by: Choice | None = None  # by which nothing is left to be asked or told
 
 
 class Pool:
@@ -196,7 +196,7 @@ class Pool:
             if thread.told is not runtime and openmp.tell_thread():
                 thread.told = runtime
             if chosen.teams_of is not None and (thread.team or self._has_joined(thread)):
-                if chosen.modules is None and thread.told is runtime:
+                if thread.told is runtime:
                     thread.in_team_by = chosen
                 return True
         if self._workers < helpers:
