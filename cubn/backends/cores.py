@@ -19,10 +19,10 @@ def quotas(root: Path) -> Iterator[float]:
     """Of processor time a second, one for every control group around this process that has any."""
     for folder, files in _groups(root):
         for names in files:
-            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            with contextlib.suppress(OSError, ValueError):
                 words = " ".join((folder / name).read_text() for name in names).split()
-                quota, period = map(float, words)  # "max" is no number, nor is -1 a quota
-                if quota > 0:
+                quota, period = map(int, words)  # "max" is no number, nor is -1 a quota
+                if quota > 0 and period > 0:
                     yield quota / period
 
 
@@ -34,7 +34,7 @@ _Files = tuple[tuple[str, ...], ...]
 def _groups(root: Path) -> Iterator[tuple[Path, _Files]]:
     """Folders of this process's control groups, and in which files they have a quota and its period."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = os.fsdecode((root / "proc/self/cgroup").read_bytes()).splitlines()
     except OSError:
         return
     for line in lines:

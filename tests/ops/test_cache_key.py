@@ -68,7 +68,7 @@ def imported(module):
                 yield f"{node.module}.{alias.name}" if inner else node.module
 
 
-NOT_ABOUT_KERNELS = {"cubn._kept", "cubn.errors", "cubn.backends.threads"}
+NOT_ABOUT_KERNELS = {"cubn._kept", "cubn.errors", "cubn.backends.cores", "cubn.backends.threads"}
 
 
 def test_every_module_that_kernels_take_something_from_is_in_the_key():

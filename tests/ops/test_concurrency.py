@@ -148,7 +148,8 @@ for started in (0, 2):
 _thread.start_new_thread = start_new_thread
 assert equal(infer(), expected)
 assert pool._pool._workers == 6
-"""
+""",
+        **OWN,
     )
     assert [done.stderr.count(f"computing on {n}") for n in (1, 3)] == [1, 1]
 
@@ -175,18 +176,24 @@ except RuntimeError:
 else:
     raise SystemExit("the limit does not hold here")
 assert np.array_equal(cubn.forward(x, state), expected)
-"""
+""",
+        **OWN,
     )
 
 
 # --- fork -----------------------------------------------------------------------------------------------------------
 
 
-def run(program):
+OWN = {"CUBN_THREADING": "own", "OMP_NUM_THREADS": "7"}
+"""For what is about the pool of our own: GNU's runtime ends a process that can start no more threads."""
+
+
+def run(program, **environment):
     """Run a program in a new process, which must end well and in time."""
     code = textwrap.dedent(program)
     return subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
+        env=os.environ | environment,
         check=True,
         timeout=120,
         capture_output=True,

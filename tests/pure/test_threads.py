@@ -10,6 +10,7 @@ import pytest
 
 import cubn
 from cubn.backends import threads
+from cubn.backends.cpu.whose_threads import ACTIVE, SPINNING, spinning
 
 
 def number(monkeypatch, setting):
@@ -79,3 +80,28 @@ def test_info_says_what_is_wrong_with_it():
     environment = os.environ | {"CUBN_NUM_THREADS": "two"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert "CUBN_NUM_THREADS must be a whole number" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [("3", 3), (" 4,2", 4), ("", None), ("0", None), ("-2", None), ("two", None), (",2", None), ("4194305", None)],
+)
+@pytest.mark.parametrize("own", ["", "auto"])
+def test_openmps_variable_holds_where_cubns_leaves_the_choice(monkeypatch, own, setting, expected):
+    """Its first level; where it is no number, as if it were not there."""
+    monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    assert number(monkeypatch, own) == (expected or threads.cores())
+
+
+def test_cubns_variable_stands_above_openmps(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert number(monkeypatch, "3") == 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "seconds"),
+    [("passive", 0), ("Passive ", 0), ("ACTIVE", ACTIVE), ("", SPINNING), ("nonsense", SPINNING)],
+)
+def test_workers_wait_as_openmps_threads_are_told_to(monkeypatch, policy, seconds):
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    assert spinning() == seconds

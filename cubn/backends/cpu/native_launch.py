@@ -35,6 +35,7 @@ from cubn.backends.cpu.words import (
     FLOATS,
     HAS_TEAM,
     HELPERS,
+    IN_RUNTIME,
     IN_STATISTICS,
     IN_WORKSPACE,
     INTEGERS,
@@ -47,6 +48,7 @@ from cubn.backends.cpu.words import (
     PARAMETERS,
     PLACES,
     PROGRAM,
+    RUNTIME,
     STAGES,
     TEAM_SIZE,
     TEMPLATE,
@@ -89,22 +91,23 @@ def fill(program, block, workspace, arguments):  # type: ignore[no-untyped-def]
 
 
 @jit
-def run_stages(program, block, workspace, job, stages):  # type: ignore[no-untyped-def]
+def run_stages(program, block, workspace, job, stages, runtime):  # type: ignore[no-untyped-def]
     """Each kernel here and, where it is worth it, on other threads."""
     pool, most = get(program + OF_POOL), -1
     enter_default_mode(pool, job + CALLERS_MODE)
     put(job + PARAMETERS, block)
     put(job + OF_JOB, pool)
+    put(job + IN_RUNTIME, runtime)
     for i in range(get(program + STAGES)):
         kernel, helpers = get(stages + 16 * i), get(stages + 16 * i + 8)
-        if helpers and get(pool + TEAM_SIZE):
+        if helpers and runtime:
             if most < 0:
-                most = call_for_int(get(pool + TEAM_SIZE)) - 1
+                most = call_for_int(get(runtime + TEAM_SIZE)) - 1
             helpers = min(helpers, most)
         if helpers > 0:
             put(job + KERNEL, kernel)
             put(job + HELPERS, helpers)
-            if get(workspace + HAS_TEAM) and get(pool + PARALLEL):
+            if get(workspace + HAS_TEAM) and runtime and get(runtime + PARALLEL):
                 run_in_team(pool, job)
             else:
                 run_with_workers(pool, job, helpers)
@@ -124,12 +127,13 @@ def execute(program_object, arguments, count):  # type: ignore[no-untyped-def]
     stages = fill(program, block, workspace, arguments + 8)
     if call(get(pool + ERROR), 0, 0):
         return 0
+    runtime = get(pool + RUNTIME)
     if get(program + DETACHES):
         thread = call(get(pool + DETACH), 0, 0)
-        run_stages(program, block, workspace, job, stages)
+        run_stages(program, block, workspace, job, stages, runtime)
         call(get(pool + ATTACH), thread, 0)
     else:
-        run_stages(program, block, workspace, job, stages)
+        run_stages(program, block, workspace, job, stages, runtime)
     none = get(pool + NONE)
     call(get(pool + KEEP), none, 0)
     return none

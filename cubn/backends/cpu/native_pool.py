@@ -22,6 +22,7 @@ from cubn.backends.cpu.words import (
     POOL,
     POST,
     RESERVED,
+    RUNTIME,
     SET_MODE,
     WAIT,
     WAITING,
@@ -30,9 +31,12 @@ from cubn.backends.cpu.words import (
 
 
 def serve(mailbox, spins):  # type: ignore[no-untyped-def]
-    """For ever do what is put in the mailbox, asleep where nothing has come for a while."""
+    """For ever do what is put in the mailbox, asleep where nothing has come for a while: at once where a runtime's
+    threads may need the core.
+    """
     pool, waited = get(mailbox + POOL), 0
     call(get(pool + SET_MODE), get(pool + DEFAULT_MODE), 0)
+    announce(pool, mailbox)
     store_release(mailbox, IDLE)
     while True:
         state = load_acquire(mailbox)
@@ -45,10 +49,20 @@ def serve(mailbox, spins):  # type: ignore[no-untyped-def]
         else:
             pause(mailbox)
             waited += 1
-            if waited > spins and compare_exchange(mailbox, IDLE, ASLEEP):
+            if (waited > spins or get(pool + RUNTIME)) and compare_exchange(mailbox, IDLE, ASLEEP):
                 while load_acquire(mailbox) == ASLEEP:
                     call(get(pool + WAIT), get(mailbox + WAKEUP), -1)
                 waited = 0
+
+
+@jit
+def announce(pool, mailbox):  # type: ignore[no-untyped-def]
+    """Have it looked into. Those before it that have no worker yet are found absent."""
+    number = (mailbox - pool - HEADER) // MAILBOX + 1
+    while True:
+        before = load_acquire(pool + MAILBOXES)
+        if before >= number or compare_exchange(pool + MAILBOXES, before, number):
+            break
 
 
 def spin(pauses, nothing):  # type: ignore[no-untyped-def]

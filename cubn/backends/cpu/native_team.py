@@ -13,7 +13,18 @@ from cubn import _floating_point
 from cubn.backends.cpu.native import call, call_for_int, enter_default_mode, leave_default_mode, on_stack
 from cubn.backends.cpu.nodes import jit
 from cubn.backends.cpu.simd import I32, I64, Value, get, instruction
-from cubn.backends.cpu.words import HELPERS, KERNEL, LOCATION, OF_JOB, PARALLEL, PARAMETERS, TEAM_ENTRY, TEAM_NUMBER
+from cubn.backends.cpu.words import (
+    CALLERS_MODE,
+    HELPERS,
+    IN_RUNTIME,
+    KERNEL,
+    LOCATION,
+    OF_JOB,
+    PARALLEL,
+    PARAMETERS,
+    TEAM_ENTRY,
+    TEAM_NUMBER,
+)
 
 new_mode = instruction(I64)(on_stack(_floating_point.ROOM, 16))
 
@@ -34,23 +45,23 @@ def llvm_region(parallel: Value, location: Value, entry: Value, job: Value) -> N
 
 @jit
 def run_in_team(pool, job):  # type: ignore[no-untyped-def]
-    """The job's kernel, to its end."""
-    parallel, location = get(pool + PARALLEL), get(pool + LOCATION)
+    """The job's kernel, to its end. Threads that the runtime starts meanwhile begin with the caller's own mode."""
+    runtime = get(job + IN_RUNTIME)
+    parallel, location = get(runtime + PARALLEL), get(runtime + LOCATION)
+    leave_default_mode(pool, job + CALLERS_MODE)
     if location:
-        llvm_region(parallel, location, get(pool + TEAM_ENTRY), job)
+        llvm_region(parallel, location, get(runtime + TEAM_ENTRY), job)
     else:
-        gnu_region(parallel, get(pool + TEAM_ENTRY), job)
+        gnu_region(parallel, get(runtime + TEAM_ENTRY), job)
+    enter_default_mode(pool, job + CALLERS_MODE)
 
 
 @jit
 def take_part(job):  # type: ignore[no-untyped-def]
-    """What each thread of the team does; the one that called has the default floating-point environment already."""
-    pool = get(job + OF_JOB)
-    number = call_for_int(get(pool + TEAM_NUMBER))
-    if number == 0:
-        call(get(job + KERNEL), get(job + PARAMETERS), 0)
-    elif number <= get(job + HELPERS):
-        mode = new_mode(job)
+    """What each thread of the team does."""
+    number = call_for_int(get(get(job + IN_RUNTIME) + TEAM_NUMBER))
+    if number <= get(job + HELPERS):
+        pool, mode = get(job + OF_JOB), new_mode(job)
         enter_default_mode(pool, mode)
         call(get(job + KERNEL), get(job + PARAMETERS), number)
         leave_default_mode(pool, mode)

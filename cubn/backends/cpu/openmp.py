@@ -10,10 +10,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+HERE = os.name == "posix"
+"""Whether runtimes are looked for on this system."""
 
 
 class Runtime(NamedTuple):
@@ -31,6 +35,13 @@ class Runtime(NamedTuple):
         return int(ctypes.CFUNCTYPE(ctypes.c_int)(self.max_threads)())
 
 
+class Found(NamedTuple):
+    """A runtime, if any, and whether no library that is loaded later may bring one to be preferred."""
+
+    runtime: Runtime | None
+    for_good: bool
+
+
 class _Location(ctypes.Structure):
     """LLVM's ident_t."""
 
@@ -45,45 +56,72 @@ class _Location(ctypes.Structure):
 LOCATION = _Location(0, 2, (0, 0), b";cubn;run_in_team;0;0;;")  # 2: called by code compiled for this runtime
 
 
-def loaded() -> Runtime | None:
+def loaded() -> Found:
     """The runtime that is loaded: where there are several, the one that PyTorch computes with."""
-    for library in _libraries():
+    for library, for_good in _libraries():
         if runtime := _runtime(library):
-            return runtime
-    return None
+            return Found(runtime, for_good)
+    return Found(None, False)
 
 
-def tell_thread() -> None:
-    """Have PyTorch set the number of threads of the calling thread, which it does when it first computes there."""
-    if torch := sys.modules.get("torch"):
-        with contextlib.suppress(AttributeError):  # half imported, or not PyTorch
+def tell_thread() -> bool:
+    """Have PyTorch set the number of threads of the calling thread, which it does when it first computes there.
+
+    Whether that is done, or there is nothing to do.
+    """
+    torch = sys.modules.get("torch")
+    try:
+        if torch is not None:
             torch.get_num_threads()
+    except AttributeError:  # half imported
+        return False
+    return True
 
 
-def _libraries() -> Iterator[ctypes.CDLL]:
+def _libraries() -> Iterator[tuple[ctypes.CDLL, bool]]:
     """Where to look, one after the other. A function of a library is its own, or one of those that it is linked to."""
-    if os.name != "posix":
+    if not HERE:
         return
-    yield ctypes.CDLL(None)  # what is preloaded takes the place of what libraries bring along
-    paths: list[str] = []
-    if file := getattr(sys.modules.get("torch"), "__file__", None):
-        paths += map(str, Path(file).parent.glob("lib/libtorch_cpu.*"))
-    with contextlib.suppress(ImportError):
-        from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
+    if sys.platform != "darwin":
+        yield ctypes.CDLL(None), True  # what is preloaded takes the place of what libraries bring along
+    files = sorted(_loaded_files())
+    torch = [file for file in files if os.path.basename(file).startswith("libtorch_cpu.")]
+    for file in (*torch, *(file for file in files if _RUNTIME.match(os.path.basename(file)))):
+        with contextlib.suppress(OSError):  # it is no longer loaded
+            yield ctypes.CDLL(file, mode=os.RTLD_LAZY | os.RTLD_NOLOAD), file in torch
 
-        paths += sorted(library["filepath"] for library in threadpool_info() if library["user_api"] == "openmp")
-    for path in paths:
-        with contextlib.suppress(OSError):  # which is not loaded
-            yield ctypes.CDLL(path, mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
+
+_RUNTIME = re.compile("lib(gomp|omp|iomp)")
+
+
+def _loaded_files() -> set[str]:
+    """Every file whose code is in this process.
+
+    Not by `dl_iterate_phdr`: that calls back into Python, which waits for the GIL, and holds a lock for which another
+    thread, importing a module, may wait with the GIL.
+    """
+    if sys.platform == "darwin":
+        dyld = ctypes.CDLL(None)
+        dyld._dyld_get_image_name.restype = ctypes.c_char_p
+        names = [dyld._dyld_get_image_name(i) for i in range(dyld._dyld_image_count())]
+        return {os.fsdecode(name) for name in names if name}
+    try:
+        lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines()
+    except OSError:
+        return set()
+    return {line[line.index("/") :] for line in lines if "/" in line}
 
 
 def _runtime(library: ctypes.CDLL) -> Runtime | None:
-    """What a library has, or is linked to."""
+    """What a library has, or is linked to; all of one runtime, whose threads it numbers."""
     max_threads, number = (_address(library, name) for name in ("omp_get_max_threads", "omp_get_thread_num"))
-    gnu, llvm = (_address(library, name) for name in ("GOMP_parallel", "__kmpc_fork_call"))
-    if not (max_threads and number and (gnu or llvm)):
-        return None
-    return Runtime(_file_of(max_threads), max_threads, number, gnu or llvm, bool(gnu))
+    for name in ("GOMP_parallel", "__kmpc_fork_call"):
+        parallel = _address(library, name)
+        if max_threads and number and parallel:
+            file, *others = (_file_of(address) for address in (parallel, max_threads, number))
+            if others == [file, file]:
+                return Runtime(file, max_threads, number, parallel, name == "GOMP_parallel")
+    return None
 
 
 def _address(library: ctypes.CDLL, name: str) -> int:

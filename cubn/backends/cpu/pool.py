@@ -24,13 +24,16 @@ Kernels are called by address, so that no compiler moves their arithmetic out of
 from __future__ import annotations
 
 import _thread
+import contextlib
 import ctypes
 import functools
+import itertools
 import logging
 import os
 import sys
 import threading
 import time
+import weakref
 from array import array
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -39,8 +42,9 @@ from cubn import _floating_point
 from cubn.backends.cores import cores
 from cubn.backends.cpu import builtin, openmp, semaphore, whose_threads
 from cubn.backends.cpu.compile import Kernel, compiled
+from cubn.backends.cpu.openmp import Runtime
 from cubn.backends.cpu.whose_threads import Choice
-from cubn.backends.cpu.words import ABSENT, HEADER, MAILBOX, PARALLEL, PLACES, TEAM_SIZE, WORD
+from cubn.backends.cpu.words import ABSENT, HEADER, MAILBOX, MAILBOXES, PLACES, RUNTIME, SAVE_MODE, WORD
 
 logger = logging.getLogger("cubn")
 
@@ -106,17 +110,13 @@ def _helpers(stage: Stage) -> int:
 
 
 class _Membership:
-    """A thread's right to a team of the runtime's; it ends with the thread."""
-
-    def __init__(self, teams: threading.Semaphore) -> None:
-        self._teams = teams
-
-    def __del__(self) -> None:
-        self._teams.release()
+    """A thread's right to a team of the runtime's, as long as it is referred to: until the thread ends."""
 
 
 class _Thread(threading.local):
     team: _Membership | None = None
+    told: Runtime | None = None  # for which the thread has its number of threads
+    in_team_by: Choice | None = None  # by which nothing is left to be asked or told
 
 
 class Pool:
@@ -126,29 +126,32 @@ class Pool:
         memory = ctypes.create_string_buffer(HEADER + MAILBOX * (MOST + 1))
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))  # workers look at it until the process ends
         self._address = -(-ctypes.addressof(memory) // MAILBOX) * MAILBOX
+        modes = _floating_point.SAVE, _floating_point.SET, _floating_point.DEFAULT
+        waits = semaphore.WAIT, semaphore.POST, semaphore.NAP, semaphore.A_NAP
+        self._write(self._address + SAVE_MODE, *modes, *waits, *map(builtin.address, _C_API), id(None))
         self._begin(forked=False)
 
     def begin_in_child(self) -> None:
         """Begin anew: a forked child has none of its parent's threads."""
+        self._write(self._address + RUNTIME, 0)  # before all else: a call that a signal handler interrupted to fork
+        self._write(self._address + MAILBOXES, 0)
+        ctypes.memset(self._address + HEADER, 0, MAILBOX * MOST)
         self._begin(forked=True)
 
     def _begin(self, forked: bool) -> None:
         self._forked = forked
-        modes = _floating_point.SAVE, _floating_point.SET, _floating_point.DEFAULT
-        waits = semaphore.WAIT, semaphore.POST, semaphore.NAP, semaphore.A_NAP
-        ctypes.memset(self._address, 0, HEADER + MAILBOX * MOST)
-        self._write(self._address, 0, *modes, *waits, *map(builtin.address, _C_API), id(None))
-        self._mailboxes = self._workers = 0
-        self._free: list[int] = []  # mailboxes
-        self._growing = threading.RLock()  # which a signal handler may take again
+        self._workers = 0
+        self._numbers = itertools.count()  # of mailboxes
+        self._free: list[int] = []  # mailboxes whose worker could not be started
+        self._changing = threading.RLock()  # which a signal handler may take again
         self._chosen: Choice | None = None
-        self._modules = 0  # that were loaded then
+        self._runtimes: dict[tuple[Runtime, bool], ctypes.Array[ctypes.c_int64]] = {}  # their words
         self._thread = _Thread()
-        self._teams = threading.Semaphore(MOST_TEAMS)
+        self._members: weakref.WeakSet[_Membership] = weakref.WeakSet()
 
     def prepare(self, program: Program) -> Callable[..., None]:
         """The program as a function of addresses of a workspace and of statistics, then integers, then floats."""
-        if program.helpers:
+        if program.helpers and self._chosen is None:
             self.choose()
         lists = program.integers, program.floats, program.in_workspace, program.in_statistics, program.stages
         words = array("q", (self._address, program.detaches, *map(len, lists), *program.block))
@@ -160,56 +163,65 @@ class Pool:
         return builtin.function(_execute(), words.tobytes())
 
     def choose(self) -> Choice:
-        """Whose threads compute. A runtime is kept once chosen; else one is looked for again when more is imported."""
-        chosen, modules = self._chosen, len(sys.modules)
-        if chosen is None or (chosen.limited_by is None and modules != self._modules):
+        """Look whose threads are to compute from now on."""
+        with self._changing:
             chosen = whose_threads.choice(self._forked)
-            self._modules = modules
-            self._use(chosen)
+            if chosen.limited_by:
+                self._write(self._address + RUNTIME, self._words_of(chosen.limited_by, bool(chosen.teams_of)))
             self._chosen = chosen
-        return chosen
+            return chosen
 
-    def _use(self, chosen: Choice) -> None:
-        limited_by, lent = chosen.limited_by, chosen.teams_of
-        if limited_by is None:
-            return
-        entry, location = 0, 0
-        if lent:
-            entry = native("gnu-team" if lent.is_gnu else "llvm-team").address
-            location = 0 if lent.is_gnu else ctypes.addressof(openmp.LOCATION)
-        parallel = lent.parallel if lent else 0
-        self._write(self._address + TEAM_SIZE, limited_by.max_threads, limited_by.thread_number, 0, entry, location)
-        self._write(self._address + PARALLEL, parallel)  # last: threads that compute meanwhile look at it first
+    def _words_of(self, runtime: Runtime, is_lent: bool) -> int:
+        """Where native code finds it."""
+        if (runtime, is_lent) not in self._runtimes:
+            entry, location = 0, 0
+            if is_lent:
+                entry = native("gnu-team" if runtime.is_gnu else "llvm-team").address
+                location = 0 if runtime.is_gnu else ctypes.addressof(openmp.LOCATION)
+            parallel = runtime.parallel if is_lent else 0
+            words = runtime.max_threads, runtime.thread_number, parallel, entry, location
+            self._runtimes[runtime, is_lent] = (ctypes.c_int64 * len(words))(*words)
+        return ctypes.addressof(self._runtimes[runtime, is_lent])
 
     def ask_for(self, helpers: int) -> bool:
         """Have so many threads beside the caller's, if that can be; whether they are a team of a runtime's."""
         chosen = self._chosen
-        if chosen is None or chosen.limited_by is None:
-            most = helpers
-        elif chosen.teams_of and self._has_team():
-            return True
-        else:
-            most = min(helpers, chosen.limited_by.threads - 1)
-        if self._workers < most:
-            self._grow(most)
+        if chosen is None or (chosen.modules is not None and chosen.modules != len(sys.modules)):
+            chosen = self.choose()
+        runtime = chosen.limited_by
+        if runtime is not None:
+            thread = self._thread
+            if thread.in_team_by is chosen:
+                return True
+            if thread.told is not runtime and openmp.tell_thread():
+                thread.told = runtime
+            if chosen.teams_of is not None and (thread.team or self._has_joined(thread)):
+                if thread.told is runtime:
+                    thread.in_team_by = chosen
+                return True
+        if self._workers < helpers:
+            most = min(helpers, runtime.threads - 1) if runtime else helpers
+            if self._workers < most:
+                self._grow(most)
         return False
 
-    def _has_team(self) -> bool:
-        """Whether the calling thread is one of those that have a team; they are given out until there are enough."""
-        thread = self._thread
-        if thread.team is None:
-            openmp.tell_thread()
-            if not self._teams.acquire(blocking=False):
-                return False
-            thread.team = _Membership(self._teams)
+    def _has_joined(self, thread: _Thread) -> bool:
+        """Whether the thread, which has no team, is given one; they are given out until there are enough."""
+        team = _Membership()
+        self._members.add(team)  # no longer than `team` is there, whatever a signal handler raises
+        if len(self._members) > MOST_TEAMS:
+            return False
+        thread.team = team
         return True
 
     def _grow(self, size: int) -> None:
         """Start workers. Where the system has no more threads to give, there are fewer."""
         serve = native("serve").call
-        with self._growing:
-            while self._workers < size and (self._free or self._mailboxes < MOST):
-                mailbox = self._free.pop() if self._free else self._new_mailbox()
+        with self._changing:
+            while self._workers < size:
+                mailbox = self._mailbox()
+                if mailbox is None:
+                    return
                 try:
                     _thread.start_new_thread(serve, (mailbox, self._spins()))
                 except RuntimeError as error:
@@ -220,17 +232,18 @@ class Pool:
 
     def _spins(self) -> int:
         """Pauses that one more worker makes after a job: none where others need the core."""
-        if self._workers + 1 >= cores() or (self._chosen and self._chosen.limited_by):
-            return 0
-        return int(whose_threads.spinning() / _pause())
+        return 0 if self._workers + 1 >= cores() else int(whose_threads.spinning() / _pause())
 
-    def _new_mailbox(self) -> int:
-        """One that no worker will find but the one that is told of it."""
-        mailbox = self._address + HEADER + MAILBOX * self._mailboxes
+    def _mailbox(self) -> int | None:
+        """One that no other worker has, also where a signal handler takes one meanwhile."""
+        with contextlib.suppress(IndexError):
+            return self._free.pop()
+        number = next(self._numbers)
+        if number >= MOST:
+            return None
+        mailbox = self._address + HEADER + MAILBOX * number
         wakeup = semaphore.made(mailbox + MAILBOX - semaphore.SIZE)
         self._write(mailbox, ABSENT, 0, wakeup, self._address)
-        self._mailboxes += 1
-        self._write(self._address, self._mailboxes)
         return mailbox
 
     @staticmethod

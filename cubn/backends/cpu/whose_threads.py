@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Literal, NamedTuple
 
 from cubn.backends.cpu import openmp
@@ -21,6 +22,7 @@ class Choice(NamedTuple):
     teams_of: Runtime | None
     limited_by: Runtime | None
     reason: str
+    modules: int | None  # how many were imported then; None: more of them change nothing
 
 
 def choice(forked: bool) -> Choice:
@@ -31,19 +33,23 @@ def choice(forked: bool) -> Choice:
     ValueError
         CUBN_THREADING is none of auto, openmp and own, or openmp where that cannot be.
     """
-    setting, runtime = _setting(), openmp.loaded()
+    setting, imported = _setting(), len(sys.modules)
+    runtime, for_good = openmp.loaded()
+    modules = None if for_good or not openmp.HERE else imported
     if setting == "own":
-        return Choice(None, runtime, "CUBN_THREADING=own")
+        return Choice(None, runtime, "CUBN_THREADING=own", modules)
     if forked:
-        return Choice(None, runtime, "the threads of a parent's OpenMP runtime are not in a forked process")
+        reason = "the threads of a parent's OpenMP runtime are not in a forked process"
+        return Choice(None, runtime, reason, modules)
     if runtime:
-        return Choice(runtime, runtime, runtime.file)
+        return Choice(runtime, runtime, runtime.file, modules)
     if setting == "openmp":
         remedy = "Import torch or another library that brings one first, or unset it for a pool of cubn's own."
         raise ValueError(
             message("CUBN_THREADING", "find a loaded runtime", "openmp, and none", remedy, function="cubn")
         )
-    return Choice(None, None, "no OpenMP runtime is loaded; PyTorch brings one")
+    where = "; PyTorch brings one" if openmp.HERE else f", as far as is looked for on {sys.platform}"
+    return Choice(None, None, f"no OpenMP runtime is loaded{where}", modules)
 
 
 def _setting() -> Setting:
