@@ -211,6 +211,7 @@ def test_backward_from_refused():
 @pytest.fixture
 def no_threads(monkeypatch):
     """`no_threads(error)`: a pool without workers, where to start one raises the error; the numbers that were asked."""
+    monkeypatch.setenv("CUBN_THREADING", "own")
     fresh = pool.Pool()
     asked = []
 
