@@ -32,6 +32,7 @@ RUNS = LANES * LANES  # samples that a narrow array is taken by
 SERIAL_BYTES = 1 << 18  # below this waking a thread, some microseconds, costs more than it saves
 STREAM_BYTES = 32 << 20  # above this an output would only push other data out of the caches
 BLOCK_BYTES = 1 << 16
+RELAID_EDGE = 64  # channels, and positions, of a block that is copied from layout to layout
 FEW_CHANNELS = 128  # up to which several positions of a dense nhwc array are taken as one row
 PERIOD = 1024  # elements of such a row, at most
 SLAB_BYTES = 1 << 19  # of x that a fused task may take: half of a core's cache or less
@@ -275,6 +276,15 @@ def flat_tasks(extents: Extents, itemsize: int) -> tuple[int, int, int]:
     period = PERIOD // C * C
     block = max(1, BLOCK_BYTES // (period * itemsize)) * period
     return -(-N * C * S // block), block, period
+
+
+def relaid_tasks(extents: Extents, itemsize: int) -> tuple[int, int]:
+    """(tasks, blocks a task) of a copy from layout to layout."""
+    N, C, S = extents
+    edge = RELAID_EDGE
+    blocks = N * max(C // edge, 1) * max(S // edge, 1)
+    many = max(1, BLOCK_BYTES // (min(C, edge) * min(S, edge) * itemsize))
+    return -(-blocks // many), many
 
 
 def streams(extents: Extents, itemsize: int) -> bool:
