@@ -33,7 +33,7 @@ AXES = {
     "affine": ["both", "none", "gamma", "beta"],
     "parameters": ["float32", "half", "x"],
     "out": ["fresh", "given", "in place", "residual"],
-    "others": ["alike", "dense", "negative"],
+    "others": ["alike", "dense", "channels_last", "negative"],
     "momentum": [0.1, None, 1.0],
     "cut": ["whole", "halves", "uneven"],
 }

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from cubn._types import Operands, Statistics
-from cubn.backends.cpu import plan, pool, relu_mask
+from cubn.backends.cpu import plan, pool, relayout, relu_mask
 from cubn.backends.cpu.launch import ALIGNMENT, Launch
 from cubn.backends.cpu.parameters import BLOCK, FIELDS, OFFSET, Fields, of_operand
 from cubn.backends.cpu.pool import Stage
@@ -82,7 +82,10 @@ def over_elements(
     if elements.relu_mask:
         fields |= relu_mask.fields(extents, elements.relu_mask)
     table = coefficients(extents.C, elements.dtype)
-    return launch((table, *run), arguments, fields, elements.nbytes, operands if strided else None)
+    given = {name: f"{name}_given" for name, _ in elements.relaid}
+    arguments = arguments._replace(integers=tuple(given.get(name, name) for name in arguments.integers))
+    before, after = relayout.copies(elements)
+    return launch((before, table, *run, after), arguments, fields, elements.nbytes, operands if strided else None)
 
 
 def over_channels(run: Part, C: int, arguments: Arguments, fields: Fields) -> Launch:

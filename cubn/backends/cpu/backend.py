@@ -39,6 +39,7 @@ from cubn.backends.cpu.calls import (
     no_nodes,
     node_rows,
 )
+from cubn.backends.cpu.relayout import in_one_layout
 from cubn.backends.cpu.relu_mask import ReluMask
 from cubn.backends.cpu.stages import Elements, layout_of, reading_of
 
@@ -223,7 +224,8 @@ def _root(what: str, nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]
 
 def _elements(extents: Extents, operands: Operands, relu_mask: ReluMask | None) -> Elements:
     layouts = Operands._make(operand and operand._replace(pointer=0) for operand in operands)
-    return Elements(extents, layouts, relu_mask and relu_mask.layout, threads.get_num_threads())
+    elements = Elements(extents, layouts, relu_mask and relu_mask.layout, threads.get_num_threads())
+    return in_one_layout(elements)
 
 
 def _writing(extents: Extents, operands: Operands, options: NormalizeOptions) -> Elements:

@@ -19,6 +19,7 @@ from cubn.backends.cpu.channel_kernels import (
 from cubn.backends.cpu.elementwise import Backward, Forward
 from cubn.backends.cpu.nodes import Source
 from cubn.backends.cpu.pass_kernels import elementwise, elementwise_flat, elementwise_strided, repeat, spread
+from cubn.backends.cpu.relayout_kernels import relayout
 from cubn.backends.cpu.row_kernels import merge_rows, reduce_rows
 from cubn.backends.cpu.simd import Element
 from cubn.backends.cpu.slab_kernels import backward_slab, train_slab
@@ -49,6 +50,8 @@ def build(name: str, dtype: str, options: tuple[Any, ...]) -> Function:
     if name in IN_ACC:
         return IN_ACC[name](element)
     way, *rest = options
+    if name == "relayout":
+        return relayout(element, way, *rest)
     if name == "moments":
         return reduce_rows(Source(element, Moments, "none"), way)
     if name == "sums":

@@ -9,12 +9,16 @@ from cubn._types import ITEMSIZE, VECTOR_CODES, Affine, Operand, Operands, Vecto
 OPERANDS = Operands._fields
 VECTORS = ("gamma", "beta", "old_mean", "old_var", "new_mean", "new_var", "dgamma", "dbeta")
 
+RELAID = ("g", "y", "r")
+"""Operands that are copied where the caller does not have them in x's layout."""
+
 RANGES = 8
 """Into which tasks are cut at most."""
 
 FIELDS = (
     "claimed",
-    *(f"unused_{i}" for i in range(1, 8 * RANGES)),  # a counter for each range of tasks, on a cache line of its own
+    *(f"{name}_claimed" for name in RELAID),  # of the copies of an operand
+    *(f"unused_{i}" for i in range(4, 8 * RANGES)),  # counters for each range of tasks, on a cache line of its own
     "pass_claimed",
     *(f"unused_{i}" for i in range(8 * RANGES + 1, 16 * RANGES)),  # the same of an elementwise pass
     "tasks",
@@ -25,6 +29,10 @@ FIELDS = (
     "channels",
     "positions",
     *(f"{name}{part}" for name in OPERANDS for part in ("", "_sample", "_channel", "_position")),
+    *(f"{name}_given{part}" for name in RELAID for part in ("", "_sample", "_channel", "_position")),
+    "relaid_tasks",
+    "relaid_ranges",
+    "relaid_block",  # blocks a task copies
     *(f"{name}_offsets" for name in OPERANDS),  # int64[S]: where a position is, for strided arrays
     *(f"{name}{part}" for name in VECTORS for part in ("", "_code", "_stride")),
     "relu_mask",

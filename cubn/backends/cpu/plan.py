@@ -38,6 +38,7 @@ LAST_CACHE = last_level()
 STREAM_BYTES = LAST_CACHE.nbytes // 4  # of x, for each last cache in use: above, y only pushes other data out of it
 SHARING = LAST_CACHE.processors
 BLOCK_BYTES = 1 << 16
+RELAID_EDGE = 64  # channels, and positions, of a block that is copied from layout to layout
 FEW_CHANNELS = 128  # up to which several positions of a dense nhwc array are taken as one row
 FEW_POSITIONS = 31  # up to which several channels of a dense nchw array are, where there are many samples
 FEW_SAMPLES = 16
@@ -295,6 +296,15 @@ def flat_tasks(extents: Extents, entries: int, itemsize: int) -> tuple[int, int,
     period = max(1, PERIOD // entries) * entries
     block = max(1, BLOCK_BYTES // (period * itemsize)) * period
     return -(-math.prod(extents) // block), block, period
+
+
+def relaid_tasks(extents: Extents, itemsize: int) -> tuple[int, int]:
+    """(tasks, blocks a task) of a copy from layout to layout."""
+    N, C, S = extents
+    edge = RELAID_EDGE
+    blocks = N * max(C // edge, 1) * max(S // edge, 1)
+    many = max(1, BLOCK_BYTES // (min(C, edge) * min(S, edge) * itemsize))
+    return -(-blocks // many), many
 
 
 def streams(extents: Extents, itemsize: int, threads: int) -> bool:

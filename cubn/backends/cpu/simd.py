@@ -291,23 +291,24 @@ def moved(at: Values, steps: Values, count: Value) -> Values:
 
 
 def transposed(rows: Sequence[Value]) -> list[Value]:
-    """The 16 x 16 transpose of 16 vectors."""
+    """The transpose of as many vectors as they have lanes, 8 or 16."""
+    lanes = len(rows)
 
     def interleave(width: int) -> tuple[list[int], list[int]]:
         """Pick alternate runs of `width` lanes: lower halves of each 2*width block of both operands, then upper
         halves.
         """
         low, high = [], []
-        for start in range(0, LANES, 2 * width):
-            for side in (0, LANES):
+        for start in range(0, lanes, 2 * width):
+            for side in (0, lanes):
                 low += [side + start + i for i in range(width)]
                 high += [side + start + width + i for i in range(width)]
         return low, high
 
     out = list(rows)
-    for width in (1, 2, 4, 8):
+    for width in (1, 2, 4, 8)[: lanes.bit_length() - 1]:
         low, high = interleave(width)
-        for i in range(LANES):
+        for i in range(lanes):
             if not i & width:
                 a, b = out[i], out[i + width]
                 out[i], out[i + width] = shuffle(a, b, low), shuffle(a, b, high)

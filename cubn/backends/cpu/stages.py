@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cubn._arrays.numpy import address_of
 from cubn._tree import TILE
-from cubn._types import ITEMSIZE, Extents, Operands
+from cubn._types import ITEMSIZE, Extents, Operand, Operands
 from cubn.backends.cpu import plan
 from cubn.backends.cpu.compile import Kernel, compiled
 from cubn.backends.cpu.launch import ALIGNMENT
@@ -44,6 +44,8 @@ class Elements(NamedTuple):
     operands: Operands
     relu_mask: plan.WordLayout | None
     threads: int
+    relaid: tuple[tuple[str, Operand], ...] = ()
+    """As the caller has them, by name: those that `operands` have in x's layout, in the workspace."""
 
     @property
     def dtype(self) -> str:
