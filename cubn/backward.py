@@ -191,7 +191,7 @@ def _again(forward: Forward, dy: Any, out: Any) -> Gradients[Any] | None:
     entry.asked_for = True
     call = entry.value
     facts, library = call.facts, call.library
-    if _calls.signature(x.owner) != (facts.x, x.pointer):
+    if not library.is_still(x.owner, facts.x, x.pointer):
         return None
     if library.counts_versions and library.version(x.owner) != x.version:
         return None

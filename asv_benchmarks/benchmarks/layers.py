@@ -14,22 +14,27 @@ from cubn.gradients import Gradients
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """The two calls, as autograd wants them."""
+    """The two calls, as autograd wants them. Not `once_differentiable`, which costs more than a small backward: cubn
+    itself refuses a dy that requires a gradient.
+    """
 
     @staticmethod
-    def forward(ctx, x, residual, gamma, beta, state, relu, calls):
+    def forward(ctx, x, residual, gamma, beta, layer):
         given = None if residual is None else residual.detach()
         # Not save_for_backward: a Saved holds x, notices its changes as torch does, and has no tensor to replace in it.
-        y, ctx.saved = calls.forward_train(x.detach(), state, residual=given, relu=relu)
-        ctx.calls = calls
+        y, ctx.saved = layer.calls.forward_train(x.detach(), layer.state, residual=given, relu=layer.relu)
+        ctx.layer = layer
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         saved, ctx.saved = ctx.saved, None  # so that x is freed with the layer's backward, not with the graph
-        dx, dgamma, dbeta, dresidual = ctx.calls.backward(dy, saved)
-        return dx, dresidual, dgamma, dbeta, None, None, None
+        dx, dgamma, dbeta, dresidual = ctx.layer.calls.backward(dy, saved)
+        return dx, dresidual, dgamma, dbeta, None
+
+
+apply = super(torch.autograd.Function, BatchNormFunction).apply
+"""What `BatchNormFunction.apply` comes to outside of torch.func, without looking for its transformations."""
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -42,8 +47,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if self.training:
-            given = (x, residual, self.weight, self.bias, self.state, self.relu, self.calls)
-            return BatchNormFunction.apply(*given)
+            return apply(x, residual, self.weight, self.bias, self)
         return cubn.forward(x, self.state, residual=residual, relu=self.relu)
 
 

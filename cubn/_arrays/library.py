@@ -62,6 +62,10 @@ class Library(Protocol):
         """x's layout and address, found quickly; None where x has to be described, since it may not be in order."""
         return None
 
+    def is_still(self, x: Any, layout: Layout, pointer: int) -> bool:
+        """Whether an array is where it was, with the layout that it had, or at least the memory behind it."""
+        return self.signature(x) == (layout, pointer)
+
     def layout(self, array: Array) -> Layout | None:
         """The layout that `signature` gives for arrays like one that was described."""
         return None

@@ -134,6 +134,9 @@ class Torch(Library):
         index = -1 if x.is_cpu else x.get_device() if x.is_cuda else None  # other accelerators count theirs alike
         return (shape, strides, x.dtype, pointer % ALIGNMENT, index), pointer
 
+    def is_still(self, x: Any, layout: Layout, pointer: int) -> bool:
+        return _address(x) == pointer and not x.requires_grad and x.shape == layout[0]
+
     def layout(self, array: Array) -> Layout | None:
         dtype, index = self._dtypes[array.dtype], -1 if array.device == HOST else array.device[1]
         return array.shape, array.strides, dtype, array.pointer % ALIGNMENT, index
