@@ -67,7 +67,8 @@ class Torch(Library):
         if pointer % size:
             refuse_misaligned(x, argument, f"address {pointer:#x}")
         shape, strides = tuple(x.shape), x.stride()
-        if (x.storage_offset() + span(shape, strides)[1]) * size > x.untyped_storage().nbytes():
+        reach = span(shape, strides)[1]  # 0 without elements, which may begin past the end
+        if reach and (x.storage_offset() + reach) * size > x.untyped_storage().nbytes():
             self._refuse_without_memory(x, argument)
         return Array(pointer, shape, strides, dtype, device, own, x, self)
 
