@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,6 @@ def measured(script: str, arguments: Sequence[str], threading: str, **environmen
 
 
 def threads() -> str:
-    """What `python -m cubn info` says about threads in this process."""
+    """What `python -m cubn info` says about threads in this process, without this machine's folders."""
     (line,) = (line for line in info().splitlines() if line.split()[:1] == ["threads"])
-    return line.split(maxsplit=1)[1]
+    return re.sub(r"/\S*/site-packages/", "", line.split(maxsplit=1)[1])

@@ -73,6 +73,8 @@ def test_the_architecture_names_every_file_of_the_package():
     ("script", "result", "document"),
     [
         ("compare.py", "cpu.json", README),
+        ("networks.py", "networks.json", README),
+        ("idle.py", "idle.json", ROOT / "docs" / "decisions" / "0011-threads-that-share.md"),
         ("accuracy.py", "accuracy.json", ROOT / "docs" / "numerics.md"),
         ("synchronised.py", "synchronised.json", ROOT / "docs" / "synchronised.md"),
         ("cost_of_ranks.py", "synchronised.json", ROOT / "docs" / "synchronised.md"),
