@@ -34,7 +34,7 @@ def one_mean() -> None:
 def folded() -> None:
     """y = x * scale + shift, the mean within the shift."""
 
-    def normalized(x: Value, c: Coefficients) -> Value:
+    def normalized(x: Value, c: Coefficients, exact_mean: bool = False) -> Value:
         return x * c.scale + c.beta
 
     _replace("normalized", normalized)

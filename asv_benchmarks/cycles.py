@@ -75,7 +75,7 @@ def main() -> None:
         rows = []
         for name in names:
             for contract in CONTRACTS if options.contracts else (options.contract,):
-                told = [f"--processor={name}", f"--contract={contract}", *arguments]
+                told = [f"--processor={name}", *([f"--contract={contract}"] if contract else []), *arguments]
                 found = rows_of(__file__, told, tree())
                 print(*map(line, found), sep="\n", flush=True)
                 rows += [{"contract": contract, **r} if options.contracts else r for r in found]

@@ -79,6 +79,7 @@ def test_the_architecture_names_every_file_of_the_package():
         ("synchronised.py", "synchronised.json", ROOT / "docs" / "synchronised.md"),
         ("cost_of_ranks.py", "synchronised.json", ROOT / "docs" / "synchronised.md"),
         ("cycles.py", "cycles.json", ROOT / "docs" / "cpu.md"),
+        ("cycles.py", "contracts.json", ROOT / "docs" / "decisions" / "0012-what-the-contract-costs.md"),
         ("cycles_here.py", "cycles_here.json", ROOT / "docs" / "cpu.md"),
     ],
 )
