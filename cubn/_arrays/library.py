@@ -63,7 +63,7 @@ class Library(Protocol):
         return None
 
     def is_still(self, x: Any, layout: Layout, pointer: int) -> bool:
-        """Whether an array is where it was, with the layout that it had, or at least the memory behind it."""
+        """Whether an array that had this layout can be read there again: the same memory, and as many elements."""
         return self.signature(x) == (layout, pointer)
 
     def layout(self, array: Array) -> Layout | None:

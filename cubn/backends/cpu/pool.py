@@ -6,8 +6,8 @@ exception can leave it half done or while threads still use the caller's memory:
 raises when the call is over.
 
 A kernel claims tasks from an atomic counter until none is left, and the calling thread always takes part. So a kernel
-ends even if no other thread is free, and no call waits for another caller's. Whose threads the others are, is chosen
-once (whose_threads.py): those of an OpenMP runtime that the process has loaded, or workers of this pool.
+ends even if no other thread is free, and no call waits for another caller's. Whose threads the others are,
+`whose_threads.py` chooses: those of an OpenMP runtime that the process has loaded, or workers of this pool.
 
 A runtime has a team for each calling thread. A few threads at a time are given one; others, which a server may have
 hundreds of, share the workers.
