@@ -11,7 +11,7 @@ import cubn
 
 ROOT = Path(cubn.__file__).parent
 HEAVY = {"numba", "llvmlite", "cupy", "mpi4py", "torch", "jax"}
-ADAPTERS = {"backends", "sync"}
+ADAPTERS = {"backends", "sync", "torch"}
 A_RANK = "cli/demo_ranks.py"
 """A program of its own, which mpiexec runs: one rank of the demo."""
 
@@ -27,7 +27,7 @@ def imported(path):
     return names
 
 
-def test_only_backends_and_sync_import_what_is_heavy():
+def test_only_backends_sync_and_adapters_import_what_is_heavy():
     files = [path.relative_to(ROOT) for path in ROOT.rglob("*.py")]
     heavy = {str(path): imported(ROOT / path) & HEAVY for path in files if path.parts[0] not in ADAPTERS}
     assert {"_arrays/torch.py", "cli/demo.py"} < heavy.keys()

@@ -1,0 +1,27 @@
+"""Batch normalization for PyTorch, bitwise reproducible: modules, a function, and what converts a model."""
+
+from cubn.torch import functional
+from cubn.torch.modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAddReLU1d,
+    BatchNormAddReLU2d,
+    BatchNormAddReLU3d,
+    BatchNormReLU1d,
+    BatchNormReLU2d,
+    BatchNormReLU3d,
+)
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAddReLU1d",
+    "BatchNormAddReLU2d",
+    "BatchNormAddReLU3d",
+    "BatchNormReLU1d",
+    "BatchNormReLU2d",
+    "BatchNormReLU3d",
+    "functional",
+]
