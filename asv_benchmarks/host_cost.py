@@ -1,6 +1,8 @@
 """What a call costs around its kernel: microseconds on (2, 8) and (8, 16, 2, 2), one thread, beside aten and torch.nn.
+"step" is a module's forward and its backward.
 
     python asv_benchmarks/host_cost.py                  measure, write results/<machine>/host_cost.json, print the table
+    python asv_benchmarks/host_cost.py --compile        the modules through torch.compile beside them
     python asv_benchmarks/host_cost.py --stand-in       the CUDA backend, its launches left out; prints, writes nothing
     python asv_benchmarks/host_cost.py --against TREE   this source tree and another in turns; prints, writes nothing
     python asv_benchmarks/host_cost.py --table FILE     the table from a result file
@@ -25,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from benchmarks.host import SHAPES, calls
+from benchmarks.host import SHAPES, calls, compiled_calls
 from benchmarks.workloads import use_threads
 from machine import write
 from trees import Row, in_turns, print_rows, tree
@@ -36,13 +38,13 @@ EVICTED = 64 << 20  # bytes
 KEYS = ("shape", "operation", "contestant")
 
 
-def measure(contestants: str, repeats: int) -> list[Row]:
+def measure(contestants: str, repeats: int, compiled: bool) -> list[Row]:
     """A row for a shape, an operation and a contestant whose name matches."""
     use_threads(THREADS)
     timed = {
         (shape, operation, contestant): call
         for shape in SHAPES
-        for contestant, of_contestant in calls(shape).items()
+        for contestant, of_contestant in (calls(shape) | (compiled_calls(shape) if compiled else {})).items()
         if re.fullmatch(contestants, contestant)
         for operation, call in of_contestant.items()
     }
@@ -135,6 +137,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--against", type=Path, metavar="TREE")
     parser.add_argument("--rounds", type=int, default=4, help="processes for a tree, with --against")
+    parser.add_argument("--compile", action="store_true", help="the modules through torch.compile, too")
     parser.add_argument("--table", type=Path, metavar="FILE")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, write nothing")
     options = parser.parse_args()
@@ -146,7 +149,7 @@ def main() -> None:
         print(compared(arguments, options.against, options.rounds))
         return
     launches = stand_in() if options.stand_in else lambda: 0
-    rows = measure("numpy|torch" if options.stand_in else ".*", options.repeats)
+    rows = measure("numpy|torch" if options.stand_in else ".*", options.repeats, options.compile)
     if options.stand_in and not launches():
         raise SystemExit("the stand-in was not used")
     if options.json:

@@ -7,7 +7,7 @@ import tempfile
 
 import numpy as np
 
-from .host import SHAPES, calls
+from .host import SHAPES, calls, compiled_calls
 from .models import steps
 from .shares import Blocks, alternate_blocks, difference, share_ratio
 from .workloads import WORKLOADS, alternate, arrays, operations, use_threads
@@ -120,6 +120,34 @@ class OverheadOfTorch:
     time_forward = Overhead.time_forward
     time_forward_train = Overhead.time_forward_train
     time_backward = Overhead.time_backward
+
+
+class OverheadOfModules:
+    """Modules under autograd, those of torch and of cubn: a forward, and a forward with its backward."""
+
+    params = (["torch.nn", "cubn.torch"], SHAPES)
+    param_names = Overhead.param_names
+    setup = Overhead.setup
+    time_forward = Overhead.time_forward
+    time_forward_train = Overhead.time_forward_train
+
+    def time_step(self, *_: object) -> None:
+        self.calls["step"]()
+
+
+class CompiledModules:
+    """The same through torch.compile; torch's own becomes one fused kernel."""
+
+    params = (["torch.nn, compiled", "cubn.torch, compiled"], SHAPES)
+    param_names = Overhead.param_names
+    time_forward = Overhead.time_forward
+    time_forward_train = Overhead.time_forward_train
+    time_step = OverheadOfModules.time_step
+    timeout = 300
+
+    def setup(self, contestant: str, shape: tuple[int, ...]) -> None:
+        use_threads(1)
+        self.calls = compiled_calls(shape)[contestant]
 
 
 class FirstCall:

@@ -1,6 +1,7 @@
 """What the networks have behind a convolution: batch norm, with an addition and a ReLU or without, by each contestant.
 
-A contestant's calls are `forward_train(x, state, residual=, relu=)` and `backward(dy, saved)`, as cubn has them.
+torch's and cubn's layers are their modules. Timed call by call are `forward_train(x, state, residual=, relu=)` and
+`backward(dy, saved)`, as cubn has them.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-import cubn
+import cubn.torch
 from cubn.gradients import Gradients
 
 
@@ -38,7 +39,7 @@ apply = super(torch.autograd.Function, BatchNormFunction).apply
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """torch's parameters and buffers, of any rank, and a contestant's calls; in evaluation cubn's, without autograd."""
+    """torch's parameters and buffers, of any rank, and calls of a contestant that are timed."""
 
     def __init__(self, channels: int, relu: bool = False, calls: Any = cubn) -> None:
         super().__init__(channels)
@@ -46,9 +47,7 @@ class BatchNorm(nn.BatchNorm2d):
         self.state = cubn.BatchNormState.from_module(self)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if self.training:
-            return apply(x, residual, self.weight, self.bias, self)
-        return cubn.forward(x, self.state, residual=residual, relu=self.relu)
+        return apply(x, residual, self.weight, self.bias, self)
 
 
 class Torch:
@@ -111,27 +110,32 @@ class Layers(NamedTuple):
     """What a contestant makes for so many channels."""
 
     norm: Callable[[int], nn.Module]
-    norm_relu: Callable[[int], nn.Module]  # takes a residual, too
+    norm_relu: Callable[[int], nn.Module]
+    norm_add_relu: Callable[[int], nn.Module]  # takes a residual, too
 
 
 def with_relu_apart(norm: Callable[[int], nn.Module]) -> Layers:
-    return Layers(norm, lambda channels: ThenReLU(norm(channels)))
+    def then_relu(channels: int) -> nn.Module:
+        return ThenReLU(norm(channels))
+
+    return Layers(norm, then_relu, then_relu)
 
 
-def with_relu_fused(calls: Any) -> Layers:
-    return Layers(
-        lambda channels: BatchNorm(channels, calls=calls), lambda channels: BatchNorm(channels, relu=True, calls=calls)
-    )
+def with_relu_timed(calls: Any) -> Layers:
+    def fused(channels: int) -> nn.Module:
+        return BatchNorm(channels, relu=True, calls=calls)
+
+    return Layers(lambda channels: BatchNorm(channels, calls=calls), fused, fused)
 
 
-def contestants(module: Callable[[int], nn.Module]) -> dict[str, Layers]:
-    """Layers by contestant; torch's batch norm is the given module. "none" has no batch norm, "bare" no addition and no
-    ReLU either.
-    """
+def contestants(axes: int) -> dict[str, Layers]:
+    """Layers by contestant, for x of so many axes. "none" has no batch norm, "bare" no addition and no ReLU either."""
+    rank = f"{max(axes - 2, 1)}d"
+    ours = (getattr(cubn.torch, f"BatchNorm{what}{rank}") for what in ("", "ReLU", "AddReLU"))
     return {
-        "torch": with_relu_apart(module),
-        "cubn": with_relu_apart(BatchNorm),
-        "fused": with_relu_fused(cubn),
+        "torch": with_relu_apart(getattr(nn, f"BatchNorm{rank}")),
+        "cubn": with_relu_apart(getattr(cubn.torch, f"BatchNorm{rank}")),
+        "fused": Layers(*ours),
         "none": with_relu_apart(nn.Identity),
-        "bare": Layers(nn.Identity, lambda channels: Join()),
+        "bare": Layers(nn.Identity, lambda channels: Join(), lambda channels: Join()),
     }

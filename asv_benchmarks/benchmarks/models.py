@@ -8,7 +8,7 @@ from torch import nn
 
 import cubn
 
-from .layers import BatchNorm, Layers, Torch, contestants, with_relu_apart, with_relu_fused
+from .layers import BatchNorm, Layers, Torch, contestants, with_relu_apart, with_relu_timed
 from .shares import Step, Timed, TimedStep
 from .workloads import MEMORY_FORMATS
 
@@ -27,7 +27,7 @@ class Block(nn.Module):
         for one in convolutions[:-1]:
             body += [one, layers.norm_relu(one.out_channels)]
         self.body = nn.Sequential(*body, convolutions[-1])
-        self.end = layers.norm_relu(outputs)
+        self.end = layers.norm_add_relu(outputs)
         projected = inputs != outputs or stride != 1
         self.shortcut = (
             nn.Sequential(conv(inputs, outputs, 1, stride), layers.norm(outputs)) if projected else nn.Identity()
@@ -146,7 +146,7 @@ def trained(network: Network, layout: str, layers: Layers) -> Trained:
 def steps(name: str, layout: str, compiled: bool = False) -> dict[str, Step]:
     """A step of each contestant; with `compiled`, of torch's network through torch.compile, too."""
     network = NETWORKS[name]
-    by_contestant = contestants(module_of(network))
+    by_contestant = contestants(len(network.x))
     of_all = {contestant: trained(network, layout, layers) for contestant, layers in by_contestant.items()}
     if compiled:
         eager = trained(network, layout, by_contestant["torch"])
@@ -161,10 +161,6 @@ def timed_steps(name: str, layout: str) -> dict[str, TimedStep]:
         alone, fused = Timed(calls), Timed(calls)
         apart = with_relu_apart(lambda channels, calls=alone: BatchNorm(channels, calls=calls))
         of_all[contestant] = TimedStep(trained(NETWORKS[name], layout, apart).step, alone)
-        together = trained(NETWORKS[name], layout, with_relu_fused(fused))
+        together = trained(NETWORKS[name], layout, with_relu_timed(fused))
         of_all[f"{contestant} + ReLU"] = TimedStep(together.step, fused)
     return of_all
-
-
-def module_of(network: Network) -> Callable[[int], nn.Module]:
-    return nn.BatchNorm2d if len(network.x) == 4 else nn.BatchNorm1d
