@@ -140,6 +140,27 @@ def test_what_the_first_call_refuses_the_second_refuses():
     assert all(map(torch.equal, before[:4], layer.vectors))
 
 
+def test_statistics_at_eps_0_are_refused_by_the_second_call_too():
+    x, layer = torch.randn(4, C), Given()
+    for call in (_passes.frozen, _passes.inference):
+        assert call(x, layer.vectors) is not None
+        for eps in (0.0, -1.0, float("inf")):
+            with pytest.raises(ValueError, match="eps"):
+                call(x, layer.vectors, eps=eps)
+
+
+def test_an_average_that_begins_anew_is_of_the_batches_since():
+    layer, x = Given(), torch.randn(3, 4, C)
+    _passes.train(x[0], layer.vectors, layer.counters, momentum=None)
+    layer.mean[2] = torch.nan
+    for i in (1, 2):
+        _passes.train(x[i], layer.vectors, layer.counters, momentum=None)
+    assert layer.counters.num_batches_tracked == 3
+    assert layer.counters.skipped.tolist() == [0, 0, 1, 0, 0, 0]
+    torch.testing.assert_close(layer.mean[2], x[1:, :, 2].mean())
+    torch.testing.assert_close(layer.mean[3], x[:, :, 3].mean())
+
+
 def test_what_is_kept_of_a_call_holds_no_tensor():
     layer, x = Given(), torch.randn(7, C)
     y, left, bits = _passes.train(x, layer.vectors, layer.counters)
