@@ -73,7 +73,7 @@ class DoubleDifferentiation:
         self.v = self._zeros() if ddx is None else like_x("ddx", ddx, x)
         self.r = None if ddresidual is None else like_x("ddresidual", ddresidual, x)
         if self.r and not forward.layouts.residual:
-            raise ValueError(refusal("ddresidual", "be None, as the residual of the forward", self.r))
+            raise ValueError(refusal("ddresidual", "be None, as the residual of the forward was", self.r))
         self.dy = like_x("dy", dy, x)
         check_unchanged(forward, self.inputs)
         self.ddy, self.dx = _arrays.empty_like(x), _arrays.empty_like(x)
@@ -250,5 +250,5 @@ def _of_channels(argument: str, given: Any, inputs: Inputs, has_one: bool) -> Ve
         return None
     array = parameter(argument, given, inputs)
     if not has_one:
-        raise ValueError(refusal(argument, f"be None, as the forward's {argument.removeprefix('dd')}", array))
+        raise ValueError(refusal(argument, f"be None, as the forward's {argument.removeprefix('dd')} was", array))
     return vector(array)
