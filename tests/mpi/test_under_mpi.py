@@ -25,7 +25,7 @@ def test_records_of_arrays_on_a_device_in_processes(mpi):
     command = ["-m", "mpi4py", "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider"]
     run = mpi.run(3, *command, "tests/mpi/test_device_records.py", timeout=200)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("15 passed") == 3, run.stdout
+    assert run.stdout.count("17 passed") == 3, run.stdout
 
 
 @pytest.mark.slow
