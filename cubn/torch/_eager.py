@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
+from cubn.backends.protocol import ReluMask
 from cubn.sync import Comm
 from cubn.torch import _passes
-from cubn.torch._passes import Counters, Vectors
+from cubn.torch._passes import Counters, Left, Vectors
 from cubn.torch._relu_mask import as_relu_mask, as_tensor
 
 
@@ -61,15 +63,24 @@ class Backward(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, mask: Tensor | None, left: Any, relu_mask: Any
+        ctx: Any,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        left: Left,
+        relu_mask: ReluMask | None,
     ) -> Any:
         ctx.save_for_backward(dy, x, mask)
         ctx.left, ctx.relu_mask = left, relu_mask
+        ctx.set_materialize_grads(False)
         return tuple(_passes.backward(dy, x, mask, left, relu_mask))
 
     @staticmethod
-    def backward(ctx: Any, ddx: Any, ddgamma: Any, ddbeta: Any, ddresidual: Any) -> Any:
-        raise NotImplementedError  # double_backward of the core
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor | None) -> Any:
+        dy, x, mask = ctx.saved_tensors
+        return *_passes.double_backward(given, dy, x, mask, ctx.left, ctx.relu_mask), None, None, None
 
 
 def batch_norm(

@@ -8,6 +8,7 @@ the tensors, and later calls go straight to it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +27,10 @@ from cubn._types import Counters as Addresses
 from cubn.backends import threads
 from cubn.backends.protocol import ReluMask
 from cubn.backward import backward as core_backward
+from cubn.double_backward import double_backward as core_double_backward
 from cubn.forward import FORWARDS, FROZEN, forward, forward_frozen
 from cubn.forward_train import forward_train
-from cubn.gradients import Gradients
+from cubn.gradients import DoubleGradients, Gradients
 from cubn.saved import Forward, Layouts, Read, Saved
 from cubn.state import BatchNormState
 from cubn.sync import Comm
@@ -153,6 +155,20 @@ def backward(dy: Tensor, x: Tensor, mask: Tensor | None, left: Left, relu_mask: 
         if call is not None:
             _BACKWARDS.add(key, Known(call, None, (), None))
     return gradients
+
+
+def double_backward(
+    given: Sequence[Tensor | None],
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    left: Left,
+    relu_mask: ReluMask | None,
+) -> DoubleGradients[Tensor]:
+    """Gradients by dy, x and weight, given those by dx, dgamma, dbeta and dresidual."""
+    ddx, ddgamma, ddbeta, ddresidual = (_detached(gradient) for gradient in given)
+    of = saved(x, mask, left, relu_mask)
+    return core_double_backward(ddx, ddgamma, ddbeta, dy.detach(), of, ddresidual=ddresidual)
 
 
 def saved(x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask | None) -> Saved[Tensor]:
