@@ -28,6 +28,7 @@ from cubn.backends import threads
 from cubn.backends.protocol import ReluMask
 from cubn.backward import backward as core_backward
 from cubn.double_backward import double_backward as core_double_backward
+from cubn.errors import message
 from cubn.forward import FORWARDS, FROZEN, forward, forward_frozen
 from cubn.forward_train import forward_train
 from cubn.gradients import DoubleGradients, Gradients
@@ -35,7 +36,7 @@ from cubn.saved import Forward, Layouts, Read, Saved
 from cubn.state import BatchNormState
 from cubn.sync import Comm
 from cubn.sync.collective import SyncContext
-from cubn.torch._tensors import Found, read
+from cubn.torch._reading import Found, counter, read
 
 increment_version = torch.autograd.graph.increment_version
 
@@ -77,18 +78,10 @@ def train(
     comm: Comm | None = None,
 ) -> Result:
     """Normalise by the batch's statistics; update the running ones, where there are any, and their counters."""
-    key, found = _look_up(_TRAININGS, x, vectors, mask, residual, relu, comm)
-    tracked = _tracked(counters, momentum)
-    result = found and _train_again(*found, x, counters, tracked, mask, momentum, eps)
-    if result is None:
-        result = _train(key, x, vectors, counters, tracked, momentum, eps, mask, residual, relu, comm)
-    elif (mean := vectors[2]) is not None and (var := vectors[3]) is not None:
-        increment_version((mean, var) if counters is None else (mean, var, counters.skipped))
-    if counters is not None:
-        counters.num_batches_tracked.add_(1)
-        if tracked is not None:  # where an average began anew, the batches before it count as skipped
-            counters.skipped.add_(counters.num_batches_tracked - tracked)
-    return result
+    tracked, skipped = _NO_COUNTERS if counters is None else counters
+    key, found = _look_up(_TRAININGS, relu, comm, x, *vectors, mask, residual, tracked, skipped)
+    result = found and _train_again(*found, x, vectors, counters, mask, momentum, eps)
+    return result or _train(key, x, vectors, counters, momentum, eps, mask, residual, relu, comm)
 
 
 def frozen(
@@ -102,7 +95,7 @@ def frozen(
     comm: Comm | None = None,
 ) -> Result:
     """Normalise by the running statistics, with a backward."""
-    key, found = _look_up(_FROZEN, x, vectors, mask, residual, relu, comm)
+    key, found = _look_up(_FROZEN, relu, comm, x, *vectors, mask, residual)
     result = found and _frozen_again(*found, x, eps)
     if result is not None:
         return result
@@ -123,7 +116,7 @@ def inference(
     relu: bool = False,
 ) -> Tensor:
     """Normalise by the running statistics."""
-    key, found = _look_up(_INFERENCES, x, vectors, mask, residual, relu)
+    key, found = _look_up(_INFERENCES, relu, None, x, *vectors, mask, residual)
     y: Tensor
     if found is not None and 0 < eps < math.inf:
         known, (_, at_x, gamma, beta, mean, var, at_mask, at_residual) = found
@@ -207,19 +200,13 @@ _NO_STATISTICS = Statistics(None, 0, 0, False, False)
 
 
 def _look_up(
-    store: Store[Known],
-    x: Tensor,
-    vectors: Vectors,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    comm: Comm | None = None,
+    store: Store[Known], relu: bool, comm: Comm | None, x: Tensor, *others: Tensor | None
 ) -> tuple[Any, tuple[Known, Found] | None]:
     """The key of such tensors, and the call that was made before with such, and where they are."""
     if comm is not None:
         return None, None
-    found = read(x, *vectors, mask, residual)
-    if found is None or x.is_neg() or (residual is not None and residual.is_neg()):
+    found = read(x, *others)
+    if found is None or x.is_neg():
         return None, None
     key = found[0], relu, threads.limit
     known = store.get(key)
@@ -246,7 +233,7 @@ def _keep(
     if all(array is None or (array.strides == (1,) and not array.owner.is_neg()) for array in arrays):
         sizes = tuple(array.owner.nbytes if array else 0 for array in arrays)
         mean = state.running_mean if left and not left.frozen else None
-        uncounted = None if mean is None else _new_uncounted(mean)
+        uncounted = None if mean is None else Uncounted.like(mean)
         store.add(key, Known(call, left and left._replace(statistics=_NO_STATISTICS), sizes, uncounted))
 
 
@@ -255,7 +242,6 @@ def _train(
     x: Tensor,
     vectors: Vectors,
     counters: Counters | None,
-    tracked: Tensor | None,
     momentum: float | None,
     eps: float,
     mask: Tensor | None,
@@ -264,14 +250,16 @@ def _train(
     comm: Comm | None,
 ) -> Result:
     """With every check."""
-    state = _state(x, vectors, eps, momentum)
+    state, tracked = _state(x, vectors, eps, momentum), None
     if (mean := vectors[2]) is not None:
+        tracked, skipped = _per_channel(counters, mean, momentum)
         device = state._current().device
         assert device
-        tracked, skipped = _or_uncounted(tracked, counters, _new_uncounted(mean))
         state._counters = Counted(tracked, skipped, device, Addresses(tracked.data_ptr(), skipped.data_ptr()))
     x, residual = x.detach(), _detached(residual)
     y, saved = forward_train(x, state, mask=mask, residual=residual, relu=relu, comm=comm)
+    if counters is not None and tracked is not None:
+        _count(counters, tracked if momentum is None else None)
     left, relu_mask = _left(saved)
     _keep(_TRAININGS, key, TRAININGS, left, x, state, mask, residual, relu, True)
     return y, left, relu_mask
@@ -281,29 +269,41 @@ def _train_again(
     known: Known,
     found: Found,
     x: Tensor,
+    vectors: Vectors,
     counters: Counters | None,
-    tracked: Tensor | None,
     mask: Tensor | None,
     momentum: float | None,
     eps: float,
 ) -> Result | None:
     """None where something is in the way."""
-    (call, left, sizes, uncounted), (_, at_x, gamma, beta, mean, var, at_mask, at_residual) = known, found
+    call, left, sizes, uncounted = known
+    _, at_x, gamma, beta, mean, var, at_mask, at_residual, at_tracked, at_skipped = found
     if mask is not None and call.library.count(mask) * call.facts.values < 2:
         return None
     if not 0 < eps < math.inf or (momentum is not None and not 0 <= momentum <= 1):
         return None
-    at_tracked = at_skipped = 0
+    moves: tuple[Any, ...] = ()
+    tracked = None
     if uncounted is not None:
         if not _apart(sizes, (gamma, beta, mean, var)):
             return None
-        tracked, skipped = _or_uncounted(tracked, counters, uncounted)
-        at_tracked, at_skipped = tracked.data_ptr(), skipped.data_ptr()
+        if momentum is None:
+            if counters is None:
+                return None
+            tracked = counters.num_batches_tracked.expand(len(counters.skipped)).contiguous()
+        each = uncounted.tracked if tracked is None else tracked.data_ptr()
+        moves = mean, var, mean, var, each, at_skipped or uncounted.skipped, momentum
     y, at_y = call.allocate(x)
     if at_y % ALIGNMENT != call.alignment:
         return None
-    at = at_x, at_residual, at_y, at_mask, gamma, beta
-    statistics, relu_mask = call.prepared(*at, eps, mean, var, mean, var, at_tracked, at_skipped, momentum)
+    statistics, relu_mask = call.prepared(at_x, at_residual, at_y, at_mask, gamma, beta, eps, *moves)
+    if counters is not None and tracked is None and x.is_cpu:
+        counter()(at_tracked)
+        increment_version((*vectors[2:], *counters))  # type: ignore[arg-type]
+    elif moves:
+        increment_version(vectors[2:])  # type: ignore[arg-type]
+        if counters is not None:
+            _count(counters, tracked)
     assert left
     layouts, held, _, is_frozen, context = left
     return y, Left(layouts, held, statistics, is_frozen, context), relu_mask
@@ -366,28 +366,45 @@ def _apart(sizes: tuple[int, ...], at: tuple[int, ...]) -> bool:
 
 # --- counters ---------------------------------------------------------------------------------------------------------
 
-Uncounted = tuple[Tensor, Tensor]
-"""Room for counters that nobody reads."""
+_NO_COUNTERS = None, None
 
 
-def _new_uncounted(mean: Tensor) -> Uncounted:
-    tracked, skipped = torch.zeros(2, len(mean), dtype=torch.int64, device=mean.device)
-    return tracked, skipped
+class Uncounted(NamedTuple):
+    """Room for the counters of each channel that kernels write and nobody reads, and where they are."""
+
+    memory: Tensor
+    tracked: int
+    skipped: int
+
+    @classmethod
+    def like(cls, mean: Tensor) -> Uncounted:
+        memory = torch.zeros(2, len(mean), dtype=torch.int64, device=mean.device)
+        return cls(memory, memory[0].data_ptr(), memory[1].data_ptr())
 
 
-def _tracked(counters: Counters | None, momentum: float | None) -> Tensor | None:
-    """How many batches each channel has seen, where a weight depends on it."""
-    if momentum is not None or counters is None:
-        return None
-    return counters.num_batches_tracked.expand(len(counters.skipped)).contiguous()
+def _per_channel(counters: Counters | None, mean: Tensor, momentum: float | None) -> tuple[Tensor, Tensor]:
+    """Counters of each channel, for kernels: what they were, where a weight depends on it."""
+    if counters is None:
+        tracked, skipped = torch.zeros(2, len(mean), dtype=torch.int64, device=mean.device)
+        return tracked, skipped
+    tracked, skipped = counters
+    for name, given, count in zip(Counters._fields, counters, (1, len(mean)), strict=True):
+        if given.dtype != torch.int64 or given.numel() != count or given.device != mean.device:
+            rule = f"be {count} of int64 on the device of running_mean, {mean.device}"
+            got = f"{given.dtype} {tuple(given.shape)} on {given.device}"
+            raise ValueError(message(name, rule, got, function="batch_norm"))
+    return tracked.expand(len(mean)).contiguous() if momentum is None else torch.zeros_like(skipped), skipped
 
 
-def _or_uncounted(tracked: Tensor | None, counters: Counters | None, uncounted: Uncounted) -> Uncounted:
-    """The counters that kernels write."""
-    return (
-        uncounted[0] if tracked is None else tracked,
-        uncounted[1] if counters is None else counters.skipped,
-    )
+def _count(counters: Counters, tracked: Tensor | None) -> None:
+    """One more update. Where an average began anew, the batches before it count as skipped, so that it is always of
+    num_batches_tracked - skipped.
+    """
+    counters.num_batches_tracked.add_(1)
+    if tracked is None:
+        increment_version((counters.skipped,))
+    else:
+        counters.skipped.add_(counters.num_batches_tracked - tracked)
 
 
 # --- from tensors, and to them ----------------------------------------------------------------------------------------

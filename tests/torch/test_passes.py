@@ -149,6 +149,17 @@ def test_statistics_at_eps_0_are_refused_by_the_second_call_too():
                 call(x, layer.vectors, eps=eps)
 
 
+def test_counters_that_kernels_could_not_write_are_refused():
+    x, layer = torch.randn(4, C), Given()
+    tracked, skipped = layer.counters
+    for _ in range(2):
+        for wrong in ((tracked, skipped[1:]), (tracked, skipped.float()), (torch.zeros(2).long(), skipped)):
+            with pytest.raises(ValueError, match="num_batches_tracked|skipped"):
+                _passes.train(x, layer.vectors, Counters(*wrong))
+        _passes.train(x, layer.vectors, layer.counters)
+    assert tracked == 2
+
+
 def test_an_average_that_begins_anew_is_of_the_batches_since():
     layer, x = Given(), torch.randn(3, 4, C)
     _passes.train(x[0], layer.vectors, layer.counters, momentum=None)

@@ -1,8 +1,9 @@
-"""`read`, native code that reads tensors through the C interface that their library offers (DLPack's exchange API).
+"""Native code on tensors, builtin functions of Python (builtin.py).
 
-It is a builtin function of Python (builtin.py). Called with tensors, or None for what is absent, it returns their
-layouts as bytes, equal for tensors of equal layouts and remainders of the address, and then their addresses; None where
-one of them is no plain tensor, has too many axes, or the library would rather not say.
+`read` reads tensors through the C interface that their library offers (DLPack's exchange API). Called with tensors, or
+None for what is absent, it returns their layouts as bytes, equal for tensors of equal layouts and remainders of the
+address, and then their addresses; None where one of them is no plain tensor, has too many axes, or the library would
+rather not say. `count` adds 1 to an int64.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from cubn.backends.cpu.simd import I64, Value, get, instruction, put
 TENSORS, AXES = 10, 8
 """At most."""
 
-DESCRIBE, CLEAR, NEW_BYTES, NEW_TUPLE, NEW_INTEGER, KEEP, NONE = (8 * i for i in range(7))
-"""Of what `read` is given first, behind the header of a bytes object: functions of the library and of Python."""
+DESCRIBE, CLEAR, NEW_BYTES, NEW_TUPLE, NEW_INTEGER, AS_INTEGER, KEEP, NONE = (8 * i for i in range(8))
+"""Of what both are given first, behind the header of a bytes object: functions of the library and of Python."""
 
 PROGRAM = bytes.__basicsize__ - 1
 ITEMS = tuple.__basicsize__
@@ -73,3 +74,12 @@ def read(words_object, arguments, count):  # type: ignore[no-untyped-def]
     for i in range(count):
         put(result + ITEMS + 8 + 8 * i, call(get(words + NEW_INTEGER), get(addresses + 8 * i), 0))
     return result
+
+
+def count(words_object, arguments, count):  # type: ignore[no-untyped-def]
+    """Add 1 to the int64 at an address."""
+    words = words_object + PROGRAM
+    address, none = call(get(words + AS_INTEGER), get(arguments), 0), get(words + NONE)
+    put(address, get(address) + 1)
+    call(get(words + KEEP), none, 0)
+    return none

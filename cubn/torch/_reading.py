@@ -18,7 +18,14 @@ from cubn.backends.cpu.compile import compiled
 Found = tuple[Any, ...]
 """A key, equal for tensors of equal layouts, then the address of each tensor, 0 for what is absent."""
 
-_C_API = ("PyErr_Clear", "PyBytes_FromStringAndSize", "PyTuple_New", "PyLong_FromVoidPtr", "Py_IncRef")
+_C_API = (
+    "PyErr_Clear",
+    "PyBytes_FromStringAndSize",
+    "PyTuple_New",
+    "PyLong_FromVoidPtr",
+    "PyLong_AsLongLong",
+    "Py_IncRef",
+)
 
 
 def read(*tensors: Tensor | None) -> Found | None:
@@ -32,11 +39,19 @@ def read(*tensors: Tensor | None) -> Found | None:
 @cache
 def _reader() -> Callable[..., Found | None]:
     describe = _dltensor_from_py_object()
-    if not describe:
-        return _read_each
-    words = struct.pack("7q", describe, *map(builtin.address, _C_API), id(None))
-    kernel = compiled("read-tensors", lambda: native_tensors.read)
-    return builtin.function(builtin.definition("read", kernel.address), words)
+    return _builtin("read", describe) if describe else _read_each
+
+
+@cache
+def counter() -> Callable[[int], None]:
+    """What adds 1 to the int64 at an address, on the CPU."""
+    return _builtin("count", 0)
+
+
+def _builtin(name: str, describe: int) -> Callable[..., Any]:
+    words = struct.pack("8q", describe, *map(builtin.address, _C_API), id(None))
+    kernel = compiled(f"tensors-{name}", lambda: getattr(native_tensors, name))
+    return builtin.function(builtin.definition(name, kernel.address), words)
 
 
 def _dltensor_from_py_object() -> int:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from cubn.torch import _tensors  # noqa: E402
+from cubn.torch import _reading  # noqa: E402
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.int64)
 
@@ -32,20 +32,20 @@ def test_two_tensors_have_one_key_only_if_all_that_a_call_depends_on_is_equal(a,
     def facts(t):
         return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16
 
-    (key_a, at_a), (key_b, at_b) = _tensors.read(a), _tensors.read(b)
+    (key_a, at_a), (key_b, at_b) = _reading.read(a), _reading.read(b)
     assert (at_a, at_b) == (a.data_ptr(), b.data_ptr())
     assert (key_a == key_b) == (facts(a) == facts(b))
 
 
 def test_what_is_absent_has_a_place_in_the_key():
     x, w = torch.zeros(4, 3), torch.zeros(3)
-    assert _tensors.read(x, None, w)[1:] == (x.data_ptr(), 0, w.data_ptr())
-    assert len({_tensors.read(*given)[0] for given in ((x, None, w), (x, w, None), (x, w), (x, w, w))}) == 4
+    assert _reading.read(x, None, w)[1:] == (x.data_ptr(), 0, w.data_ptr())
+    assert len({_reading.read(*given)[0] for given in ((x, None, w), (x, w, None), (x, w), (x, w, w))}) == 4
 
 
 def test_that_a_gradient_is_required_makes_no_difference():
     x = torch.zeros(4, 3)
-    assert _tensors.read(x) == _tensors.read(x.detach().requires_grad_())
+    assert _reading.read(x) == _reading.read(x.detach().requires_grad_())
 
 
 def test_what_holds_no_numbers_of_its_own_is_left_to_the_full_way():
@@ -59,31 +59,31 @@ def test_what_holds_no_numbers_of_its_own_is_left_to_the_full_way():
         sparse = torch.zeros(2, 2).to_sparse()
     x = torch.zeros(3)
     for other in (freed, fake, sparse, torch.zeros(3, device="meta"), torch.zeros((1,) * 9), torch.zeros(0), 3, "x"):
-        assert _tensors.read(x, other) is None
-    assert _tensors.read(*[x] * 11) is None
-    assert _tensors.read(*[x] * 10) is not None
+        assert _reading.read(x, other) is None
+    assert _reading.read(*[x] * 11) is None
+    assert _reading.read(*[x] * 10) is not None
 
 
 def test_reading_keeps_nothing():
     x = torch.zeros(4, 3)
     before = sys.getrefcount(x), sys.getrefcount(None), sys.getrefcount(x.shape)
     for _ in range(1000):
-        _tensors.read(x, None)
-        _tensors.read(x, 3)
+        _reading.read(x, None)
+        _reading.read(x, 3)
     assert sys.getrefcount(x) == before[0]
     assert abs(sys.getrefcount(None) - before[1]) < 100
 
 
 def test_without_the_interface_of_torch_attributes_say_the_same(monkeypatch):
     if hasattr(torch._C, "_dlpack_exchange_api"):
-        assert _tensors._reader() is not _tensors._read_each
+        assert _reading._reader() is not _reading._read_each
         monkeypatch.delattr(torch._C, "_dlpack_exchange_api")
-    assert _tensors._reader.__wrapped__() is _tensors._read_each
+    assert _reading._reader.__wrapped__() is _reading._read_each
     import cubn
 
     x, w = torch.zeros(4, 3, requires_grad=True), torch.zeros(3)
     cubn.moments(x.detach())  # has met a tensor
-    key, *at = _tensors._read_each(x, None, w)
+    key, *at = _reading._read_each(x, None, w)
     assert at == [x.data_ptr(), 0, w.data_ptr()]
-    assert key == _tensors._read_each(torch.zeros(4, 3), None, torch.zeros(3))[0]
-    assert _tensors._read_each(torch.zeros(3, device="meta")) is None
+    assert key == _reading._read_each(torch.zeros(4, 3), None, torch.zeros(3))[0]
+    assert _reading._read_each(torch.zeros(3, device="meta")) is None
