@@ -154,7 +154,7 @@ def test_counters_that_kernels_could_not_write_are_refused():
     tracked, skipped = layer.counters
     for _ in range(2):
         for wrong in ((tracked, skipped[1:]), (tracked, skipped.float()), (torch.zeros(2).long(), skipped)):
-            with pytest.raises(ValueError, match="num_batches_tracked|skipped"):
+            with pytest.raises(ValueError, match=r"num_batches_tracked|skipped"):
                 _passes.train(x, layer.vectors, Counters(*wrong))
         _passes.train(x, layer.vectors, layer.counters)
     assert tracked == 2
