@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,46 +16,48 @@ from cubn.torch._passes import Counters, Left, Vectors
 from cubn.torch._relu_mask import as_relu_mask, as_tensor
 
 
+class Given(NamedTuple):
+    """What has no gradient. One argument of the Function, since each of them costs."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    counters: Counters | None
+    mask: Tensor | None
+    frozen: bool
+    relu: bool
+    momentum: float | None
+    eps: float
+    comm: Comm | None
+
+
 class BatchNorm(Function):
     """Training, or with `frozen` normalisation by the running statistics."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        counters: Counters | None,
-        mask: Tensor | None,
-        frozen: bool,
-        relu: bool,
-        momentum: float | None,
-        eps: float,
-        comm: Comm | None,
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, given: Given
     ) -> Tensor:
-        vectors: Vectors = weight, bias, running_mean, running_var
-        options: dict[str, Any] = dict(eps=eps, mask=mask, residual=residual, relu=relu, comm=comm)
+        mean, var, counters, mask, frozen, relu, momentum, eps, comm = given
+        vectors: Vectors = weight, bias, mean, var
         if frozen:
-            y, left, relu_mask = _passes.frozen(x, vectors, **options)
+            result = _passes.frozen(x, vectors, eps=eps, mask=mask, residual=residual, relu=relu, comm=comm)
         else:
-            y, left, relu_mask = _passes.train(x, vectors, counters, momentum=momentum, **options)
-        ctx.left = left
-        bits, ctx.layout = as_tensor(relu_mask)
+            result = _passes.train(
+                x, vectors, counters, momentum=momentum, eps=eps, mask=mask, residual=residual, relu=relu, comm=comm
+            )
+        y, ctx.left, relu_mask = result
+        bits, ctx.layout = (None, None) if relu_mask is None else as_tensor(relu_mask)
         ctx.save_for_backward(x, weight, mask, bits)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, mask, bits = ctx.saved_tensors
-        left, relu_mask = ctx.left, as_relu_mask(bits, ctx.layout)
+        left, relu_mask = ctx.left, None if bits is None else as_relu_mask(bits, ctx.layout)
         if torch.is_grad_enabled():
-            dx, dgamma, dbeta, dresidual = Backward.apply(dy, x, weight, mask, left, relu_mask)  # type: ignore[no-untyped-call]
-        else:
-            dx, dgamma, dbeta, dresidual = _passes.backward(dy, x, mask, left, relu_mask)
-        return dx, dgamma, dbeta, dresidual, *[None] * 9
+            return *Backward.apply(dy, x, weight, mask, left, relu_mask), None  # type: ignore[no-untyped-call]
+        dx, dgamma, dbeta, dresidual = _passes.backward(dy, x, mask, left, relu_mask)
+        return dx, dgamma, dbeta, dresidual, None
 
 
 class Backward(Function):
@@ -97,12 +99,18 @@ def batch_norm(
 ) -> Tensor:
     """See `cubn.torch._normalize`."""
     weight, bias, mean, var = vectors
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, residual)
-    )
-    if not training and not differentiable:
+    if not training and not (
+        torch.is_grad_enabled()
+        and (
+            x.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        )
+    ):
         return _passes.inference(x, vectors, eps=eps, mask=mask, residual=residual, relu=relu)
-    y: Tensor = _apply(x, weight, bias, residual, mean, var, counters, mask, not training, relu, momentum, eps, comm)
+    given = Given(mean, var, counters, mask, not training, relu, momentum, eps, comm)
+    y: Tensor = _apply(x, weight, bias, residual, given)
     return y
 
 

@@ -11,10 +11,8 @@ from torch import Tensor
 from cubn.backends.protocol import ReluMask
 
 
-def as_tensor(relu_mask: ReluMask | None) -> tuple[Tensor | None, Any]:
+def as_tensor(relu_mask: ReluMask) -> tuple[Tensor, Any]:
     """The bits, and what else is known of them."""
-    if relu_mask is None:
-        return None, None
     memory = relu_mask[0]
     bits = (
         torch.from_numpy(memory.view(np.int16))
@@ -24,9 +22,7 @@ def as_tensor(relu_mask: ReluMask | None) -> tuple[Tensor | None, Any]:
     return bits, (type(relu_mask), relu_mask[2])
 
 
-def as_relu_mask(bits: Tensor | None, of: Any) -> ReluMask | None:
-    if bits is None:
-        return None
+def as_relu_mask(bits: Tensor, of: Any) -> ReluMask:
     kind, layout = of
     memory = bits.numpy().view(np.uint16) if bits.is_cpu else _cupy_array(bits)
     return kind(memory, bits.data_ptr(), layout)
