@@ -120,6 +120,7 @@ def test_a_ddx_of_none_has_the_layout_of_zeros(backend, shape, mask):
     DoubleCase(given=["ddgamma"], **row(shape=shape, mask=mask)).check()
 
 
+@pytest.mark.every_pair
 @pytest.mark.parametrize("operation", ["train", "frozen"])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -142,6 +143,7 @@ def test_what_is_given_stays_and_can_be_used_again(relu):
         arrays.assert_same(now, was)
 
 
+@pytest.mark.every_pair
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("apart", [None, "dy", "ddx", "ddresidual"])
 @pytest.mark.parametrize("shape", [(3, 16, 20, 20), (20, 6, 3, 3)])
