@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ class Reduction(NamedTuple):
         return gathered
 
 
-class DoubleParts(NamedTuple):
+class Parts(NamedTuple):
     """Neighbouring parts of a batch, (K, C): what ddgamma was for each, and its sums of dy and dy * (x - mean)."""
 
     ddgamma: Float64
@@ -66,10 +66,8 @@ class DoubleDifferentiation:
         self.forward, self.inputs = forward, forward.inputs
         self.backend, x = self.inputs.backend, self.inputs.x
         statistics = forward.statistics
-        self.given = Affine(
-            _of_channels("ddgamma", ddgamma, self.inputs, statistics.gamma),
-            _of_channels("ddbeta", ddbeta, self.inputs, statistics.beta),
-        )
+        self.of_gamma = _of_channels("ddgamma", ddgamma, self.inputs, statistics.gamma)
+        self.of_beta = _of_channels("ddbeta", ddbeta, self.inputs, statistics.beta)
         self.v = self._zeros() if ddx is None else like_x("ddx", ddx, x)
         self.r = None if ddresidual is None else like_x("ddresidual", ddresidual, x)
         if self.r and not forward.layouts.residual:
@@ -82,9 +80,8 @@ class DoubleDifferentiation:
 
     def _zeros(self) -> Array:
         """An array like x in the memory of one number."""
-        self._zero = self.backend.from_host(np.zeros(1))
-        x = self.inputs.x
-        return x._replace(pointer=self.backend.address(self._zero), strides=(0,) * len(x.shape), owner=None)
+        zero, x = self.backend.from_host(np.zeros(1)), self.inputs.x
+        return x._replace(pointer=self.backend.address(zero), strides=(0,) * len(x.shape), owner=zero, capsule=None)
 
     # --- sums ---------------------------------------------------------------------------------------------------------
 
@@ -109,7 +106,7 @@ class DoubleDifferentiation:
         if self.forward.context is None or not nodes.blocks:
             return nodes
         with_ddgamma = nodes._replace(table=self.backend.to_host(nodes.table))
-        with_ddgamma.first[...] = self.u
+        with_ddgamma.first[...] = self.of_backward[0]
         return nodes._replace(table=self.backend.from_host(with_ddgamma.table))
 
     def _sums(self, x: Array, g: Array, statistics: Statistics, start: int) -> Nodes:
@@ -138,23 +135,31 @@ class DoubleDifferentiation:
     def run(self) -> DoubleGradients[Any]:
         """The whole batch is here."""
         of = self._roots([reduction.part(0) for reduction in self.reductions])
-        return self._apply(of, of, DoubleParts(self.u[None], of.dy[None], of.dy_xmu[None]))
+        if self.forward.frozen:
+            return self._apply(of)
+        return self._apply(of, of, Parts(self.of_backward[0][None], of.dy[None], of.dy_xmu[None]))
 
     def finish(self, gathered: list[Gathered]) -> DoubleGradients[Any]:
         """With the nodes of all ranks, or of this one where they suffice."""
         nodes = [each.nodes for each in gathered]
-        first, last = (each._replace(table=self.backend.to_host(each.table)) for each in (nodes[0], nodes[-1]))
-        present = first.count > 0
-        parts = DoubleParts(last.first[present], first.first[present], first.second[present])
+        if self.forward.frozen:
+            return self._apply(self._roots(nodes))
+        of_dy, products = (each._replace(table=self.backend.to_host(each.table)) for each in (nodes[0], nodes[-1]))
+        present = of_dy.count > 0
+        parts = Parts(products.first[present], of_dy.first[present], of_dy.second[present])
         whole = self._roots(nodes)
-        own = self.everywhere or not self.reductions[0].terms.gathers
-        return self._apply(whole if own else self._roots([each.own for each in gathered]), whole, parts)
+        of = whole if self.everywhere else self._roots([each.own for each in gathered])
+        return self._apply(of, whole, parts)
 
-    def _apply(self, of: DoubleSums, whole: DoubleSums, parts: DoubleParts) -> DoubleGradients[Any]:
-        """dx, then ddy, in whose memory dy may be till then, and dgamma."""
+    def _apply(
+        self, of: DoubleSums, whole: DoubleSums | None = None, parts: Parts | None = None
+    ) -> DoubleGradients[Any]:
+        """dx, then ddy, in whose memory dy may be till then, and dgamma, the share of those whose sums are `of`. Of the
+        whole batch unless the statistics are frozen.
+        """
         of_ddy, of_dx, dgamma = self._coefficients(of, whole, parts)
         if of_dx is None:
-            statistics = self._statistics(invstd=self._row("invstd"), gamma=self.u)
+            statistics = self._statistics(invstd=self.statistics.invstd, gamma=self.of_backward[0])
             options = GradientOptions("none", frozen=True, residual=False)
             self._write(self.dx, self.g, None, statistics, None, options)
         else:
@@ -169,23 +174,23 @@ class DoubleDifferentiation:
 
     @default_floating_point
     def _coefficients(
-        self, of: DoubleSums, whole: DoubleSums, parts: DoubleParts
+        self, of: DoubleSums, whole: DoubleSums | None, parts: Parts | None
     ) -> tuple[Combination, Combination | None, Float64]:
         """Of ddy and, unless the statistics are frozen, of dx; and dgamma."""
         acc = np.float64 if self.inputs.x.dtype == "float64" else np.float32
-        invstd, gamma, u, w = self._row("invstd"), self._row("gamma", 1.0), self.u, self.w
-        sums = None if self.forward.frozen else (self.backend.to_host(self.forward.statistics.count), whole)
+        invstd, gamma, (u, w) = self.statistics.invstd, _row(self.statistics, "gamma", 1.0), self.of_backward
+        sums = None if whole is None else (self.statistics.count, whole)
         of_ddy = reference.ddy_combination(invstd, gamma, acc, u, w, sums)
         dgamma = reference.gamma_gradient(invstd, of, sums)
-        if sums is None:
+        if sums is None or whole is None or parts is None:
             return of_ddy, None, dgamma
         u_dy = reference.times_ddgamma(whole.dy, parts.ddgamma, parts.dy)
         u_dy_xmu = reference.times_ddgamma(whole.dy_xmu, parts.ddgamma, parts.dy_xmu)
         return of_ddy, reference.dx_combination(invstd, gamma, u, *sums, u_dy, u_dy_xmu), dgamma
 
     def _combine(self, to: Output, a: Array, b: Array | None, by: Combination, options: CombineOptions) -> None:
-        beta = self._row("beta", 0.0) if by.weight is None else by.weight
-        statistics = self._statistics(mean=self._row("mean"), gamma=by.scale, beta=beta)
+        beta = _row(self.statistics, "beta", 0.0) if by.weight is None else by.weight
+        statistics = self._statistics(mean=self.statistics.mean, gamma=by.scale, beta=beta)
         sums = self.backend.from_host(by.k1), self.backend.from_host(by.k2)
         self._write(to, a, b, statistics, sums, options)
 
@@ -206,24 +211,21 @@ class DoubleDifferentiation:
     # --- channels -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _of_backward(self) -> tuple[Float64, Float64]:
-        """ddgamma and ddbeta on the host."""
-        copies = self.backend.new_statistics(self.forward.statistics.C, self.given)
-        self.backend.keep(self.given, copies)
-        u, w = (_row(self.backend, copies, name, 0.0) for name in Affine._fields)
-        return u, w
+    def statistics(self) -> Statistics:
+        """The forward's, on the host."""
+        return self._on_host(self.forward.statistics)
 
-    @property
-    def u(self) -> Float64:
-        return self._of_backward[0]
+    @cached_property
+    def of_backward(self) -> tuple[Float64, Float64]:
+        """ddgamma and ddbeta, on the host."""
+        given = Affine(self.of_gamma and vector(self.of_gamma), self.of_beta and vector(self.of_beta))
+        copies = self.backend.new_statistics(self.forward.statistics.C, given)
+        self.backend.keep(given, copies)
+        found = self._on_host(copies)
+        return _row(found, "gamma", 0.0), _row(found, "beta", 0.0)
 
-    @property
-    def w(self) -> Float64:
-        return self._of_backward[1]
-
-    def _row(self, name: str, missing: float = 0.0) -> Float64:
-        """Of the forward's statistics, on the host."""
-        return _row(self.backend, self.forward.statistics, name, missing)
+    def _on_host(self, statistics: Statistics) -> Statistics:
+        return statistics._replace(memory=self.backend.to_host(statistics.memory), address=0)
 
     def _statistics(self, **rows: Float64) -> Statistics:
         """Statistics that make of gamma the scale itself, and of sums k1 and k2: of one value, whose invstd is 1."""
@@ -236,19 +238,17 @@ class DoubleDifferentiation:
         return found._replace(memory=memory, address=self.backend.address(memory))
 
 
-def _row(backend: Backend, statistics: Statistics, name: str, missing: float) -> Float64:
-    """A row on the host; of a number for a parameter that is not there."""
-    if getattr(statistics, name) is False:
-        return np.full(statistics.C, missing)
-    row: Float64 = backend.to_host(statistics.row(name))
+def _row(statistics: Statistics, name: Literal["gamma", "beta"], missing: float) -> Float64:
+    """A parameter, or a number for one that is not there."""
+    row: Float64 = statistics.row(name) if getattr(statistics, name) else np.full(statistics.C, missing)
     return row
 
 
-def _of_channels(argument: str, given: Any, inputs: Inputs, has_one: bool) -> Vector | None:
+def _of_channels(argument: str, given: Any, inputs: Inputs, has_one: bool) -> Array | None:
     """A gradient by dgamma or dbeta, if there is such a parameter."""
     if given is None:
         return None
     array = parameter(argument, given, inputs)
     if not has_one:
         raise ValueError(refusal(argument, f"be None, as the forward's {argument.removeprefix('dd')} was", array))
-    return vector(array)
+    return array

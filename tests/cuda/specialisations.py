@@ -155,6 +155,9 @@ def run_everything(backend: CudaBackend, extents: Extents, layout: Layout, dtype
                 sums = calls.backward(backend, *given, gradient)
                 backend.backward_apply(*given, None if is_frozen else sums, gradient)
                 backend.root_sums(backend.backward_sums(*given, gradient, 0))
+            if how == "recompute":  # dy behind a ReLU by itself
+                read = Operands(x, x, x, x, present)
+                backend.backward_apply(extents, read, statistics, None, None, GradientOptions(how, True, True))
             for third in ("none", "added") if relu else ("none", "added", "weighted"):
                 read = Operands(x, x, x, None if third == "none" else x, present)
                 combined = CombineOptions(how, third)

@@ -86,6 +86,13 @@ ROLES: dict[str, dict[str, dict[str, Weird]]] = {
         "channel_axis": weird.AXIS,
         "out": weird.OUT,
     },
+    "double_backward": {
+        "ddx": weird.BESIDE,
+        **dict.fromkeys(("ddgamma", "ddbeta"), weird.PARAMETER),
+        "dy": weird.BESIDE | weird.NOTHING,
+        "saved": weird.OBJECT,
+        "parameter_gradients": weird.WORD,
+    },
     "finite_mask": {"x": weird.X, "channel_axis": weird.AXIS},
     "from_statistics": {
         "count": weird.COUNT,
@@ -132,6 +139,7 @@ ROLES: dict[str, dict[str, dict[str, Weird]]] = {
     "saved": {},
     "Moments": {},
     "Gradients": {},
+    "DoubleGradients": {},
     "StatisticsGradients": {},
 }
 DEFAULTS: dict[str, tuple[str, ...]] = {
@@ -143,6 +151,7 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     "moments": ("x",),
     "backward": ("dy", "saved"),
     "backward_from": ("dy", "x", "mean", "invstd"),
+    "double_backward": ("dy", "saved"),
     "finite_mask": ("x",),
     "from_statistics": ("count", "mean", "var"),
     "backward_start": ("dy", "saved"),
@@ -158,6 +167,7 @@ CLASSES = {
     "saved": cubn.Saved,
     "Moments": cubn.Moments,
     "Gradients": cubn.Gradients,
+    "DoubleGradients": cubn.DoubleGradients,
     "StatisticsGradients": cubn.StatisticsGradients,
 }
 RESULTS = tuple(CLASSES)
@@ -280,7 +290,7 @@ def _names(kinds: tuple[Any, ...]) -> str:
 def _value(w: World, case: Case, name: str, value: str, like: Any = None) -> Any:
     """The weird value, made of a copy of the valid one."""
     if like is None:
-        like = getattr(w, {"other": "moments"}.get(name, name), None)
+        like = getattr(w, {"other": "moments", "ddx": "dy", "ddgamma": "gamma", "ddbeta": "beta"}.get(name, name), None)
     good = like.copy() if isinstance(like, np.ndarray) else np.ones(C, np.float32)
     return ROLES[case.target][name][value].make(good)
 
@@ -298,6 +308,8 @@ def _call(w: World, case: Case) -> None:
     arguments |= bad
     if target == "fold_into":
         positional = [arguments.pop(name) for name in ("weight", "bias", "state")]
+    elif target == "double_backward":
+        positional = [arguments.pop(name, None) for name in ("ddx", "ddgamma", "ddbeta", "dy", "saved")]
     else:
         positional = [
             arguments.pop(n) for n in ("dy", "x", "state", "moments", "saved", "other", "n") if n in arguments
@@ -350,6 +362,7 @@ def _set_on_result(w: World, target: str, name: str, value: Any) -> None:
         "saved": lambda: w.saved,
         "Moments": lambda: w.moments,
         "Gradients": lambda: cubn.backward(w.dy, w.saved),
+        "DoubleGradients": lambda: cubn.double_backward(w.dy, None, None, w.dy, w.saved),
         "StatisticsGradients": lambda: cubn.backward(w.dy, cubn.forward_frozen(w.x, w.state)[1], statistics=True),
     }
     setattr(results[target](), name, value)

@@ -17,6 +17,9 @@ def run_everything(x, dy, residual):
             found |= {f"{what}: dgamma": grads.dgamma, f"{what}: dbeta": grads.dbeta}
             if grads.dresidual is not None:
                 found[f"{what}: dresidual"] = grads.dresidual
+            given = y, grads.dgamma, grads.dbeta, dy, saved
+            second = cubn.double_backward(*given, ddresidual=None if grads.dresidual is None else x)
+            found |= {f"{what}: {part} of second": array for part, array in second._asdict().items()}
         found[f"forward, {name}"] = cubn.forward(x, state, **options)
     (comm,) = threads.communicators(1)
     y, saved = cubn.forward_train(x, state, comm=comm)

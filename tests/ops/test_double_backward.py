@@ -120,6 +120,7 @@ def test_a_ddx_of_none_has_the_layout_of_zeros(backend, shape, mask):
     DoubleCase(given=["ddgamma"], **row(shape=shape, mask=mask)).check()
 
 
+@pytest.mark.every_pair
 @pytest.mark.parametrize("operation", ["train", "frozen"])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -140,6 +141,30 @@ def test_what_is_given_stays_and_can_be_used_again(relu):
     first, second = (cubn.double_backward(ddx, None, None, dy, saved) for _ in range(2))
     for was, now in zip(before + list(first), [x, dy, ddx, *second], strict=True):
         arrays.assert_same(now, was)
+
+
+@pytest.mark.every_pair
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("apart", [None, "dy", "ddx", "ddresidual"])
+@pytest.mark.parametrize("shape", [(3, 16, 20, 20), (20, 6, 3, 3)])
+def test_channels_of_one_array_may_be_apart(backend, shape, apart, relu):
+    """As every second one of a larger array, where those of the others lie side by side."""
+    rng, C = np.random.default_rng(4), shape[1]
+    x, *others = (arrays.normal(rng, shape) for _ in range(5))
+    given = dict(zip(("residual", "dy", "ddx", "ddresidual"), others, strict=True))
+    if apart:
+        given[apart] = np.repeat(given[apart], 2, axis=1)[:, ::2]
+        assert given[apart].strides[1] == 2 * x.strides[1]
+    state = cubn.BatchNormState(C, eps=EPS)
+    _, saved = cubn.forward_train(x, state, residual=given["residual"], relu=relu)
+    found = cubn.double_backward(given["ddx"], None, None, given["dy"], saved, ddresidual=given["ddresidual"])
+    flat = {name: oracle.as_ncs(array) for name, array in given.items()}
+    options = {"ddresidual": flat["ddresidual"], "residual": flat["residual"], "relu": relu}
+    data, zeros = oracle.as_ncs(x), np.zeros(C)
+    stats = oracle.batch_statistics(data, EPS)
+    wanted = oracle.double_backward(flat["ddx"], zeros, zeros, flat["dy"], data, stats, **options)
+    for name in ("ddy", "dx"):
+        arrays.assert_same(oracle.as_ncs(getattr(found, name)), getattr(wanted, name), name)
 
 
 def test_of_an_empty_batch(backend):

@@ -124,6 +124,43 @@ def the_oracle_is_the_contract(seed, N, C, S, dtype, mask, wild, start):
             assert oracle.equal(a, b)
 
 
+@pytest.mark.parametrize("mask", [None, 0.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_oracle_s_second_derivatives_are_the_contract(dtype, mask):
+    rng, start = np.random.default_rng(1), 5
+    shape = N, C, S = 3, 2, 300
+    x, dy, ddx, ddresidual = (data(rng, shape, dtype) for _ in range(4))
+    gamma, beta, u, w = rng.normal(size=(4, C))
+    mask = some_mask(rng, (N, S), mask)
+    stats = oracle.batch_statistics(x, 1e-5, mask=mask, start=start)
+    acc, v, y = oracle.widen(x), oracle.widen(ddx), oracle.widen(oracle.normalize(x, stats, gamma, beta, relu=True))
+    g = reference.behind_relu(oracle.widen(dy), y)
+    with np.errstate(all="ignore"):
+        d = reference.centre(acc, stats.mean)
+        terms = g, g * d, v, v * d, g * v
+    masks = [None] * N if mask is None else mask
+    slow = [reference.sample_sums(*each, mask=m) for *each, m in zip(*terms, masks, strict=True)]
+    count, *sums = reference.root(*reference.range_nodes(slow, start, reference.add), reference.add)
+    sums = reference.DoubleSums(*sums)
+    present = np.ones((N, 1, S), bool) if mask is None else mask[:, None]
+    for whole in (None, (count, sums)):
+        of_ddy = reference.ddy_combination(stats.invstd, gamma, acc.dtype, u, w, whole)
+        ddy = reference.combine(v, acc, stats.mean, of_ddy, oracle.widen(ddresidual))
+        if whole is None:
+            dx = reference.frozen_input_gradient(g, stats.invstd, u)
+        else:
+            with np.errstate(all="ignore"):
+                of_u = u * sums.dy, u * sums.dy_xmu
+            of_dx = reference.dx_combination(stats.invstd, gamma, u, count, sums, *of_u)
+            dx = reference.combine(g, acc, stats.mean, of_dx, v)
+        options = {"ddresidual": ddresidual, "frozen": whole is None, "mask": mask, "relu": True, "start": start}
+        fast = oracle.double_backward(ddx, u, w, dy, x, stats, gamma, beta, **options)
+        for a, b in ((fast.ddy, reference.behind_relu(ddy, y)), (fast.dx, dx)):
+            assert oracle.equal(a, oracle.narrow(np.where(present, b, b.dtype.type(0)), x.dtype))
+        dgamma = reference.gamma_gradient(stats.invstd, sums, whole)
+        assert oracle.equal(fast.dgamma, dgamma)
+
+
 def same_nodes(fast, slow):
     """The oracle's stacked nodes (N,), (N, C)... against a list of N nodes of the contract."""
     for n, node in enumerate(slow):
@@ -308,6 +345,37 @@ def test_gradients_are_the_slopes_of_the_forward(case, frozen):
             shift[index] = step
             slope[index] = (loss(**{name: value + shift}) - loss(**{name: value - shift})) / (2 * step)
         np.testing.assert_allclose(gradient, slope, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_second_derivatives_are_the_slopes_of_the_gradients(case, frozen):
+    """In some direction of each argument."""
+    x, options, rng = textbook_case(**case)
+    options.setdefault("residual", np.zeros(x.shape))
+    axis, C = options["channel_axis"], x.shape[options["channel_axis"]]
+    dy, ddx, ddresidual = rng.normal(size=(3, *x.shape))
+    ddgamma, ddbeta = rng.normal(size=(2, C))
+    fixed = np.linspace(-1.0, 1.0, C), np.linspace(0.5, 2.0, C)
+
+    def statistics(x):
+        batch = reference.moments(x, channel_axis=axis, mask=options.get("mask"))
+        return fixed if frozen else (batch.mean, batch.var)
+
+    def scalar(x=x, dy=dy, **changed):
+        of = reference.backward(dy, x, *statistics(x), frozen=frozen, **options | changed)
+        pairs = (ddx, of.dx), (ddgamma, of.dgamma), (ddbeta, of.dbeta), (ddresidual, of.dresidual)
+        return sum((a * b).sum() for a, b in pairs)
+
+    given = (ddx, ddgamma, ddbeta, dy, x, *statistics(x))
+    got = reference.double_backward(*given, ddresidual=ddresidual, frozen=frozen, **options)
+    step = 1e-6
+    for name, value, gradient in (("dy", dy, got.ddy), ("x", x, got.dx), ("gamma", options["gamma"], got.dgamma)):
+        for _ in range(3):
+            towards = rng.normal(size=value.shape)
+            ends = (scalar(**{name: value + move * towards}) for move in (step, -step))
+            slope = next(ends) - next(ends)
+            assert (gradient * towards).sum() == pytest.approx(slope / (2 * step), rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.parametrize("biased", [False, True])

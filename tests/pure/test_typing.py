@@ -51,7 +51,7 @@ def test_type_hints_can_be_evaluated(name):
 
 
 def test_generic_results_can_be_written_at_run_time():
-    for generic in (cubn.Saved, cubn.Gradients, cubn.StatisticsGradients, cubn.Started):
+    for generic in (cubn.Saved, cubn.Gradients, cubn.StatisticsGradients, cubn.DoubleGradients, cubn.Started):
         assert typing.get_origin(generic[SupportsDLPack]) is generic
     with pytest.raises(TypeError, match=r"^Saved: only forward_train and forward_frozen make one"):
         cubn.Saved[np.ndarray]()

@@ -38,6 +38,7 @@ def torch_step(x: torch.Tensor, state: cubn.BatchNormState) -> torch.Tensor:
     assert_type(gradients, cubn.StatisticsGradients[torch.Tensor])
     assert_type(gradients.dmean, Any)
     assert_type(cubn.backward(y, saved), cubn.Gradients[torch.Tensor])
+    assert_type(cubn.double_backward(y, np.ones(3), None, y, saved), cubn.DoubleGradients[torch.Tensor])
     assert_type(cubn.forward(x, state, out=y), torch.Tensor)
     assert_type(cubn.finite_mask(x), torch.Tensor)
     assert_type(cubn.fold_into(x, None, state)[0], torch.Tensor)
