@@ -250,3 +250,20 @@ def test_hooks_see_and_change_what_they_see_and_change_of_any_module():
     assert same(seen[0], expected.detach()) and same(y.detach(), expected.detach() + 1)
     assert same(seen[1][0], doubled.grad) and same(seen[1][1], 3 * dy) and same(x.grad, 2 * doubled.grad)
     assert same(module.weight.grad, plain.weight.grad + 7)
+
+
+def test_torch_fx_takes_a_module_whole_as_it_takes_torchs():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Conv2d(3, 3, 1), cubn.torch.BatchNorm2d(3), nn.ReLU())
+            self.outer = cubn.torch.BatchNormAddReLU2d(3)
+
+        def forward(self, x, mask):
+            return self.outer(self.inner(x) + self.inner[1](x, mask), x, mask)
+
+    network, mask = Network(), batch((4, 5, 2)) > -1
+    traced = torch.fx.symbolic_trace(network)
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert calls == ["inner.0", "inner.1", "inner.2", "inner.1", "outer"]
+    assert torch.equal(traced.eval()(batch(SHAPES["2d"]), mask), network.eval()(batch(SHAPES["2d"]), mask))
