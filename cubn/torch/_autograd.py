@@ -21,17 +21,7 @@ Options = tuple[Any, ...]
 """Those of a backward operator behind `order`: gamma's and beta's dtype, residual, relu, frozen, comm."""
 
 
-class _BatchNorm(Function):
-    """What the functions share."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        remedy = "Use reverse mode: torch.func.grad, vjp or jacrev; or detach the tensor."
-        rule = "have no forward-mode tangent"
-        raise NotImplementedError(message("x", rule, "a dual tensor", remedy, function="batch_norm"))
-
-
-class Forward(_BatchNorm):
+class Forward(Function):
     """y, and what else the operators of training and of frozen statistics return.
 
     The last arguments are those of the operator, behind its vectors.
@@ -77,9 +67,19 @@ class Forward(_BatchNorm):
         gradients = _backward(dy, x, weight, mask, *left, *ctx.options)
         return *gradients, *[None] * 10
 
+
+class TransformedForward(Forward):
+    """With what transforms ask for, and compilers do not know."""
+
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return one_by_one(Forward.apply, info, in_dims, arguments, written=(5, 6, 7, 8))
+        return one_by_one(TransformedForward.apply, info, in_dims, arguments, written=(5, 6, 7, 8))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        remedy = "Use reverse mode: torch.func.grad, vjp or jacrev; or detach the tensor."
+        rule = "have no forward-mode tangent"
+        raise NotImplementedError(message("x", rule, "a dual tensor", remedy, function="batch_norm"))
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
@@ -98,7 +98,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor | None, *rest: Any) -> tuple
     )
 
 
-class Backward(_BatchNorm):
+class Backward(Function):
     """The gradients, which may have gradients themselves."""
 
     @staticmethod
@@ -135,6 +135,8 @@ class Backward(_BatchNorm):
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         return one_by_one(Backward.apply, info, in_dims, arguments)
 
+    jvp = TransformedForward.jvp
+
 
 def _order(options: Options) -> Tensor | None:
     comm = options[-1]
@@ -155,16 +157,15 @@ def batch_norm(
 ) -> Tensor:
     """See `cubn.torch._normalize`."""
     weight, bias, mean, var = vectors
-    if not (training or torch.is_grad_enabled() or _in_forward_mode()):
+    is_compiling = torch.compiler.is_compiling()
+    in_forward_mode = not is_compiling and torch.autograd.forward_ad._current_level >= 0
+    if not (training or torch.is_grad_enabled() or in_forward_mode):
         y: Tensor = _operators.batch_norm_inference(x, weight, bias, residual, mask, mean, var, eps, relu)
         return y
+    function = Forward if is_compiling else TransformedForward
     tracked, skipped = counters or (None, None)
     number = 0 if comm is None else _communicators.handle(comm)
-    y, *_ = Forward.apply(  # type: ignore[no-untyped-call]
+    y, *_ = function.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, residual, mask, mean, var, tracked, skipped, not training, momentum, eps, relu, number
     )
     return y
-
-
-def _in_forward_mode() -> bool:
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
