@@ -48,9 +48,7 @@ class Forward(Function):
         if frozen:
             return _operators.batch_norm_frozen(*vectors, eps, relu, comm)
         order = _communicators.order(comm) if comm else None
-        return _operators.batch_norm_train(
-            *vectors, num_batches_tracked, skipped, order, momentum, eps, relu, comm
-        )
+        return _operators.batch_norm_train(*vectors, num_batches_tracked, skipped, order, momentum, eps, relu, comm)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -126,9 +124,7 @@ class Backward(Function):
         gamma, beta, residual, *_ = ctx.options
         present = True, gamma is not None, beta is not None, residual
         given = (gradient if is_there else None for gradient, is_there in zip(gradients, present, strict=True))
-        ddy, dx, dgamma = _operators.batch_norm_double_backward(
-            *given, dy, x, *rest, _order(ctx.options), *ctx.options
-        )
+        ddy, dx, dgamma = _operators.batch_norm_double_backward(*given, dy, x, *rest, _order(ctx.options), *ctx.options)
         return ddy, dx, None if gamma is None else dgamma, *[None] * (len(rest) + len(ctx.options))
 
     @staticmethod

@@ -92,7 +92,14 @@ def batch_norm_frozen(
 
 
 def _with_tensors(
-    x: Tensor, residual: Tensor | None, mask: Tensor | None, run: Any, *arguments: Any, relu: bool, comm: int, **options: Any
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    run: Any,
+    *arguments: Any,
+    relu: bool,
+    comm: int,
+    **options: Any,
 ) -> OfForward:
     """A pass, and what it leaves as tensors."""
     x = x.detach()
@@ -172,9 +179,7 @@ def batch_norm_double_backward(
     x, kind = x.detach(), Kind(gamma, beta, residual, relu, frozen)
     left, relu_mask = _tensors.from_tensors(x, mask, (statistics.detach(), bits, exchange), kind, comm)
     saved = _passes.saved(x, mask, left, relu_mask)
-    of_x, of_gamma, of_beta, of_residual = (
-        given and given.detach() for given in (ddx, ddgamma, ddbeta, ddresidual)
-    )
+    of_x, of_gamma, of_beta, of_residual = (given and given.detach() for given in (ddx, ddgamma, ddbeta, ddresidual))
     return _present(cubn.double_backward(of_x, of_gamma, of_beta, dy.detach(), saved, ddresidual=of_residual), x)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from cubn import _calls
 from cubn._arrays.library import ALIGNMENT
 from cubn._inputs import bind, relu_gradient
 from cubn._layout import output_strides
-from cubn._types import Statistics
+from cubn._types import ROWS, Statistics
 from cubn.backends.protocol import ReluMask
 from cubn.saved import Layouts
 from cubn.sync.collective import SyncContext
@@ -65,12 +66,29 @@ def to_tensors(x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask |
         _orders[_order(x, mask, left.frozen)] = of
         bits = _filled_up(bits, words(x, mask))
     number = left.context.exchange if left.context else 0
-    return _backend_arrays.as_tensor(left.statistics.memory), bits, torch.tensor(number)
+    return _defined(left), bits, torch.tensor(number)
 
 
-def from_tensors(
-    x: Tensor, mask: Tensor | None, kept: Kept, kind: Kind, comm: int
-) -> tuple[Left, ReluMask | None]:
+def _defined(left: Left) -> Tensor:
+    """The statistics, and 0 where nothing was written: operators are compared by all that they return."""
+    memory, _, C, gamma, beta = left.statistics
+    block = _backend_arrays.as_tensor(memory)
+    return torch.where(_written(C, gamma, beta, left.frozen, block.device), block, 0.0)
+
+
+@lru_cache(256)
+def _written(C: int, gamma: bool, beta: bool, frozen: bool, device: torch.device) -> Tensor:
+    """Which numbers of the statistics have a meaning."""
+    rows = dict.fromkeys(ROWS, True) | {"m2": not frozen, "gamma": gamma, "beta": beta}
+    written = torch.zeros(Statistics.size(C), dtype=torch.bool)
+    written[0] = True
+    for name, is_there in rows.items():
+        begin = Statistics.offset(name, C)
+        written[begin : begin + C] = is_there
+    return written.to(device)
+
+
+def from_tensors(x: Tensor, mask: Tensor | None, kept: Kept, kind: Kind, comm: int) -> tuple[Left, ReluMask | None]:
     """x and the mask are those of the forward."""
     statistics, bits, exchange = kept
     found = _calls.look_up(_LEFT, (x, mask), *kind)
@@ -120,6 +138,6 @@ def _filled_up(bits: Tensor, words: int) -> Tensor:
     """Bits, and as much behind them as is missing."""
     if bits.dtype == torch.int16 and bits.numel() == words:
         return bits.reshape(-1)
-    filled = bits.new_empty(words, dtype=torch.int16)
+    filled = bits.new_zeros(words, dtype=torch.int16)
     filled.view(torch.uint8)[: bits.nbytes].copy_(bits.reshape(-1).view(torch.uint8))
     return filled
