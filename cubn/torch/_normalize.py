@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cubn.sync import Comm
-from cubn.torch import _autograd, _eager
+from cubn.torch import _autograd, _eager, _few_values
 from cubn.torch._passes import Counters, Vectors
 
 # Private, for nothing public says how many modes there are, and whether there is a transform of torch.func. (As
@@ -36,6 +36,8 @@ def normalize(
     training: by the batch's statistics, with an update of the running ones where there are any; else by the running
     statistics, which are constants.
     """
+    if training and comm is None and _few_values.are_few(x):
+        return _few_values.train(x, vectors, counters, residual, relu)
     run = _autograd.batch_norm if _is_watched(x) else _eager.batch_norm
     return run(x, vectors, counters, training, momentum, eps, mask, residual, relu, comm)
 
