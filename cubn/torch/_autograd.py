@@ -15,7 +15,6 @@ from cubn.errors import message
 from cubn.sync import Comm
 from cubn.torch import _communicators, _operators
 from cubn.torch._passes import Counters, Vectors
-from cubn.torch._vmap import one_by_one
 
 Options = tuple[Any, ...]
 """Those of a backward operator behind `order`: gamma's and beta's dtype, residual, relu, frozen, comm."""
@@ -69,9 +68,7 @@ class Forward(Function):
 class TransformedForward(Forward):
     """With what transforms ask for, and compilers do not know."""
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return one_by_one(TransformedForward.apply, info, in_dims, arguments, written=(5, 6, 7, 8))
+    generate_vmap_rule = True  # by those of the operators
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
@@ -124,14 +121,34 @@ class Backward(Function):
         gamma, beta, residual, *_ = ctx.options
         present = True, gamma is not None, beta is not None, residual
         given = (gradient if is_there else None for gradient, is_there in zip(gradients, present, strict=True))
-        ddy, dx, dgamma = _operators.batch_norm_double_backward(*given, dy, x, *rest, _order(ctx.options), *ctx.options)
+        ddy, dx, dgamma = DoubleBackward.apply(*given, dy, x, weight, *rest, *ctx.options)  # type: ignore[no-untyped-call]
         return ddy, dx, None if gamma is None else dgamma, *[None] * (len(rest) + len(ctx.options))
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return one_by_one(Backward.apply, info, in_dims, arguments)
-
+    generate_vmap_rule = True
     jvp = TransformedForward.jvp
+
+
+class DoubleBackward(Function):
+    """Second derivatives, which have none."""
+
+    generate_vmap_rule = True
+    jvp = TransformedForward.jvp
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        *tensors, _, mask, statistics, bits, exchange = arguments[:11]
+        options = arguments[11:]
+        return _operators.batch_norm_double_backward(
+            *tensors, mask, statistics, bits, exchange, _order(options), *options
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> NoReturn:
+        raise NotImplementedError("batch_norm: there are no third derivatives. Detach what was differentiated twice.")
 
 
 def _order(options: Options) -> Tensor | None:

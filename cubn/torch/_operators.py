@@ -16,6 +16,7 @@ import cubn
 from cubn.torch import _communicators, _fakes, _passes, _tensors
 from cubn.torch._passes import Counters
 from cubn.torch._tensors import Kind
+from cubn.torch._vmap import one_by_one
 
 OfForward = tuple[Tensor, Tensor, Tensor, Tensor]
 """y, statistics, bits, exchange."""
@@ -38,7 +39,9 @@ def _defined(arguments: str, results: str, fake: Callable[..., Any]) -> Callable
         for device in ("CPU", "CUDA"):
             LIBRARY.impl(name, function, device)
         torch.library.register_fake(f"cubn::{name}", fake, lib=LIBRARY)
-        return getattr(torch.ops.cubn, name).default
+        defined = getattr(torch.ops.cubn, name).default
+        torch.library.register_vmap(f"cubn::{name}", one_by_one(defined), lib=LIBRARY)
+        return defined
 
     return operator
 
@@ -179,7 +182,7 @@ def batch_norm_double_backward(
     x, kind = x.detach(), Kind(gamma, beta, residual, relu, frozen)
     left, relu_mask = _tensors.from_tensors(x, mask, (statistics.detach(), bits, exchange), kind, comm)
     saved = _passes.saved(x, mask, left, relu_mask)
-    of_x, of_gamma, of_beta, of_residual = (given and given.detach() for given in (ddx, ddgamma, ddbeta, ddresidual))
+    of_x, of_gamma, of_beta, of_residual = (None if a is None else a.detach() for a in (ddx, ddgamma, ddbeta, ddresidual))
     return _present(cubn.double_backward(of_x, of_gamma, of_beta, dy.detach(), saved, ddresidual=of_residual), x)
 
 

@@ -1,38 +1,40 @@
-"""Batch norms of many batches: what `torch.func.vmap` makes of one."""
+"""Batch norms of many batches: what `torch.func.vmap` makes of an operator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from cubn.errors import message
 
+Rule = Callable[..., tuple[Any, Any]]
 
-def one_by_one(
-    function: Callable[..., Any],
-    info: Any,
-    in_dims: Sequence[int | None],
-    arguments: Sequence[Any],
-    written: Sequence[int] = (),
-) -> tuple[Any, Any]:
-    """A function of each element along the mapped axes, and where its results have that axis.
 
-    What it writes, arguments of these indices, must be mapped too: one tensor cannot take what becomes of several.
+def one_by_one(operator: Any) -> Rule:
+    """The rule that calls the operator with each element along the mapped axes: the bits are those of each batch.
+
+    What it writes must be mapped too: one tensor cannot take what becomes of several.
     """
-    for i in written:
-        if arguments[i] is not None and in_dims[i] is None:
-            remedy = (
-                "Map over a module of its own for each (torch.func.stack_module_state), put the module into eval mode, "
-                "freeze it, or make it with track_running_stats=False."
-            )
-            rule = "be mapped by vmap along with x, where training updates them"
-            raise RuntimeError(message("the running statistics", rule, "one for all", remedy, function="batch_norm"))
-    results = [
-        function(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    if not isinstance(results[0], tuple):
-        return torch.stack(results), 0
-    return tuple(torch.stack(each) for each in zip(*results, strict=True)), (0,) * len(results[0])
+    names = [a.name for a in operator._schema.arguments]
+    written = [i for i, a in enumerate(operator._schema.arguments) if a.alias_info and a.name != "order"]
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        for i in written:
+            if arguments[i] is not None and in_dims[i] is None:
+                remedy = (
+                    "Give each batch running statistics of its own (torch.func.stack_module_state), or use eval(), "
+                    "freeze() or track_running_stats=False."
+                )
+                demand = "be mapped along with x where they are updated"
+                raise RuntimeError(message(names[i], demand, "one for all batches", remedy, function="vmap of batch_norm"))
+        results = [
+            operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if not isinstance(results[0], tuple):
+            return torch.stack(results), 0
+        return tuple(torch.stack(each) for each in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
