@@ -182,7 +182,9 @@ def batch_norm_double_backward(
     x, kind = x.detach(), Kind(gamma, beta, residual, relu, frozen)
     left, relu_mask = _tensors.from_tensors(x, mask, (statistics.detach(), bits, exchange), kind, comm)
     saved = _passes.saved(x, mask, left, relu_mask)
-    of_x, of_gamma, of_beta, of_residual = (None if a is None else a.detach() for a in (ddx, ddgamma, ddbeta, ddresidual))
+    of_x, of_gamma, of_beta, of_residual = (
+        None if a is None else a.detach() for a in (ddx, ddgamma, ddbeta, ddresidual)
+    )
     return _present(cubn.double_backward(of_x, of_gamma, of_beta, dy.detach(), saved, ddresidual=of_residual), x)
 
 

@@ -21,8 +21,8 @@ from cubn.torch import _backend_arrays, _communicators, _passes, _relu_mask
 from cubn.torch._passes import Left
 
 Kept = tuple[Tensor, Tensor, Tensor]
-"""`statistics`, the float64 block of `cubn._types.Statistics`; `bits`, the relu mask as `words` int16 numbers, none where
-nothing is kept; `exchange`, an int64 scalar on the host, the number of the forward's exchange.
+"""`statistics`, the float64 block of `cubn._types.Statistics`; `bits`, the relu mask as so many int16 numbers as `words`
+says, none where nothing is kept; `exchange`, an int64 scalar on the host, the number of the forward's exchange.
 """
 
 

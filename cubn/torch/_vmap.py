@@ -9,6 +9,8 @@ import torch
 
 from cubn.errors import message
 
+_MAPPED = "be mapped along with x where they are updated"
+
 Rule = Callable[..., tuple[Any, Any]]
 
 
@@ -27,8 +29,9 @@ def one_by_one(operator: Any) -> Rule:
                     "Give each batch running statistics of its own (torch.func.stack_module_state), or use eval(), "
                     "freeze() or track_running_stats=False."
                 )
-                demand = "be mapped along with x where they are updated"
-                raise RuntimeError(message(names[i], demand, "one for all batches", remedy, function="vmap of batch_norm"))
+                raise RuntimeError(
+                    message(names[i], _MAPPED, "one for all batches", remedy, function="vmap of batch_norm")
+                )
         results = [
             operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
             for i in range(info.batch_size)
