@@ -21,11 +21,12 @@ from cubn.torch._vmap import one_by_one
 OfForward = tuple[Tensor, Tensor, Tensor, Tensor]
 """y, statistics, bits, exchange."""
 
-LIBRARY = torch.library.Library("cubn", "DEF")
+LIBRARY: Any = torch.library.Library("cubn", "DEF")  # type: ignore[no-untyped-call]
 
 _X = "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask"
 _LEFT = "Tensor y, Tensor statistics, Tensor bits, Tensor exchange"
 _GIVEN = "Tensor x, Tensor? mask, Tensor statistics, Tensor bits, Tensor exchange"
+_ORDER = "Tensor(a!)? order"
 _KIND = "ScalarType? gamma, ScalarType? beta, bool residual, bool relu, bool frozen, int comm"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
@@ -131,7 +132,7 @@ def batch_norm_inference(
 
 
 @_defined(
-    f"Tensor dy, {_GIVEN}, Tensor(a!)? order, {_KIND}",
+    f"Tensor dy, {_GIVEN}, {_ORDER}, {_KIND}",
     "Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual",
     _fakes.backward,
 )
@@ -156,7 +157,7 @@ def batch_norm_backward(
 
 
 @_defined(
-    f"Tensor? ddx, Tensor? ddgamma, Tensor? ddbeta, Tensor? ddresidual, Tensor dy, {_GIVEN}, Tensor(a!)? order, {_KIND}",
+    f"Tensor? ddx, Tensor? ddgamma, Tensor? ddbeta, Tensor? ddresidual, Tensor dy, {_GIVEN}, {_ORDER}, {_KIND}",
     "Tensor ddy, Tensor dx, Tensor dgamma",
     _fakes.double_backward,
 )

@@ -21,8 +21,8 @@ from cubn.torch import _backend_arrays, _communicators, _passes, _relu_mask
 from cubn.torch._passes import Left
 
 Kept = tuple[Tensor, Tensor, Tensor]
-"""`statistics`, the float64 block of `cubn._types.Statistics`; `bits`, the relu mask as so many int16 numbers as `words`
-says, none where nothing is kept; `exchange`, an int64 scalar on the host, the number of the forward's exchange.
+"""`statistics`, the float64 block of `cubn._types.Statistics`; `bits`, the relu mask as int16 numbers, none or `words` of
+them; `exchange`, an int64 scalar on the host, the number of the forward's exchange.
 """
 
 
@@ -116,7 +116,7 @@ _LEFT: Any = _calls.new_store()
 def _left(x: Tensor, mask: Tensor | None, kind: Kind) -> Left:
     """What a forward with such arguments leaves, but for its statistics."""
     C = x.shape[1]
-    gamma, beta = (dtype and x.new_empty(C, dtype=dtype) for dtype in (kind.gamma, kind.beta))
+    gamma, beta = (None if dtype is None else x.new_empty(C, dtype=dtype) for dtype in (kind.gamma, kind.beta))
     inputs = bind(x, _passes.new_state(x, (gamma, beta, None, None), 1.0), mask, None)
     layouts = Layouts.of(
         inputs._replace(residual_or_dy=inputs.x if kind.residual else None), relu_gradient(kind.relu, kind.residual)
