@@ -66,6 +66,12 @@ def backward_arguments(case, frozen=False):
     return [torch.cos(y), x, mask, *left, None, *dtypes, residual is not None, forward[-2], frozen, 0]
 
 
+def double_backward_arguments(case, frozen=False):
+    backward = backward_arguments(case, frozen)
+    dx, dgamma, dbeta, dresidual = (d if d.numel() else None for d in ops.batch_norm_backward(*backward))
+    return [torch.sin(dx), dgamma, dbeta, dresidual, *backward]
+
+
 def check(operator, given):
     torch.library.opcheck(operator, given)
 
@@ -89,6 +95,11 @@ def test_torch_finds_nothing_wrong_with_the_backward(case):
 
 def test_torch_finds_nothing_wrong_with_the_frozen_backward():
     check(ops.batch_norm_backward, backward_arguments(CASES["2-D residual relu"], frozen=True))
+
+
+@pytest.mark.parametrize("case", ["no parameters, cumulative", "channels_last residual relu"])
+def test_torch_finds_nothing_wrong_with_the_double_backward(case):
+    check(ops.batch_norm_double_backward, double_backward_arguments(CASES[case]))
 
 
 LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced"]
@@ -121,7 +132,7 @@ def check_fake(operator, given, dynamic):
     assert facts(fake) == facts(real)
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(any_case(), st.booleans())
 def test_fakes_know_every_shape_stride_and_type(case, dynamic):
     check_fake(ops.batch_norm_train, arguments(**case), dynamic)
@@ -130,6 +141,7 @@ def test_fakes_know_every_shape_stride_and_type(case, dynamic):
     check_fake(ops.batch_norm_inference, frozen[:-1], dynamic)
     check_fake(ops.batch_norm_backward, backward_arguments(case), dynamic)
     check_fake(ops.batch_norm_backward, backward_arguments(case, frozen=True), dynamic)
+    check_fake(ops.batch_norm_double_backward, double_backward_arguments(case), dynamic)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
