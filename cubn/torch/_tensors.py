@@ -23,8 +23,8 @@ from cubn.torch import _backend_arrays, _communicators, _passes, _relu_mask
 from cubn.torch._passes import Left
 
 Kept = tuple[Tensor, Tensor, Tensor]
-"""`statistics`, the float64 block of `cubn._types.Statistics`; `bits`, the relu mask as int16 numbers, `words` of them or
-none; `exchange`, the number of the forward's exchange, an int64 scalar on the host, or nothing.
+"""`statistics`, the float64 block of `cubn._types.Statistics`; `bits`, the relu mask as int16 numbers, `words` of them
+or none; `exchange`, the number of the forward's exchange, an int64 scalar on the host, or nothing.
 """
 
 

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 from torch._subclasses import FakeTensorMode  # noqa: E402
 
 from cubn.torch import _operators as ops  # noqa: E402
+from cubn.torch import _passes  # noqa: E402
 
 CASES = {
     "plain": dict(),
@@ -169,3 +170,24 @@ def test_a_residual_of_another_layout_changes_no_bit():
             ),
         ]
     assert all(torch.equal(a, b) for a, b in zip(alike, another, strict=True))
+
+
+@pytest.mark.parametrize("case", ["masked", "2-D residual relu", "channels_last residual relu"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operators_have_the_bits_of_eager(backend, case, frozen):
+    x, gamma, beta, residual, mask, *rest = frozen_arguments(CASES[case]) if frozen else arguments(**CASES[case])
+    *running, eps, relu, _ = rest
+    vectors = gamma, beta, *running[:2]
+    options = dict(eps=eps, mask=mask, residual=residual, relu=relu)
+    for _ in range(2):
+        if frozen:
+            expected, left, relu_mask = _passes.frozen(x, vectors, **options)
+        else:
+            expected, left, relu_mask = _passes.train(x, (*vectors[:2], None, None), **options)
+        dy, *given = backward_arguments(CASES[case], frozen)
+        y = (ops.batch_norm_frozen if frozen else ops.batch_norm_train)(x, gamma, beta, residual, mask, *rest)[0]
+        assert torch.equal(y, expected)
+        for found, wanted in zip(
+            ops.batch_norm_backward(dy, *given), _passes.backward(dy, x, mask, left, relu_mask), strict=True
+        ):
+            assert found.numel() == 0 if wanted is None else torch.equal(found, wanted)
