@@ -37,7 +37,7 @@ def normalize(
     statistics, which are constants.
     """
     if training and comm is None and _few_values.are_few(x):
-        return _few_values.train(x, vectors, counters, residual, relu)
+        return _few_values.train(x, vectors, counters, residual)
     run = _autograd.batch_norm if _is_watched(x) else _eager.batch_norm
     return run(x, vectors, counters, training, momentum, eps, mask, residual, relu, comm)
 
