@@ -163,14 +163,18 @@ def test_a_residual_is_asked_for():
         cubn.torch.BatchNormAddReLU2d(3)(batch(SHAPES["2d"]))
 
 
+@pytest.mark.parametrize("kind", ["", "ReLU", "AddReLU"])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_mask_leaves_positions_out(training):
-    x = batch((4, 3, 5, 2))
-    mask = batch((4, 5, 2)) > -1
-    masked, packed = (cubn.torch.BatchNorm2d(3).train(training) for _ in range(2))
-    y = masked(x.masked_fill(~mask[:, None], torch.nan), mask)
-    chosen = x.movedim(1, -1)[mask].T[None, :, :, None]  # the same values as one long sample
-    assert torch.allclose(y.movedim(1, -1)[mask].T[None, :, :, None], packed(chosen), atol=1e-5)
+def test_a_mask_leaves_positions_out(kind, training):
+    x, residual, mask = batch((4, 3, 5, 2)), batch((4, 3, 5, 2), 2), batch((4, 5, 2)) > -1
+    masked, packed = (getattr(cubn.torch, f"BatchNorm{kind}2d")(3).train(training) for _ in range(2))
+
+    def chosen(t):  # as one long sample
+        return t.movedim(1, -1)[mask].T[None, :, :, None]
+
+    others = (residual,) if kind == "AddReLU" else ()
+    y = masked(x.masked_fill(~mask[:, None], torch.nan), *others, mask)
+    assert torch.allclose(chosen(y), packed(chosen(x), *map(chosen, others)), atol=1e-5)
     assert (y.movedim(1, -1)[~mask] == 0).all() and (~mask).sum() > 0
     assert torch.allclose(masked.running_var, packed.running_var, rtol=1e-5)
 

@@ -131,6 +131,9 @@ def test_copies_share_the_ranks():
     assert copied[0].comm is copied[1][1].comm is copy.copy(module).comm is comm
     copied[0].comm = None
     assert module.comm is comm
+    lazy = cubn.torch.LazyBatchNorm2d(comm=comm).eval()
+    lazy(batch(SHAPE))
+    assert type(lazy) is cubn.torch.BatchNorm2d and lazy.comm is comm
 
 
 def test_ranks_are_shown_and_not_pickled():
