@@ -99,7 +99,7 @@ def frozen(
     result = found and _frozen_again(*found, x, eps)
     if result is not None:
         return result
-    x, state, residual = x.detach(), _state(x, vectors, eps), _detached(residual)
+    x, state, residual = x.detach(), new_state(x, vectors, eps), _detached(residual)
     y, saved = forward_frozen(x, state, mask=mask, residual=residual, relu=relu, comm=comm)
     left, relu_mask = _left(saved)
     _keep(_FROZEN, key, FROZEN, left, x, state, mask, residual, relu)
@@ -124,7 +124,7 @@ def inference(
         if at_y % ALIGNMENT == known.call.alignment:
             known.call.prepared(at_x, at_residual, at_y, at_mask, gamma, beta, mean, var, eps)
             return y
-    x, state, residual = x.detach(), _state(x, vectors, eps), _detached(residual)
+    x, state, residual = x.detach(), new_state(x, vectors, eps), _detached(residual)
     y = forward(x, state, mask=mask, residual=residual, relu=relu)
     _keep(_INFERENCES, key, FORWARDS, None, x, state, mask, residual, relu)
     return y
@@ -250,7 +250,7 @@ def _train(
     comm: Comm | None,
 ) -> Result:
     """With every check."""
-    state, tracked = _state(x, vectors, eps, momentum), None
+    state, tracked = new_state(x, vectors, eps, momentum), None
     if (mean := vectors[2]) is not None:
         tracked, skipped = _per_channel(counters, mean, momentum)
         device = state._current().device
@@ -410,7 +410,7 @@ def _count(counters: Counters, tracked: Tensor | None) -> None:
 # --- from tensors, and to them ----------------------------------------------------------------------------------------
 
 
-def _state(x: Tensor, vectors: Vectors, eps: float, momentum: float | None = 0.1) -> BatchNormState:
+def new_state(x: Tensor, vectors: Vectors, eps: float, momentum: float | None = 0.1) -> BatchNormState:
     arrays: dict[str, Any] = dict(zip(ARRAYS, vectors, strict=True))
     C = x.shape[1] if x.ndim > 1 else 1
     return BatchNormState.from_arrays(**arrays, num_features=C, eps=eps, momentum=momentum, check=False)
@@ -418,12 +418,18 @@ def _state(x: Tensor, vectors: Vectors, eps: float, momentum: float | None = 0.1
 
 def _left(saved: Saved[Tensor]) -> tuple[Left, ReluMask | None]:
     forward = saved._forward
-    arrays = {
-        name: array.nowhere()._replace(owner=torch.empty(0, dtype=array.owner.dtype, device=array.owner.device))
-        for name, array in forward.held.arrays.items()
-    }
-    held = checked_arrays(arrays)
+    held = without_memory(forward.held)
     return Left(forward.layouts, held, forward.statistics, forward.frozen, forward.context), forward.relu_mask
+
+
+def without_memory(held: StateArrays) -> StateArrays:
+    """Such vectors, but of no memory."""
+    return checked_arrays(
+        {
+            name: array.nowhere()._replace(owner=torch.empty(0, dtype=array.owner.dtype, device=array.owner.device))
+            for name, array in held.arrays.items()
+        }
+    )
 
 
 def _detached(x: Tensor | None) -> Tensor | None:
