@@ -71,7 +71,7 @@ def double_backward(
     Notes
     -----
     The same bits for every layout, number of threads and array library. Waiting for a CUDA device is part of it. Reads
-    x 4 times from memory, and dy and ddx 3 times each, and writes ddy and dx once; a ReLU adds a pass over x and dy.
+    x and ddx 4 times from memory and dy 3 times, and writes ddy and dx once; a ReLU adds a pass over x and dy.
 
     With `comm=` the scalar is the sum over ranks of sum(ddx * dx) + sum(ddgamma * dgamma) + sum(ddbeta * dbeta) +
     sum(ddresidual * dresidual), dgamma and dbeta being the **rank's own** sums: ddgamma and ddbeta may differ from rank
