@@ -2,6 +2,9 @@
 
 None is differentiable by itself, see `_autograd`. What is absent among the outputs is an empty tensor. `comm` is a
 number of `_communicators`, 0 without one; then `order` is None. See `_kept` for what a backward is given.
+
+Compiled graphs lie on disk, and know an operator by its name and arguments. One that is to return something else needs
+a new name.
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ def _train(
     y, saved = forward_train(x, state, mask=mask, residual=residual, relu=relu, comm=comm)
     left, relu_mask = _left(saved)
     _keep(_TRAININGS, key, TRAININGS, left, x, state, mask, residual, relu, True)
-    if counters is not None and tracked is None:  # of which the state knows no version
+    if counters is not None and momentum is not None:  # else they are added to, and the state knows no version
         increment_version((counters.skipped,))
     return y, left, relu_mask
 
