@@ -16,10 +16,11 @@ from cubn._kept import Store
 from cubn._layout import output_strides
 from cubn._state.arrays import StateArrays
 from cubn._types import ROWS, Statistics
+from cubn.backends import threads
 from cubn.backends.protocol import ReluMask
 from cubn.saved import Layouts
 from cubn.sync.collective import SyncContext
-from cubn.torch import _backend_arrays, _communicators, _passes, _relu_mask
+from cubn.torch import _backend_arrays, _communicators, _passes, _reading, _relu_mask
 from cubn.torch._passes import Left
 
 Kept = tuple[Tensor, Tensor, Tensor]
@@ -80,8 +81,9 @@ def from_tensors(x: Tensor, mask: Tensor | None, kept: Kept, kind: Kind, comm: i
     """x and the mask are those of the forward."""
     block, bits, exchange = kept
     gamma, beta, residual, relu, frozen = kind
-    found = _calls.look_up(_LEFT, (x, mask), *kind)
-    layouts, held, _ = _template(x, mask, kind) if found is None else found[0]
+    found = _reading.read(x, mask)
+    template = None if found is None else _LEFT.get((found[0], threads.limit, kind))
+    layouts, held, _ = template or _template(x, mask, kind)
     has_gamma, has_beta = gamma is not None, beta is not None
     statistics = Statistics(_backend_arrays.from_tensor(block), block.data_ptr(), x.shape[1], has_gamma, has_beta)
     context = SyncContext(_communicators.of(comm), None, int(exchange)) if comm else None
@@ -125,7 +127,8 @@ def _template(x: Tensor, mask: Tensor | None, kind: Kind) -> _Template:
     residual = inputs.x if kind.residual else None  # of any
     layouts = Layouts.of(inputs._replace(residual_or_dy=residual), relu_gradient(kind.relu, kind.residual))
     template = _Template(layouts, _passes.without_memory(inputs.held))
-    _calls.add(_LEFT, template, (inputs.x, inputs.mask), *kind)
+    if (found := _reading.read(x, mask)) is not None:
+        _LEFT.add((found[0], threads.limit, kind), template)
     return template
 
 
