@@ -12,6 +12,7 @@ from cubn.torch.modules import (
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
+from cubn.torch.statistics import accumulate, keep_statistics
 
 __all__ = [
     "BatchNorm1d",
@@ -23,5 +24,7 @@ __all__ = [
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "accumulate",
     "functional",
+    "keep_statistics",
 ]

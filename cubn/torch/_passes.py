@@ -19,6 +19,7 @@ from cubn._arrays import Array
 from cubn._arrays.library import ALIGNMENT
 from cubn._calls import Call
 from cubn._inputs import Inputs, bind
+from cubn._moments import Moments
 from cubn._state.arrays import ARRAYS, StateArrays, checked_arrays
 from cubn._state.holding import Counted
 from cubn._training import Training
@@ -29,10 +30,12 @@ from cubn.backward import backward as core_backward
 from cubn.forward import forward, forward_frozen
 from cubn.forward_train import forward_train
 from cubn.gradients import Gradients
+from cubn.moments import update as core_update
 from cubn.saved import Forward, Layouts, Read, Saved
 from cubn.state import BatchNormState
 from cubn.sync import Comm
 from cubn.sync.collective import SyncContext
+from cubn.torch._recomputation import recomputing
 
 increment_version = torch.autograd.graph.increment_version
 
@@ -73,7 +76,12 @@ def train(
     relu: bool = False,
     comm: Comm | None = None,
 ) -> Result:
-    """Normalise by the batch's statistics; update the running ones, where there are any, and their counters."""
+    """Normalise by the batch's statistics; update the running ones, where there are any, and their counters.
+
+    A forward that is computed again in a backward pass updates nothing.
+    """
+    if vectors[2] is not None and recomputing():
+        vectors, counters = (*vectors[:2], None, None), None
     x, vectors, residual = _detached(x, vectors, residual)
     tracked, skipped = _per_channel(counters, vectors[2], momentum)
     at_counters = Addresses(tracked.data_ptr(), skipped.data_ptr())
@@ -155,6 +163,18 @@ def inference(
         )
         _remember(_FORWARDS, prepared, None, inputs, y, relu)
     return y
+
+
+def update(vectors: Vectors, counters: Counters | None, moments: Moments, *, momentum: float | None) -> None:
+    """Update the running statistics by Moments, and their counters."""
+    tracked, skipped = _per_channel(counters, vectors[2], momentum)
+    state = BatchNormState.from_arrays(running_mean=vectors[2], running_var=vectors[3], momentum=momentum, check=False)
+    device = state._current().device
+    assert device
+    state._counters = Counted(tracked, skipped, device, Addresses(tracked.data_ptr(), skipped.data_ptr()))
+    core_update(state, moments)
+    if counters:
+        _count(counters, tracked, momentum)
 
 
 def backward(dy: Tensor, x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask | None) -> Gradients[Tensor]:

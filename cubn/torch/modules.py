@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cubn.sync import Comm
 from cubn.torch._normalize import normalize
 from cubn.torch._passes import Counters
+from cubn.torch._pool import Pool
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -19,6 +20,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     _fused_residual = False  # a residual, which is added before it
 
     skipped: Tensor | None
+    _pool: Pool | None = None  # inside `accumulate`
 
     def __init__(
         self,
@@ -49,7 +51,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
         training = (self.training and not self.frozen) or mean is None
         counters = None if tracked is None or self.skipped is None else Counters(tracked, self.skipped)
-        return normalize(
+        pool = self._pool if training else None
+        if pool is not None:
+            mean = var = counters = None
+        y = normalize(
             x,
             (self.weight, self.bias, mean, var),
             counters,
@@ -61,6 +66,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             relu=self._fused_relu,
             comm=self.comm,
         )
+        if pool is not None:
+            pool.add(x, mask, self.comm)
+        return y
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
