@@ -1,6 +1,7 @@
 """Batch normalization for PyTorch, bitwise reproducible: modules, a function, and what converts a model."""
 
 from cubn.torch import functional
+from cubn.torch.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from cubn.torch.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -24,6 +25,9 @@ __all__ = [
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "accumulate",
     "functional",
     "keep_statistics",

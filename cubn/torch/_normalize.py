@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cubn.sync import Comm
-from cubn.torch import _eager
+from cubn.torch import _eager, _few_values
 from cubn.torch._passes import Counters, Vectors
 
 
@@ -27,4 +27,6 @@ def normalize(
     training: by the batch's statistics, with an update of the running ones where there are any; else by the running
     statistics, which are constants.
     """
+    if training and comm is None and _few_values.are_few(x):
+        return _few_values.train(x, vectors, counters, residual, relu)
     return _eager.batch_norm(x, vectors, counters, training, momentum, eps, mask, residual, relu, comm)

@@ -11,9 +11,9 @@ from torch import nn
 from cubn._moments import Moments
 from cubn.errors import message
 from cubn.torch import _passes
+from cubn.torch._batch_norm import _BatchNorm
 from cubn.torch._passes import Counters
 from cubn.torch._pool import Pool
-from cubn.torch.modules import _BatchNorm
 
 
 class Kept:
@@ -175,7 +175,7 @@ def accumulate(model: nn.Module) -> Iterator[None]:
             layer._pool = None
     with keep_statistics(model) as kept:
         for layer, pool in pools:
-            if pool.moments is not None and pool.moments.count:
+            if pool.moments is not None:
                 _update(layer, pool.moments)
         kept.release()
 
