@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cubn._moments import Moments
 from cubn.errors import message
@@ -20,31 +21,33 @@ class Kept:
     """The running statistics and counters of a model as they were."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._buffers = [
-            (layer, name, None if nn.parameter.is_lazy(buffer) else buffer.clone())
+        self._layers = [
+            (layer, {name: buffer.clone() for name, buffer in _held(layer).items()})
             for layer in model.modules()
-            for name in _BEGIN
-            if (buffer := layer._buffers.get(name)) is not None
+            if "running_mean" in layer._buffers
         ]
 
     def release(self) -> None:
         """Let the statistics of now stand: nothing is put back."""
-        self._buffers.clear()
+        self._layers.clear()
 
     @torch.no_grad()
     def _put_back(self) -> None:
-        for layer, name, was in self._buffers:
-            buffer = layer._buffers.get(name)
-            if buffer is None or nn.parameter.is_lazy(buffer):
-                continue
-            if was is None:
-                buffer.fill_(_BEGIN[name])
-            else:
-                buffer.copy_(was)
+        for layer, kept in self._layers:
+            for name, buffer in _held(layer).items():
+                if name in kept:
+                    buffer.copy_(kept[name])
+                else:  # of a lazy layer, made meanwhile
+                    buffer.fill_(_BEGIN[name])
 
 
 _BEGIN = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0, "skipped": 0}
 """The statistics and counters of a layer, and what they are before the first update."""
+
+
+def _held(layer: nn.Module) -> dict[str, Tensor]:
+    buffers = {name: layer._buffers.get(name) for name in _BEGIN}
+    return {name: buffer for name, buffer in buffers.items() if buffer is not None and not is_lazy(buffer)}
 
 
 @contextmanager
@@ -181,6 +184,7 @@ def accumulate(model: nn.Module) -> Iterator[None]:
 
 
 def _update(layer: _BatchNorm, moments: Moments) -> None:
-    mean, var, tracked, skipped = (layer._buffers.get(name) for name in _BEGIN)
-    counters = None if tracked is None or skipped is None else Counters(tracked, skipped)
-    _passes.update((None, None, mean, var), counters, moments, momentum=layer.momentum)
+    held = _held(layer)
+    counters = Counters(held["num_batches_tracked"], held["skipped"])
+    vectors = None, None, held["running_mean"], held["running_var"]
+    _passes.update(vectors, counters, moments, momentum=layer.momentum)
