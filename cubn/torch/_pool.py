@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,9 @@ class Pool:
 
     def __init__(self) -> None:
         self.moments: Moments | None = None
+        if "torch._dynamo" in sys.modules:  # which takes seconds to import, and may trace what calls this
+            self.add = torch.compiler.disable(self.add)  # type: ignore[method-assign, no-untyped-call]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def add(self, x: Tensor, mask: Tensor | None, comm: Comm | None) -> None:
         """One more input, unless it has been counted."""
         if recomputing():
