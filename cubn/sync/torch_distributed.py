@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store
 
 from cubn.errors import message
 from cubn.sync.transport import Bytes, Communicator
@@ -37,7 +38,8 @@ class TorchCommunicator(Communicator):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
-        store = dist.PrefixStore("cubn", group.get_group_store())  # type: ignore[attr-defined]
+        store = getattr(group, "get_group_store", _get_default_store)()  # the latter for torch before 2.9
+        store = dist.PrefixStore(f"cubn/{group.group_name}", store)  # type: ignore[attr-defined]
         self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.size, default_pg_timeout)
 
     def gather(self, record: Bytes, received: Bytes, sizes: Sequence[int]) -> _Pending:
