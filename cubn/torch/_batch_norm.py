@@ -19,6 +19,7 @@ from cubn.torch._passes import Counters
 from cubn.torch._pool import Pool
 
 STATISTICS = ("running_mean", "running_var")
+COUNTERS = ("num_batches_tracked", "skipped")
 NARROW = (torch.float16, torch.bfloat16)
 """Dtypes in which a running variance stalls at small momenta."""
 
@@ -79,14 +80,13 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
         mean, var = self.running_mean, self.running_var
         training = (self.training and not self.frozen) or (mean is None and var is None)
-        comm = counters = None
+        comm = counters = pool = None
         if training:
             comm = self.comm
-            if self.track_running_stats and self.num_batches_tracked is not None and self.skipped is not None:
-                counters = Counters(self.num_batches_tracked, self.skipped)
-            elif not self.track_running_stats:  # any more: the statistics stay as they are
+            if not self.track_running_stats:  # any more: the statistics stay as they are
                 mean = var = None
-        pool = None if mean is None or not training else self._pool
+            if mean is not None:
+                pool, counters = self._pool, self._counters(mean)
         if pool is not None:
             mean = var = counters = None
         y = normalize(
@@ -104,6 +104,21 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if pool is not None:
             pool.add(x, mask, comm)
         return y
+
+    def _counters(self, mean: Tensor) -> Counters | None:
+        """The counters; kernels write them, so those that do not fit the running statistics, which somebody may have
+        replaced, are mended.
+        """
+        tracked, skipped = self.num_batches_tracked, self.skipped
+        if tracked is None:
+            return None
+        if not _counts(tracked, 1, mean):
+            self.num_batches_tracked = tracked = tracked.to(mean.device, torch.int64)
+        if skipped is None or not _counts(skipped, mean.numel(), mean):
+            self._forget_skipped()
+            skipped = self.skipped
+            assert skipped is not None
+        return Counters(tracked, skipped)
 
     def freeze(self) -> Self:
         """Take the running statistics as constants also in training, with gradients through; weight and bias go on
@@ -147,7 +162,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         mean, skipped = self.running_mean, self._buffers.get("skipped")
         if "skipped" not in self._buffers or mean is None or is_lazy(mean):
             return  # torch's constructor is still at work, or the channels are still to be counted
-        if skipped is None or is_lazy(skipped) or skipped.device != mean.device:
+        if skipped is None or is_lazy(skipped) or not _counts(skipped, mean.numel(), mean):
             self.skipped = torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
         else:
             skipped.zero_()
@@ -155,13 +170,20 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     # --- conversions and loading --------------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `half`, `to`, `to_empty` and the like do to each tensor; the running statistics do not become narrow."""
+        """What `half`, `to`, `type`, `to_empty` and the like do to each tensor. The running statistics do not become
+        narrow, and counters remain whole numbers.
+        """
         statistics = [self._buffers[name] for name in STATISTICS]
+        counters = [self._buffers[name] for name in COUNTERS]
         spared = []
 
         def apply(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
-            if applied.dtype in NARROW and applied is not tensor and any(tensor is s for s in statistics):
+            if applied.dtype == tensor.dtype:
+                return applied
+            if any(tensor is counter for counter in counters):
+                return tensor.to(applied.device)
+            if applied.dtype in NARROW and any(tensor is each for each in statistics):
                 spared.append(tensor)
                 return tensor.to(applied.device, torch.float32)
             return applied
@@ -189,6 +211,16 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self._buffers[name] = tensor.to(dtype=torch.float32)
         if narrow:
             _say_that_statistics_stay_wide()
+
+
+def _counts(counter: Tensor, channels: int, mean: Tensor) -> bool:
+    """Whether it can be written as a counter beside the running statistics."""
+    return (
+        counter.dtype is torch.int64
+        and counter.numel() == channels
+        and counter.device == mean.device
+        and counter.is_contiguous()
+    )
 
 
 class _Ranks:

@@ -13,7 +13,6 @@ from cubn._moments import Moments
 from cubn.errors import message
 from cubn.torch import _passes
 from cubn.torch._batch_norm import _BatchNorm
-from cubn.torch._passes import Counters
 from cubn.torch._pool import Pool
 
 
@@ -184,7 +183,6 @@ def accumulate(model: nn.Module) -> Iterator[None]:
 
 
 def _update(layer: _BatchNorm, moments: Moments) -> None:
-    held = _held(layer)
-    counters = Counters(held["num_batches_tracked"], held["skipped"])
-    vectors = None, None, held["running_mean"], held["running_var"]
-    _passes.update(vectors, counters, moments, momentum=layer.momentum)
+    mean = layer.running_mean
+    assert mean is not None
+    _passes.update((None, None, mean, layer.running_var), layer._counters(mean), moments, momentum=layer.momentum)

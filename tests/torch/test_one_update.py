@@ -94,8 +94,6 @@ POLICIES = {
 
 @pytest.mark.parametrize("saved", POLICIES)
 def test_selective_checkpointing(saved):
-    if saved == "everything":
-        pytest.importorskip("cubn.torch._operators")
     expected, model = train(network()), network()
     contexts = functools.partial(checkpoints.create_selective_checkpoint_contexts, POLICIES[saved])
     _calls.clear()
@@ -175,18 +173,53 @@ def test_each_micro_batch_is_an_update():
 # --- other ways to call, copy and restart -----------------------------------------------------------------------------
 
 
-def test_compiled():
-    pytest.importorskip("cubn.torch._operators")
-    expected, model = train(network()), network()
-    assert_same(train(model, torch.compile(model, backend="aot_eager", fullgraph=True)), expected)
+@pytest.fixture
+def compiled():
+    """A function that compiles, without the compiler's own steps of no interest here."""
+    torch._dynamo.reset()
+    yield functools.partial(torch.compile, backend="aot_eager")
+    torch._dynamo.reset()
 
 
-def test_a_compiled_forward_that_is_checkpointed():
-    """What is compiled cannot ask whether it is computed again; what it calls does."""
-    pytest.importorskip("cubn.torch._operators")
+OF_COMPILERS = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own
+
+
+@OF_COMPILERS
+def test_compiled(compiled):
     expected, model = train(network()), network()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert_same(train(model, checkpointed(compiled, use_reentrant=False)), expected)
+    assert_same(train(model, compiled(model, fullgraph=True)), expected)
+
+
+@OF_COMPILERS
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_compiled_forward_that_is_checkpointed(compiled, use_reentrant):
+    """What is compiled cannot ask whether it is computed again; the operators in it do."""
+    expected, model = train(network()), network()
+    forward = checkpointed(compiled(model, fullgraph=True), use_reentrant=use_reentrant)
+    assert_same(train(model, forward), expected)
+
+
+@OF_COMPILERS
+def test_a_checkpoint_in_a_compiled_forward(compiled):
+    expected, model = train(network()), network()
+    inner = checkpointed(model[:4], use_reentrant=False)
+    assert_same(train(model, compiled(lambda x: model[4](inner(x)), fullgraph=True)), expected)
+
+
+@OF_COMPILERS
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch's own, where a graph is broken
+def test_a_compiled_model_pools_as_another(compiled):
+    model, expected = network(), network()
+    forward = compiled(model)
+    for x in batches():
+        step(model, x, forward)
+        step(expected, x)
+    for m, call in ((model, forward), (expected, expected)):
+        with cubn.torch.accumulate(m):
+            for x in batches():
+                step(m, x, call)
+    assert_same(statistics(model), statistics(expected))
+    assert model[1].num_batches_tracked == 4
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])
