@@ -28,3 +28,7 @@ class Pool:
         before = self.moments
         taken = moments(x.detach(), mask=mask, comm=comm, start=before.stop if before else 0)
         self.moments = before.merge(taken) if before else taken
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """As None, in a copy of the layer: what that is trained on is its own."""
+        return type(None), ()

@@ -69,7 +69,7 @@ def check_a_lone_layer(comm, group, cut, momentum=0.1, wrap=lambda model: model)
         assert ((mean.grad * size - whole.grad).abs() <= bound).all()
 
 
-def check_that_ranks_need_each_other(comm, group, cut):
+def check_that_ranks_need_each_other(group, cut):
     """The control: without comm= the parts differ."""
     lo, hi = list(pairwise(sums(cut, initial=0)))[group.rank()]
     x, dy = batch(0)
@@ -158,6 +158,30 @@ def check_fsdp(checkpointed):
     assert model[1].num_batches_tracked == 3
 
 
+def check_a_sharded_lone_layer(cut):
+    """FSDP where ranks share their statistics."""
+    group = dist.group.WORLD
+    lo, hi = list(pairwise(sums(cut, initial=0)))[group.rank()]
+    alone, shared = layer(), layer(comm=group)
+    fully_shard(shared, mesh=init_device_mesh("cpu", (group.size(),)))
+    for seed in range(2):
+        x, dy = batch(seed)
+        got = forward_and_backward(shared, x[lo:hi], dy[lo:hi])
+        assert_same(got, [tensor[lo:hi] for tensor in forward_and_backward(alone, x, dy)])
+    assert_same(statistics(shared), statistics(alone))
+
+
+def check_compiled(comm, group, cut):
+    lo, hi = list(pairwise(sums(cut, initial=0)))[group.rank()]
+    alone, shared = layer(), layer(comm=comm)
+    compiled = torch.compile(shared, backend="aot_eager", fullgraph=True)
+    for model in (compiled, functools.partial(checkpoint, compiled, use_reentrant=False)):
+        x, dy = batch(0)
+        got = forward_and_backward(model, x[lo:hi], dy[lo:hi])
+        assert_same(got, [tensor[lo:hi] for tensor in forward_and_backward(alone, x, dy)])
+        assert_same(statistics(shared), statistics(alone))
+
+
 # --- starting ---------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +212,10 @@ def main(kind, file, *place):
         if rank < part:
             check_group(group, comms)
     if kind == "gloo":
-        check_that_ranks_need_each_other(None, dist.group.WORLD, CUTS[size][0])
+        check_that_ranks_need_each_other(dist.group.WORLD, CUTS[size][0])
+        for cut in CUTS[size]:
+            check_a_sharded_lone_layer(cut)
+            check_compiled(dist.group.WORLD, dist.group.WORLD, cut)
         for flag in (False, True):
             check_two_forwards_before_a_backward(dist.group.WORLD, flag)
             check_fsdp(flag)

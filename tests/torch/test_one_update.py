@@ -88,6 +88,7 @@ def test_a_checkpointed_function():
 POLICIES = {
     "nothing": lambda context, op, *args, **kwargs: checkpoints.CheckpointPolicy.MUST_RECOMPUTE,
     "matmul": [torch.ops.aten.addmm.default],
+    "batch norm": [torch.ops.cubn.batch_norm_train.default],
     "everything": lambda context, op, *args, **kwargs: checkpoints.CheckpointPolicy.MUST_SAVE,
 }
 

@@ -1,5 +1,8 @@
 """`keep_statistics` and `accumulate`."""
 
+import copy
+import pickle
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -238,6 +241,17 @@ def test_a_lazy_layer_pools_from_its_first_input_on():
         for x in batches():
             layer(x)
     assert_like_state(layer, state_after(torch.cat(batches()), 0.1))
+
+
+def test_a_copy_made_in_the_block_is_updated_as_ever():
+    layer = BatchNorm1d(6)
+    with accumulate(layer):
+        copies = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+        for x in batches():
+            layer(x)
+            for each in copies:
+                each(x)
+    assert [each.num_batches_tracked.item() for each in (layer, *copies)] == [1, 3, 3]
 
 
 def test_a_block_in_a_block_is_refused():
