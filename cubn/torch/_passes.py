@@ -92,7 +92,7 @@ def train(
     if result is None:
         state = new_state(x, vectors, eps, momentum)
         if state._counters is not None:
-            state._counters = Counted(tracked, skipped, state._counters.device, at_counters)
+            _count_in(state, tracked, skipped)
         if comm is None:
             result = _train(Training(x, state, mask, residual, relu, True, None))
         else:
@@ -169,9 +169,7 @@ def update(vectors: Vectors, counters: Counters | None, moments: Moments, *, mom
     """Update the running statistics by Moments, and their counters."""
     tracked, skipped = _per_channel(counters, vectors[2], momentum)
     state = BatchNormState.from_arrays(running_mean=vectors[2], running_var=vectors[3], momentum=momentum, check=False)
-    device = state._current().device
-    assert device
-    state._counters = Counted(tracked, skipped, device, Addresses(tracked.data_ptr(), skipped.data_ptr()))
+    _count_in(state, tracked, skipped)
     core_update(state, moments)
     if counters:
         _count(counters, tracked, momentum)
@@ -344,6 +342,13 @@ def _per_channel(counters: Counters | None, mean: Tensor | None, momentum: float
     if momentum is None:
         return tracked.expand(len(skipped)).contiguous(), skipped
     return torch.zeros_like(skipped), skipped
+
+
+def _count_in(state: BatchNormState, tracked: Tensor, skipped: Tensor) -> None:
+    """Let a state count in these, which are where its running statistics are."""
+    device = state._current().device
+    assert device
+    state._counters = Counted(tracked, skipped, device, Addresses(tracked.data_ptr(), skipped.data_ptr()))
 
 
 def _count(counters: Counters, tracked: Tensor, momentum: float | None) -> None:

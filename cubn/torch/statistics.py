@@ -54,8 +54,9 @@ def keep_statistics(model: nn.Module) -> Iterator[Kept]:
     """Let the forwards in a `with` block leave no trace in a model's running statistics.
 
     At its exit running_mean, running_var, num_batches_tracked and skipped of every layer are, to the bit, what they
-    were at its entry. A layer updates them once for each training forward that is not a recomputation, and cannot know
-    that a call is a warm-up, or that a step will be taken again; this is for those.
+    were at its entry. A layer updates them once for each training forward, except for those inside a backward pass,
+    which activation checkpointing makes and which repeat another. It cannot know that a call is a warm-up, or that a
+    step will be taken again; this is for those.
 
     Parameters
     ----------
@@ -116,7 +117,8 @@ def accumulate(model: nn.Module) -> Iterator[None]:
 
     Each training forward normalises by its own micro-batch and updates nothing. At the exit each layer makes one update
     by the Moments of all its inputs: to the bit that of `cubn.update` by `cubn.moments` of its inputs concatenated,
-    wherever they were cut. num_batches_tracked moves by one.
+    wherever they were cut. num_batches_tracked moves by one. With a momentum of 1, a block over a data set leaves the
+    statistics of the data set.
 
     Parameters
     ----------

@@ -135,7 +135,7 @@ def state_after(x, momentum, mask=None, before=None):
     return state
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("momentum", [0.1, None, 1.0])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
