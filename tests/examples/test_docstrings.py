@@ -6,7 +6,14 @@ import pytest
 
 import cubn
 
-MODULES = [cubn.Moments.__module__, cubn.moments.__module__, cubn.backward_from.__module__, "cubn.torch.statistics"]
+MODULES = [
+    cubn.Moments.__module__,
+    cubn.moments.__module__,
+    cubn.backward_from.__module__,
+    "cubn.torch.lazy",
+    "cubn.torch.modules",
+    "cubn.torch.statistics",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
