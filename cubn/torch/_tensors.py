@@ -12,7 +12,9 @@ from torch import Tensor
 from cubn import _calls
 from cubn._arrays.library import ALIGNMENT
 from cubn._inputs import bind, relu_gradient
+from cubn._kept import Store
 from cubn._layout import output_strides
+from cubn._state.arrays import StateArrays
 from cubn._types import ROWS, Statistics
 from cubn.backends.protocol import ReluMask
 from cubn.saved import Layouts
@@ -21,8 +23,8 @@ from cubn.torch import _backend_arrays, _communicators, _passes, _relu_mask
 from cubn.torch._passes import Left
 
 Kept = tuple[Tensor, Tensor, Tensor]
-"""`statistics`, the float64 block of `cubn._types.Statistics`; `bits`, the relu mask as int16 numbers, none or `words` of
-them; `exchange`, an int64 scalar on the host, the number of the forward's exchange.
+"""`statistics`, the float64 block of `cubn._types.Statistics`; `bits`, the relu mask as int16 numbers, `words` of them
+or none; `exchange`, the number of the forward's exchange, an int64 scalar on the host, or nothing.
 """
 
 
@@ -59,72 +61,72 @@ def plain(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_tensors(x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask | None) -> Kept:
+    statistics, context = left.statistics, left.context
+    memory, _, C, gamma, beta = statistics
+    block = _backend_arrays.as_tensor(memory)
+    block.masked_fill_(
+        _unwritten(C, gamma, beta, left.frozen, block.device), 0.0
+    )  # operators are compared by all of it
     bits, of = _relu_mask.as_tensor(relu_mask)
     if bits is None:
         bits = x.new_empty(0, dtype=torch.int16)
     else:
         _orders[_order(x, mask, left.frozen)] = of
         bits = _filled_up(bits, words(x, mask))
-    number = left.context.exchange if left.context else 0
-    return _defined(left), bits, torch.tensor(number)
-
-
-def _defined(left: Left) -> Tensor:
-    """The statistics, and 0 where nothing was written: operators are compared by all that they return."""
-    memory, _, C, gamma, beta = left.statistics
-    block = _backend_arrays.as_tensor(memory)
-    return torch.where(_written(C, gamma, beta, left.frozen, block.device), block, 0.0)
-
-
-@lru_cache(256)
-def _written(C: int, gamma: bool, beta: bool, frozen: bool, device: torch.device) -> Tensor:
-    """Which numbers of the statistics have a meaning."""
-    rows = dict.fromkeys(ROWS, True) | {"m2": not frozen, "gamma": gamma, "beta": beta}
-    written = torch.zeros(Statistics.size(C), dtype=torch.bool)
-    written[0] = True
-    for name, is_there in rows.items():
-        begin = Statistics.offset(name, C)
-        written[begin : begin + C] = is_there
-    return written.to(device)
+    return block, bits, x.new_empty(0, dtype=torch.int64) if context is None else torch.tensor(context.exchange)
 
 
 def from_tensors(x: Tensor, mask: Tensor | None, kept: Kept, kind: Kind, comm: int) -> tuple[Left, ReluMask | None]:
     """x and the mask are those of the forward."""
-    statistics, bits, exchange = kept
+    block, bits, exchange = kept
+    gamma, beta, residual, relu, frozen = kind
     found = _calls.look_up(_LEFT, (x, mask), *kind)
-    left = _left(x, mask, kind) if found is None else found[0].left
-    memory = _backend_arrays.from_tensor(statistics)
-    of = left.statistics._replace(memory=memory, address=statistics.data_ptr())
+    layouts, held, _ = _template(x, mask, kind) if found is None else found[0]
+    has_gamma, has_beta = gamma is not None, beta is not None
+    statistics = Statistics(_backend_arrays.from_tensor(block), block.data_ptr(), x.shape[1], has_gamma, has_beta)
     context = SyncContext(_communicators.of(comm), None, int(exchange)) if comm else None
     relu_mask = None
-    if kind.residual and kind.relu:
-        relu_mask = _relu_mask.as_relu_mask(bits, _orders[_order(x, mask, kind.frozen)])
-    return left._replace(statistics=of, context=context), relu_mask
+    if residual and relu:
+        relu_mask = _relu_mask.as_relu_mask(bits, _orders[_order(x, mask, frozen)])
+    return Left(layouts, held, statistics, frozen, context), relu_mask
+
+
+@lru_cache(256)
+def _unwritten(C: int, gamma: bool, beta: bool, frozen: bool, device: torch.device) -> Tensor:
+    """Which numbers of the statistics have no meaning."""
+    rows = dict.fromkeys(ROWS, True) | {"m2": not frozen, "gamma": gamma, "beta": beta}
+    unwritten = torch.ones(Statistics.size(C), dtype=torch.bool)
+    unwritten[0] = False
+    for name, is_there in rows.items():
+        begin = Statistics.offset(name, C)
+        unwritten[begin : begin + C] = not is_there
+    return unwritten.to(device)
 
 
 # --- what follows from layouts ----------------------------------------------------------------------------------------
 
 
-class _Kept(NamedTuple):
-    left: Left
+class _Template(NamedTuple):
+    """What a forward leaves that follows from layouts."""
+
+    layouts: Layouts
+    held: StateArrays
     nbytes: int = 0  # besides what is counted for every entry
 
 
-_LEFT: Any = _calls.new_store()
+_LEFT: Store[_Template] = _calls.new_store()
 
 
-def _left(x: Tensor, mask: Tensor | None, kind: Kind) -> Left:
-    """What a forward with such arguments leaves, but for its statistics."""
+def _template(x: Tensor, mask: Tensor | None, kind: Kind) -> _Template:
+    """Of a forward with such arguments."""
     C = x.shape[1]
     gamma, beta = (None if dtype is None else x.new_empty(C, dtype=dtype) for dtype in (kind.gamma, kind.beta))
     inputs = bind(x, _passes.new_state(x, (gamma, beta, None, None), 1.0), mask, None)
-    layouts = Layouts.of(
-        inputs._replace(residual_or_dy=inputs.x if kind.residual else None), relu_gradient(kind.relu, kind.residual)
-    )
-    statistics = Statistics(None, 0, C, gamma is not None, beta is not None)
-    left = Left(layouts, _passes.without_memory(inputs.held), statistics, kind.frozen, None)
-    _calls.add(_LEFT, _Kept(left), (inputs.x, inputs.mask), *kind)
-    return left
+    residual = inputs.x if kind.residual else None  # of any
+    layouts = Layouts.of(inputs._replace(residual_or_dy=residual), relu_gradient(kind.relu, kind.residual))
+    template = _Template(layouts, _passes.without_memory(inputs.held))
+    _calls.add(_LEFT, template, (inputs.x, inputs.mask), *kind)
+    return template
 
 
 _orders: dict[tuple[Any, ...], Any] = {}  # how bits are packed: for each layout that there was, as it never changes
