@@ -104,28 +104,6 @@ def test_selective_checkpointing(saved):
 # --- calls that are not steps -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-def test_the_warm_up_of_a_cuda_graph():
-    from tests.gpu.conftest import missing
-
-    if reason := missing():
-        pytest.skip(f"NOT RUN, needs a GPU: {reason}")
-
-    def run(wrap):
-        model = network().cuda()
-        forward = wrap(model)
-        for x in batches():
-            forward(x.cuda().requires_grad_()).sin().sum().backward()
-        return statistics(model)
-
-    def graphed(model):
-        example = batches(1)[0].cuda().requires_grad_()
-        with cubn.torch.keep_statistics(model):
-            return torch.cuda.make_graphed_callables(model, (example,))
-
-    assert_same(run(graphed), run(lambda model: model))
-
-
 def test_an_overflown_step_that_is_taken_again():
     """A scaler of which the first scale is too large for float16 gradients."""
 

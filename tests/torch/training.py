@@ -21,7 +21,7 @@ def step(model, x, forward=None):
     """y and the gradient of x; those of the parameters are added up in the model."""
     x = x.clone().requires_grad_()
     y = (forward or model)(x)
-    (y * torch.arange(y.shape[-1])).sin().sum().backward()
+    (y * torch.arange(y.shape[-1], device=y.device)).sin().sum().backward()
     return [y.detach(), x.grad]
 
 
