@@ -25,10 +25,13 @@ class Kept:
             for layer in model.modules()
             if "running_mean" in layer._buffers
         ]
+        pools = (layer._pool for layer in model.modules() if isinstance(layer, _BatchNorm))
+        self._pools = [(pool, pool.moments) for pool in pools if pool is not None]
 
     def release(self) -> None:
         """Let the statistics of now stand: nothing is put back."""
         self._layers.clear()
+        self._pools.clear()
 
     @torch.no_grad()
     def _put_back(self) -> None:
@@ -38,6 +41,8 @@ class Kept:
                     buffer.copy_(kept[name])
                 else:  # of a lazy layer, made meanwhile
                     buffer.fill_(_BEGIN[name])
+        for pool, moments in self._pools:
+            pool.moments = moments
 
 
 _BEGIN = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0, "skipped": 0}
@@ -72,7 +77,7 @@ def keep_statistics(model: nn.Module) -> Iterator[Kept]:
     Notes
     -----
     The statistics are copied at the entry, and copied back in place at the exit, also of an exception; nothing waits
-    for a device. Blocks may be nested. A layer that got other buffers meanwhile (`half()`, `to_empty()`) has the old
+    for a device. Blocks may be nested; in one of `accumulate`, forwards leave no trace in what it pools. A layer that got other buffers meanwhile (`half()`, `to_empty()`) has the old
     values in the new ones; a lazy layer that was initialised meanwhile is as new. A backward through torch's own batch
     norms must be in the block: torch takes what is put back for a change of what backward needs.
 

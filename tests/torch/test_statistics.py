@@ -243,6 +243,20 @@ def test_a_lazy_layer_pools_from_its_first_input_on():
     assert_like_state(layer, state_after(torch.cat(batches()), 0.1))
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_micro_batches_that_are_not_to_count_are_not_pooled(released):
+    layer, (first, second, third) = BatchNorm1d(6), batches()
+    with accumulate(layer):
+        layer(first)
+        with keep_statistics(layer) as kept:
+            layer(second)
+            if released:
+                kept.release()
+        layer(third)
+    inputs = [first, second, third] if released else [first, third]
+    assert_like_state(layer, state_after(torch.cat(inputs), 0.1))
+
+
 def test_a_copy_made_in_the_block_is_updated_as_ever():
     layer = BatchNorm1d(6)
     with accumulate(layer):
