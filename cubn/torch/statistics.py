@@ -77,9 +77,10 @@ def keep_statistics(model: nn.Module) -> Iterator[Kept]:
     Notes
     -----
     The statistics are copied at the entry, and copied back in place at the exit, also of an exception; nothing waits
-    for a device. Blocks may be nested; in one of `accumulate`, forwards leave no trace in what it pools. A layer that got other buffers meanwhile (`half()`, `to_empty()`) has the old
-    values in the new ones; a lazy layer that was initialised meanwhile is as new. A backward through torch's own batch
-    norms must be in the block: torch takes what is put back for a change of what backward needs.
+    for a device. Blocks may be nested; inside `accumulate`, forwards leave no trace in what it pools. A layer that got
+    other buffers meanwhile (`half()`, `to_empty()`) has the old values in the new ones; a lazy layer that was
+    initialised meanwhile is as new. A backward through torch's own batch norms must be in the block: torch takes what
+    is put back for a change of what backward needs.
 
     Examples
     --------
