@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store
 
 from cubn.errors import message
 from cubn.sync.transport import Bytes, Communicator
@@ -28,12 +30,17 @@ class _Pending(NamedTuple):
 
 
 class TorchCommunicator(Communicator):
-    """A private gloo group of the ranks of a process group; records shorter than the longest are padded to it."""
+    """A private gloo backend of the ranks of a process group; records shorter than the longest are padded to it.
+
+    It meets in the group's own store. `dist.new_group` among these ranks alone would wait for ever where they are in
+    different numbers of groups, since it names the new one by that (pytorch #173608).
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
-        ranks = dist.get_process_group_ranks(group)
-        self._group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        store = getattr(group, "get_group_store", _get_default_store)()  # the latter for torch before 2.9
+        store = dist.PrefixStore(f"cubn/{group.group_name}", store)  # type: ignore[attr-defined]
+        self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.size, default_pg_timeout)
 
     def gather(self, record: Bytes, received: Bytes, sizes: Sequence[int]) -> _Pending:
         longest = max(sizes)
@@ -41,7 +48,7 @@ class TorchCommunicator(Communicator):
         padded[: len(record)] = record
         sent = torch.from_numpy(padded)
         rows = torch.empty((self.size, longest), dtype=torch.uint8)
-        work = dist.all_gather(list(rows), sent, self._group, async_op=True)
+        work = self._gloo.allgather([list(rows)], [sent])
         return _Pending(work, rows, received, sent, sizes)
 
 

@@ -13,6 +13,7 @@ from cubn.torch.modules import (
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
+from cubn.torch.statistics import accumulate, keep_statistics
 
 __all__ = [
     "BatchNorm1d",
@@ -27,5 +28,7 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "accumulate",
     "functional",
+    "keep_statistics",
 ]

@@ -17,6 +17,7 @@ from cubn.errors import message
 from cubn.sync import Comm
 from cubn.torch._normalize import normalize
 from cubn.torch._passes import Counters
+from cubn.torch._pool import Pool
 
 STATISTICS = ("running_mean", "running_var")
 COUNTERS = ("num_batches_tracked", "skipped")
@@ -37,6 +38,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     skipped: Tensor | None
     frozen = False
     _ranks: _Ranks | None = None
+    _pool: Pool | None = None  # inside `accumulate`
 
     def __init__(
         self,
@@ -82,14 +84,16 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         buffers = self._buffers  # as attributes they take ten times as long
         mean, var = buffers["running_mean"], buffers["running_var"]
         training = (self.training and not self.frozen) or (mean is None and var is None)
-        comm = counters = None
+        comm = counters = pool = None
         if training:
             comm = self.comm
             if not self.track_running_stats:  # any more: the statistics stay as they are
                 mean = var = None
             if mean is not None:
-                counters = self._counters(mean)
-        return normalize(
+                pool, counters = self._pool, self._counters(mean)
+        if pool is not None:
+            mean = var = counters = None
+        y = normalize(
             x,
             (self.weight, self.bias, mean, var),
             counters,
@@ -101,6 +105,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             relu=self._fused_relu,
             comm=comm,
         )
+        if pool is not None:
+            pool.add(x, mask, comm)
+        return y
 
     def _counters(self, mean: Tensor) -> Counters | None:
         """The counters; kernels write them, so those that do not fit the running statistics, which somebody may have

@@ -7,6 +7,7 @@ from torch import Tensor
 from cubn._arguments import shown
 from cubn.errors import message
 from cubn.torch._passes import Counters, Vectors
+from cubn.torch._recomputation import recomputing
 
 
 def are_few(x: Tensor) -> bool:
@@ -34,7 +35,7 @@ def train(x: Tensor, vectors: Vectors, counters: Counters | None, residual: Tens
         y = y + bias.sum()
     if residual is not None:
         y = y + residual
-    if counters is not None:
+    if counters is not None and not recomputing():
         for counter in counters:
             counter.add_(1)
     return y

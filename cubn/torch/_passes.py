@@ -19,6 +19,7 @@ from cubn._arrays.library import ALIGNMENT
 from cubn._calls import Call
 from cubn._differentiation import BACKWARDS
 from cubn._kept import Store
+from cubn._moments import Moments
 from cubn._state.arrays import ARRAYS, StateArrays, checked_arrays
 from cubn._state.holding import Counted
 from cubn._training import TRAININGS
@@ -32,11 +33,13 @@ from cubn.errors import message
 from cubn.forward import FORWARDS, FROZEN, forward, forward_frozen
 from cubn.forward_train import forward_train
 from cubn.gradients import DoubleGradients, Gradients
+from cubn.moments import update as core_update
 from cubn.saved import Forward, Layouts, Read, Saved
 from cubn.state import BatchNormState
 from cubn.sync import Comm
 from cubn.sync.collective import SyncContext
 from cubn.torch._reading import Found, counter, read
+from cubn.torch._recomputation import recomputing
 
 increment_version = torch.autograd.graph.increment_version
 
@@ -77,7 +80,12 @@ def train(
     relu: bool = False,
     comm: Comm | None = None,
 ) -> Result:
-    """Normalise by the batch's statistics; update the running ones, where there are any, and their counters."""
+    """Normalise by the batch's statistics; update the running ones, where there are any, and their counters.
+
+    A forward that is computed again in a backward pass updates nothing.
+    """
+    if vectors[2] is not None and recomputing():
+        vectors, counters = (*vectors[:2], None, None), None
     tracked, skipped = _NO_COUNTERS if counters is None else counters
     key, found = _look_up(_TRAININGS, relu, comm, x, *vectors, mask, residual, tracked, skipped)
     result = found and _train_again(*found, x, vectors, counters, mask, momentum, eps)
@@ -128,6 +136,18 @@ def inference(
     y = forward(x, state, mask=mask, residual=residual, relu=relu)
     _keep(_INFERENCES, key, FORWARDS, None, x, state, mask, residual, relu)
     return y
+
+
+def update(vectors: Vectors, counters: Counters | None, moments: Moments, *, momentum: float | None) -> None:
+    """Update the running statistics by Moments, and their counters."""
+    _, _, mean, var = vectors
+    assert mean is not None
+    state = BatchNormState.from_arrays(running_mean=mean, running_var=var, momentum=momentum, check=False)
+    tracked, skipped = _per_channel(counters, mean, momentum)
+    _count_in(state, tracked, skipped)
+    core_update(state, moments)
+    if counters:
+        _count(counters, tracked if momentum is None else None)
 
 
 def backward(dy: Tensor, x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask | None) -> Gradients[Tensor]:
@@ -253,9 +273,7 @@ def _train(
     state, tracked = new_state(x, vectors, eps, momentum), None
     if (mean := vectors[2]) is not None:
         tracked, skipped = _per_channel(counters, mean, momentum)
-        device = state._current().device
-        assert device
-        state._counters = Counted(tracked, skipped, device, Addresses(tracked.data_ptr(), skipped.data_ptr()))
+        _count_in(state, tracked, skipped)
     x, residual = x.detach(), _detached(residual)
     y, saved = forward_train(x, state, mask=mask, residual=residual, relu=relu, comm=comm)
     if counters is not None and tracked is not None:
@@ -394,6 +412,13 @@ def _per_channel(counters: Counters | None, mean: Tensor, momentum: float | None
             got = f"{given.dtype} {tuple(given.shape)} on {given.device}"
             raise ValueError(message(name, rule, got, function="batch_norm"))
     return tracked.expand(len(mean)).contiguous() if momentum is None else torch.zeros_like(skipped), skipped
+
+
+def _count_in(state: BatchNormState, tracked: Tensor, skipped: Tensor) -> None:
+    """Let a state count in these, which are where its running statistics are."""
+    device = state._current().device
+    assert device
+    state._counters = Counted(tracked, skipped, device, Addresses(tracked.data_ptr(), skipped.data_ptr()))
 
 
 def _count(counters: Counters, tracked: Tensor | None) -> None:

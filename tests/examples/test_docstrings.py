@@ -12,6 +12,7 @@ MODULES = [
     cubn.backward_from.__module__,
     "cubn.torch.lazy",
     "cubn.torch.modules",
+    "cubn.torch.statistics",
 ]
 
 
