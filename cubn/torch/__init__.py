@@ -1,6 +1,7 @@
 """Batch normalization for PyTorch, bitwise reproducible: modules, a function, and what converts a model."""
 
 from cubn.torch import functional
+from cubn.torch.invariance import BatchInvariance, batch_invariance
 from cubn.torch.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -14,6 +15,7 @@ from cubn.torch.modules import (
 )
 
 __all__ = [
+    "BatchInvariance",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -23,5 +25,6 @@ __all__ = [
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "batch_invariance",
     "functional",
 ]
