@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -104,13 +104,21 @@ class Run:
     def again(self, cut: Cut) -> None:
         """Run on some of the samples, and compare what each module gives and is given, and then the model's output."""
         follower = _Follower(self, cut)
-        with self._unchanged():
-            with _around(self.paths, follower):
-                output = self._output(cut)
-            follower.end(output)
-        if not follower.replaced:
+        try:
+            with self._unchanged():
+                with _around(self.paths, follower):
+                    output = self._output(cut)
+                follower.end(output)
+        except IncomparableError:
+            self._compare_whole(cut)
+            raise
+        if follower.same:
             self.whole.add(cut, NONE)
-        elif not any(by_definition(self.model, call.module) for call in self.calls):
+        else:
+            self._compare_whole(cut)
+
+    def _compare_whole(self, cut: Cut) -> None:
+        if not any(by_definition(self.model, call.module) for call in self.calls):
             with self._unchanged():
                 self.whole.settle(self.end.inputs, self._output(cut), cut)
 
@@ -125,15 +133,16 @@ class Run:
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
         """Afterwards buffers and random numbers are as before."""
-        modules = [(module, dict(module._buffers)) for module in self.model.modules()]
-        buffers = [b for _, held in modules for b in held.values() if b is not None]
+        plain = [module for module in self.model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        held = [dict(module._buffers) for module in plain]
+        buffers = list(self.model.buffers())
         values = [buffer.detach().clone() for buffer in buffers]
         try:
             with torch.random.fork_rng([device.index for device in self.devices], device_type="cuda"):
                 yield
         finally:
-            for module, held in modules:
-                module._buffers.update(held)
+            for module, own in zip(plain, held, strict=True):
+                module._buffers.update(own)
             with torch.no_grad():
                 for buffer, value in zip(buffers, values, strict=True):
                     if not _bits.equal(buffer, value):
@@ -146,33 +155,37 @@ class _Follower:
     def __init__(self, run: Run, cut: Cut) -> None:
         self.run, self.cut = run, cut
         self.calls = iter(run.calls)
-        self.replaced = False  # whether a value was: the run is no plain one from there on
+        self.same = True  # whether everything had the bits of before, so far
         self.doubt = ""  # why differences between modules say nothing, from here on
 
     def __call__(self, module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         call = next(self.calls, self.run.end)
         if call.module is not module or call is self.run.end:
-            raise IncomparableError(f"other modules are called for {self.cut.size} samples")
+            self._part(call, "other")
         if call.output is None:
             return forward(*args, **kwargs)
         (args, kwargs), comparable = self._settle(call.before, call.inputs, (args, kwargs), self.doubt)
         if by_definition(self.run.model, module):
-            self.replaced = True
+            self.same = False
             return call.inputs.result_for((args, kwargs), call.output, self.cut)
         excuse = "" if comparable else "inputs that could not be compared"
         return self._settle(call.finding, call.output, forward(*args, **kwargs), excuse)[0]
 
     def end(self, output: Any) -> None:
-        if next(self.calls, None) is not None:
-            raise IncomparableError(f"fewer modules are called for {self.cut.size} samples")
+        if missed := next(self.calls, None):
+            self._part(missed, "fewer")
         self._settle(self.run.end.before, self.run.end.inputs, output, self.doubt)
+
+    def _part(self, call: Call, which: str) -> NoReturn:
+        reason = f"{which} modules are called for a batch of {self.cut.size}"
+        call.before.reasons[reason] = None
+        raise IncomparableError(reason)
 
     def _settle(self, finding: Finding, recorded: Values, actual: Any, excuse: str) -> tuple[Any, bool]:
         settled, found = finding.settle(recorded, actual, self.cut, excuse)
         if found is None:
             self.doubt = "behind what could not be compared"
-        elif found != NONE:
-            self.replaced = True
+        self.same &= found == NONE
         return settled, found is not None
 
 

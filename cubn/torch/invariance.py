@@ -160,9 +160,9 @@ def batch_invariance(
     between the modules.
 
     *Training.* Where `model.training` holds, batch norms in training (not frozen) are reported as "mixes by
-    definition", and dropouts as "random by definition"; neither is run again, so that none takes part in a collective.
-    Every other module is examined as in inference: a batch norm is then the only mixer exactly if the report is true.
-    In a model that is in inference, a batch norm that was left in training is guilty.
+    definition", and dropouts as "random by definition"; neither is run again, so that for synchronised ones only the
+    first run is a step of all ranks. Every other module is examined as in inference: batch norms are the only mixers if
+    the report is true. In a model that is in inference, a batch norm that was left in training is guilty.
 
     *Not comparable*, with a `reason`, and never silently passed: a module or a function whose bits differ and that
     draws random numbers, or gives other bits for the very same inputs; results without tensors, or with some in which

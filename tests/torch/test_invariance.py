@@ -213,6 +213,13 @@ def test_what_mixes_in_a_box_is_not_blamed_on_who_opens_it(x):
     assert reasons(report)["1"] == "inputs that could not be compared"
 
 
+def test_what_mixes_in_a_box_is_not_blamed_on_what_is_between_the_modules(x):
+    boxed = Function(lambda x: Box(x - x.mean(0)))
+    report = batch_invariance(Around(lambda m, x: m.b(m.a(x).x), a=boxed, b=nn.ReLU()).eval(), x)
+    assert not report and [layer.path for layer in report.guilty] == ["(whole model)"]
+    assert reasons(report) == {"a": "a Box instead of tensors", "a → b": "behind what could not be compared"}
+
+
 def test_a_shape_that_depends_on_the_values_is_not_comparable(x):
     model = nn.Sequential(Function(lambda x: x[x > 0]), nn.ReLU()).eval()
     report = batch_invariance(model, x, batch_sizes=(1,))
@@ -237,12 +244,21 @@ def test_other_bits_from_the_same_inputs_are_not_the_batch_s_fault(x):
     assert reasons(report) == dict.fromkeys(["0", "(whole model)"], "other bits from the same inputs")
 
 
-def test_another_way_through_the_model_is_not_comparable(x):
-    model = Around(lambda m, x: m.a(m.b(x) if len(x) == 1 else x), a=nn.ReLU(), b=nn.ReLU()).eval()
-    report = batch_invariance(model, x)
-    assert not report and reasons(report) == dict.fromkeys(
-        ["a", "(whole model)"], "other modules are called for 1 samples"
-    )
+@pytest.mark.parametrize(
+    ("forward", "where", "which"),
+    [
+        (lambda m, x: m.a(m.b(x) if len(x) == 1 else x), "input → a", "other"),
+        (lambda m, x: m.b(m.a(x)) if len(x) > 1 else m.a(x), "a → b", "fewer"),
+        (lambda m, x: m.a(x) if len(x) > 1 else m.b(m.a(x)), "a → output", "other"),
+    ],
+)
+def test_another_way_through_the_model_is_not_comparable_but_what_comes_of_it(forward, where, which, x):
+    report = batch_invariance(Around(forward, a=nn.ReLU(), b=nn.ReLU()).eval(), x)
+    assert not report and report.first is None
+    assert reasons(report)[where] == f"{which} modules are called for a batch of 1"
+    assert verdicts(report)["(whole model)"] == INNOCENT
+    report = batch_invariance(Around(forward, a=nn.ReLU(), b=mixing()).eval(), x)
+    assert verdicts(report)["(whole model)"] == GUILTY
 
 
 def test_what_a_model_raises_on_few_samples_is_a_reason(x):
@@ -327,6 +343,23 @@ def test_a_module_that_computes_by_functions_is_a_layer():
     assert [layer.path for layer in report.layers] == ["a", "b", "(whole model)"]
 
 
+class WithActivation(nn.BatchNorm1d):
+    """As timm's: batch norm by a function, and a module that is its activation."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        y = nn.functional.batch_norm(x, self.running_mean, self.running_var, training=self.training)
+        return self.act(y)
+
+
+def test_a_batch_norm_with_modules_in_it_is_a_layer(x):
+    report = batch_invariance(nn.Sequential(WithActivation(), nn.ReLU()), x)
+    assert report and verdicts(report)["0"] == "mixes by definition" and len(report.layers) == 3
+
+
 def test_a_parametrized_module_is_a_layer(x):
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU()).eval()
     report = batch_invariance(model, x)
@@ -335,10 +368,19 @@ def test_a_parametrized_module_is_a_layer(x):
 
 def test_a_compiled_module_is_a_layer(x):
     inside = nn.Sequential(nn.ReLU(), mixing())
-    inside.compile(backend="eager", dynamic=True)
+    inside.compile(backend="eager", dynamic=True, fullgraph=True)
     for compiled in (inside, torch.compile(nn.Sequential(nn.ReLU(), mixing()), backend="eager", dynamic=True)):
         report = batch_invariance(nn.Sequential(per_sample(), compiled).eval(), x, batch_sizes=(2,))
         assert verdicts(report) == {"0": INNOCENT, "1": GUILTY, "(whole model)": GUILTY}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_scripted_module_is_a_layer(x):
+    scripted = torch.jit.script(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)))
+    assert batch_invariance(scripted.eval(), x)
+    scripted.train()
+    report = batch_invariance(nn.Sequential(scripted).eval().append(scripted.train()), x, batch_sizes=(2,))
+    assert report.first.path == "0"
 
 
 def test_hooks_are_no_part_of_a_layer(x):
@@ -348,11 +390,13 @@ def test_hooks_are_no_part_of_a_layer(x):
 
 
 def test_layers_that_work_in_place(x):
-    model = nn.Sequential(per_sample(), nn.ReLU(inplace=True), Function(lambda x: x.mul_(2)), mixing()).eval()
+    twice = Function(lambda x: x.mul_(2))
+    model = nn.Sequential(per_sample(), nn.ReLU(inplace=True), twice, mixing(), nn.ReLU(inplace=True), mixing()).eval()
+    guilty = dict.fromkeys(["3", "5", "(whole model)"], GUILTY)
     for given in (x, x.clone().requires_grad_()):
-        before = given.clone()
-        assert [layer.path for layer in batch_invariance(model, given).guilty] == ["3", "(whole model)"]
-        assert torch.equal(given, before)
+        assert verdicts(batch_invariance(model, given)) == dict.fromkeys("0124", INNOCENT) | guilty
+    before = x.clone()
+    assert batch_invariance(nn.Sequential(twice, nn.ReLU()).eval(), x) and torch.equal(x, before)
 
 
 # --- what is left behind ----------------------------------------------------------------------------------------------
@@ -412,6 +456,19 @@ def test_the_model_runs_in_the_caller_s_grad_mode(enabled, x):
         batch_invariance(nn.Sequential(Function(lambda x: modes.add(torch.is_grad_enabled()) or x)).eval(), x)
         assert torch.is_grad_enabled() == enabled
     assert modes == {enabled}
+
+
+def test_gradients_are_required_where_they_are_in_the_model(x):
+    seen = []
+    watch = Function(lambda x: seen.append(x.requires_grad) or x)
+    batch_invariance(nn.Sequential(mixing(), watch, nn.BatchNorm1d(4), watch), x.requires_grad_())
+    assert seen and all(seen)
+
+
+def test_where_nothing_differs_the_model_runs_once_for_each_part(x):
+    runs = []
+    batch_invariance(nn.Sequential(Function(lambda x: runs.append(len(x)) or x)).eval(), x, batch_sizes=(1, 3))
+    assert sorted(runs) == [1, 1, 3, 3, 6, 6]
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
