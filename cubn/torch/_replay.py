@@ -166,7 +166,6 @@ class _Follower:
             return forward(*args, **kwargs)
         (args, kwargs), comparable = self._settle(call.before, call.inputs, (args, kwargs), self.doubt)
         if by_definition(self.run.model, module):
-            self.same = False
             return call.inputs.result_for((args, kwargs), call.output, self.cut)
         excuse = "" if comparable else "inputs that could not be compared"
         return self._settle(call.finding, call.output, forward(*args, **kwargs), excuse)[0]

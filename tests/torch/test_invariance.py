@@ -146,6 +146,19 @@ def test_another_mixer_in_training_is_guilty(x):
     assert batch_invariance(model, x).first.path == "layers.4 → output"
 
 
+def test_what_mixes_by_definition_is_not_run_again(x):
+    """Other ranks would wait for it, or it for them."""
+    runs = []
+
+    class Counted(cubn.torch.BatchNorm1d):
+        def forward(self, x):
+            runs.append(len(x))
+            return super().forward(x)
+
+    assert not batch_invariance(nn.Sequential(Counted(4), mixing()), x)
+    assert runs == [6]
+
+
 def test_a_batch_norm_left_in_training_in_a_model_that_is_not_is_guilty(x):
     model = trained().eval()
     model[1].train()
