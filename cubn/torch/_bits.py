@@ -26,6 +26,11 @@ class Difference(NamedTuple):
 NONE = Difference(0.0, 0)
 
 
+def is_dense(a: Tensor) -> bool:
+    """Whether it has bits that can be compared: it is not sparse, nested or quantized."""
+    return a.layout == torch.strided and not a.is_quantized and not a.is_nested
+
+
 def equal(a: Tensor, b: Tensor) -> bool:
     """Whether dtype, shape and all bits agree: a NaN is itself, and -0 is not +0."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))

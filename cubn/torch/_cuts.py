@@ -128,7 +128,7 @@ def _check_comparable(recorded: Any, leaf: Any) -> None:
             return
         raise IncomparableError(f"a {type(leaf).__qualname__} instead of tensors")
     for tensor in (recorded, leaf):
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        if not isinstance(tensor, Tensor) or not _bits.is_dense(tensor):
             raise IncomparableError("not always a dense tensor")
     if recorded.dtype != leaf.dtype:
         raise IncomparableError(f"{recorded.dtype} of the whole batch, {leaf.dtype} of a part")

@@ -77,28 +77,30 @@ class Run:
         self.devices = [device for device in devices if device.type == "cuda"]
         self.calls, self.whole = list[Call](), Finding()
         with self._unchanged():
-            begin = self.random_state = self._random_state()
+            begin = self.random_state = self._random_state()  # at the end of the last call
             with _around(self.paths, self._record):
                 output = self._output(Cut(0, samples, samples))
             self.end = Call("", model, Values(output))  # what comes after the last call
-            self._excuse(self.end.before)
+            self._excuse(self.end.before, self.random_state)
             self._excuse(self.whole, begin)
 
     def _record(self, module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         call = Call(self.paths[module], module, Values((args, kwargs)))
-        self._excuse(call.before)
+        self._excuse(call.before, self.random_state)
         self.calls.append(call)
-        count = len(self.calls)
+        count, begin = len(self.calls), self._random_state()
         output = forward(*args, **kwargs)
         if len(self.calls) == count:
             call.output = Values(output)
-            self._excuse(call.finding)
+            self._excuse(call.finding, begin)
             self.random_state = self._random_state()
+        else:
+            call.inputs = Values(())  # nobody will ask for them
         return output
 
-    def _excuse(self, finding: Finding, since: bytes | None = None) -> None:
-        """Of other bits, where random numbers were drawn since then, or since the last call."""
-        if self._random_state() != (since or self.random_state):
+    def _excuse(self, finding: Finding, since: bytes) -> None:
+        """Of other bits, where random numbers were drawn since then."""
+        if self._random_state() != since:
             finding.excuse = "draws random numbers"
 
     def again(self, cut: Cut) -> None:
@@ -145,7 +147,7 @@ class Run:
                 module._buffers.update(own)
             with torch.no_grad():
                 for buffer, value in zip(buffers, values, strict=True):
-                    if not _bits.equal(buffer, value):
+                    if not (_bits.is_dense(buffer) and _bits.equal(buffer, value)):
                         buffer.copy_(value)
 
 

@@ -249,6 +249,11 @@ def test_random_numbers_are_not_comparable(x):
     assert report.first is None and reasons(report)["input → a"] == "draws random numbers"
 
 
+def test_who_mixes_behind_random_numbers_is_guilty_all_the_same(x):
+    model = Around(lambda m, x: m.a(nn.functional.dropout(x)), a=mixing())
+    assert verdicts(batch_invariance(model, x))["a"] == GUILTY
+
+
 def test_other_bits_from_the_same_inputs_are_not_the_batch_s_fault(x):
     counter = iter(range(1000))
     model = nn.Sequential(Function(lambda x: x + next(counter)), nn.ReLU()).eval()
@@ -460,6 +465,14 @@ def test_everything_is_as_before_even_after_an_exception(training, last, x):
     assert attributes == [vars(module) for module in model.modules()]
     assert flags == [module.training for module in model.modules()]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_buffers_may_be_sparse(x):
+    """As the adjacency of a graph is."""
+    model = Around(lambda m, x: m.a(m.graph @ x.T).T, a=nn.ReLU()).eval()
+    model.register_buffer("graph", torch.eye(4).to_sparse())
+    assert batch_invariance(model, x)
+    assert model.graph.is_sparse and torch.equal(model.graph.to_dense(), torch.eye(4))
 
 
 @pytest.mark.parametrize("enabled", [True, False])
