@@ -1,6 +1,7 @@
 """Batch normalization for PyTorch, bitwise reproducible: modules, a function, and what converts a model."""
 
 from cubn.torch import functional
+from cubn.torch.invariance import BatchInvariance, batch_invariance
 from cubn.torch.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from cubn.torch.modules import (
     BatchNorm1d,
@@ -16,6 +17,7 @@ from cubn.torch.modules import (
 from cubn.torch.statistics import accumulate, keep_statistics
 
 __all__ = [
+    "BatchInvariance",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -29,6 +31,7 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "accumulate",
+    "batch_invariance",
     "functional",
     "keep_statistics",
 ]
