@@ -1,6 +1,10 @@
 """Batch normalization for PyTorch, bitwise reproducible: modules, a function, and what converts a model."""
 
 from cubn.torch import functional
+from cubn.torch._report import Report
+from cubn.torch.conversion import convert, restore
+from cubn.torch.folding import fold
+from cubn.torch.fusion import fuse
 from cubn.torch.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -12,6 +16,7 @@ from cubn.torch.modules import (
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
+from cubn.torch.sync_batch_norm import SyncBatchNorm, SyncBatchNormAddReLU, SyncBatchNormReLU
 
 __all__ = [
     "BatchNorm1d",
@@ -23,5 +28,13 @@ __all__ = [
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "Report",
+    "SyncBatchNorm",
+    "SyncBatchNormAddReLU",
+    "SyncBatchNormReLU",
+    "convert",
+    "fold",
     "functional",
+    "fuse",
+    "restore",
 ]
