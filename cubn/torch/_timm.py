@@ -23,9 +23,8 @@ class _Activated(_Base):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         y: Tensor = super().forward(input, mask)
-        for name in ("drop", "act"):
-            if name in self._modules:
-                y = getattr(self, name)(y)
+        for part in activation(self) or ():
+            y = part(y)
         return y
 
 
@@ -35,6 +34,13 @@ class BatchNormAct2d(_Activated, BatchNorm2d):
 
 class SyncBatchNormAct(_Activated, SyncBatchNorm):
     """timm's `SyncBatchNormAct`, its batch norm computed by cubn."""
+
+
+def activation(module: nn.Module) -> tuple[nn.Module, ...] | None:
+    """What a batch norm of timm's, converted or not, does to what it normalised; None for any other module."""
+    if not isinstance(module, _Activated) and counterpart(type(module)) is None:
+        return None
+    return tuple(module._modules[name] for name in ("drop", "act") if name in module._modules)  # type: ignore[misc]
 
 
 def counterpart(cls: type) -> Any:

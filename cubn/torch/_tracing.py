@@ -44,7 +44,7 @@ class Calls:
     paths : dict
         Of each module, all its paths.
     traced : dict
-        Of each module whose forward calls others.
+        Of each module whose forward calls others, and is the same in all modes.
     sites : dict
         Of each module, where it is called.
     unknown : dict
@@ -59,30 +59,33 @@ class Calls:
         self.traced: dict[nn.Module, Traced] = {}
         self.sites: dict[nn.Module, list[Site]] = defaultdict(list)
         self.unknown: dict[nn.Module, str] = {}
+        self._visited: set[nn.Module] = set()
         self._visit(model)
 
     def _visit(self, module: nn.Module) -> None:
-        if module in self.traced or isinstance(module, _BatchNorm) or not _holds_batch_norm(module):
+        if module in self._visited or isinstance(module, _BatchNorm) or not _holds_batch_norm(module):
             return
+        self._visited.add(module)
+        forward = f"the forward of {self.paths[module][0] or 'the model'}"
         try:
             traced = trace(module, self.modes)
         except Untraceable as reason:
-            at = f"of {path}" if (path := self.paths[module][0]) else "of the model"
             for held in module.modules():
-                self.unknown.setdefault(held, f"the forward {at} cannot be traced: {reason}")
+                self.unknown.setdefault(held, f"{forward} cannot be traced: {reason}")
             return
-        self.traced[module] = traced
-        for node in traced.graph.nodes:
-            if node.op == "get_attr":
-                owner, _, name = node.target.rpartition(".")
-                self._read(module.get_submodule(owner), name)
-            if node.op == "call_module":
-                called = module.get_submodule(node.target)
-                self.sites[called].append(Site(module, node))
-                self._visit(called)
-
-    def _read(self, owner: nn.Module, name: str) -> None:
-        self.unknown.setdefault(owner, f"its {name} is read by a forward")
+        if len(traced) == 1:
+            self.traced[module] = traced[0]
+        for graph, _ in traced:
+            for node in graph.nodes:
+                if node.op == "get_attr":
+                    owner, _, name = node.target.rpartition(".")
+                    self.unknown.setdefault(module.get_submodule(owner), f"{forward} reads its {name}")
+                if node.op == "call_module":
+                    called = module.get_submodule(node.target)
+                    self.sites[called].append(Site(module, node))
+                    if len(traced) > 1:
+                        self.unknown.setdefault(called, f"{forward} is another in training mode")
+                    self._visit(called)
 
     def batch_norms(self) -> Iterator[tuple[str, _BatchNorm]]:
         """With their paths."""
@@ -109,17 +112,15 @@ def has_hooks(module: nn.Module) -> bool:
     return any(vars(module).get(kind) for kind in kinds)
 
 
-def trace(module: nn.Module, modes: tuple[bool, ...]) -> Traced:
-    """The graph of a module's own forward, if it is the same with `training` as each of modes."""
+def trace(module: nn.Module, modes: tuple[bool, ...]) -> list[Traced]:
+    """A module's own forward with `training` as each of modes, or once where that makes no difference."""
     if "forward" in vars(module):
         raise Untraceable("it was set on the module")
     if (written := _forwards.written(module)) is not None:
-        return Traced(*written)
-    first, *others = [_trace(module, training) for training in modes]
-    for other in others:
-        if _code(other.graph) != _code(first.graph):
-            raise Untraceable("it is another in training mode")
-    return first
+        return [Traced(*written)]
+    traced = [_trace(module, training) for training in modes]
+    same = len({graph.python_code("self").src for graph, _ in traced}) == 1
+    return traced[:1] if same else traced
 
 
 def _trace(module: nn.Module, training: bool) -> Traced:
@@ -219,7 +220,3 @@ def _held(module: nn.Module) -> Any:
 
 def _holds_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(held, _BatchNorm) for held in module.modules())
-
-
-def _code(graph: fx.Graph) -> str:
-    return graph.python_code("self").src

@@ -119,7 +119,7 @@ class FoldedAct(_timm._Activated, Folded):
 
 def _layer_before(bn: _BatchNorm, calls: Calls) -> nn.Module | str:
     """The layer a batch norm can be folded into, or why there is none."""
-    if not isinstance(bn, modules._BatchNorm) and type(bn) not in COUNTERPARTS:
+    if not isinstance(bn, modules._BatchNorm) and type(bn) not in COUNTERPARTS and _timm.activation(bn) is None:
         return f"{type(bn).__name__} may do more than normalise"
     if bn.training and not getattr(bn, "frozen", False):
         return "it is in training mode"
@@ -177,10 +177,9 @@ def _state(bn: _BatchNorm) -> BatchNormState:
 
 
 def _rest(bn: _BatchNorm, ndim: int) -> nn.Module:
-    activated = isinstance(bn, _timm._Activated)
-    rest = (FoldedAct if activated else Folded)(ndim, getattr(bn, "_fused_relu", False))
-    if activated:
-        rest._modules.update(bn._modules)
+    cls = Folded if _timm.activation(bn) is None else FoldedAct
+    rest = cls(ndim, getattr(bn, "_fused_relu", False))
+    rest._modules.update(bn._modules)
     return rest.train(bn.training)
 
 

@@ -25,6 +25,8 @@ FUSED: dict[type, tuple[type[_BatchNorm], type[_BatchNorm]]] = {
     modules.BatchNorm2d: (modules.BatchNormReLU2d, modules.BatchNormAddReLU2d),
     modules.BatchNorm3d: (modules.BatchNormReLU3d, modules.BatchNormAddReLU3d),
     SyncBatchNorm: (SyncBatchNormReLU, SyncBatchNormAddReLU),
+    _timm.BatchNormAct2d: (modules.BatchNormReLU2d, modules.BatchNormAddReLU2d),
+    _timm.SyncBatchNormAct: (SyncBatchNormReLU, SyncBatchNormAddReLU),
 }
 """With a ReLU, and with a residual before it."""
 
@@ -94,8 +96,9 @@ def fuse(model: nn.Module) -> Report:
     report = Report()
     found = {caller: _found(caller, calls, report) for caller in calls.traced}
     for path, bn in calls.batch_norms():
-        if isinstance(bn, _timm.BatchNormAct2d) and _only_relu(bn):
-            _become(bn, modules.BatchNormReLU2d, path, report)
+        if (fused := _fused(bn, nn.ReLU)) is not None:
+            _become(bn, fused[0], path, report)
+            report.left.pop(path, None)
         elif path not in report.left and not any(bn is other for pairs in found.values() for other, _ in pairs):
             report.left[path] = calls.obstacle(bn) or "no forward that can be traced calls it"
     for caller, pairs in found.items():
@@ -136,7 +139,7 @@ def _found(caller: nn.Module, calls: Calls, report: Report) -> Found:
 
 
 def _obstacle(bn: nn.Module, node: fx.Node, calls: Calls) -> str | None:
-    if type(bn) not in FUSED:
+    if _fused(bn) is None:
         return "it is none of cubn's that can be fused"
     if len(node.args) != 1 or node.kwargs:
         return "it is called with more than its input"
@@ -191,9 +194,13 @@ def _may_move(bn: fx.Node, caller: nn.Module) -> bool:
     return isinstance(caller.get_submodule(str(source.target)), (nn.modules.conv._ConvNd, nn.Linear))
 
 
-def _only_relu(bn: _timm.BatchNormAct2d) -> bool:
-    parts = bn._modules.get("drop"), bn._modules.get("act")
-    return [type(part) for part in parts] == [nn.Identity, nn.ReLU] and not any(map(has_hooks, filter(None, parts)))
+def _fused(
+    bn: nn.Module, activation: type[nn.Module] = nn.Identity
+) -> tuple[type[_BatchNorm], type[_BatchNorm]] | None:
+    """What it may become, if the activation it has itself is this one."""
+    parts = _timm.activation(bn) or ()
+    has = {type(part) for part in parts} - {nn.Identity} or {nn.Identity}
+    return FUSED.get(type(bn)) if has == {activation} and not any(map(has_hooks, parts)) else None
 
 
 # --- changing ---------------------------------------------------------------------------------------------------------
@@ -217,8 +224,9 @@ def _fuse(caller: nn.Module, found: Found, calls: Calls, report: Report) -> None
             vars(holder).setdefault("_replaced", {})[name] = holder._modules[name]
             holder._modules[name] = nn.Identity()
     for bn, pattern in found:
-        cls = FUSED[type(bn)][pattern.sum is not None]
-        _become(bn, cls, calls.paths[bn][0], report)
+        fused = _fused(bn)
+        assert fused is not None
+        _become(bn, fused[pattern.sum is not None], calls.paths[bn][0], report)
 
 
 def _is_idle(caller: nn.Module, pattern: Pattern, calls: Calls) -> bool:
