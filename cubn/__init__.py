@@ -8,11 +8,12 @@ from cubn._moments import Moments
 from cubn.backends.threads import get_num_threads, set_num_threads
 from cubn.backward import backward, backward_start
 from cubn.backward_from import backward_from
+from cubn.double_backward import double_backward
 from cubn.errors import BackendUnavailable, CollectiveMismatch, StateWarning
 from cubn.fold import fold, fold_into
 from cubn.forward import forward, forward_frozen, normalize
 from cubn.forward_train import forward_train, forward_train_start
-from cubn.gradients import Gradients, StatisticsGradients
+from cubn.gradients import DoubleGradients, Gradients, StatisticsGradients
 from cubn.moments import finite_mask, moments, update
 from cubn.saved import Saved
 from cubn.state import BatchNormState
@@ -28,6 +29,7 @@ __all__ = [
     "BackendUnavailable",
     "BatchNormState",
     "CollectiveMismatch",
+    "DoubleGradients",
     "Gradients",
     "Moments",
     "Saved",
@@ -37,6 +39,7 @@ __all__ = [
     "backward",
     "backward_from",
     "backward_start",
+    "double_backward",
     "finite_mask",
     "fold",
     "fold_into",

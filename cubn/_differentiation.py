@@ -67,7 +67,7 @@ class Differentiation:
         inputs = forward.inputs
         self.inputs = inputs = inputs._replace(residual_or_dy=like_x("dy", dy, inputs.x))
         self.backend, x = inputs.backend, inputs.x
-        _check_unchanged(forward, inputs)
+        check_unchanged(forward, inputs)
         self.in_given = out is not None
         if out is None:
             self.dx = _arrays.empty_like(x)
@@ -81,22 +81,7 @@ class Differentiation:
 
     @cached_property
     def terms(self) -> Terms:
-        forward, (N, C, _) = self.forward, self.inputs.extents
-        on = {
-            "relu": self.options.relu != "none",
-            "residual": self.options.residual,
-            "frozen": forward.frozen,
-            "global parameter gradients": self.everywhere,
-        }
-        return Terms(
-            "backward",
-            C,
-            N,
-            self.inputs.x.dtype,
-            forward=forward.context.exchange if forward.context else 0,
-            options=frozenset(name for name in on if on[name]),
-            gathers=self.everywhere or not forward.frozen,
-        )
+        return terms_of("backward", self.forward, self.everywhere)
 
     def run(self) -> AnyGradients:
         """The whole batch is here."""
@@ -205,6 +190,26 @@ class Differentiation:
         return Gradients(dx, dgamma, dbeta, dresidual)
 
 
+def terms_of(operation: str, forward: Forward, everywhere: bool) -> Terms:
+    """What a rank says of the gradient of a forward; `everywhere`: that parameter gradients are to be global."""
+    layouts = forward.layouts
+    on = {
+        "relu": layouts.relu != "none",
+        "residual": layouts.residual,
+        "frozen": forward.frozen,
+        "global parameter gradients": everywhere,
+    }
+    return Terms(
+        operation,
+        layouts.extents.C,
+        layouts.extents.N,
+        layouts.x.dtype,
+        forward=forward.context.exchange if forward.context else 0,
+        options=frozenset(name for name in on if on[name]),
+        gathers=everywhere or not forward.frozen,
+    )
+
+
 def _homes(forward: Forward) -> dict[str, str]:
     """Beside which parameters dgamma and dbeta are made: their own, or the other where there is but one of them."""
     statistics = forward.statistics
@@ -238,7 +243,7 @@ def _allocator(name: str, forward: Forward) -> tuple[str, Allocate]:
     return name, Library.allocator(home.library, shape, (1,), home.dtype, home)
 
 
-def _check_unchanged(forward: Forward, inputs: Inputs) -> None:
+def check_unchanged(forward: Forward, inputs: Inputs) -> None:
     """x and the mask must hold what the forward read: the gradient depends on it."""
     out = "Give the forward an `out` of its own, and change x only after the last backward."
     if forward.overwritten:

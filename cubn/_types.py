@@ -72,7 +72,7 @@ class Operands(NamedTuple):
     x: Operand
     g: Operand | None = None  # read along with x: residual, or dy
     y: Operand | None = None  # written: y, or dx
-    r: Operand | None = None  # written along with it: dresidual
+    r: Operand | None = None  # written along with it: dresidual; of a combination, read: what is added
     mask: Operand | None = None  # of bool
 
 
@@ -232,3 +232,16 @@ class GradientOptions:
     """Whether the statistics were given, so that dx = dy * scale."""
     residual: bool
     """Whether dresidual, the gated dy, is written too."""
+
+
+Third = Literal["none", "added", "weighted"]
+"""Whether a combination has a third array, and whether that has a coefficient."""
+
+
+@dataclass(frozen=True)
+class CombineOptions:
+    """How a pass that combines arrays is specialised: y = g * scale + (x - mean) * k1 + k2, then + r or + r * beta."""
+
+    relu: ReluGradient
+    """Where y is 0, in the end; where that is recomputed, scale and beta are the forward's."""
+    third: Third

@@ -107,7 +107,7 @@ def backward(
         if done is not None:
             return done
     with reporting_as("backward"):
-        forward = _forward_of(saved)
+        forward = forward_of(saved)
         if forward.context is not None:
             return _start(forward.context, dy, forward, parameter_gradients, statistics, out).finish()
         return Differentiation(dy, forward, parameter_gradients, statistics, out).run()
@@ -163,7 +163,7 @@ def backward_start(
     TypeError, ValueError, CollectiveMismatch
         As in `backward`; here or in `finish`, but on all ranks in the same place.
     """
-    forward = _forward_of(saved)
+    forward = forward_of(saved)
     if forward.context is None:
         remedy = "Use backward, or give the forward a comm."
         raise ValueError(
@@ -231,7 +231,8 @@ def _start(context: SyncContext, *arguments: Any) -> Started[AnyGradients]:
     return collective.start(context.communicator, context.sizes, make)
 
 
-def _forward_of(saved: Saved[Any]) -> Forward:
+def forward_of(saved: Saved[Any]) -> Forward:
+    """What a Saved holds."""
     if not isinstance(saved, Saved):
         remedy = "It is the second result of forward_train and forward_frozen."
         raise TypeError(message("saved", "be a Saved", type(saved).__name__, remedy))

@@ -48,6 +48,24 @@ class StatisticsGradients(NamedTuple, Generic[ArrayT_co]):
         return _repr(self)
 
 
-def _repr(gradients: Gradients[Any] | StatisticsGradients[Any]) -> str:
+class DoubleGradients(NamedTuple, Generic[ArrayT_co]):
+    """Gradients of a scalar that depends on what a backward returned, from `double_backward`.
+
+    Attributes
+    ----------
+    ddy, dx : array like x
+        By the dy that the backward was given, and by x.
+    dgamma : array of shape (C,) in gamma's dtype and library; None where the state has none
+    """
+
+    ddy: ArrayT_co
+    dx: ArrayT_co
+    dgamma: Any
+
+    def __repr__(self) -> str:
+        return _repr(self)
+
+
+def _repr(gradients: Gradients[Any] | StatisticsGradients[Any] | DoubleGradients[Any]) -> str:
     arrays = ", ".join(f"{name}={shown(array)}" for name, array in gradients._asdict().items())
     return f"{type(gradients).__name__}({arrays})"

@@ -47,6 +47,14 @@ class Gradients(NamedTuple):
     dresidual: Float64
 
 
+class DoubleGradients(NamedTuple):
+    """Gradients of a scalar of `Gradients`, by dy, x and gamma."""
+
+    ddy: Float64
+    dx: Float64
+    dgamma: Float64
+
+
 class RunningStatistics(NamedTuple):
     """Mean, variance and both counters of every channel, each of shape (C,)."""
 
@@ -186,6 +194,59 @@ def backward(
         k1, k2 = (_along(channel_axis, x.ndim, v / present.sum(axes)) for v in (dbeta, dgamma))
         dx = np.where(present, gamma * invstd * (dy - k1 - xhat * k2), 0.0)
     return Gradients(dx, dgamma, dbeta, dy)
+
+
+def double_backward(
+    ddx: ArrayLike,
+    ddgamma: ArrayLike,
+    ddbeta: ArrayLike,
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    *,
+    ddresidual: ArrayLike = 0.0,
+    frozen: bool = False,
+    gamma: ArrayLike = 1.0,
+    beta: ArrayLike = 0.0,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    mask: ArrayLike | None = None,
+    residual: ArrayLike = 0.0,
+    relu: bool = False,
+) -> DoubleGradients:
+    """Gradients of sum(ddx * dx) + sum(ddgamma * dgamma) + sum(ddbeta * dbeta) + sum(ddresidual * dresidual).
+
+    dx and the others are those of `backward` with the same arguments. With d = x - mean, r = 1 / sqrt(var + eps), bars
+    for means over a channel's present values, and dy behind the ReLU:
+    ddy = gamma * r * (ddx - bar(ddx) - d * r**2 * bar(ddx * d)) + ddgamma * r * d + ddbeta + ddresidual, behind it too;
+    dgamma = sum(ddx * dx) / gamma, as it would be with a gamma of 1; and in dx everything depends on x.
+    Or, frozen, ddy = gamma * r * ddx + ddgamma * r * d + ddbeta + ddresidual, dx = ddgamma * r * dy.
+    """
+    forward = {"beta": beta, "eps": eps, "channel_axis": channel_axis, "mask": mask, "residual": residual, "relu": relu}
+    y = normalize(x, mean, var, gamma=gamma, **forward)  # type: ignore[arg-type]
+    x, present = _described(x, channel_axis, mask)
+    axes = _all_but(channel_axis, x.ndim)
+    passed = present & (y > 0.0) if relu else present
+    r = 1.0 / np.sqrt(np.asarray(var, np.float64) + eps)
+    mean, r, gamma, u, w = (_along(channel_axis, x.ndim, v) for v in (mean, r, gamma, ddgamma, ddbeta))
+    g = np.where(passed, np.asarray(dy, np.float64), 0.0)
+    v = np.where(present, np.asarray(ddx, np.float64), 0.0)
+    d = np.where(present, x - mean, 0.0)
+
+    def bar(terms: Float64) -> Float64:
+        return _along(channel_axis, x.ndim, terms.sum(axes) / present.sum(axes))
+
+    if frozen:
+        ddy, dx, dgamma = gamma * r * v, u * r * g, (r * g * v).sum(axes)
+    else:
+        a, b, p, q = bar(g), bar(g * d), bar(v), bar(v * d)
+        ddy = gamma * r * (v - p - d * r**2 * q)
+        dgamma = (r * v * (g - a - d * r**2 * b)).sum(axes)
+        delta = gamma * (bar(g * v) - a * p - 3 * r**2 * b * q) + u * b
+        dx = -gamma * r**3 * b * (v - p) + (u * r - gamma * r**3 * q) * (g - a) - r**3 * delta * d
+    ddy = ddy + u * r * d + w + np.asarray(ddresidual, np.float64)
+    return DoubleGradients(np.where(passed, ddy, 0.0), np.where(present, dx, 0.0), dgamma)
 
 
 def fold(
@@ -418,6 +479,98 @@ def frozen_input_gradient(dy: Float, invstd: Float64, gamma: Float) -> Float:
 def parameter_gradients(invstd: Float64, sum_dy: Float64, sum_dy_xmu: Float64, dtype: DTypeLike) -> tuple[Float, Float]:
     """(dgamma, dbeta): sum_dy_xmu * invstd and sum_dy in float64, rounded once to the parameters' dtype."""
     return (sum_dy_xmu * invstd).astype(dtype), sum_dy.astype(dtype)
+
+
+class DoubleSums(NamedTuple):
+    """Roots of `sample_sums` over the batch, (C,): of dy behind its ReLU, of ddx, and of their products."""
+
+    dy: Float64
+    dy_xmu: Float64
+    ddx: Float64
+    ddx_xmu: Float64
+    dy_ddx: Float64
+
+
+class Combination(NamedTuple):
+    """Coefficients of `combine`, (C,) in float64: each is rounded to `acc` once."""
+
+    scale: Float64
+    k1: Float64
+    k2: Float64
+    weight: Float64 | None = None
+
+
+@np.errstate(all="ignore")
+def combine(a: Float, x: Float, mean: Float64, by: Combination, b: Float | None = None) -> Float:
+    """a * scale + centre(x) * k1 + k2, from left to right; then + b, or + b * weight where there is a weight."""
+    scale, k1, k2 = (v.astype(x.dtype)[:, None] for v in by[:3])
+    y = (a * scale + centre(x, mean) * k1) + k2
+    if b is None:
+        return y
+    return y + (b if by.weight is None else b * by.weight.astype(x.dtype)[:, None])
+
+
+@np.errstate(all="ignore")
+def ddy_combination(
+    invstd: Float64, gamma: Float, acc: DTypeLike, u: Float64, w: Float64, sums: tuple[Int64, DoubleSums] | None
+) -> Combination:
+    """ddy = combine(ddx, x, mean, ..., ddresidual), before its ReLU and its one rounding.
+
+    u is ddgamma and w is ddbeta. `sums` are of a count of values; there are none where the statistics are frozen.
+    """
+    scale = _scale(invstd, gamma, acc).astype(np.float64)
+    if sums is None:
+        return Combination(scale, u * invstd, w)
+    m, of = sums
+    p, q = of.ddx / m, (of.ddx_xmu / m) * (invstd * invstd)
+    return Combination(scale, u * invstd - scale * q, w - scale * p)
+
+
+@np.errstate(all="ignore")
+def dx_combination(
+    invstd: Float64, gamma: Float, u: Float64, count: Int64, sums: DoubleSums, u_dy: Float64, u_dy_xmu: Float64
+) -> Combination:
+    """dx = combine(dy, x, mean, ..., ddx), before its one rounding, dy behind its ReLU.
+
+    u_dy and u_dy_xmu are the sums of dy and dy * centre(x) times ddgamma: see `times_ddgamma`.
+    With frozen statistics dx is that of the frozen backward with ddgamma in the place of gamma.
+    """
+    m, square, c = count, invstd * invstd, gamma.astype(np.float64) * invstd
+    a, b = sums.dy / m, sums.dy_xmu / m
+    p, q = sums.ddx / m, (sums.ddx_xmu / m) * square
+    weight = -(c * (b * square))
+    k1 = -((c * square) * ((sums.dy_ddx / m - p * a) - 3.0 * (q * b)) + ((u_dy_xmu / m) * square) * invstd)
+    k2 = -(weight * p + ((u_dy / m) * invstd - (c * q) * a))
+    return Combination(u * invstd - c * q, k1, k2, weight)
+
+
+@np.errstate(all="ignore")
+def times_ddgamma(total: Float64, us: Float64, parts: Float64) -> Float64:
+    """sum(u * part) over neighbouring parts of the batch, (K, C), that add up to `total`; us are ddgamma, for each one.
+
+    u of the first * total + sum((u - u of the first) * part), from the first to the last. So where all u are the same
+    it is u * total, however the batch was cut.
+    """
+    if not len(us):
+        return total
+    of_others = np.zeros_like(total)
+    for u, part in zip(us, parts, strict=True):
+        of_others = of_others + np.where(u == us[0], 0.0, (u - us[0]) * part)
+    result: Float64 = us[0] * total + of_others
+    return result
+
+
+@np.errstate(all="ignore")
+def gamma_gradient(invstd: Float64, of: DoubleSums, sums: tuple[Int64, DoubleSums] | None) -> Float64:
+    """dgamma of a double backward before its one rounding: the share of the samples whose sums are `of`.
+
+    `sums` are those of the whole batch, of a count of values; there are none where the statistics are frozen.
+    """
+    if sums is None:
+        return of.dy_ddx * invstd
+    count, whole = sums
+    a, b = whole.dy / count, (whole.dy_xmu / count) * (invstd * invstd)
+    return ((of.dy_ddx - of.ddx * a) - of.ddx_xmu * b) * invstd
 
 
 @np.errstate(all="ignore")

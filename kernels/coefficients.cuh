@@ -25,6 +25,10 @@ template <class Acc> EXACT Acc input_gradient(Acc dy, Acc x, const Coefficients<
     return multiply(subtract(subtract(dy, c.k1), multiply(centre(x, c), c.k2)), c.scale);
 }
 
+template <class Acc> EXACT Acc combined(Acc g, Acc x, const Coefficients<Acc>& c) {
+    return add(add(multiply(g, c.scale), multiply(centre(x, c), c.k1)), c.k2);
+}
+
 template <class Acc> EXACT Acc relu(Acc v) { return zero_where_at_most(v, v, Acc(0)); } // a NaN stays
 
 // dy behind a ReLU that stopped what y, recomputed from x and rounded, is not positive.

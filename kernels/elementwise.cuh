@@ -1,31 +1,44 @@
-// What happens to eight elements once their values and coefficients are at hand: normalise, or the input gradient.
+// What happens to eight elements once their values and coefficients are at hand: normalise, the input gradient, or a
+// combination, of which a double backward has two.
 //
-// -DOPERATION=<NORMALIZE|GRADIENT>; NORMALIZE: -DRESIDUAL -DRELU -DKEEP_BITS; GRADIENT: -DGATE -DFROZEN -DRESIDUAL
-// (whether there is a dresidual); each 0 or 1.
+// -DOPERATION=<NORMALIZE|GRADIENT|COMBINE>; NORMALIZE: -DRESIDUAL -DRELU -DKEEP_BITS; GRADIENT: -DGATE -DFROZEN
+// -DRESIDUAL (whether there is a dresidual); each 0 or 1. COMBINE: -DGATE -DTHIRD=<NONE|ADDED|WEIGHTED>.
 #pragma once
 #include "readers.cuh"
 
 #define NORMALIZE 0
 #define GRADIENT 1
+#define COMBINE 2
+#define NONE 0
+#define ADDED 1
+#define WEIGHTED 2
 #if OPERATION == NORMALIZE
 #define GATE GATE_NONE
-#define FROZEN 0
 #else
 #define RELU 0
 #define KEEP_BITS 0
 #endif
+#if OPERATION != GRADIENT
+#define FROZEN 0
+#endif
+#if OPERATION == COMBINE
+#define RESIDUAL 0
+#else
+#define THIRD NONE
+#endif
 
 // What elements need besides their coefficients.
-constexpr bool READS_X = OPERATION == NORMALIZE || !FROZEN || GATE == GATE_RECOMPUTE;
-constexpr bool READS_G = OPERATION == GRADIENT || RESIDUAL;
-constexpr bool READS_BITS = OPERATION == GRADIENT && GATE == GATE_BITS;
+constexpr bool READS_X = !FROZEN || GATE == GATE_RECOMPUTE;
+constexpr bool READS_G = OPERATION != NORMALIZE || RESIDUAL;
+constexpr bool READS_R = THIRD != NONE;
+constexpr bool READS_BITS = OPERATION != NORMALIZE && GATE == GATE_BITS;
 constexpr bool WRITES_R = OPERATION == GRADIENT && RESIDUAL;
 constexpr bool WRITES_BITS = OPERATION == NORMALIZE && KEEP_BITS;
 
-// Numbers in the arithmetic: y and r are yet to be rounded.
+// Numbers in the arithmetic: what is written is yet to be rounded.
 template <class Acc> struct Element {
     Acc x, g, y, r;
-    bool passed; // a ReLU; read by the gradient, written by normalise
+    bool passed; // a ReLU; written by normalise, read by the others
 };
 
 template <class T, class Acc> __device__ __forceinline__ void compute(Element<Acc>& e, const Coefficients<Acc>& c) {
@@ -34,9 +47,13 @@ template <class T, class Acc> __device__ __forceinline__ void compute(Element<Ac
     if (RESIDUAL) e.y = add(e.y, e.g);
     if (RELU) e.y = relu(e.y);
     if (KEEP_BITS) e.passed = !at_most(e.y, Format<T>::rounds_to_zero());
-#else
+#elif OPERATION == GRADIENT
     e.r = gate<T, GATE>(e.x, e.g, e.passed, c);
     e.y = FROZEN ? multiply(e.r, c.scale) : input_gradient(e.r, e.x, c);
+#else
+    e.y = combined(e.g, e.x, c);
+    if (THIRD != NONE) e.y = add(e.y, THIRD == WEIGHTED ? multiply(e.r, c.beta) : e.r);
+    e.y = gate<T, GATE>(e.x, e.y, e.passed, c);
 #endif
 }
 
@@ -47,7 +64,7 @@ template <class T> struct Octets {
     unsigned passed;
 
     __device__ __forceinline__ Element<Acc> at(int j) const {
-        return {READS_X ? x[j] : Acc(0), READS_G ? g[j] : Acc(0), {}, {}, bool(passed >> j & 1)};
+        return {READS_X ? x[j] : Acc(0), READS_G ? g[j] : Acc(0), {}, READS_R ? r[j] : Acc(0), bool(passed >> j & 1)};
     }
     __device__ __forceinline__ void put(int j, const Element<Acc>& e) {
         y[j] = e.y;
@@ -70,6 +87,7 @@ template <bool DENSE, class T>
 __device__ __forceinline__ void load_octets(const Parameters& p, const Offsets& at, long long octet, Octets<T>& v) {
     if (READS_X) to_numbers(load_octet(place<const T>(p.x, at.x), DENSE || p.x.vectors != 0), v.x);
     if (READS_G) to_numbers(load_octet(place<const T>(p.g, at.g), DENSE || p.g.vectors != 0), v.g);
+    if (READS_R) to_numbers(load_octet(place<const T>(p.r, at.r), DENSE || p.r.vectors != 0), v.r);
     v.passed = READS_BITS ? reinterpret_cast<const unsigned char*>(p.bits)[octet] : 0;
 }
 
@@ -85,6 +103,7 @@ __device__ __forceinline__ Element<Acc> load_element(const Parameters& p, const 
     Element<Acc> e{};
     if (READS_X) e.x = Format<T>::widen(*place<const T>(p.x, at.x));
     if (READS_G) e.g = Format<T>::widen(*place<const T>(p.g, at.g));
+    if (READS_R) e.r = Format<T>::widen(*place<const T>(p.r, at.r));
     e.passed = passed;
     return e;
 }

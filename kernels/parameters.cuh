@@ -46,7 +46,7 @@ struct Parameters {
     Operand x;
     Operand g;    // residual, or dy
     Operand y;    // y, or dx
-    Operand r;    // dresidual
+    Operand r;    // dresidual; of a combination, what is added
     Operand mask; // bytes, 0 where absent; no channels
     // the tree over an aligned range of samples: leaves are tiles, padded to a power of two for each sample
     LastTile last;

@@ -200,6 +200,56 @@ def backward(dy, x, stats, gamma=None, beta=None, *, frozen=False, mask=None, re
 
 
 @dataclass
+class DoubleGradients:
+    ddy: np.ndarray
+    dx: np.ndarray
+    dgamma: np.ndarray
+
+
+def double_backward(
+    ddx,
+    ddgamma,
+    ddbeta,
+    dy,
+    x,
+    stats,
+    gamma=None,
+    beta=None,
+    *,
+    ddresidual=None,
+    frozen=False,
+    mask=None,
+    residual=None,
+    relu=False,
+    start=0,
+):
+    """Gradients of `backward` with the same arguments; ddgamma and ddbeta in float64, dgamma in gamma's dtype."""
+    N, C, S = x.shape
+    present = _present(N, S, mask)
+    data, v, scale = widen(x), widen(ddx), np.ones(C, np.float32) if gamma is None else widen(gamma)
+    y = widen(normalize(x, stats, gamma, beta, residual=residual, relu=True)) if relu else None
+    g = reference.behind_relu(widen(dy), y) if relu else widen(dy)
+    with np.errstate(all="ignore"):
+        d = reference.centre(data, stats.mean)
+        terms = (g, g * d, v, v * d, g * v)
+    sums = reference.DoubleSums(*root(sample_sums(*terms, mask=mask), reference.add, start)[1:])
+    whole = None if frozen else (stats.count, sums)
+    of_ddy = reference.ddy_combination(stats.invstd, scale, data.dtype, ddgamma, ddbeta, whole)
+    ddy = reference.combine(v, data, stats.mean, of_ddy, None if ddresidual is None else widen(ddresidual))
+    ddy = reference.behind_relu(ddy, y) if relu else ddy
+    if frozen:
+        dx = reference.frozen_input_gradient(g, stats.invstd, ddgamma)
+    else:
+        with np.errstate(all="ignore"):
+            of_u = ddgamma * sums.dy, ddgamma * sums.dy_xmu
+        of_dx = reference.dx_combination(stats.invstd, scale, ddgamma, stats.count, sums, *of_u)
+        dx = reference.combine(g, data, stats.mean, of_dx, v)
+    ddy, dx = (narrow(np.where(present, a, a.dtype.type(0)), x.dtype) for a in (ddy, dx))
+    dgamma = reference.gamma_gradient(stats.invstd, sums, whole)
+    return DoubleGradients(ddy, dx, narrow(dgamma, np.float32 if gamma is None else gamma.dtype))
+
+
+@dataclass
 class State:
     """Running statistics and their counters, all (C,)."""
 

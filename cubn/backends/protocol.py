@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cubn._types import (
     Affine,
     BackendArray,
+    CombineOptions,
     Counters,
     Extents,
     GradientOptions,
@@ -255,10 +256,10 @@ class Backend(Protocol):
         statistics: Statistics,
         relu_mask: ReluMask | None,
         sums: Sums | None,
-        options: GradientOptions,
+        options: GradientOptions | CombineOptions,
     ) -> None:
         """y, here dx, and r, here dresidual (the gated dy), from the global sums; with frozen statistics, which need
-        none, dx = dy * scale.
+        none, dx = dy * scale. Or a combination, whose k1 and k2 are computed of the sums like those of dx.
         """
 
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:

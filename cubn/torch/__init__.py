@@ -5,6 +5,7 @@ from cubn.torch._report import Report
 from cubn.torch.conversion import convert, restore
 from cubn.torch.folding import fold
 from cubn.torch.fusion import fuse
+from cubn.torch.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from cubn.torch.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -28,6 +29,9 @@ __all__ = [
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "Report",
     "SyncBatchNorm",
     "SyncBatchNormAddReLU",

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cubn.sync import Comm
-from cubn.torch import _eager
+from cubn.torch import _autograd, _eager, _export, _few_values
 from cubn.torch._passes import Counters, Vectors
+
+# Private, for nothing public says how many modes there are, and whether there is a transform of torch.func. (As
+# functions of the module they would be looked up each time.)
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_forward_ad = torch.autograd.forward_ad
 
 
 def normalize(
@@ -27,4 +36,25 @@ def normalize(
     training: by the batch's statistics, with an update of the running ones where there are any; else by the running
     statistics, which are constants.
     """
-    return _eager.batch_norm(x, vectors, counters, training, momentum, eps, mask, residual, relu, comm)
+    watched = _is_watched(x)
+    if watched and _export.exporting():
+        return _export.batch_norm(x, vectors, training, eps, mask, residual, relu)
+    if training and comm is None and _few_values.are_few(x):
+        return _few_values.train(x, vectors, counters, residual, relu)
+    run = _autograd.batch_norm if watched else _eager.batch_norm
+    return run(x, vectors, counters, training, momentum, eps, mask, residual, relu, comm)
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether somebody has to see operators: a compiler, a transform, a mode, forward mode, torch.jit.trace, or a tensor
+    of a kind of its own.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or (type(x) is not Tensor and type(x) is not Parameter)
+        or _transform() is not None
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )

@@ -82,7 +82,7 @@ def train(
         found = _calls.look_up(_TRAININGS, (x, *vectors, mask, residual), relu)
     result = found and _train_again(*found, x, mask, at_counters, momentum, eps)
     if result is None:
-        state = _state(x, vectors, eps, momentum)
+        state = new_state(x, vectors, eps, momentum)
         if state._counters is not None:
             state._counters = Counted(tracked, skipped, state._counters.device, at_counters)
         if comm is None:
@@ -114,9 +114,9 @@ def frozen(
         result = found and _frozen_again(*found, x, eps)
         if result is not None:
             return result
-    y, saved = forward_frozen(x, _state(x, vectors, eps), mask=mask, residual=residual, relu=relu, comm=comm)
+    y, saved = forward_frozen(x, new_state(x, vectors, eps), mask=mask, residual=residual, relu=relu, comm=comm)
     left, relu_mask = _left(saved)
-    inputs = bind(x, _state(x, vectors, eps), mask, residual)
+    inputs = bind(x, new_state(x, vectors, eps), mask, residual)
     options = NormalizeOptions(residual is not None, relu, keep_mask=left.layouts.relu == "mask")
     copies = Affine(*(vector and Vector(0, "float64", 1) for vector in inputs.held.affine))
     operands = inputs.operands(_described(y))
@@ -144,7 +144,7 @@ def inference(
         if at_y % ALIGNMENT == call.alignment:
             call.prepared(at_x, at_residual, at_y, at_mask, gamma, beta, mean, var, eps)
             return y
-    state = _state(x, vectors, eps)
+    state = new_state(x, vectors, eps)
     y = forward(x, state, mask=mask, residual=residual, relu=relu)
     inputs = bind(x, state, mask, residual)
     if inputs.held.running:
@@ -284,7 +284,7 @@ def _detached(x: Tensor, vectors: Vectors, residual: Tensor | None) -> tuple[Ten
     )
 
 
-def _state(x: Tensor, vectors: Vectors, eps: float, momentum: float | None = 0.1) -> BatchNormState:
+def new_state(x: Tensor, vectors: Vectors, eps: float, momentum: float | None = 0.1) -> BatchNormState:
     arrays: dict[str, Any] = dict(zip(ARRAYS, vectors, strict=True))
     C = x.shape[1] if x.ndim > 1 else 1
     return BatchNormState.from_arrays(**arrays, num_features=C, eps=eps, momentum=momentum, check=False)
@@ -292,12 +292,18 @@ def _state(x: Tensor, vectors: Vectors, eps: float, momentum: float | None = 0.1
 
 def _left(saved: Saved[Tensor]) -> tuple[Left, ReluMask | None]:
     forward = saved._forward
-    arrays = {
-        name: array.nowhere()._replace(owner=torch.empty(0, dtype=array.owner.dtype, device=array.owner.device))
-        for name, array in forward.held.arrays.items()
-    }
-    held = checked_arrays(arrays)
+    held = without_memory(forward.held)
     return Left(forward.layouts, held, forward.statistics, forward.frozen, forward.context), forward.relu_mask
+
+
+def without_memory(held: StateArrays) -> StateArrays:
+    """Such vectors, but of no memory."""
+    return checked_arrays(
+        {
+            name: array.nowhere()._replace(owner=torch.empty(0, dtype=array.owner.dtype, device=array.owner.device))
+            for name, array in held.arrays.items()
+        }
+    )
 
 
 def _described(y: Tensor) -> Array:

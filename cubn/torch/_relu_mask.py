@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cubn.backends.protocol import ReluMask
+from cubn.torch import _backend_arrays
 
 
 def as_tensor(relu_mask: ReluMask | None) -> tuple[Tensor | None, Any]:
@@ -16,23 +16,13 @@ def as_tensor(relu_mask: ReluMask | None) -> tuple[Tensor | None, Any]:
     if relu_mask is None:
         return None, None
     memory = relu_mask[0]
-    bits = (
-        torch.from_numpy(memory.view(np.int16))
-        if isinstance(memory, np.ndarray)
-        else torch.utils.dlpack.from_dlpack(memory)
-    )
-    return bits, (type(relu_mask), relu_mask[2])
+    if isinstance(memory, np.ndarray):  # whose uint16 torch hardly knows
+        memory = memory.view(np.int16)
+    return _backend_arrays.as_tensor(memory), (type(relu_mask), relu_mask[2])
 
 
 def as_relu_mask(bits: Tensor | None, of: Any) -> ReluMask | None:
     if bits is None:
         return None
     kind, layout = of
-    memory = bits.numpy().view(np.uint16) if bits.is_cpu else _cupy_array(bits)
-    return kind(memory, bits.data_ptr(), layout)
-
-
-def _cupy_array(bits: Tensor) -> Any:
-    import cupy
-
-    return cupy.from_dlpack(bits)
+    return kind(_backend_arrays.from_tensor(bits), bits.data_ptr(), layout)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from cubn.torch.modules import BatchNorm2d, _BatchNorm
+from cubn.torch._batch_norm import _BatchNorm
+from cubn.torch.modules import BatchNorm2d
 from cubn.torch.sync_batch_norm import SyncBatchNorm
 
 if TYPE_CHECKING:

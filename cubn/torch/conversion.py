@@ -7,12 +7,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
-from torch.nn.parameter import UninitializedBuffer
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from cubn.errors import a_type, message, reporting_as
 from cubn.sync import Comm
 from cubn.torch import _timm
-from cubn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+from cubn.torch._batch_norm import NARROW, STATISTICS, _BatchNorm
+from cubn.torch.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from cubn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from cubn.torch.sync_batch_norm import SyncBatchNorm
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -22,6 +24,9 @@ COUNTERPARTS: dict[type[nn.Module], type[_BatchNorm]] = {
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
     nn.SyncBatchNorm: SyncBatchNorm,
+    nn.LazyBatchNorm1d: LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: LazyBatchNorm3d,
 }
 """Of torch's classes."""
 
@@ -170,7 +175,7 @@ def _plain(cls: type) -> type:
 def _origin(path: str, module: _BatchNorm) -> Any:
     """The class of torch's, or of whomever, that the module was or would have been."""
     if (origin := vars(module).get("_converted_from")) is not None:
-        return origin
+        return origin if isinstance(module, LazyModuleMixin) else getattr(origin, "cls_to_become", origin)
     for theirs, ours in COUNTERPARTS.items():
         if vars(module).get("_unfused", type(module)) is ours:
             return theirs
@@ -179,23 +184,23 @@ def _origin(path: str, module: _BatchNorm) -> Any:
 
 
 def _adopt(module: Any, cls: type[_BatchNorm], comm: Comm | None) -> None:
-    origin, var = type(module), module.running_var
-    skipped: torch.Tensor | None = None
-    if isinstance(var, UninitializedBuffer):
-        skipped = UninitializedBuffer(dtype=torch.int64, device=var.device)  # type: ignore[call-arg]
-    elif var is not None:
-        skipped = torch.zeros(len(var), dtype=torch.int64, device=var.device)
+    vars(module)["_converted_from"] = type(module)
     module.__class__ = cls
-    vars(module)["_converted_from"] = origin
-    module.register_buffer("skipped", skipped, persistent=False)
+    module.register_buffer("skipped", None, persistent=False)
     module.comm = comm
-    module.frozen = False
+    module._widen_statistics()
+    module._forget_skipped()
 
 
 def _release(module: _BatchNorm, cls: Any) -> None:
     del module.skipped
-    for name in ("comm", "_comm", "frozen", "_converted_from"):
+    for name in ("_ranks", "frozen", "_converted_from"):
         vars(module).pop(name, None)
+    weight = module.weight
+    if weight is not None and weight.dtype in NARROW:  # torch computes with statistics of its dtype alone
+        for name in STATISTICS:
+            if (tensor := module._buffers[name]) is not None:
+                module._buffers[name] = tensor.to(weight.dtype)
     module.__class__ = cls
 
 

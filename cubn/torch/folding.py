@@ -14,7 +14,8 @@ from torch.utils import _pytree
 from cubn.errors import message, reporting_as
 from cubn.fold import fold_into
 from cubn.state import BatchNormState
-from cubn.torch import _timm, modules
+from cubn.torch import _timm
+from cubn.torch._batch_norm import _BatchNorm as _CubnBatchNorm
 from cubn.torch._report import Report
 from cubn.torch._tracing import Calls, Site
 from cubn.torch.conversion import COUNTERPARTS, check_model
@@ -119,7 +120,7 @@ class FoldedAct(_timm._Activated, Folded):
 
 def _layer_before(bn: _BatchNorm, calls: Calls) -> nn.Module | str:
     """The layer a batch norm can be folded into, or why there is none."""
-    if not isinstance(bn, modules._BatchNorm) and type(bn) not in COUNTERPARTS and _timm.activation(bn) is None:
+    if not isinstance(bn, _CubnBatchNorm) and type(bn) not in COUNTERPARTS and _timm.activation(bn) is None:
         return f"{type(bn).__name__} may do more than normalise"
     if bn.training and not getattr(bn, "frozen", False):
         return "it is in training mode"

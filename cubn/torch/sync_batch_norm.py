@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from cubn.sync import Comm
-from cubn.torch.modules import BatchNormAddReLU1d, _BatchNorm
+from cubn.torch._batch_norm import _BatchNorm, _Ranks
+from cubn.torch.modules import _BatchNormAddReLU
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -34,7 +35,6 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     process_group: Any
-    _comm: Comm | None = None
 
     def __init__(
         self,
@@ -54,8 +54,9 @@ class SyncBatchNorm(_BatchNorm):
 
     @property
     def comm(self) -> Comm | None:
-        if self._comm is not None or self.frozen or not self.training:
-            return self._comm
+        """What was assigned, or else the process group, where it trains."""
+        if self._ranks is not None or not self.training:
+            return super().comm
         if self.process_group is not None:
             return self.process_group  # type: ignore[no-any-return]
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
@@ -64,7 +65,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @comm.setter
     def comm(self, comm: Comm | None) -> None:
-        self._comm = comm
+        self._ranks = None if comm is None else _Ranks(comm)
 
     def _check_input_dim(self, input: Tensor) -> None:
         nn.SyncBatchNorm._check_input_dim(self, input)  # type: ignore[arg-type]
@@ -76,8 +77,5 @@ class SyncBatchNormReLU(SyncBatchNorm):
     _fused_relu = True
 
 
-class SyncBatchNormAddReLU(SyncBatchNorm):
+class SyncBatchNormAddReLU(_BatchNormAddReLU, SyncBatchNorm):
     """SyncBatchNorm, then the addition of a residual, then ReLU: `bn(x, residual)`."""
-
-    _fused_relu = _fused_residual = True
-    forward = BatchNormAddReLU1d.forward  # type: ignore[assignment]

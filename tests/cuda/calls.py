@@ -7,6 +7,7 @@ import numpy as np
 from cubn import reference
 from cubn._types import (
     Affine,
+    CombineOptions,
     Counters,
     Extents,
     GradientOptions,
@@ -210,7 +211,16 @@ def results(backend, layer):
         placed[name].array[...] = 0
     backend.backward_apply(*given, None if layer.frozen else sums, gradient)
     found |= {f"{name} of sums": placed[name].values() for name in outputs}
+    if not layer.frozen:  # whose count is 0
+        read = Operands(x, dy, dx, residual if layer.residual else None, mask)
+        backend.backward_apply(extents, read, statistics, relu_mask, sums, CombineOptions(relu, third(layer)))
+        found["combination"] = placed["dx"].values()
     return found
+
+
+def third(layer):
+    """How a layer's residual takes part in a combination."""
+    return "none" if not layer.residual else "added" if layer.relu else "weighted"
 
 
 def expected(layer):
@@ -240,11 +250,31 @@ def expected(layer):
         found |= {f"dgamma{of}": gradients.dgamma, f"dbeta{of}": gradients.dbeta}
     for name in ["dx", "dresidual"] if layer.residual else ["dx"]:
         found[name] = found[f"{name} of sums"] = getattr(gradients, name)
+    if not layer.frozen:
+        found["combination"] = combination(layer, v, stats, mask)
     gated = oracle.widen(gradients.dresidual)
     samples = oracle.sample_sums(gated, gated * reference.centre(oracle.widen(v.x), stats.mean), mask=mask)
     for start, suffix in ((0, ""), (3, " from 3")):
         _, found[f"sum_dy{suffix}"], found[f"sum_dy_xmu{suffix}"] = oracle.root(samples, reference.add, start)
     return found
+
+
+def combination(layer, v, stats, mask):
+    """Of x, dy and residual, by the coefficients of a backward."""
+    options = {"mask": mask, "residual": v.residual if layer.residual else None, "relu": layer.relu}
+    x, dy, residual = map(oracle.widen, (v.x, v.dy, v.residual))
+    passed = oracle.widen(oracle.backward(v.dy, v.x, stats, v.gamma, v.beta, **options).dresidual)
+    samples = oracle.sample_sums(passed, passed * reference.centre(x, stats.mean), mask=mask)
+    _, first, second = oracle.root(samples, reference.add)
+    scale = (stats.invstd.astype(x.dtype) * v.gamma.astype(x.dtype)).astype(np.float64)
+    k1, k2 = first / stats.count, (second / stats.count) * (stats.invstd * stats.invstd)
+    weight = v.beta.astype(np.float64) if third(layer) == "weighted" else None
+    by = reference.Combination(scale, k1, k2, weight)
+    y = reference.combine(dy, x, stats.mean, by, residual if layer.residual else None)
+    if layer.relu:
+        y = reference.behind_relu(y, oracle.widen(oracle.normalize(v.x, stats, v.gamma, v.beta, **options)))
+    present = np.broadcast_to(True if mask is None else mask[:, None], y.shape)
+    return oracle.narrow(np.where(present, y, y.dtype.type(0)), v.x.dtype)
 
 
 def check(backend, layer):

@@ -13,6 +13,7 @@ import numpy as np
 from cubn._types import (
     ITEMSIZE,
     Affine,
+    CombineOptions,
     Counters,
     Extents,
     GradientOptions,
@@ -154,6 +155,10 @@ def run_everything(backend: CudaBackend, extents: Extents, layout: Layout, dtype
                 sums = calls.backward(backend, *given, gradient)
                 backend.backward_apply(*given, None if is_frozen else sums, gradient)
                 backend.root_sums(backend.backward_sums(*given, gradient, 0))
+            for third in ("none", "added") if relu else ("none", "added", "weighted"):
+                read = Operands(x, x, x, None if third == "none" else x, present)
+                combined = CombineOptions(how, third)
+                backend.backward_apply(extents, read, statistics, relu_mask, sums, combined)
             backend.parameter_gradients(statistics, sums, *affine)
 
 

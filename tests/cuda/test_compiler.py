@@ -77,6 +77,8 @@ def vectors_expected(specialisation):
         case "reduce_rows":
             operands = 1 if values["KIND"] == "Moments" else 2
             return operands * int(values["TILE_ROWS"]) * of_octet, 0
+        case "apply_rows" | "apply_channels" if values["OPERATION"] == "COMBINE":
+            return (2 + (values["THIRD"] != "NONE")) * of_octet, of_octet
         case "apply_rows" | "apply_channels":
             second = int(values["RESIDUAL"])
             if values["OPERATION"] == "NORMALIZE":

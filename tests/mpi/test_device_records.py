@@ -10,6 +10,8 @@ from cubn.sync import Communicator, communicator
 from tests.mpi.devices import device  # noqa: F401
 from tests.mpi.launch import UNDER_MPI
 from tests.mpi.parts import Batch, assert_one_answer, step
+from tests.mpi.test_double_backward import FIRST, SECOND, second_derivatives
+from tests.ops import arrays
 
 under_mpi = pytest.mark.skipif(not os.environ.get(UNDER_MPI), reason="test_under_mpi.py runs this under mpiexec")
 
@@ -47,6 +49,20 @@ def test_ranks_get_the_answer_of_the_whole_batch(ranks, device, cut, declared, h
 
     for parts in zip(*ranks(len(cut), body), strict=True):
         assert_one_answer(parts, step(batch, 0, 32))
+
+
+@pytest.mark.parametrize("how", [communicator, Passing], ids=["by way of the host", "as they are"])
+def test_second_derivatives_are_those_of_the_whole_batch(ranks, device, how):  # noqa: F811
+    def body(comm):
+        lo, hi = FIRST.range([20, 12], comm.rank)
+        return second_derivatives(lo, hi, SECOND.gamma, SECOND.beta, comm=how(comm), whose="global")
+
+    ddy, dx, dgamma = second_derivatives(0, 32, SECOND.gamma, SECOND.beta)
+    found = ranks(2, body)
+    for i, whole in enumerate((ddy, dx)):
+        arrays.assert_same(np.concatenate([part[i] for part in found]), whole)
+    for part in found:
+        arrays.assert_same(part[2], dgamma)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,9 @@ def differing(name):
             case "gradients":
                 _, saved = cubn.forward_train(x, cubn.BatchNormState(C), comm=comm)
                 return cubn.backward(x, saved, parameter_gradients="global" if odd else "local")
+            case "order of second":
+                both = [cubn.forward_train(x, cubn.BatchNormState(C), comm=comm)[1] for _ in range(2)]
+                return cubn.double_backward(x, None, None, x, both[odd])
         return cubn.forward_train(x, state, comm=comm)
 
     return body
@@ -116,6 +119,7 @@ def differing(name):
         ("start", "start=0 on ranks 0, 2; start=7 on rank 1"),
         ("number", "1 operations, C=6 on ranks 0, 2; 2 operations, C=12 on rank 1"),
         ("order", "of forward 1 on ranks 0, 2; of forward 2 on rank 1"),
+        ("order of second", "of forward 1 on ranks 0, 2; of forward 2 on rank 1"),
         ("relu", "update on ranks 0, 2; update, relu on rank 1"),
         ("update", "no options on ranks 0, 2; update on rank 1"),
         ("residual", "update on ranks 0, 2; update, residual on rank 1"),
@@ -177,6 +181,11 @@ def whole_in_the_block(comm, x, state):
         return cubn.forward_train_start(x, state, comm=comm)
 
 
+def bad_second_gradient(comm, x, state):
+    _, saved = cubn.forward_train(x, cubn.BatchNormState(C), comm=comm)
+    return cubn.double_backward(x[:2] if comm.rank == 1 else x, None, None, x, saved)
+
+
 def other_samples_together(comm, x, state):
     with cubn.together(comm):
         cubn.forward_train_start(x, state, comm=comm)
@@ -208,6 +217,7 @@ INSIDE = (
         (bad_state, TypeError, "forward_train: state must be a BatchNormState; got NoneType."),
         (bad_sizes, ValueError, "moments: sizes must be the number of samples of each of the 3 ranks; got [4, 4]."),
         (bad_gradient, ValueError, "backward: dy must have x's shape"),
+        (bad_second_gradient, ValueError, "double_backward: ddx must have x's shape"),
         (error_in_the_block, ValueError, "must fit"),
         (finished_in_the_block, ValueError, INSIDE),
         (whole_in_the_block, ValueError, INSIDE),
@@ -229,10 +239,10 @@ def test_an_error_of_one_rank_is_one_of_all(outcomes, body, kind, text):
 
 
 @pytest.mark.parametrize("declared", [False, True], ids=["agreed", "declared"])
-@pytest.mark.parametrize("operation", ["forward_train", "backward"])
+@pytest.mark.parametrize("operation", ["forward_train", "backward", "double_backward"])
 def test_an_error_while_computing_reaches_the_others(outcomes, operation, declared, monkeypatch):
     """After the header: by the payload. Rank 1, whose samples are four of all ten, has too little memory."""
-    method = {"forward_train": "moments", "backward": "backward_sums"}[operation]
+    method = "moments" if operation == "forward_train" else "backward_sums"
     honest = getattr(CpuBackend, method)
 
     def fails(backend, extents, *arguments, **options):
@@ -246,7 +256,7 @@ def test_an_error_while_computing_reaches_the_others(outcomes, operation, declar
         if operation == "forward_train":
             return cubn.forward_train(x, state, comm=comm, sizes=sizes)
         _, saved = cubn.forward_train(x, cubn.BatchNormState(C), comm=comm, sizes=sizes)
-        return cubn.backward(x, saved)
+        return cubn.backward(x, saved) if operation == "backward" else cubn.double_backward(x, None, None, x, saved)
 
     monkeypatch.setattr(CpuBackend, method, fails)
     errors = refused(outcomes, 3, body)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.mpi.launch import libraries
 
-FILES = [f"tests/mpi/test_{name}.py" for name in ("synchronised", "failures", "mpi_communicators")]
+FILES = [f"tests/mpi/test_{name}.py" for name in ("synchronised", "double_backward", "failures", "mpi_communicators")]
 
 
 @pytest.mark.parametrize("processes", [3, *(pytest.param(size, marks=pytest.mark.full) for size in (1, 2, 4, 8))])
@@ -25,7 +25,7 @@ def test_records_of_arrays_on_a_device_in_processes(mpi):
     command = ["-m", "mpi4py", "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider"]
     run = mpi.run(3, *command, "tests/mpi/test_device_records.py", timeout=200)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("15 passed") == 3, run.stdout
+    assert run.stdout.count("17 passed") == 3, run.stdout
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 import cubn
+import cubn.torch
 
 x = np.ones((4, 3), np.float32)
 t = torch.ones(4, 3)
@@ -44,3 +45,10 @@ torch.relu(cubn.forward(t, state, out=x))  # error: arg-type
 dx, dgamma, dbeta = cubn.backward(y, saved)  # error: misc
 print(cubn.backward(y, saved).dmean)  # error: attr-defined
 saved.x = x  # error: misc
+
+# modules
+cubn.torch.BatchNorm2d(3)(x)  # error: arg-type
+cubn.torch.BatchNormAddReLU2d(3)(t)  # error: call-arg
+cubn.torch.BatchNorm2d(3, comm=0)  # error: arg-type
+cubn.torch.LazyBatchNorm2d(3, True, "no")  # error: arg-type
+cubn.torch.BatchNorm1d(3).frozen = "no"  # error: assignment

@@ -16,7 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cubn._tree import COLUMNS, TILE
-from cubn._types import FLOATS, ITEMSIZE, Affine, Extents, GradientOptions, NormalizeOptions, Operand, Operands
+from cubn._types import (
+    FLOATS,
+    ITEMSIZE,
+    Affine,
+    CombineOptions,
+    Extents,
+    GradientOptions,
+    NormalizeOptions,
+    Operand,
+    Operands,
+)
 from cubn.backends.cuda import parameters, plan
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import OCTET, THREADS
@@ -39,7 +49,7 @@ def operand_of(layer):
 
 
 def launches(layer, limits):
-    """What a training step and its backward launch; nobody looks at the addresses."""
+    """What a training step, its backward and a combination launch; nobody looks at the addresses."""
     extents, x = Extents(*layer.extents), operand_of(layer)
     mask = Operand(ADDRESS, "bool", extents.S, 0, (extents.S,), (1,)) if layer.masked else None
     residual = x if layer.residual else None
@@ -49,7 +59,9 @@ def launches(layer, limits):
     operands = Operands(x, residual, x, mask=mask)
     statistics, relu_mask = calls.train(backend, extents, operands, Affine(None, None), options)
     gradient = GradientOptions("mask" if layer.residual else "none", False, layer.residual)
-    calls.backward(backend, extents, Operands(x, x, x, residual, mask), statistics, relu_mask, gradient)
+    given = extents, Operands(x, x, x, residual, mask), statistics, relu_mask
+    sums = calls.backward(backend, *given, gradient)
+    backend.backward_apply(*given, sums, CombineOptions(gradient.relu, "added" if residual else "none"))
     return device.launched
 
 

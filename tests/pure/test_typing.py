@@ -15,27 +15,28 @@ from cubn.typing import SupportsDLPack
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-RIGHT, WRONG = "typed_program.py", "mistyped_program.py"
+RIGHT, WRONG = ["typed_program.py", "typed_modules.py"], "mistyped_program.py"
 
 
 @pytest.fixture(scope="module")
 def reported():
-    """Lines with the kinds of errors of both programs: in one process, since reading torch takes seconds."""
+    """Lines with the kinds of errors of the programs: in one process, since reading torch takes seconds."""
     for name in ("mypy", "torch", "jax", "mpi4py"):
         pytest.importorskip(name)
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent"]
-    command += [f"--cache-dir={ROOT / '.mypy_cache' / 'programs'}", RIGHT, WRONG]
+    command += [f"--cache-dir={ROOT / '.mypy_cache' / 'programs'}", *RIGHT, WRONG]
     environment = os.environ | {"MYPYPATH": str(ROOT)}
     run = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=environment)
     assert run.returncode < 2, run.stdout + run.stderr
-    found = {RIGHT: {}, WRONG: {}}
+    found = {name: {} for name in (*RIGHT, WRONG)}
     for file, line, kind in re.findall(r"^(\w+\.py):(\d+): error: .*\[([\w-]+)\]$", run.stdout, re.MULTILINE):
         found[file].setdefault(int(line), set()).add(kind)
     return found
 
 
-def test_a_right_program_has_no_errors_and_the_types_it_says(reported):
-    assert reported[RIGHT] == {}
+@pytest.mark.parametrize("program", RIGHT)
+def test_a_right_program_has_no_errors_and_the_types_it_says(reported, program):
+    assert reported[program] == {}
 
 
 def test_each_planted_error_is_reported_where_it_stands(reported):

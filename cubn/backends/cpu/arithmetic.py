@@ -65,6 +65,10 @@ def input_gradient(dy: Value, x: Value, c: Coefficients) -> Value:
     return ((dy - c.k1) - centre(x, c) * c.k2) * c.scale
 
 
+def combined(g: Value, x: Value, c: Coefficients) -> Value:
+    return (g * c.scale + centre(x, c) * c.k1) + c.k2
+
+
 class Moments:
     """Count, mean and m2: leaves about the tile's pivot, nodes merged by Chan's formula."""
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from cubn._arrays.numpy import address_of
 from cubn._types import (
     Affine,
+    CombineOptions,
     Counters,
     Extents,
     GradientOptions,
@@ -196,11 +197,12 @@ class CpuBackend:
         statistics: Statistics,
         relu_mask: ReluMask | None,
         sums: Sums | None,
-        options: GradientOptions,
+        options: GradientOptions | CombineOptions,
     ) -> None:
         if 0 in extents:
             return
-        launch = prepare.backward_apply(_elements(extents, operands, relu_mask), _copies(statistics), options)
+        elements = _elements(extents, operands, relu_mask, relaid=not isinstance(options, CombineOptions))
+        launch = prepare.backward_apply(elements, _copies(statistics), options)
         first, second = map(address_of, sums) if sums else (0, 0)
         launch(statistics.address, *_pointers(*operands), relu_mask.address if relu_mask else 0, first, second)
 
@@ -222,10 +224,10 @@ def _root(what: str, nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]
 # --- layouts: what is left of arrays without their addresses ----------------------------------------------------------
 
 
-def _elements(extents: Extents, operands: Operands, relu_mask: ReluMask | None) -> Elements:
+def _elements(extents: Extents, operands: Operands, relu_mask: ReluMask | None, *, relaid: bool = True) -> Elements:
     layouts = Operands._make(operand and operand._replace(pointer=0) for operand in operands)
     elements = Elements(extents, layouts, relu_mask and relu_mask.layout, threads.get_num_threads())
-    return in_one_layout(elements)
+    return in_one_layout(elements) if relaid else elements
 
 
 def _writing(extents: Extents, operands: Operands, options: NormalizeOptions) -> Elements:

@@ -1,4 +1,5 @@
-"""The elementwise passes: y from x, dx from dy and x. They read the coefficient table, not the statistics.
+"""The elementwise passes: y from x, dx from dy and x, both of a double backward. They read the coefficient table, not
+the statistics.
 
 A row is what lies contiguous: positions of one channel (nchw: one coefficient for all lanes) or the channels of one
 position (nhwc: a coefficient each). Rows are cut to the alignment of the output where stores bypass the caches, which
@@ -11,7 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from cubn.backends.cpu.arithmetic import Coefficients, behind_relu, input_gradient, normalized, relu
+from cubn.backends.cpu.arithmetic import Coefficients, behind_relu, combined, input_gradient, normalized, relu
 from cubn.backends.cpu.nodes import coefficients_at, jit, load_bits
 from cubn.backends.cpu.parameters import OFFSET
 from cubn.backends.cpu.simd import (
@@ -64,6 +65,10 @@ class Forward(NamedTuple):
         return self.residual
 
     @property
+    def reads_r(self) -> bool:
+        return False
+
+    @property
     def writes_r(self) -> bool:
         return False
 
@@ -88,6 +93,10 @@ class Backward(NamedTuple):
         return True
 
     @property
+    def reads_r(self) -> bool:
+        return False
+
+    @property
     def writes_r(self) -> bool:
         return self.dresidual
 
@@ -100,7 +109,34 @@ class Backward(NamedTuple):
         return self.relu == "mask"
 
 
-Pass = Forward | Backward
+class Combination(NamedTuple):
+    """g * scale + (x - mean) * k1 + k2, then + r or + r * beta, then 0 where a ReLU was."""
+
+    relu: str
+    third: str
+
+    @property
+    def reads_g(self) -> bool:
+        return True
+
+    @property
+    def reads_r(self) -> bool:
+        return self.third != "none"
+
+    @property
+    def writes_r(self) -> bool:
+        return False
+
+    @property
+    def keeps_mask(self) -> bool:
+        return False
+
+    @property
+    def has_relu_mask(self) -> bool:
+        return self.relu == "mask"
+
+
+Pass = Forward | Backward | Combination
 
 
 def store_bits(lanes: Value, address: Value) -> None:
@@ -112,13 +148,19 @@ def store_bits(lanes: Value, address: Value) -> None:
 def vector_of(
     element: Element, what: Pass, load: Callable[..., Value] = load_bits, store: Callable[..., None] = store_bits
 ) -> Callable[..., tuple[Value, Value | None]]:
-    """compute(x, g, place, coefficients): y or dx of 16 elements in acc, and dresidual.
+    """compute(x, g, r, place, coefficients): y or dx of 16 elements in acc, and dresidual.
 
     Words of the relu mask are read by load(*place) and kept by store(lanes, *place).
     """
 
+    def passed(relu: str, v: Value, x: Value, place: tuple[Value, ...], c: Coefficients) -> Value:
+        """v where it passes a ReLU, else 0."""
+        if relu == "recompute":
+            return behind_relu(element, v, x, c)
+        return select(load(*place), v, constant(v, 0.0)) if relu == "mask" else v
+
     def forward(
-        what: Forward, x: Value, g: Value | None, place: tuple[Value, ...], c: Coefficients
+        what: Forward, x: Value, g: Value | None, r: Value | None, place: tuple[Value, ...], c: Coefficients
     ) -> tuple[Value, None]:
         v = normalized(x, c, what.exact_mean)
         if g is not None:
@@ -131,19 +173,27 @@ def vector_of(
         return v, None
 
     def backward(
-        what: Backward, x: Value, g: Value | None, place: tuple[Value, ...], c: Coefficients
+        what: Backward, x: Value, g: Value | None, r: Value | None, place: tuple[Value, ...], c: Coefficients
     ) -> tuple[Value, Value | None]:
         assert g is not None
-        if what.relu == "recompute":
-            g = behind_relu(element, g, x, c)
-        elif what.relu == "mask":
-            g = select(load(*place), g, constant(g, 0.0))
+        g = passed(what.relu, g, x, place, c)
         dx = g * c.scale if what.frozen else input_gradient(g, x, c)
         return dx, g if what.dresidual else None
 
+    def combination(
+        what: Combination, x: Value, g: Value | None, r: Value | None, place: tuple[Value, ...], c: Coefficients
+    ) -> tuple[Value, None]:
+        assert g is not None
+        v = combined(g, x, c)
+        if r is not None:
+            v = v + (r * c.beta if what.third == "weighted" else r)
+        return passed(what.relu, v, x, place, c), None
+
     if isinstance(what, Forward):
         return functools.partial(forward, what)
-    return functools.partial(backward, what)
+    if isinstance(what, Backward):
+        return functools.partial(backward, what)
+    return functools.partial(combination, what)
 
 
 @jit
@@ -220,7 +270,8 @@ def row_pass(element: Element, what: Pass, per_lane: bool, in_slab: bool = False
         mask = None if lanes is None else first_lanes(lanes)
         xs = [element.load(px, mask) for _, px, _, _, _ in places]
         gs = [element.load(pg, mask) if what.reads_g else None for _, _, pg, _, _ in places]
-        results = [compute(x, g, (pb,), c) for x, g, (*_, pb), c in zip(xs, gs, places, found, strict=True)]
+        rs = [element.load(pr, mask) if what.reads_r else None for _, _, _, pr, _ in places]
+        results = [compute(x, g, r, (pb,), c) for x, g, r, (*_, pb), c in zip(xs, gs, rs, places, found, strict=True)]
         for (y, dresidual), (py, _, _, pr, _) in zip(results, places, strict=True):
             element.store(y, py, mask, stream=stream)
             if dresidual is not None:

@@ -16,7 +16,7 @@ from cubn.backends.cpu.channel_kernels import (
     update,
     widen_running,
 )
-from cubn.backends.cpu.elementwise import Backward, Forward
+from cubn.backends.cpu.elementwise import Backward, Combination, Forward
 from cubn.backends.cpu.nodes import Source
 from cubn.backends.cpu.pass_kernels import elementwise, elementwise_flat, elementwise_strided, repeat, spread
 from cubn.backends.cpu.relayout_kernels import relayout
@@ -36,6 +36,8 @@ IN_ACC: dict[str, Callable[[Element], Function]] = {
     "tabulate_gradient": lambda element: for_all(gradient_table_of(element)),
     "tabulate_frozen": lambda element: for_all(widen_running, table_of(element)),
 }
+
+PASSES = {"normalize": Forward, "input_gradient": Backward, "combination": Combination}
 
 
 def build(name: str, dtype: str, options: tuple[Any, ...]) -> Function:
@@ -60,7 +62,7 @@ def build(name: str, dtype: str, options: tuple[Any, ...]) -> Function:
         return train_slab(element, way, Forward(*rest))
     if name == "backward_slab":
         return backward_slab(element, way, Backward(*rest))
-    what = Forward(*rest) if name == "normalize" else Backward(*rest)
+    what = PASSES[name](*rest)
     if way == "strided":
         return elementwise_strided(element, what)
     return elementwise_flat(element, what) if way == "flat" else elementwise(element, way, what)

@@ -33,14 +33,14 @@ def channel_pass(element: Element, what: Pass, in_slab: bool = False) -> Any:
     row, seam, some = row_pass(element, what, False, in_slab)
     size, acc, lanes, vector = element.size, element.acc_size, LANES, LANES * element.size
     by_element = elements(size, 1)
-    has_relu_mask, reads_g, writes_r = what.has_relu_mask, what.reads_g, what.writes_r
+    has_relu_mask, reads_g, has_r = what.has_relu_mask, what.reads_g, what.reads_r or what.writes_r
 
     @jit
     def side_by_side(p):  # type: ignore[no-untyped-def]
         step = get(p + POSITIONS) * size
         if has_relu_mask or step < vector or get(p + X_CHANNEL) != step or get(p + Y_CHANNEL) != step:
             return False
-        return (not reads_g or get(p + G_CHANNEL) == step) and (not writes_r or get(p + R_CHANNEL) == step)
+        return (not reads_g or get(p + G_CHANNEL) == step) and (not has_r or get(p + R_CHANNEL) == step)
 
     @jit
     def of_channels(p, n, c0, count):  # type: ignore[no-untyped-def]

@@ -5,7 +5,16 @@ from __future__ import annotations
 from cubn._arrays.numpy import address_of
 from cubn._kept import kept
 from cubn._tree import Block, root_order
-from cubn._types import VECTOR_CODES, Affine, GradientOptions, NormalizeOptions, Operands, Running, Vector
+from cubn._types import (
+    VECTOR_CODES,
+    Affine,
+    CombineOptions,
+    GradientOptions,
+    NormalizeOptions,
+    Operands,
+    Running,
+    Vector,
+)
 from cubn.backends.cpu import plan, stages
 from cubn.backends.cpu.assemble import (
     STATISTICS,
@@ -112,10 +121,14 @@ def normalize(elements: Elements, affine: Affine, options: NormalizeOptions) -> 
 
 
 @kept(plan.KEPT_BYTES)
-def backward_apply(elements: Elements, copies: Copies, options: GradientOptions) -> Launch:
-    names = ("tabulate",) if options.frozen else ("tabulate", "tabulate_gradient")
+def backward_apply(elements: Elements, copies: Copies, options: GradientOptions | CombineOptions) -> Launch:
+    if isinstance(options, CombineOptions):
+        frozen, run = False, stages.elementwise("combination", (options.relu, options.third), elements)
+    else:
+        frozen, specialised = options.frozen, (options.relu, options.frozen, options.residual)
+        run = stages.elementwise("input_gradient", specialised, elements)
+    names = ("tabulate",) if frozen else ("tabulate", "tabulate_gradient")
     tabulate = stages.over_channels(*names, dtype=elements.dtype)
-    run = stages.elementwise("input_gradient", (options.relu, options.frozen, options.residual), elements)
     statistics, fields = _with_copies(elements.extents.C, copies)
     arguments = Arguments(("x", "g", "y", "r", "mask", "relu_mask", *SUMS), (), statistics)
     return over_elements((tabulate, run), elements, arguments, fields, strided=layout_of(elements) == "strided")

@@ -248,7 +248,8 @@ def strided_pass(element: Element, what: Pass) -> Any:
         (py, px, pg, pr, pb), (sy, sx, sg, sr, sb) = at, steps
         x = load_lanes(element, px, sx, last)
         g = load_lanes(element, pg, sg, last) if what.reads_g else None
-        y, dresidual = compute(x, g, (pb, sb, last, position), coefficients_at(element, table))
+        r = load_lanes(element, pr, sr, last) if what.reads_r else None
+        y, dresidual = compute(x, g, r, (pb, sb, last, position), coefficients_at(element, table))
         store_lanes(element, y, py, sy, last)
         if dresidual is not None:
             store_lanes(element, dresidual, pr, sr, last)
@@ -264,6 +265,7 @@ def strided_pass(element: Element, what: Pass) -> Any:
         )
 
     acc, writes_r, keeps = element.acc_size, what.writes_r, what.keeps_mask
+    has_r = what.reads_r or writes_r
 
     @jit
     def of_channels(p, n, c0):  # type: ignore[no-untyped-def]
@@ -278,7 +280,7 @@ def strided_pass(element: Element, what: Pass) -> Any:
         for position in range(get(p + POSITIONS)):
             ay = py + get(oy + 8 * position)
             ar = pr
-            if writes_r:
+            if has_r:
                 ar += get(outr + 8 * position)
             ab = pb + position * get(p + RELU_MASK_POSITION)
             if present(p, n, position):

@@ -15,6 +15,7 @@ from cubn._types import (
     ITEMSIZE,
     Affine,
     BackendArray,
+    CombineOptions,
     Counters,
     Extents,
     GradientOptions,
@@ -193,7 +194,7 @@ class CudaBackend:
         statistics: Statistics,
         relu_mask: ReluMask | None,
         sums: Sums | None,
-        options: GradientOptions,
+        options: GradientOptions | CombineOptions,
     ) -> None:
         if 0 in extents:
             return

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cubn._types import Extents, GradientOptions, NormalizeOptions, Operand, Operands, ReluGradient
+from cubn._types import CombineOptions, Extents, GradientOptions, NormalizeOptions, Operand, Operands, ReluGradient
 
 ELEMENTS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
 
@@ -64,7 +64,7 @@ def option(**names: object) -> tuple[str, ...]:
     return tuple(f"-D{name}={int(value) if isinstance(value, bool) else value}" for name, value in names.items())
 
 
-Options = NormalizeOptions | GradientOptions
+Options = NormalizeOptions | GradientOptions | CombineOptions
 
 _GATES: dict[ReluGradient, str] = {"none": "GATE_NONE", "recompute": "GATE_RECOMPUTE", "mask": "GATE_BITS"}
 
@@ -75,6 +75,8 @@ def flags(options: Options) -> tuple[str, ...]:
         residual, relu, keep_mask = options.residual, options.relu, options.keep_mask
         return option(OPERATION="NORMALIZE", RESIDUAL=residual, RELU=relu, KEEP_BITS=keep_mask)
     gate = _GATES[options.relu]
+    if isinstance(options, CombineOptions):
+        return option(OPERATION="COMBINE", GATE=gate, THIRD=options.third.upper())
     return option(OPERATION="GRADIENT", RESIDUAL=options.residual, GATE=gate, FROZEN=options.frozen)
 
 
