@@ -144,7 +144,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def __prepare_scriptable__(self) -> NoReturn:  # which torch.jit.script asks for
         remedy = "Pass an example to torch.jit.trace or torch.export.export, or restore() a copy of the model."
-        raise TypeError(message("model", "be of torch's own modules", a_type(self), remedy, function="torch.jit.script"))
+        raise TypeError(message("model", "hold modules of torch's", a_type(self), remedy, function="torch.jit.script"))
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]  # type: ignore[no-untyped-call]

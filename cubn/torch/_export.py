@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,12 +9,10 @@ from torch.nn import functional as F
 from cubn.errors import message
 from cubn.torch._passes import Vectors
 
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_dynamo_compiling)  # newer than torch 2.6
-
 
 def exporting() -> bool:
     """Whether torch.export, or torch.onnx by way of it, or torch.jit.trace is at work."""
-    return _is_exporting() or torch._C._is_tracing()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def batch_norm(
@@ -30,16 +26,25 @@ def batch_norm(
 ) -> Tensor:
     """y by the running statistics, as `cubn.torch._normalize` says, but for its bits: torch rounds as it does."""
     if training:
-        remedy = "Call model.eval(); to export a training step, restore() the model first: torch's own modules train then."
-        raise RuntimeError(message("model", "normalise by running statistics", "training mode", remedy, function="export"))
-    given = [tensor for tensor in (x, *vectors) if tensor is not None]
-    wide = functools.reduce(torch.promote_types, (tensor.dtype for tensor in given), torch.float32)
-    weight, bias, mean, var = (None if tensor is None else tensor.to(wide) for tensor in vectors)
-    y = F.batch_norm(x.to(wide), mean, var, weight, bias, False, 0.0, eps)
+        remedy = (
+            "Call model.eval(); to export a training step, restore() the model first: torch's own modules train then."
+        )
+        raise RuntimeError(
+            message("model", "normalise by running statistics", "training mode", remedy, function="export")
+        )
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (x, *vectors))
+    wide = torch.float64 if double else torch.float32
+    weight, bias, mean, var = (None if tensor is None else _as(wide, tensor) for tensor in vectors)
+    y = F.batch_norm(_as(wide, x), mean, var, weight, bias, False, 0.0, eps)
     if residual is not None:
         y = y + residual
     if relu:
         y = F.relu(y)
     if mask is not None:
         y = torch.where(mask if mask.ndim == x.ndim else mask.unsqueeze(1), y, 0.0)
-    return y.to(x.dtype)
+    return _as(x.dtype, y)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """Without an operator where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

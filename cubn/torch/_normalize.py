@@ -46,8 +46,8 @@ def normalize(
 
 
 def _is_watched(x: Tensor) -> bool:
-    """Whether somebody has to see operators: a compiler, a transform, a mode, forward mode, torch.jit.trace, or a tensor
-    of a kind of its own.
+    """Whether somebody has to see operators: a compiler, a transform, a mode, forward mode, torch.jit, or a tensor of a
+    kind of its own.
     """
     return (
         torch.compiler.is_compiling()
