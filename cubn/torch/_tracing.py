@@ -200,7 +200,7 @@ def _watched(cls: type[nn.Module], fixed: dict[str, Any]) -> type[nn.Module]:
 
     def read(self: Any, name: str) -> Any:
         value = super(watched, self).__getattribute__(name)
-        if isinstance(value, (bool, int, float, str, type(None))) and name in vars(self) and name not in _OF_MODULES:
+        if type(value) in _PLAIN and name in vars(self) and name not in _OF_MODULES:
             fixed[name] = value
         return value
 
@@ -209,6 +209,7 @@ def _watched(cls: type[nn.Module], fixed: dict[str, Any]) -> type[nn.Module]:
 
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+_PLAIN = (bool, int, float, str, type(None))
 _OF_MODULES = {*vars(nn.Module()), "training"}
 
 

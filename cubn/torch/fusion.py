@@ -181,9 +181,11 @@ def _residual(node: fx.Node, bn: fx.Node) -> fx.Node | None:
     if node.op not in ("call_function", "call_method") or node.target not in SUMS or node.kwargs or len(node.args) != 2:
         return None
     first, second = node.args
-    if first is bn and isinstance(second, fx.Node) and second is not bn:
+    if first is second or not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+        return None
+    if first is bn:
         return second
-    return first if second is bn and isinstance(first, fx.Node) and node.target not in IN_PLACE else None
+    return None if node.target in IN_PLACE else first  # in place, it is the residual that changes
 
 
 def _may_move(bn: fx.Node, caller: nn.Module) -> bool:
