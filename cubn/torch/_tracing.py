@@ -137,7 +137,7 @@ def _trace(module: nn.Module, training: bool) -> Traced:
     except Exception as error:  # whatever the user's code does with what is no tensor
         raise Untraceable(str(error).split("\n")[0] or type(error).__name__) from error
     if _held(twin) != before:
-        raise Untraceable("it sets attributes")
+        raise Untraceable("it sets attributes, or makes tensors")
     for node in graph.nodes:
         if node.op == "placeholder" and node.args and node.args[0] is None:
             raise Untraceable(f"its argument {node.target} is None by default")

@@ -43,8 +43,8 @@ def fold(model: ModelT, example: Any = None) -> tuple[ModelT, Report]:
     Returns
     -------
     folded : torch.nn.Module
-        Of torch's layers alone where all is folded. Each folded batch norm is replaced by a module that does what is
-        left of it: nothing, or the addition of a residual and the activation.
+        Each folded batch norm is replaced by a module that does what is left of it: nothing, or the addition of a
+        residual and the activation. Where all is folded, it computes by torch's operators alone.
     report : Report
         Which were folded into which layer, why others were not, and how much the outputs differ.
 
@@ -174,7 +174,7 @@ def _fold(layer: Any, bn: _BatchNorm, calls: Calls) -> nn.Module | str:
 def _state(bn: _BatchNorm) -> BatchNormState:
     gamma, beta = (None if vector is None else vector.detach() for vector in (bn.weight, bn.bias))
     arrays: dict[str, Any] = dict(gamma=gamma, beta=beta, running_mean=bn.running_mean, running_var=bn.running_var)
-    return BatchNormState.from_arrays(**arrays, num_features=bn.num_features, eps=bn.eps)
+    return BatchNormState.from_arrays(**arrays, num_features=bn.num_features, eps=bn.eps, check=False)
 
 
 def _rest(bn: _BatchNorm, ndim: int) -> nn.Module:

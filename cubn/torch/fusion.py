@@ -112,7 +112,8 @@ def unfuse(model: nn.Module) -> None:
     """Undo it."""
     for module in list(model.modules()):
         take_forward_back(module)
-        vars(module)["_modules"].update(vars(module).pop("_replaced", {}))
+        for name, relu in vars(module).pop("_replaced", {}).items():
+            module._modules[name] = relu.train(module.get_submodule(name).training)
         if (cls := vars(module).pop("_unfused", None)) is not None:
             module.__class__ = cls
 
@@ -223,8 +224,9 @@ def _fuse(caller: nn.Module, found: Found, calls: Calls, report: Report) -> None
         for _, pattern in found:
             owner, _, name = str(pattern.relu.target).rpartition(".")
             holder = caller.get_submodule(owner)
-            vars(holder).setdefault("_replaced", {})[name] = holder._modules[name]
-            holder._modules[name] = nn.Identity()
+            relu = holder.get_submodule(name)
+            vars(holder).setdefault("_replaced", {})[name] = relu
+            holder._modules[name] = nn.Identity().train(relu.training)
     for bn, pattern in found:
         fused = _fused(bn)
         assert fused is not None

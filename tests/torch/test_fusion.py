@@ -347,7 +347,10 @@ def test_a_restored_model_is_not_fused():
     before, text, keys = [type(module) for module in model.modules()], repr(model), list(model.state_dict())
     dictionaries = [vars(module).keys() for module in model.modules()]
     expected = results(copy.deepcopy(model), IMAGES)
-    restore(convert(model, fuse=True))
+    convert(model.eval(), fuse=True)
+    assert not any(module.training for module in model.modules())
+    restore(model.train())
+    assert all(module.training for module in model.modules())
     assert [type(module) for module in model.modules()] == before and repr(model) == text
     assert list(model.state_dict()) == keys and [vars(module).keys() for module in model.modules()] == dictionaries
     assert equal(results(model, IMAGES), expected)
