@@ -9,6 +9,13 @@ from torch import fx, nn
 from cubn.errors import message, quoted
 
 
+def can_be_given_forward(module: nn.Module) -> bool:
+    """Whether it is none of those that are taken apart, as containers, or copied in ways of their own."""
+    cls: Any = type(module)
+    copied_as_usual = cls.__reduce__ is object.__reduce__ and not hasattr(cls, "__deepcopy__")
+    return copied_as_usual and cls.forward is not nn.Sequential.forward
+
+
 def give_forward(module: nn.Module, graph: fx.Graph, fixed: dict[str, Any]) -> None:
     """Let a module do what the graph says, as long as the attributes it was traced with stay as they are."""
     take_forward_back(module)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from cubn.errors import reporting_as
 from cubn.torch import _timm, modules
 from cubn.torch._batch_norm import _BatchNorm
-from cubn.torch._forwards import give_forward, take_forward_back
+from cubn.torch._forwards import can_be_given_forward, give_forward, take_forward_back
 from cubn.torch._report import Report
 from cubn.torch._tracing import Calls, has_hooks
 from cubn.torch.conversion import check_model
@@ -76,7 +76,8 @@ def fuse(model: nn.Module) -> Report:
     -----
     Each forward is traced alone, so what cannot be traced holds back its own part of a model only. A forward from which
     an addition or a function's ReLU is taken away runs as traced: the plain attributes it read (as `self.rate`) must
-    then stay as they are, and are checked at each call. Its module gets a subclass of its own class.
+    then stay as they are, and are checked at each call. Its module gets a subclass of its own class. Not so a
+    Sequential, which is sliced and appended to, or a class that has copies of its own kind.
 
     The bits of float32 and float64 are those of the modules one by one. In 16 bits the sum is rounded once, not twice.
     The residual must have bn(x)'s shape and dtype: no broadcasting.
@@ -98,7 +99,6 @@ def fuse(model: nn.Module) -> Report:
     for path, bn in calls.batch_norms():
         if (fused := _fused(bn, nn.ReLU)) is not None:
             _become(bn, fused[0], path, report)
-            report.left.pop(path, None)
         elif path not in report.left and not any(bn is other for pairs in found.values() for other, _ in pairs):
             report.left[path] = calls.obstacle(bn) or "no forward that can be traced calls it"
     for caller, pairs in found.items():
@@ -212,25 +212,28 @@ def _fused(
 def _fuse(caller: nn.Module, found: Found, calls: Calls, report: Report) -> None:
     """ReLU modules called nowhere else become Identity; for the rest the forward is written anew."""
     idle = [(bn, pattern) for bn, pattern in found if _is_idle(caller, pattern, calls)]
-    if len(idle) < len(found) and type(caller).forward is not nn.Sequential.forward:
+    if len(idle) == len(found) or not can_be_given_forward(caller):
+        why = f"its ReLU cannot be taken out of the forward of a {type(caller).__name__}"
+        report.left |= {calls.paths[bn][0]: why for bn, _ in found}
+        found = idle
+        for _, pattern in found:
+            _replace_relu(caller, str(pattern.relu.target))
+    else:
         graph, fixed = calls.traced[caller]
         _rewrite(graph, [pattern for _, pattern in found])
         give_forward(caller, graph, fixed)
-    else:
-        for bn, _ in found[:]:
-            if bn not in [other for other, _ in idle]:
-                report.left[calls.paths[bn][0]] = "its ReLU module is called in several places"
-        found = idle
-        for _, pattern in found:
-            owner, _, name = str(pattern.relu.target).rpartition(".")
-            holder = caller.get_submodule(owner)
-            relu = holder.get_submodule(name)
-            vars(holder).setdefault("_replaced", {})[name] = relu
-            holder._modules[name] = nn.Identity().train(relu.training)
     for bn, pattern in found:
         fused = _fused(bn)
         assert fused is not None
         _become(bn, fused[pattern.sum is not None], calls.paths[bn][0], report)
+
+
+def _replace_relu(caller: nn.Module, path: str) -> None:
+    owner, _, name = path.rpartition(".")
+    holder = caller.get_submodule(owner)
+    relu = holder.get_submodule(name)
+    vars(holder).setdefault("_replaced", {})[name] = relu
+    holder._modules[name] = nn.Identity().train(relu.training)
 
 
 def _is_idle(caller: nn.Module, pattern: Pattern, calls: Calls) -> bool:
@@ -257,3 +260,4 @@ def _become(bn: nn.Module, cls: type[_BatchNorm], path: str, report: Report) -> 
     vars(bn)["_unfused"] = type(bn)
     bn.__class__ = cls
     report.done[path] = cls.__name__
+    report.left.pop(path, None)

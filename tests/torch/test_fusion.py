@@ -272,7 +272,7 @@ def test_a_relu_module_that_others_call_too_stays():
     relu = nn.ReLU()
     model = nn.Sequential(cubn.torch.BatchNorm2d(3), relu, nn.Conv2d(3, 3, 1), relu)
     plain = copy.deepcopy(model)
-    assert fuse(model).left == {"0": "its ReLU module is called in several places"}
+    assert fuse(model).left == {"0": "its ReLU cannot be taken out of the forward of a Sequential"}
     assert model[1] is model[3] is relu and equal(results(model), results(plain))
 
 
@@ -282,6 +282,14 @@ def test_a_block_that_is_used_twice_is_fused_once():
     plain = copy.deepcopy(model)
     assert fuse(model).done == {"0.bn": "BatchNormReLU2d"}
     assert equal(results(model), results(plain))
+
+
+@pytest.mark.parametrize("forward", [RELUS["module"], RELUS["F.relu"], SUMS["+"]])
+def test_of_a_graph_module_only_modules_are_replaced(forward):
+    model = convert(torch.fx.symbolic_trace(restore(Own(forward))))
+    plain = copy.deepcopy(model)
+    assert bool(fuse(model).done) == (forward is RELUS["module"])
+    assert equal(results(copy.deepcopy(model)), results(plain))
 
 
 def test_sequentials_are_still_sliced():
