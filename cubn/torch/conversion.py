@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from cubn.errors import a_type, message, reporting_as
+from cubn.errors import message, reporting_as
 from cubn.sync import Comm
-from cubn.torch import _timm
+from cubn.torch import _timm, fusion
 from cubn.torch._batch_norm import NARROW, STATISTICS, _BatchNorm
+from cubn.torch._models import at, check_model
 from cubn.torch.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from cubn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from cubn.torch.sync_batch_norm import SyncBatchNorm
@@ -89,9 +89,7 @@ def convert(model: ModelT, *, comm: Comm | None = None, fuse: bool = False) -> M
     for module, cls in found:
         _adopt(module, cls, comm)
     if fuse:
-        from cubn.torch.fusion import fuse as fuse_into
-
-        fuse_into(model)
+        fusion.fuse(model)
     return model
 
 
@@ -118,40 +116,10 @@ def restore(model: ModelT) -> ModelT:
     origins = [
         (module, _origin(path, module)) for path, module in model.named_modules() if isinstance(module, _BatchNorm)
     ]
-    from cubn.torch.fusion import unfuse
-
-    unfuse(model)
+    fusion.unfuse(model)
     for module, cls in origins:
         _release(module, cls)
     return model
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuse what is no model, or holds on to modules that are to change."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(message("model", "be a torch.nn.Module", a_type(model)))
-    for path, module in model.named_modules():
-        for cls, remedy in _wrappers():
-            if isinstance(module, cls):
-                rule = "be a plain module with plain modules in it"
-                raise TypeError(message("model", rule, f"{a_type(module)}{_at(path)}", remedy))
-
-
-def _wrappers() -> list[tuple[type, str]]:
-    """Classes that have read the model already, and what to do instead."""
-    from torch._dynamo import OptimizedModule
-    from torch.nn.parallel import DistributedDataParallel
-
-    wrappers: list[tuple[type, str]] = [
-        (torch.jit.ScriptModule, "Convert the model it was made of, before torch.jit."),
-        (OptimizedModule, "Convert the model before torch.compile: the one in its _orig_mod."),
-        (DistributedDataParallel, "Convert the model before wrapping it: the one in its module."),
-    ]
-    if torch.distributed.is_available():
-        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-        wrappers += [(cls, "Convert the model before sharding it.") for cls in (FSDPModule, FullyShardedDataParallel)]
-    return wrappers
 
 
 def _counterpart(path: str, module: nn.Module) -> type[_BatchNorm]:
@@ -161,7 +129,7 @@ def _counterpart(path: str, module: nn.Module) -> type[_BatchNorm]:
     if ours is None:
         rule = "have batch norms that behave as torch's do"
         remedy = "Put a batch norm of torch.nn, and what it does besides, in its place; or convert the parts around it."
-        raise TypeError(message("model", rule, f"{_named(module)}{_at(path)}", remedy))
+        raise TypeError(message("model", rule, f"{_named(module)}{at(path)}", remedy))
     return ours
 
 
@@ -180,7 +148,7 @@ def _origin(path: str, module: _BatchNorm) -> Any:
         if vars(module).get("_unfused", type(module)) is ours:
             return theirs
     remedy = "Put a batch norm and what it does besides in its place."
-    raise TypeError(message("model", "have batch norms that torch has", f"{_named(module)}{_at(path)}", remedy))
+    raise TypeError(message("model", "have batch norms that torch has", f"{_named(module)}{at(path)}", remedy))
 
 
 def _adopt(module: Any, cls: type[_BatchNorm], comm: Comm | None) -> None:
@@ -210,7 +178,3 @@ def _named(module: nn.Module) -> str:
     return f"a {cls.__module__}.{cls.__qualname__}" + (
         " with a forward of its own" if "forward" in vars(module) else ""
     )
-
-
-def _at(path: str) -> str:
-    return f" at {path}" if path else ""

@@ -16,9 +16,10 @@ from cubn.fold import fold_into
 from cubn.state import BatchNormState
 from cubn.torch import _timm
 from cubn.torch._batch_norm import _BatchNorm as _CubnBatchNorm
+from cubn.torch._models import check_model
 from cubn.torch._report import Report
 from cubn.torch._tracing import Calls, Site
-from cubn.torch.conversion import COUNTERPARTS, check_model
+from cubn.torch.conversion import COUNTERPARTS
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

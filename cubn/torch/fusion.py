@@ -15,9 +15,9 @@ from cubn.errors import reporting_as
 from cubn.torch import _timm, modules
 from cubn.torch._batch_norm import _BatchNorm
 from cubn.torch._forwards import can_be_given_forward, give_forward, take_forward_back
+from cubn.torch._models import check_model
 from cubn.torch._report import Report
 from cubn.torch._tracing import Calls, has_hooks
-from cubn.torch.conversion import check_model
 from cubn.torch.sync_batch_norm import SyncBatchNorm, SyncBatchNormAddReLU, SyncBatchNormReLU
 
 FUSED: dict[type, tuple[type[_BatchNorm], type[_BatchNorm]]] = {

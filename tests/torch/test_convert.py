@@ -200,6 +200,7 @@ def test_a_restored_model_is_what_it_was():
     expected = trained(copy.deepcopy(model))
     restore(convert(model))
     assert classes(model) == before and held(model) == objects and repr(model) == text
+    assert not any(path.endswith("skipped") for path, _ in model.named_buffers())
     assert list(model.state_dict()) == keys and vars(model.bn1).keys() == vars(nn.BatchNorm2d(8)).keys()
     assert equal(trained(model), expected)
 
