@@ -22,7 +22,7 @@ from cubn.sync import communicator
 from cubn.sync.collective import SyncContext, check_sizes
 from cubn.typing import AnyArray, ArrayT, Comm, Like, Sizes, SupportsDLPack
 
-_FORWARDS = _calls.new_store()
+FORWARDS = _calls.new_store()
 
 
 def forward(
@@ -81,7 +81,7 @@ def forward(
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     """
     if relu is False or relu is True:
-        found = _calls.find(_FORWARDS, x, state, mask, residual, out, relu)
+        found = _calls.find(FORWARDS, x, state, mask, residual, out, relu)
         if found is not None:
             call, held, at_x, at_residual, at_mask, at_y = found
             y = out
@@ -109,7 +109,7 @@ def _forward(x: Any, state: BatchNormState, mask: Any, residual: Any, relu: bool
     at_x, at_residual, at_y, _, at_mask = (operand.pointer if operand else 0 for operand in operands)
     prepared(at_x, at_residual, at_y, at_mask, *held.addresses, state.eps)
     call = Call(prepared, None, inputs.x, output.array, (inputs.x, inputs.residual_or_dy), (inputs.mask,))
-    _calls.remember(_FORWARDS, call, inputs, state, None if out is None else output.array, relu)
+    _calls.remember(FORWARDS, call, inputs, state, None if out is None else output.array, relu)
     return output.finish()
 
 
@@ -159,7 +159,7 @@ def forward_frozen(
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     """
     if comm is None and sizes is None and (relu is False or relu is True):
-        found = _calls.find(_FROZEN, x, state, mask, residual, out, relu)
+        found = _calls.find(FROZEN, x, state, mask, residual, out, relu)
         if found is not None:
             call, held, at_x, at_residual, at_mask, at_y = found
             y = out
@@ -209,12 +209,12 @@ def _forward_frozen(
     forward = _frozen(layouts, prepared, held, state.eps, addresses, read, masked, overwritten)
     call = Call(prepared, layouts, inputs.x, output.array, (inputs.x, inputs.residual_or_dy), (inputs.mask,))
     given = None if out is None else output.array
-    _calls.remember(_FROZEN, call, inputs, state, given, relu)
+    _calls.remember(FROZEN, call, inputs, state, given, relu)
     y = output.finish()
     return y, Saved._of(forward._replace(context=context))
 
 
-_FROZEN = _calls.new_store()
+FROZEN = _calls.new_store()
 
 
 def _frozen(

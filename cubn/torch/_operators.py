@@ -1,7 +1,10 @@
 """PyTorch operators: what compilers, transforms and dispatch modes see of batch norm.
 
 None is differentiable by itself, see `_autograd`. What is absent among the outputs is an empty tensor. `comm` is a
-number of `_communicators`, 0 without one; then `order` is None. See `_tensors` for what a backward is given.
+number of `_communicators`, 0 without one; then `order` is None. See `_kept` for what a backward is given.
+
+Compiled graphs lie on disk, and know an operator by its name and arguments. One that is to return something else needs
+a new name.
 """
 
 from __future__ import annotations
@@ -13,19 +16,20 @@ import torch
 from torch import Tensor
 
 import cubn
-from cubn.torch import _communicators, _fakes, _passes, _tensors
+from cubn.torch import _communicators, _fakes, _kept, _passes
+from cubn.torch._kept import Kind
 from cubn.torch._passes import Counters
-from cubn.torch._tensors import Kind
 from cubn.torch._vmap import one_by_one
 
 OfForward = tuple[Tensor, Tensor, Tensor, Tensor]
 """y, statistics, bits, exchange."""
 
-LIBRARY = torch.library.Library("cubn", "DEF")
+LIBRARY: Any = torch.library.Library("cubn", "DEF")  # type: ignore[no-untyped-call]
 
 _X = "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask"
 _LEFT = "Tensor y, Tensor statistics, Tensor bits, Tensor exchange"
 _GIVEN = "Tensor x, Tensor? mask, Tensor statistics, Tensor bits, Tensor exchange"
+_ORDER = "Tensor(a!)? order"
 _KIND = "ScalarType? gamma, ScalarType? beta, bool residual, bool relu, bool frozen, int comm"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
@@ -72,7 +76,7 @@ def batch_norm_train(
     if num_batches_tracked is not None and skipped is not None:
         counters = Counters(num_batches_tracked, skipped)
     vectors = weight, bias, running_mean, running_var
-    return _with_tensors(
+    return _with_kept(
         x, residual, mask, _passes.train, vectors, counters, momentum=momentum, eps=eps, relu=relu, comm=comm
     )
 
@@ -91,10 +95,10 @@ def batch_norm_frozen(
     comm: int,
 ) -> OfForward:
     vectors = weight, bias, running_mean, running_var
-    return _with_tensors(x, residual, mask, _passes.frozen, vectors, eps=eps, relu=relu, comm=comm)
+    return _with_kept(x, residual, mask, _passes.frozen, vectors, eps=eps, relu=relu, comm=comm)
 
 
-def _with_tensors(
+def _with_kept(
     x: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
@@ -107,10 +111,10 @@ def _with_tensors(
     """A pass, and what it leaves as tensors."""
     x = x.detach()
     if residual is not None and relu:
-        x, residual = _tensors.plain(x, residual.detach())
+        x, residual = _kept.plain(x, residual.detach())
     group = _communicators.of(comm) if comm else None
     y, left, relu_mask = run(x, *arguments, mask=mask, residual=residual, relu=relu, comm=group, **options)
-    return y, *_tensors.to_tensors(x, mask, left, relu_mask)
+    return y, *_kept.to_tensors(x, mask, left, relu_mask)
 
 
 @_defined(f"{_X}, Tensor running_mean, Tensor running_var, float eps, bool relu", "Tensor y", _fakes.inference)
@@ -131,7 +135,7 @@ def batch_norm_inference(
 
 
 @_defined(
-    f"Tensor dy, {_GIVEN}, Tensor(a!)? order, {_KIND}",
+    f"Tensor dy, {_GIVEN}, {_ORDER}, {_KIND}",
     "Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual",
     _fakes.backward,
 )
@@ -151,12 +155,12 @@ def batch_norm_backward(
     comm: int,
 ) -> tuple[Tensor, ...]:
     x, kind = x.detach(), Kind(gamma, beta, residual, relu, frozen)
-    left, relu_mask = _tensors.from_tensors(x, mask, (statistics.detach(), bits, exchange), kind, comm)
+    left, relu_mask = _kept.from_tensors(x, mask, (statistics.detach(), bits, exchange), kind, comm)
     return _present(_passes.backward(dy, x, mask, left, relu_mask), x)
 
 
 @_defined(
-    f"Tensor? ddx, Tensor? ddgamma, Tensor? ddbeta, Tensor? ddresidual, Tensor dy, {_GIVEN}, Tensor(a!)? order, {_KIND}",
+    f"Tensor? ddx, Tensor? ddgamma, Tensor? ddbeta, Tensor? ddresidual, Tensor dy, {_GIVEN}, {_ORDER}, {_KIND}",
     "Tensor ddy, Tensor dx, Tensor dgamma",
     _fakes.double_backward,
 )
@@ -180,7 +184,7 @@ def batch_norm_double_backward(
     comm: int,
 ) -> tuple[Tensor, ...]:
     x, kind = x.detach(), Kind(gamma, beta, residual, relu, frozen)
-    left, relu_mask = _tensors.from_tensors(x, mask, (statistics.detach(), bits, exchange), kind, comm)
+    left, relu_mask = _kept.from_tensors(x, mask, (statistics.detach(), bits, exchange), kind, comm)
     saved = _passes.saved(x, mask, left, relu_mask)
     of_x, of_gamma, of_beta, of_residual = (
         None if a is None else a.detach() for a in (ddx, ddgamma, ddbeta, ddresidual)

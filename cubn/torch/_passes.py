@@ -1,38 +1,39 @@
 """Batch norm's passes on tensors: from tensors to a backend, and from what a forward left to its backward.
 
 Nothing here is differentiable, and nothing belongs to a module. The first call with tensors of given layouts goes
-through the operations of `cubn`, with every check; later ones go straight to what that prepared.
+through the operations of `cubn`, with every check. What that prepared is kept under a key that native code reads off
+the tensors, and later calls go straight to it.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cubn import _arrays, _calls
-from cubn._arrays import Array
+from cubn import _calls
 from cubn._arrays.library import ALIGNMENT
 from cubn._calls import Call
-from cubn._inputs import Inputs, bind
+from cubn._differentiation import BACKWARDS
+from cubn._kept import Store
 from cubn._state.arrays import ARRAYS, StateArrays, checked_arrays
 from cubn._state.holding import Counted
-from cubn._training import Training
-from cubn._types import ITEMSIZE, Affine, NormalizeOptions, Running, Statistics, Vector
+from cubn._training import TRAININGS
+from cubn._types import Affine, Running, Statistics
 from cubn._types import Counters as Addresses
+from cubn.backends import threads
 from cubn.backends.protocol import ReluMask
 from cubn.backward import backward as core_backward
-from cubn.forward import forward, forward_frozen
+from cubn.forward import FORWARDS, FROZEN, forward, forward_frozen
 from cubn.forward_train import forward_train
 from cubn.gradients import Gradients
 from cubn.saved import Forward, Layouts, Read, Saved
 from cubn.state import BatchNormState
 from cubn.sync import Comm
 from cubn.sync.collective import SyncContext
+from cubn.torch._tensors import Found, read
 
 increment_version = torch.autograd.graph.increment_version
 
@@ -74,26 +75,17 @@ def train(
     comm: Comm | None = None,
 ) -> Result:
     """Normalise by the batch's statistics; update the running ones, where there are any, and their counters."""
-    x, vectors, residual = _detached(x, vectors, residual)
-    tracked, skipped = _per_channel(counters, vectors[2], momentum)
-    at_counters = Addresses(tracked.data_ptr(), skipped.data_ptr())
-    found = None
-    if comm is None:
-        found = _calls.look_up(_TRAININGS, (x, *vectors, mask, residual), relu)
-    result = found and _train_again(*found, x, mask, at_counters, momentum, eps)
+    key, found = _look_up(_TRAININGS, x, vectors, mask, residual, relu, comm)
+    tracked = _tracked(counters, momentum)
+    result = found and _train_again(*found, x, counters, tracked, mask, momentum, eps)
     if result is None:
-        state = new_state(x, vectors, eps, momentum)
-        if state._counters is not None:
-            state._counters = Counted(tracked, skipped, state._counters.device, at_counters)
-        if comm is None:
-            result = _train(Training(x, state, mask, residual, relu, True, None))
-        else:
-            y, saved = forward_train(x, state, mask=mask, residual=residual, relu=relu, comm=comm)
-            result = y, *_left(saved)
-    elif vectors[2] is not None:
-        increment_version([vector for vector in vectors[2:] if vector is not None])
-    if counters:
-        _count(counters, tracked, momentum)
+        result = _train(key, x, vectors, counters, tracked, momentum, eps, mask, residual, relu, comm)
+    elif (mean := vectors[2]) is not None and (var := vectors[3]) is not None:
+        increment_version((mean, var) if counters is None or tracked is not None else (mean, var, counters.skipped))
+    if counters is not None:
+        counters.num_batches_tracked.add_(1)
+        if tracked is not None:  # where an average began anew, the batches before it count as skipped
+            counters.skipped.add_(counters.num_batches_tracked - tracked)
     return result
 
 
@@ -108,20 +100,14 @@ def frozen(
     comm: Comm | None = None,
 ) -> Result:
     """Normalise by the running statistics, with a backward."""
-    x, vectors, residual = _detached(x, vectors, residual)
-    if comm is None:
-        found = _calls.look_up(_FROZEN, (x, *vectors, mask, residual), relu)
-        result = found and _frozen_again(*found, x, eps)
-        if result is not None:
-            return result
-    y, saved = forward_frozen(x, new_state(x, vectors, eps), mask=mask, residual=residual, relu=relu, comm=comm)
+    key, found = _look_up(_FROZEN, x, vectors, mask, residual, relu, comm)
+    result = found and _frozen_again(*found, x, eps)
+    if result is not None:
+        return result
+    x, state, residual = x.detach(), new_state(x, vectors, eps), _detached(residual)
+    y, saved = forward_frozen(x, state, mask=mask, residual=residual, relu=relu, comm=comm)
     left, relu_mask = _left(saved)
-    inputs = bind(x, new_state(x, vectors, eps), mask, residual)
-    options = NormalizeOptions(residual is not None, relu, keep_mask=left.layouts.relu == "mask")
-    copies = Affine(*(vector and Vector(0, "float64", 1) for vector in inputs.held.affine))
-    operands = inputs.operands(_described(y))
-    prepared = inputs.backend.prepare_normalize(inputs.extents, operands, copies, options)
-    _remember(_FROZEN, prepared, left._replace(statistics=_NONE), inputs, y, relu)
+    _keep(_FROZEN, key, FROZEN, left, x, state, mask, residual, relu)
     return y, left, relu_mask
 
 
@@ -135,153 +121,262 @@ def inference(
     relu: bool = False,
 ) -> Tensor:
     """Normalise by the running statistics."""
-    x, vectors, residual = _detached(x, vectors, residual)
-    found = _calls.look_up(_FORWARDS, (x, *vectors, mask, residual), relu)
+    key, found = _look_up(_INFERENCES, x, vectors, mask, residual, relu)
+    y: Tensor
     if found is not None and 0 < eps < math.inf:
-        call, (at_x, gamma, beta, mean, var, at_mask, at_residual) = found
-        y: Tensor
-        y, at_y = call.allocate(x)
-        if at_y % ALIGNMENT == call.alignment:
-            call.prepared(at_x, at_residual, at_y, at_mask, gamma, beta, mean, var, eps)
+        known, (_, at_x, gamma, beta, mean, var, at_mask, at_residual) = found
+        y, at_y = known.call.allocate(x)
+        if at_y % ALIGNMENT == known.call.alignment:
+            known.call.prepared(at_x, at_residual, at_y, at_mask, gamma, beta, mean, var, eps)
             return y
-    state = new_state(x, vectors, eps)
+    x, state, residual = x.detach(), new_state(x, vectors, eps), _detached(residual)
     y = forward(x, state, mask=mask, residual=residual, relu=relu)
-    inputs = bind(x, state, mask, residual)
-    if inputs.held.running:
-        options = NormalizeOptions(residual is not None, relu)
-        operands = inputs.operands(_described(y))
-        prepared = inputs.backend.prepare_forward(
-            inputs.extents, operands, inputs.held.affine, inputs.held.running, options
-        )
-        _remember(_FORWARDS, prepared, None, inputs, y, relu)
+    _keep(_INFERENCES, key, FORWARDS, None, x, state, mask, residual, relu)
     return y
 
 
 def backward(dy: Tensor, x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask | None) -> Gradients[Tensor]:
-    """dx, dgamma, dbeta and dresidual."""
-    return core_backward(dy.detach(), saved(x, mask, left, relu_mask))
+    """dx, dgamma, dbeta and dresidual, of this rank alone where there are several."""
+    layouts, held, _, is_frozen, context = left
+    key = None
+    if context is None and (found := read(dy, x, mask)) is not None and not (dy.is_neg() or x.is_neg()):
+        words = None if relu_mask is None else relu_mask.layout
+        key = found[0], layouts, held.layout, words, is_frozen, threads.limit
+        known = _BACKWARDS.get(key)
+        gradients = known and _backward_again(known.call, found, dy, left, relu_mask)
+        if gradients is not None:
+            return gradients
+    dy = dy.detach()
+    gradients = core_backward(dy, saved(x, mask, left, relu_mask))
+    if key is not None and (described := _calls.signature(dy)) is not None:
+        call = BACKWARDS.get((layouts, held.layout, words, described[0], None, is_frozen, threads.limit))
+        if call is not None:
+            _BACKWARDS.add(key, Known(call, None, (), None))
+    return gradients
 
 
 def saved(x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask | None) -> Saved[Tensor]:
     """What the core's backward reads: that a tensor did not change meanwhile is autograd's business."""
     layouts, held, statistics, is_frozen, context = left
     x = x.detach()
-    return Saved._of(
-        Forward(
-            layouts,
-            Read(x, x.data_ptr(), _version(x), None),
-            None if mask is None else Read(mask, mask.data_ptr(), _version(mask), None),
-            held,
-            statistics,
-            relu_mask,
-            is_frozen,
-            False,
-            context,
-        )
-    )
+    of_mask = None if mask is None else Read(mask, mask.data_ptr(), _version(mask), None)
+    of_x = Read(x, x.data_ptr(), _version(x), None)
+    return Saved._of(Forward(layouts, of_x, of_mask, held, statistics, relu_mask, is_frozen, False, context))
 
 
 # --- calls that were made before --------------------------------------------------------------------------------------
 
-_NONE = Statistics(None, 0, 0, False, False)  # those of a call that is kept
 
-_TRAININGS, _FROZEN, _FORWARDS = _calls.new_store(), _calls.new_store(), _calls.new_store()
+class Known(NamedTuple):
+    """A call for tensors of given layouts."""
+
+    call: Call[Any, Any]
+    left: Left | None
+    """What it leaves, but for the statistics."""
+    sizes: tuple[int, ...]
+    """Bytes of the vectors."""
+    uncounted: Uncounted | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.call.nbytes
 
 
-def _train(training: Training) -> Result:
+_TRAININGS: Store[Known] = _calls.new_store()
+_FROZEN: Store[Known] = _calls.new_store()
+_INFERENCES: Store[Known] = _calls.new_store()
+_BACKWARDS: Store[Known] = _calls.new_store()
+
+_NO_STATISTICS = Statistics(None, 0, 0, False, False)
+
+
+def _look_up(
+    store: Store[Known],
+    x: Tensor,
+    vectors: Vectors,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    comm: Comm | None = None,
+) -> tuple[Any, tuple[Known, Found] | None]:
+    """The key of such tensors, and the call that was made before with such, and where they are."""
+    if comm is not None:
+        return None, None
+    found = read(x, *vectors, mask, residual)
+    if found is None or x.is_neg() or (residual is not None and residual.is_neg()):
+        return None, None
+    key = found[0], relu, threads.limit
+    known = store.get(key)
+    return key, None if known is None else (known, found)
+
+
+def _keep(
+    store: Store[Known],
+    key: Any,
+    of_core: Store[Any],
+    left: Left | None,
+    x: Tensor,
+    state: BatchNormState,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    *options: bool,
+) -> None:
+    """Keep what the core kept of a call, under the key of its tensors."""
+    found = None if key is None else _calls.find(of_core, x, state, mask, residual, None, *options)
+    if found is None:
+        return
+    call, held, *_ = found
+    arrays = [held.arrays.get(name) for name in ARRAYS]
+    if all(array is None or (array.strides == (1,) and not array.owner.is_neg()) for array in arrays):
+        sizes = tuple(array.owner.nbytes if array else 0 for array in arrays)
+        mean = state.running_mean if left and not left.frozen else None
+        uncounted = None if mean is None else _new_uncounted(mean)
+        store.add(key, Known(call, left and left._replace(statistics=_NO_STATISTICS), sizes, uncounted))
+
+
+def _train(
+    key: Any,
+    x: Tensor,
+    vectors: Vectors,
+    counters: Counters | None,
+    tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    comm: Comm | None,
+) -> Result:
     """With every check."""
-    training.check_count()
-    y, saved = training.run()
+    state = new_state(x, vectors, eps, momentum)
+    if (mean := vectors[2]) is not None:
+        device = state._current().device
+        assert device
+        tracked, skipped = _or_uncounted(tracked, counters, _new_uncounted(mean))
+        state._counters = Counted(tracked, skipped, device, Addresses(tracked.data_ptr(), skipped.data_ptr()))
+    x, residual = x.detach(), _detached(residual)
+    y, saved = forward_train(x, state, mask=mask, residual=residual, relu=relu, comm=comm)
     left, relu_mask = _left(saved)
-    inputs, options = training.inputs, training.options
-    if training.values is not None:
-        held, (N, _, S) = inputs.held, inputs.extents
-        prepared = inputs.backend.prepare_train(
-            inputs.extents, training.operands, held.affine, held.running if training.updates else None, False, options
-        )
-        each = N * S // max(1, math.prod(inputs.mask.shape)) if inputs.mask else N * S
-        sizes = [a.shape[0] * ITEMSIZE[a.dtype] if (a := held.arrays.get(name)) else 0 for name in ARRAYS]
-        _remember(_TRAININGS, prepared, (left._replace(statistics=_NONE), each, sizes), inputs, y, options.relu)
+    _keep(_TRAININGS, key, TRAININGS, left, x, state, mask, residual, relu, True)
+    if counters is not None and momentum is not None:  # else they are added to, and the state knows no version
+        increment_version((counters.skipped,))
     return y, left, relu_mask
 
 
 def _train_again(
-    call: Call[Any, Any],
-    at: list[int],
+    known: Known,
+    found: Found,
     x: Tensor,
+    counters: Counters | None,
+    tracked: Tensor | None,
     mask: Tensor | None,
-    counters: Addresses,
     momentum: float | None,
     eps: float,
 ) -> Result | None:
     """None where something is in the way."""
-    at_x, gamma, beta, mean, var, at_mask, at_residual = at
-    left, values, sizes = call.facts
-    if mask is not None and call.library.count(mask) * values < 2:
+    (call, left, sizes, uncounted), (_, at_x, gamma, beta, mean, var, at_mask, at_residual) = known, found
+    if mask is not None and call.library.count(mask) * call.facts.values < 2:
         return None
     if not 0 < eps < math.inf or (momentum is not None and not 0 <= momentum <= 1):
         return None
-    if not _apart(sizes, at[1:5]):
-        return None
+    at_tracked = at_skipped = 0
+    if uncounted is not None:
+        if not _apart(sizes, (gamma, beta, mean, var)):
+            return None
+        tracked, skipped = _or_uncounted(tracked, counters, uncounted)
+        at_tracked, at_skipped = tracked.data_ptr(), skipped.data_ptr()
     y, at_y = call.allocate(x)
     if at_y % ALIGNMENT != call.alignment:
         return None
-    statistics, relu_mask = call.prepared(
-        at_x, at_residual, at_y, at_mask, gamma, beta, eps, mean, var, mean, var, *counters, momentum
-    )
-    return y, left._replace(statistics=statistics), relu_mask
+    at = at_x, at_residual, at_y, at_mask, gamma, beta
+    statistics, relu_mask = call.prepared(*at, eps, mean, var, mean, var, at_tracked, at_skipped, momentum)
+    assert left
+    layouts, held, _, is_frozen, context = left
+    return y, Left(layouts, held, statistics, is_frozen, context), relu_mask
 
 
-def _frozen_again(call: Call[Any, Any], at: list[int], x: Tensor, eps: float) -> Result | None:
+def _frozen_again(known: Known, found: Found, x: Tensor, eps: float) -> Result | None:
     """None where something is in the way."""
-    at_x, gamma, beta, mean, var, at_mask, at_residual = at
+    (call, left, *_), (_, at_x, gamma, beta, mean, var, at_mask, at_residual) = known, found
     y, at_y = call.allocate(x)
     if at_y % ALIGNMENT != call.alignment or not 0 < eps < math.inf:
         return None
-    left = call.facts
-    backend, affine, running = left.layouts.backend, left.held.affine, left.held.running
-    affine = Affine(*(vector and vector._replace(pointer=p) for vector, p in zip(affine, (gamma, beta), strict=True)))
-    running = Running(*(vector._replace(pointer=p) for vector, p in zip(running, (mean, var), strict=True)))
-    statistics = backend.new_statistics(left.layouts.extents.C, affine)
-    backend.keep(affine, statistics)
-    backend.frozen_statistics(running, eps, statistics)
+    assert left
+    assert left.held.running
+    place = left.layouts.backend
+    affine = Affine(*(v and v._replace(pointer=p) for v, p in zip(left.held.affine, (gamma, beta), strict=True)))
+    running = Running(*(v._replace(pointer=p) for v, p in zip(left.held.running, (mean, var), strict=True)))
+    statistics = place.new_statistics(left.layouts.extents.C, affine)
+    place.keep(affine, statistics)
+    place.frozen_statistics(running, eps, statistics)
     copies = (vector.pointer if vector else 0 for vector in statistics.affine)
     relu_mask = call.prepared(at_x, at_residual, at_y, at_mask, statistics, *copies)
     return y, left._replace(statistics=statistics), relu_mask
 
 
-def _remember(store: Any, prepared: Any, facts: Any, inputs: Inputs, y: Tensor, relu: bool) -> None:
-    """For tensors of the same layouts."""
-    vectors = [inputs.held.arrays.get(name) for name in ARRAYS]
-    if all(vector is None or vector.strides == (1,) for vector in vectors):
-        call: Call[Any, Any] = Call(prepared, facts, inputs.x, _described(y))
-        _calls.add(store, call, (inputs.x, *vectors, inputs.mask, inputs.residual_or_dy), relu)
+def _backward_again(
+    call: Call[Any, Any], found: Found, dy: Tensor, left: Left, relu_mask: ReluMask | None
+) -> Gradients[Tensor] | None:
+    """None where something is in the way."""
+    _, at_dy, at_x, at_mask = found
+    facts, statistics = call.facts, left.statistics
+    dx, at_dx = call.allocate(dy)
+    if at_dx % ALIGNMENT != call.alignment:
+        return None
+    dresidual = dgamma = dbeta = None
+    at_dresidual = at_dgamma = at_dbeta = 0
+    if facts.dresidual is not None:
+        allocate, alignment = facts.dresidual
+        dresidual, at_dresidual = allocate(dy)
+        if at_dresidual % ALIGNMENT != alignment:
+            return None
+    if facts.dgamma is not None:
+        dgamma, at_dgamma = facts.dgamma[1](dy)
+        dbeta, at_dbeta = facts.dbeta[1](dy)
+    call.prepared(at_x, at_dy, at_dx, at_dresidual, at_mask, statistics, relu_mask, at_dgamma, at_dbeta)
+    return Gradients(dx, dgamma if statistics.gamma else None, dbeta if statistics.beta else None, dresidual)
 
 
-def _apart(sizes: Sequence[int], at: Sequence[int]) -> bool:
-    """Whether the running statistics share no memory with each other, gamma or beta."""
-    return all(
-        a + n <= b or b + m <= a
-        for (a, n), (b, m) in itertools.combinations(zip(at, sizes, strict=True), 2)
-        if n and m and not (a == at[0] and b == at[1])
+def _apart(sizes: tuple[int, ...], at: tuple[int, ...]) -> bool:
+    """Whether the running statistics share no memory with each other, weight or bias."""
+    gamma, beta, mean, var = at
+    of_gamma, of_beta, size, _ = sizes
+    return not (
+        -size < var - mean < size
+        or -of_gamma < gamma - mean < size
+        or -of_gamma < gamma - var < size
+        or -of_beta < beta - mean < size
+        or -of_beta < beta - var < size
+    )
+
+
+# --- counters ---------------------------------------------------------------------------------------------------------
+
+Uncounted = tuple[Tensor, Tensor]
+"""Room for counters that nobody reads."""
+
+
+def _new_uncounted(mean: Tensor) -> Uncounted:
+    tracked, skipped = torch.zeros(2, len(mean), dtype=torch.int64, device=mean.device)
+    return tracked, skipped
+
+
+def _tracked(counters: Counters | None, momentum: float | None) -> Tensor | None:
+    """How many batches each channel has seen, where a weight depends on it."""
+    if momentum is not None or counters is None:
+        return None
+    return counters.num_batches_tracked.expand(len(counters.skipped)).contiguous()
+
+
+def _or_uncounted(tracked: Tensor | None, counters: Counters | None, uncounted: Uncounted) -> Uncounted:
+    """The counters that kernels write."""
+    return (
+        uncounted[0] if tracked is None else tracked,
+        uncounted[1] if counters is None else counters.skipped,
     )
 
 
 # --- from tensors, and to them ----------------------------------------------------------------------------------------
-
-
-def _detached(x: Tensor, vectors: Vectors, residual: Tensor | None) -> tuple[Tensor, Vectors, Tensor | None]:
-    weight, bias, mean, var = vectors
-    return (
-        x.detach(),
-        (
-            None if weight is None else weight.detach(),
-            None if bias is None else bias.detach(),
-            mean,
-            var,
-        ),
-        None if residual is None else residual.detach(),
-    )
 
 
 def new_state(x: Tensor, vectors: Vectors, eps: float, momentum: float | None = 0.1) -> BatchNormState:
@@ -306,35 +401,9 @@ def without_memory(held: StateArrays) -> StateArrays:
     )
 
 
-def _described(y: Tensor) -> Array:
-    return _arrays.describe(y, "y")
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
 
 
 def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
-
-
-def _per_channel(counters: Counters | None, mean: Tensor | None, momentum: float | None) -> tuple[Tensor, Tensor]:
-    """Counters of each channel, for kernels: what they were, where a weight depends on it."""
-    if mean is None:
-        return _NOTHING, _NOTHING
-    if counters is None:
-        return torch.zeros_like(mean, dtype=torch.int64), torch.zeros_like(mean, dtype=torch.int64)
-    tracked, skipped = counters
-    if momentum is None:
-        return tracked.expand(len(skipped)).contiguous(), skipped
-    return torch.zeros_like(skipped), skipped
-
-
-def _count(counters: Counters, tracked: Tensor, momentum: float | None) -> None:
-    """One more update. Where an average began anew, the batches before it count as skipped: the average is of
-    num_batches_tracked - skipped.
-    """
-    counters.num_batches_tracked.add_(1)
-    if momentum is None:
-        counters.skipped.add_(counters.num_batches_tracked - tracked)
-    else:
-        increment_version((counters.skipped,))
-
-
-_NOTHING = torch.empty(0, dtype=torch.int64)

@@ -16,7 +16,7 @@ def as_tensor(relu_mask: ReluMask | None) -> tuple[Tensor | None, Any]:
     if relu_mask is None:
         return None, None
     memory = relu_mask[0]
-    if isinstance(memory, np.ndarray):  # whose uint16 torch hardly knows
+    if memory.dtype == np.uint16:  # which torch hardly knows
         memory = memory.view(np.int16)
     return _backend_arrays.as_tensor(memory), (type(relu_mask), relu_mask[2])
 

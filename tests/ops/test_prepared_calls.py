@@ -136,7 +136,7 @@ def test_twenty_thousand_shapes_take_bounded_memory():
 def test_the_oldest_calls_make_way(monkeypatch):
     store = _calls.new_store()
     monkeypatch.setattr(store, "_most", 10 * ENTRY)
-    monkeypatch.setattr(sys.modules["cubn.forward"], "_FORWARDS", store)
+    monkeypatch.setattr(sys.modules["cubn.forward"], "FORWARDS", store)
     state, x = cubn.BatchNormState(3), np.ones((2, 3, 99), np.float32)
     kept = x[:, :, :1]
     for S in range(1, 99):

@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-import cubn.torch  # noqa: E402, defines the operators
 from torch._subclasses import FakeTensorMode  # noqa: E402
 
-ops = torch.ops.cubn
+from cubn.torch import _operators as ops  # noqa: E402
+from cubn.torch import _passes  # noqa: E402
+
 CASES = {
     "plain": dict(),
     "masked": dict(masked=True),
@@ -66,8 +67,14 @@ def backward_arguments(case, frozen=False):
     return [torch.cos(y), x, mask, *left, None, *dtypes, residual is not None, forward[-2], frozen, 0]
 
 
+def double_backward_arguments(case, frozen=False):
+    backward = backward_arguments(case, frozen)
+    dx, dgamma, dbeta, dresidual = (d if d.numel() else None for d in ops.batch_norm_backward(*backward))
+    return [torch.sin(dx), dgamma, dbeta, dresidual, *backward]
+
+
 def check(operator, given):
-    torch.library.opcheck(operator.default, given)
+    torch.library.opcheck(operator, given)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -89,6 +96,11 @@ def test_torch_finds_nothing_wrong_with_the_backward(case):
 
 def test_torch_finds_nothing_wrong_with_the_frozen_backward():
     check(ops.batch_norm_backward, backward_arguments(CASES["2-D residual relu"], frozen=True))
+
+
+@pytest.mark.parametrize("case", ["no parameters, cumulative", "channels_last residual relu"])
+def test_torch_finds_nothing_wrong_with_the_double_backward(case):
+    check(ops.batch_norm_double_backward, double_backward_arguments(CASES[case]))
 
 
 LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced"]
@@ -121,7 +133,7 @@ def check_fake(operator, given, dynamic):
     assert facts(fake) == facts(real)
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(any_case(), st.booleans())
 def test_fakes_know_every_shape_stride_and_type(case, dynamic):
     check_fake(ops.batch_norm_train, arguments(**case), dynamic)
@@ -130,6 +142,7 @@ def test_fakes_know_every_shape_stride_and_type(case, dynamic):
     check_fake(ops.batch_norm_inference, frozen[:-1], dynamic)
     check_fake(ops.batch_norm_backward, backward_arguments(case), dynamic)
     check_fake(ops.batch_norm_backward, backward_arguments(case, frozen=True), dynamic)
+    check_fake(ops.batch_norm_double_backward, double_backward_arguments(case), dynamic)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -157,3 +170,24 @@ def test_a_residual_of_another_layout_changes_no_bit():
             ),
         ]
     assert all(torch.equal(a, b) for a, b in zip(alike, another, strict=True))
+
+
+@pytest.mark.parametrize("case", ["masked", "2-D residual relu", "channels_last residual relu"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operators_have_the_bits_of_eager(backend, case, frozen):
+    x, gamma, beta, residual, mask, *rest = frozen_arguments(CASES[case]) if frozen else arguments(**CASES[case])
+    *running, eps, relu, _ = rest
+    vectors = gamma, beta, *running[:2]
+    options = dict(eps=eps, mask=mask, residual=residual, relu=relu)
+    for _ in range(2):
+        if frozen:
+            expected, left, relu_mask = _passes.frozen(x, vectors, **options)
+        else:
+            expected, left, relu_mask = _passes.train(x, (*vectors[:2], None, None), **options)
+        dy, *given = backward_arguments(CASES[case], frozen)
+        y = (ops.batch_norm_frozen if frozen else ops.batch_norm_train)(x, gamma, beta, residual, mask, *rest)[0]
+        assert torch.equal(y, expected)
+        for found, wanted in zip(
+            ops.batch_norm_backward(dy, *given), _passes.backward(dy, x, mask, left, relu_mask), strict=True
+        ):
+            assert found.numel() == 0 if wanted is None else torch.equal(found, wanted)

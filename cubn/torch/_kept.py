@@ -1,0 +1,148 @@
+"""What a forward leaves for its backward, as tensors alone: what operators return, and are given again."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cubn import _calls
+from cubn._arrays.library import ALIGNMENT
+from cubn._inputs import bind, relu_gradient
+from cubn._kept import Store
+from cubn._layout import output_strides
+from cubn._state.arrays import StateArrays
+from cubn._types import ROWS, Statistics
+from cubn.backends import threads
+from cubn.backends.protocol import ReluMask
+from cubn.saved import Layouts
+from cubn.sync.collective import SyncContext
+from cubn.torch import _backend_arrays, _communicators, _passes, _relu_mask, _tensors
+from cubn.torch._passes import Left
+
+Kept = tuple[Tensor, Tensor, Tensor]
+"""`statistics`, the float64 block of `cubn._types.Statistics`; `bits`, the relu mask as int16 numbers, `words` of them
+or none; `exchange`, the number of the forward's exchange, an int64 scalar on the host, or nothing.
+"""
+
+
+class Kind(NamedTuple):
+    """Of a forward, as far as its backward has to know."""
+
+    gamma: torch.dtype | None
+    beta: torch.dtype | None
+    residual: bool
+    relu: bool
+    frozen: bool
+
+
+def words(x: Tensor, mask: Tensor | None) -> Any:
+    """Of bits: as many as there may be. Kernels choose between words along channels and along positions by layouts."""
+    N, C = x.shape[:2]
+    S = math.prod(x.shape[2:])
+    along_channels = N * S * -(-C // 16)
+    if x.ndim == 2 and mask is None and x.is_contiguous():
+        return along_channels
+    return torch.sym_max(N * C * -(-S // 16), along_channels)  # type: ignore[no-untyped-call]
+
+
+def plain(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """x and a residual from whose layouts alone it follows how kernels choose: the residual's is that of y, and both
+    begin where vectors can be read. The same values; copies where they have to be.
+    """
+    strides = output_strides(tuple(x.shape), x.stride())
+    if residual.stride() != strides:
+        residual = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(residual)
+    if x.is_cuda:
+        x, residual = (a.clone() if a.data_ptr() % ALIGNMENT else a for a in (x, residual))
+    return x, residual
+
+
+def to_tensors(x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask | None) -> Kept:
+    statistics, context = left.statistics, left.context
+    memory, _, C, gamma, beta = statistics
+    block = _backend_arrays.as_tensor(memory)
+    block.masked_fill_(
+        _unwritten(C, gamma, beta, left.frozen, block.device), 0.0
+    )  # operators are compared by all of it
+    bits, of = _relu_mask.as_tensor(relu_mask)
+    if bits is None:
+        bits = x.new_empty(0, dtype=torch.int16)
+    else:
+        _orders[_order(x, mask, left.frozen)] = of
+        bits = _filled_up(bits, words(x, mask))
+    return block, bits, x.new_empty(0, dtype=torch.int64) if context is None else torch.tensor(context.exchange)
+
+
+def from_tensors(x: Tensor, mask: Tensor | None, kept: Kept, kind: Kind, comm: int) -> tuple[Left, ReluMask | None]:
+    """x and the mask are those of the forward."""
+    block, bits, exchange = kept
+    gamma, beta, residual, relu, frozen = kind
+    found = _tensors.read(x, mask)
+    template = None if found is None else _LEFT.get((found[0], threads.limit, kind))
+    layouts, held, _ = template or _template(x, mask, kind)
+    has_gamma, has_beta = gamma is not None, beta is not None
+    statistics = Statistics(_backend_arrays.from_tensor(block), block.data_ptr(), x.shape[1], has_gamma, has_beta)
+    context = SyncContext(_communicators.of(comm), None, int(exchange)) if comm else None
+    relu_mask = None
+    if residual and relu:
+        relu_mask = _relu_mask.as_relu_mask(bits, _orders[_order(x, mask, frozen)])
+    return Left(layouts, held, statistics, frozen, context), relu_mask
+
+
+@lru_cache(256)
+def _unwritten(C: int, gamma: bool, beta: bool, frozen: bool, device: torch.device) -> Tensor:
+    """Which numbers of the statistics have no meaning."""
+    rows = dict.fromkeys(ROWS, True) | {"m2": not frozen, "gamma": gamma, "beta": beta}
+    unwritten = torch.ones(Statistics.size(C), dtype=torch.bool)
+    unwritten[0] = False
+    for name, is_there in rows.items():
+        begin = Statistics.offset(name, C)
+        unwritten[begin : begin + C] = not is_there
+    return unwritten.to(device)
+
+
+# --- what follows from layouts ----------------------------------------------------------------------------------------
+
+
+class _Template(NamedTuple):
+    """What a forward leaves that follows from layouts."""
+
+    layouts: Layouts
+    held: StateArrays
+    nbytes: int = 0  # besides what is counted for every entry
+
+
+_LEFT: Store[_Template] = _calls.new_store()
+
+
+def _template(x: Tensor, mask: Tensor | None, kind: Kind) -> _Template:
+    """Of a forward with such arguments."""
+    C = x.shape[1]
+    gamma, beta = (None if dtype is None else x.new_empty(C, dtype=dtype) for dtype in (kind.gamma, kind.beta))
+    inputs = bind(x, _passes.new_state(x, (gamma, beta, None, None), 1.0), mask, None)
+    residual = inputs.x if kind.residual else None  # of any
+    layouts = Layouts.of(inputs._replace(residual_or_dy=residual), relu_gradient(kind.relu, kind.residual))
+    template = _Template(layouts, _passes.without_memory(inputs.held))
+    if (found := _tensors.read(x, mask)) is not None:
+        _LEFT.add((found[0], threads.limit, kind), template)
+    return template
+
+
+_orders: dict[tuple[Any, ...], Any] = {}  # how bits are packed: for each layout that there was, as it never changes
+
+
+def _order(x: Tensor, mask: Tensor | None, frozen: bool) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype, x.device, mask is None, frozen
+
+
+def _filled_up(bits: Tensor, words: int) -> Tensor:
+    """Bits, and as much behind them as is missing."""
+    if bits.dtype == torch.int16 and bits.numel() == words:
+        return bits.reshape(-1)
+    filled = bits.new_zeros(words, dtype=torch.int16)
+    filled.view(torch.uint8)[: bits.nbytes].copy_(bits.reshape(-1).view(torch.uint8))
+    return filled
