@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.parameter import is_lazy
 from torch.types import Device
 
@@ -75,8 +76,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         return self._normalize(input, None, mask)
 
     def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        if isinstance(x, Proxy):
+            return self._traced(x, residual, mask)
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
-        mean, var = self.running_mean, self.running_var
+        buffers = self._buffers  # as attributes they take ten times as long
+        mean, var = buffers["running_mean"], buffers["running_var"]
         training = (self.training and not self.frozen) or (mean is None and var is None)
         comm = counters = None
         if training:
@@ -102,7 +106,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """The counters; kernels write them, so those that do not fit the running statistics, which somebody may have
         replaced, are mended.
         """
-        tracked, skipped = self.num_batches_tracked, self.skipped
+        tracked, skipped = self._buffers["num_batches_tracked"], self._buffers["skipped"]
         if tracked is None:
             return None
         if not _counts(tracked, 1, mean):
@@ -112,6 +116,12 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             skipped = self.skipped
             assert skipped is not None
         return Counters(tracked, skipped)
+
+    def _traced(self, x: Proxy, residual: Tensor | None, mask: Tensor | None) -> Any:
+        """In a graph of torch.fx, whose tracers look into all modules but torch's: one call of this module."""
+        tensors = (x, residual) if self._fused_residual else (x,)
+        path = x.tracer.path_of_module(self)  # type: ignore[attr-defined]
+        return x.tracer.create_proxy("call_module", path, tensors if mask is None else (*tensors, mask), {})
 
     def freeze(self) -> Self:
         """Take the running statistics as constants also in training, with gradients through; weight and bias go on

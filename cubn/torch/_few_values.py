@@ -14,10 +14,10 @@ def are_few(x: Tensor) -> bool:
     return x.ndim > 1 and x.numel() <= x.size(1)
 
 
-def train(x: Tensor, vectors: Vectors, counters: Counters | None, residual: Tensor | None, relu: bool) -> Tensor:
+def train(x: Tensor, vectors: Vectors, counters: Counters | None, residual: Tensor | None) -> Tensor:
     """An empty y as torch's is, through which zeros flow back; the update is counted, as one that was skipped.
 
-    Of one value there is no variance: a ValueError.
+    No ReLU would change it. Of one value there is no variance: a ValueError.
     """
     if x.numel():
         remedy = (
@@ -37,4 +37,4 @@ def train(x: Tensor, vectors: Vectors, counters: Counters | None, residual: Tens
     if counters is not None:
         for counter in counters:
             counter.add_(1)
-    return y.relu() if relu else y
+    return y

@@ -40,7 +40,7 @@ def normalize(
     if watched and _export.exporting():
         return _export.batch_norm(x, vectors, training, eps, mask, residual, relu)
     if training and comm is None and _few_values.are_few(x):
-        return _few_values.train(x, vectors, counters, residual, relu)
+        return _few_values.train(x, vectors, counters, residual)
     run = _autograd.batch_norm if watched else _eager.batch_norm
     return run(x, vectors, counters, training, momentum, eps, mask, residual, relu, comm)
 

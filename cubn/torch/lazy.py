@@ -47,18 +47,63 @@ class _LazyBatchNorm(nn.modules.batchnorm._LazyNormBase, _BatchNorm):
 
 
 class LazyBatchNorm1d(_LazyBatchNorm, nn.LazyBatchNorm1d):
-    """A `BatchNorm1d` that counts the channels of its first input."""
+    """A `BatchNorm1d` that counts the channels of its first input, and from then on is one.
+
+    Parameters
+    ----------
+    eps, momentum, affine, track_running_stats, device, dtype, bias, comm
+        As in `BatchNorm2d`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cubn.torch
+    >>> bn = cubn.torch.LazyBatchNorm1d()
+    >>> y = bn(torch.randn(4, 5))
+    >>> type(bn).__name__, bn.num_features
+    ('BatchNorm1d', 5)
+    """
 
     cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(_LazyBatchNorm, nn.LazyBatchNorm2d):
-    """A `BatchNorm2d` that counts the channels of its first input."""
+    """A `BatchNorm2d` that counts the channels of its first input, and from then on is one.
+
+    Parameters
+    ----------
+    eps, momentum, affine, track_running_stats, device, dtype, bias, comm
+        As in `BatchNorm2d`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cubn.torch
+    >>> bn = cubn.torch.LazyBatchNorm2d()
+    >>> y = bn(torch.randn(4, 5, 6, 6))
+    >>> type(bn).__name__, bn.num_features
+    ('BatchNorm2d', 5)
+    """
 
     cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(_LazyBatchNorm, nn.LazyBatchNorm3d):
-    """A `BatchNorm3d` that counts the channels of its first input."""
+    """A `BatchNorm3d` that counts the channels of its first input, and from then on is one.
+
+    Parameters
+    ----------
+    eps, momentum, affine, track_running_stats, device, dtype, bias, comm
+        As in `BatchNorm2d`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import cubn.torch
+    >>> bn = cubn.torch.LazyBatchNorm3d()
+    >>> y = bn(torch.randn(4, 5, 6, 6, 6))
+    >>> type(bn).__name__, bn.num_features
+    ('BatchNorm3d', 5)
+    """
 
     cls_to_become = BatchNorm3d

@@ -114,7 +114,8 @@ def test_ranks_with_one_value_in_all_raise_on_all():
 
 @pytest.mark.parametrize("prepare", [lambda module: module.eval(), lambda module: module.freeze()])
 def test_a_rank_evaluates_alone(prepare):
-    alone = threads.communicators(2)[0]  # whom nobody would answer
+    alone, other = threads.communicators(2)
+    other.end()  # so that asking it is an error
     module = prepare(trained())
     expected = step(module, batch(SHAPE, 3))
     module.comm = alone
@@ -130,6 +131,9 @@ def test_copies_share_the_ranks():
     assert copied[0].comm is copied[1][1].comm is copy.copy(module).comm is comm
     copied[0].comm = None
     assert module.comm is comm
+    lazy = cubn.torch.LazyBatchNorm2d(comm=comm).eval()
+    lazy(batch(SHAPE))
+    assert type(lazy) is cubn.torch.BatchNorm2d and lazy.comm is comm
 
 
 def test_ranks_are_shown_and_not_pickled():
