@@ -276,6 +276,14 @@ def test_a_relu_module_that_others_call_too_stays():
     assert model[1] is model[3] is relu and equal(results(model), results(plain))
 
 
+def test_a_relu_module_of_two_names_stays_one():
+    model = Own(lambda m, x: m.alias(m.bn(x)))
+    model.alias = model.relu
+    plain = copy.deepcopy(model)
+    assert fuse(model).done and model.alias is model.relu and type(model.relu) is nn.ReLU
+    assert equal(results(model), results(plain))
+
+
 def test_a_block_that_is_used_twice_is_fused_once():
     block = Own(RELUS["F.relu"])
     model = nn.Sequential(block, nn.Conv2d(3, 3, 1), block)
