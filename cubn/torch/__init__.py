@@ -1,6 +1,10 @@
 """Batch normalization for PyTorch, bitwise reproducible: modules, a function, and what converts a model."""
 
 from cubn.torch import functional
+from cubn.torch._report import Report
+from cubn.torch.conversion import convert, restore
+from cubn.torch.folding import fold
+from cubn.torch.fusion import fuse
 from cubn.torch.invariance import BatchInvariance, batch_invariance
 from cubn.torch.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from cubn.torch.modules import (
@@ -15,6 +19,7 @@ from cubn.torch.modules import (
     BatchNormReLU3d,
 )
 from cubn.torch.statistics import accumulate, keep_statistics
+from cubn.torch.sync_batch_norm import SyncBatchNorm, SyncBatchNormAddReLU, SyncBatchNormReLU
 
 __all__ = [
     "BatchInvariance",
@@ -30,8 +35,16 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "Report",
+    "SyncBatchNorm",
+    "SyncBatchNormAddReLU",
+    "SyncBatchNormReLU",
     "accumulate",
     "batch_invariance",
+    "convert",
+    "fold",
     "functional",
+    "fuse",
     "keep_statistics",
+    "restore",
 ]

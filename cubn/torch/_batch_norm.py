@@ -13,7 +13,7 @@ from torch.fx import Proxy
 from torch.nn.parameter import is_lazy
 from torch.types import Device
 
-from cubn.errors import message
+from cubn.errors import a_type, message
 from cubn.sync import Comm
 from cubn.torch._normalize import normalize
 from cubn.torch._passes import Counters
@@ -158,6 +158,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """running_mean 0, running_var 1, and no batches tracked or skipped."""
         super().reset_running_stats()
         self._forget_skipped()
+
+    def __prepare_scriptable__(self) -> NoReturn:  # which torch.jit.script asks for
+        remedy = "Pass an example to torch.jit.trace or torch.export.export, or restore() a copy of the model."
+        raise TypeError(message("model", "hold modules of torch's", a_type(self), remedy, function="torch.jit.script"))
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]  # type: ignore[no-untyped-call]

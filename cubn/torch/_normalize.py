@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cubn.sync import Comm
-from cubn.torch import _autograd, _eager, _few_values
+from cubn.torch import _autograd, _eager, _export, _few_values
 from cubn.torch._passes import Counters, Vectors
 
 # Private, for nothing public says how many modes there are, and whether there is a transform of torch.func. (As
@@ -36,15 +36,18 @@ def normalize(
     training: by the batch's statistics, with an update of the running ones where there are any; else by the running
     statistics, which are constants.
     """
+    watched = _is_watched(x)
+    if watched and _export.exporting():
+        return _export.batch_norm(x, vectors, training, eps, mask, residual, relu)
     if training and comm is None and _few_values.are_few(x):
         return _few_values.train(x, vectors, counters, residual)
-    run = _autograd.batch_norm if _is_watched(x) else _eager.batch_norm
+    run = _autograd.batch_norm if watched else _eager.batch_norm
     return run(x, vectors, counters, training, momentum, eps, mask, residual, relu, comm)
 
 
 def _is_watched(x: Tensor) -> bool:
-    """Whether somebody has to see operators: a compiler, a transform, a mode, forward mode, or a tensor of a kind of
-    its own.
+    """Whether somebody has to see operators: a compiler, a transform, a mode, forward mode, torch.jit, or a tensor of a
+    kind of its own.
     """
     return (
         torch.compiler.is_compiling()
@@ -53,4 +56,5 @@ def _is_watched(x: Tensor) -> bool:
         or _dispatch_modes() > 0
         or _function_modes() > 0
         or _forward_ad._current_level >= 0
+        or torch._C._is_tracing()
     )
