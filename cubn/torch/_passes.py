@@ -18,10 +18,12 @@ from cubn import _calls
 from cubn._arrays.library import ALIGNMENT
 from cubn._calls import Call
 from cubn._differentiation import BACKWARDS
+from cubn._inputs import bind_x, parameter
 from cubn._kept import Store
 from cubn._moments import Moments
-from cubn._state.arrays import ARRAYS, StateArrays, checked_arrays
+from cubn._state.arrays import ARRAYS, STATISTICS, StateArrays, checked_arrays
 from cubn._state.holding import Counted
+from cubn._state.options import checked_eps, checked_momentum
 from cubn._training import TRAININGS
 from cubn._types import Affine, Running, Statistics
 from cubn._types import Counters as Addresses
@@ -29,7 +31,7 @@ from cubn.backends import threads
 from cubn.backends.protocol import ReluMask
 from cubn.backward import backward as core_backward
 from cubn.double_backward import double_backward as core_double_backward
-from cubn.errors import message
+from cubn.errors import message, reporting_as
 from cubn.forward import FORWARDS, FROZEN, forward, forward_frozen
 from cubn.forward_train import forward_train
 from cubn.gradients import DoubleGradients, Gradients
@@ -436,9 +438,16 @@ def _count(counters: Counters, tracked: Tensor | None) -> None:
 
 
 def new_state(x: Tensor, vectors: Vectors, eps: float, momentum: float | None = 0.1) -> BatchNormState:
+    """A state for one call, whose arguments are checked under the names that PyTorch has for them."""
+    with reporting_as("batch_norm"):
+        inputs = bind_x(x.detach(), 1)
+        for name, vector in zip(("weight", "bias", *STATISTICS), vectors, strict=True):
+            if vector is not None:
+                parameter(name, vector, inputs)
+        checked_eps(eps)
+        checked_momentum(momentum)
     arrays: dict[str, Any] = dict(zip(ARRAYS, vectors, strict=True))
-    C = x.shape[1] if x.ndim > 1 else 1
-    return BatchNormState.from_arrays(**arrays, num_features=C, eps=eps, momentum=momentum, check=False)
+    return BatchNormState.from_arrays(**arrays, num_features=x.shape[1], eps=eps, momentum=momentum, check=False)
 
 
 def _left(saved: Saved[Tensor]) -> tuple[Left, ReluMask | None]:
