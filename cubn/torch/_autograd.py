@@ -14,7 +14,8 @@ from torch.autograd import Function
 from cubn.errors import message
 from cubn.sync import Comm
 from cubn.torch import _communicators, _operators
-from cubn.torch._passes import Counters, Vectors
+from cubn.torch._passes.arguments import Vectors
+from cubn.torch._passes.counters import Counters
 
 Options = tuple[Any, ...]
 """Those of a backward operator behind `order`: gamma's and beta's dtype, residual, relu, frozen, comm."""

@@ -16,7 +16,7 @@ from torch.types import Device
 from cubn.errors import a_type, message
 from cubn.sync import Comm
 from cubn.torch._normalize import normalize
-from cubn.torch._passes import Counters
+from cubn.torch._passes.counters import Counters
 from cubn.torch._pool import Pool
 
 STATISTICS = ("running_mean", "running_var")

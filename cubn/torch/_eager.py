@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 from cubn.backends.protocol import ReluMask
 from cubn.sync import Comm
 from cubn.torch import _passes
-from cubn.torch._passes import Counters, Left, Vectors
-from cubn.torch._relu_mask import as_relu_mask, as_tensor
+from cubn.torch._passes.arguments import Left, Vectors
+from cubn.torch._passes.counters import Counters
+from cubn.torch._passes.relu_mask import as_relu_mask, as_tensor
 
 
 class Given(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cubn.errors import message
-from cubn.torch._passes import Vectors
+from cubn.torch._passes.arguments import Vectors
 
 
 def exporting() -> bool:

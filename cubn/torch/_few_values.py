@@ -6,7 +6,8 @@ from torch import Tensor
 
 from cubn._arguments import shown
 from cubn.errors import message
-from cubn.torch._passes import Counters, Vectors
+from cubn.torch._passes.arguments import Vectors
+from cubn.torch._passes.counters import Counters
 from cubn.torch._recomputation import recomputing
 
 

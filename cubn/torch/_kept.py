@@ -20,8 +20,11 @@ from cubn.backends import threads
 from cubn.backends.protocol import ReluMask
 from cubn.saved import Layouts
 from cubn.sync.collective import SyncContext
-from cubn.torch import _backend_arrays, _communicators, _passes, _reading, _relu_mask
-from cubn.torch._passes import Left
+from cubn.torch import _communicators
+from cubn.torch._passes import backend_arrays
+from cubn.torch._passes import relu_mask as relu_masks
+from cubn.torch._passes.arguments import Left, new_state, without_memory
+from cubn.torch._passes.reading import read
 
 Kept = tuple[Tensor, Tensor, Tensor]
 """`statistics`, the float64 block of `cubn._types.Statistics`; `bits`, the relu mask as int16 numbers, `words` of them
@@ -64,14 +67,14 @@ def plain(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 def to_tensors(x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask | None) -> Kept:
     statistics, context = left.statistics, left.context
     memory, _, C, gamma, beta = statistics
-    block = _backend_arrays.as_tensor(memory)
+    block = backend_arrays.as_tensor(memory)
     block.masked_fill_(
         _unwritten(C, gamma, beta, left.frozen, block.device), 0.0
     )  # operators are compared by all of it
     if relu_mask is None:
         bits = x.new_empty(0, dtype=torch.int16)
     else:
-        bits, of = _relu_mask.as_tensor(relu_mask)
+        bits, of = relu_masks.as_tensor(relu_mask)
         _orders[_order(x, mask, left.frozen)] = of
         bits = _filled_up(bits, words(x, mask))
     return block, bits, x.new_empty(0, dtype=torch.int64) if context is None else torch.tensor(context.exchange)
@@ -81,15 +84,15 @@ def from_tensors(x: Tensor, mask: Tensor | None, kept: Kept, kind: Kind, comm: i
     """x and the mask are those of the forward."""
     block, bits, exchange = kept
     gamma, beta, residual, relu, frozen = kind
-    found = _reading.read(x, mask)
+    found = read(x, mask)
     template = None if found is None else _LEFT.get((found[0], threads.limit, kind))
     layouts, held, _ = template or _template(x, mask, kind)
     has_gamma, has_beta = gamma is not None, beta is not None
-    statistics = Statistics(_backend_arrays.from_tensor(block), block.data_ptr(), x.shape[1], has_gamma, has_beta)
+    statistics = Statistics(backend_arrays.from_tensor(block), block.data_ptr(), x.shape[1], has_gamma, has_beta)
     context = SyncContext(_communicators.of(comm), None, int(exchange)) if comm else None
     relu_mask = None
     if residual and relu:
-        relu_mask = _relu_mask.as_relu_mask(bits, _orders[_order(x, mask, frozen)])
+        relu_mask = relu_masks.as_relu_mask(bits, _orders[_order(x, mask, frozen)])
     return Left(layouts, held, statistics, frozen, context), relu_mask
 
 
@@ -123,11 +126,11 @@ def _template(x: Tensor, mask: Tensor | None, kind: Kind) -> _Template:
     """Of a forward with such arguments."""
     C = x.shape[1]
     gamma, beta = (None if dtype is None else x.new_empty(C, dtype=dtype) for dtype in (kind.gamma, kind.beta))
-    inputs = bind(x, _passes.new_state(x, (gamma, beta, None, None), 1.0), mask, None)
+    inputs = bind(x, new_state(x, (gamma, beta, None, None), 1.0), mask, None)
     residual = inputs.x if kind.residual else None  # of any
     layouts = Layouts.of(inputs._replace(residual_or_dy=residual), relu_gradient(kind.relu, kind.residual))
-    template = _Template(layouts, _passes.without_memory(inputs.held))
-    if (found := _reading.read(x, mask)) is not None:
+    template = _Template(layouts, without_memory(inputs.held))
+    if (found := read(x, mask)) is not None:
         _LEFT.add((found[0], threads.limit, kind), template)
     return template
 

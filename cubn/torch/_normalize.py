@@ -8,7 +8,8 @@ from torch.nn import Parameter
 
 from cubn.sync import Comm
 from cubn.torch import _autograd, _eager, _export, _few_values
-from cubn.torch._passes import Counters, Vectors
+from cubn.torch._passes.arguments import Vectors
+from cubn.torch._passes.counters import Counters
 
 # Private, for nothing public says how many modes there are, and whether there is a transform of torch.func. (As
 # functions of the module they would be looked up each time.)

@@ -18,7 +18,8 @@ from torch import Tensor
 import cubn
 from cubn.torch import _communicators, _fakes, _kept, _passes
 from cubn.torch._kept import Kind
-from cubn.torch._passes import Counters
+from cubn.torch._passes.arguments import saved as saved_of
+from cubn.torch._passes.counters import Counters
 from cubn.torch._vmap import one_by_one
 
 OfForward = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -185,7 +186,7 @@ def batch_norm_double_backward(
 ) -> tuple[Tensor, ...]:
     x, kind = x.detach(), Kind(gamma, beta, residual, relu, frozen)
     left, relu_mask = _kept.from_tensors(x, mask, (statistics.detach(), bits, exchange), kind, comm)
-    saved = _passes.saved(x, mask, left, relu_mask)
+    saved = saved_of(x, mask, left, relu_mask)
     of_x, of_gamma, of_beta, of_residual = (
         None if a is None else a.detach() for a in (ddx, ddgamma, ddbeta, ddresidual)
     )

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 import cubn  # noqa: E402
 from cubn.torch import _passes  # noqa: E402
-from cubn.torch._passes import Counters  # noqa: E402
+from cubn.torch._passes.counters import Counters  # noqa: E402
 
 C = 6
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from cubn.backends.protocol import ReluMask
-from cubn.torch import _backend_arrays
+from cubn.torch._passes import backend_arrays
 
 
 def as_tensor(relu_mask: ReluMask) -> tuple[Tensor, Any]:
@@ -16,9 +16,9 @@ def as_tensor(relu_mask: ReluMask) -> tuple[Tensor, Any]:
     memory = relu_mask[0]
     if memory.dtype == np.uint16:  # which torch hardly knows
         memory = memory.view(np.int16)
-    return _backend_arrays.as_tensor(memory), (type(relu_mask), relu_mask[2])
+    return backend_arrays.as_tensor(memory), (type(relu_mask), relu_mask[2])
 
 
 def as_relu_mask(bits: Tensor, of: Any) -> ReluMask:
     kind, layout = of
-    return kind(_backend_arrays.from_tensor(bits), bits.data_ptr(), layout)
+    return kind(backend_arrays.from_tensor(bits), bits.data_ptr(), layout)

@@ -1,0 +1,70 @@
+"""Counters of updates: a module's, and those of each channel that kernels write."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cubn._state.holding import Counted
+from cubn._types import Counters as Addresses
+from cubn.errors import message
+from cubn.state import BatchNormState
+
+increment_version = torch.autograd.graph.increment_version
+
+
+class Counters(NamedTuple):
+    """Of updates of the running statistics: an int64 scalar, and int64 (C,), how many of them passed a channel over."""
+
+    num_batches_tracked: Tensor
+    skipped: Tensor
+
+
+NO_COUNTERS = None, None
+
+
+class Uncounted(NamedTuple):
+    """Room for the counters of each channel that kernels write and nobody reads, and where they are."""
+
+    memory: Tensor
+    tracked: int
+    skipped: int
+
+    @classmethod
+    def like(cls, mean: Tensor) -> Uncounted:
+        memory = torch.zeros(2, len(mean), dtype=torch.int64, device=mean.device)
+        return cls(memory, memory[0].data_ptr(), memory[1].data_ptr())
+
+
+def per_channel(counters: Counters | None, mean: Tensor, momentum: float | None) -> tuple[Tensor, Tensor]:
+    """Counters of each channel, for kernels: what they were, where a weight depends on it."""
+    if counters is None:
+        tracked, skipped = torch.zeros(2, len(mean), dtype=torch.int64, device=mean.device)
+        return tracked, skipped
+    tracked, skipped = counters
+    for name, given, count in zip(Counters._fields, counters, (1, len(mean)), strict=True):
+        if given.dtype != torch.int64 or given.numel() != count or given.device != mean.device:
+            rule = f"be {count} of int64 on the device of running_mean, {mean.device}"
+            got = f"{given.dtype} {tuple(given.shape)} on {given.device}"
+            raise ValueError(message(name, rule, got, function="batch_norm"))
+    return tracked.expand(len(mean)).contiguous() if momentum is None else torch.zeros_like(skipped), skipped
+
+
+def count_in(state: BatchNormState, tracked: Tensor, skipped: Tensor) -> None:
+    """Let a state count in these, which are where its running statistics are."""
+    device = state._current().device
+    assert device
+    state._counters = Counted(tracked, skipped, device, Addresses(tracked.data_ptr(), skipped.data_ptr()))
+
+
+def count(counters: Counters, tracked: Tensor | None) -> None:
+    """One more update. Where an average began anew, the batches before it count as skipped, so that it is always of
+    num_batches_tracked - skipped.
+    """
+    counters.num_batches_tracked.add_(1)
+    if tracked is None:
+        increment_version((counters.skipped,))
+    else:
+        counters.skipped.add_(counters.num_batches_tracked - tracked)
