@@ -162,7 +162,6 @@ def _fold(layer: Any, bn: _BatchNorm, calls: Calls) -> nn.Module | str:
         )
     except (TypeError, ValueError) as error:
         return str(error)
-    weight = torch.empty_like(layer.weight).copy_(weight)  # in its memory format
     layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
     layer.bias = nn.Parameter(bias, layer.weight.requires_grad)
     rest = _rest(bn, 2 + len(getattr(layer, "kernel_size", ())))

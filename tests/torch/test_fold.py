@@ -64,11 +64,6 @@ def test_a_layer_does_the_batch_norm_after_it(name, family):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_weights_keep_their_memory_format():
-    model = trained(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))).to(memory_format=torch.channels_last)
-    assert fold(model)[0][0].weight.stride() == model[0].weight.stride() != torch.empty(6, 4, 3, 3).stride()
-
-
 def test_a_layer_of_16_bits_keeps_its_dtype():
     model = trained(nn.Sequential(nn.Linear(4, 6), cubn.torch.BatchNorm1d(6)))
     model[0].to(torch.bfloat16)
