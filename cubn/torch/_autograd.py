@@ -53,9 +53,10 @@ class Forward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, weight, bias, residual, mask, *_, frozen, _, _, relu, comm = inputs
-        _, *left = output
-        ctx.mark_non_differentiable(*left)
-        ctx.save_for_backward(x, weight, mask, *left)
+        _, statistics, bits, exchange = output
+        ctx.mark_non_differentiable(statistics, bits, exchange)
+        has_bits = residual is not None and relu
+        ctx.save_for_backward(x, weight, mask, statistics, bits if has_bits else None, exchange if comm else None)
         dtypes = (None if a is None else a.dtype for a in (weight, bias))
         ctx.options = (*dtypes, residual is not None, relu, frozen, comm)
 
@@ -104,8 +105,8 @@ class Backward(Function):
         weight: Tensor | None,
         mask: Tensor | None,
         statistics: Tensor,
-        bits: Tensor,
-        exchange: Tensor,
+        bits: Tensor | None,
+        exchange: Tensor | None,
         *options: Any,
     ) -> Any:
         return _operators.batch_norm_backward(dy, x, mask, statistics, bits, exchange, _order(options), *options)

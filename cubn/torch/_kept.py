@@ -27,9 +27,11 @@ from cubn.torch._passes.arguments import Left, new_state, without_memory
 from cubn.torch._passes.reading import read
 
 Kept = tuple[Tensor, Tensor, Tensor]
-"""`statistics`, the float64 block of `cubn._types.Statistics`; `bits`, the relu mask as int16 numbers, `words` of them
-or none; `exchange`, the number of the forward's exchange, an int64 scalar on the host, or nothing.
+"""`statistics`, the float64 block of `cubn._types.Statistics`; `bits`, the relu mask as int16 numbers, `words` of them;
+`exchange`, the number of the forward's exchange, an int64 scalar on the host. Bits and exchange may be empty.
 """
+KeptOrNone = tuple[Tensor, Tensor | None, Tensor | None]
+"""With None for what is empty."""
 
 
 class Kind(NamedTuple):
@@ -68,9 +70,7 @@ def to_tensors(x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask |
     statistics, context = left.statistics, left.context
     memory, _, C, gamma, beta = statistics
     block = backend_arrays.as_tensor(memory)
-    block.masked_fill_(
-        _unwritten(C, gamma, beta, left.frozen, block.device), 0.0
-    )  # operators are compared by all of it
+    block.masked_fill_(_unwritten(C, gamma, beta, left.frozen, block.device), 0.0)  # all of it is compared by tests
     if relu_mask is None:
         bits = x.new_empty(0, dtype=torch.int16)
     else:
@@ -80,19 +80,19 @@ def to_tensors(x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask |
     return block, bits, x.new_empty(0, dtype=torch.int64) if context is None else torch.tensor(context.exchange)
 
 
-def from_tensors(x: Tensor, mask: Tensor | None, kept: Kept, kind: Kind, comm: int) -> tuple[Left, ReluMask | None]:
+def from_tensors(
+    x: Tensor, mask: Tensor | None, kept: KeptOrNone, kind: Kind, comm: int
+) -> tuple[Left, ReluMask | None]:
     """x and the mask are those of the forward."""
     block, bits, exchange = kept
-    gamma, beta, residual, relu, frozen = kind
+    gamma, beta, _, _, frozen = kind
     found = read(x, mask)
     template = None if found is None else _LEFT.get((found[0], threads.limit, kind))
     layouts, held, _ = template or _template(x, mask, kind)
     has_gamma, has_beta = gamma is not None, beta is not None
     statistics = Statistics(backend_arrays.from_tensor(block), block.data_ptr(), x.shape[1], has_gamma, has_beta)
-    context = SyncContext(_communicators.of(comm), None, int(exchange)) if comm else None
-    relu_mask = None
-    if residual and relu:
-        relu_mask = relu_masks.as_relu_mask(bits, _orders[_order(x, mask, frozen)])
+    context = None if exchange is None else SyncContext(_communicators.of(comm), None, int(exchange))
+    relu_mask = None if bits is None else relu_masks.as_relu_mask(bits, _orders[_order(x, mask, frozen)])
     return Left(layouts, held, statistics, frozen, context), relu_mask
 
 

@@ -29,7 +29,7 @@ LIBRARY: Any = torch.library.Library("cubn", "DEF")  # type: ignore[no-untyped-c
 
 _X = "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask"
 _LEFT = "Tensor y, Tensor statistics, Tensor bits, Tensor exchange"
-_GIVEN = "Tensor x, Tensor? mask, Tensor statistics, Tensor bits, Tensor exchange"
+_GIVEN = "Tensor x, Tensor? mask, Tensor statistics, Tensor? bits, Tensor? exchange"
 _ORDER = "Tensor(a!)? order"
 _KIND = "ScalarType? gamma, ScalarType? beta, bool residual, bool relu, bool frozen, int comm"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -145,8 +145,8 @@ def batch_norm_backward(
     x: Tensor,
     mask: Tensor | None,
     statistics: Tensor,
-    bits: Tensor,
-    exchange: Tensor,
+    bits: Tensor | None,
+    exchange: Tensor | None,
     order: Tensor | None,
     gamma: torch.dtype | None,
     beta: torch.dtype | None,
@@ -174,8 +174,8 @@ def batch_norm_double_backward(
     x: Tensor,
     mask: Tensor | None,
     statistics: Tensor,
-    bits: Tensor,
-    exchange: Tensor,
+    bits: Tensor | None,
+    exchange: Tensor | None,
     order: Tensor | None,
     gamma: torch.dtype | None,
     beta: torch.dtype | None,

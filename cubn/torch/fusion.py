@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from cubn.errors import reporting_as
 from cubn.torch import _timm, modules
@@ -140,6 +141,8 @@ def _found(caller: nn.Module, calls: Calls, report: Report) -> Found:
 
 
 def _obstacle(bn: nn.Module, node: fx.Node, calls: Calls) -> str | None:
+    if isinstance(bn, LazyModuleMixin):
+        return "its channels are still to be counted: call the model once before"
     if _fused(bn) is None:
         return "it is none of cubn's that can be fused"
     if len(node.args) != 1 or node.kwargs:

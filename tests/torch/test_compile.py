@@ -85,6 +85,22 @@ def test_a_compiled_step_has_the_bits_of_eager_for_every_batch_size(backend):
                 all_same(step(compiled, module, n), step(expected, expected, n))
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_every_extent_may_be_a_symbol(backend):
+    module = ct.BatchNormAddReLU2d(3, track_running_stats=False)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
+    for i, shape in enumerate([(4, 3, 6, 7), (3, 3, 19, 2), (8, 3, 4, 4)]):
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            found, expected = (_gradients(run, batch(shape), batch(shape, seed=1)) for run in (compiled, module))
+        all_same(found, expected)
+
+
+def _gradients(run, *given):
+    given = [each.requires_grad_() for each in given]
+    y = run(*given)
+    return [y.detach(), *torch.autograd.grad(y, given, batch(y.shape, seed=3))]
+
+
 def test_nothing_breaks_a_graph():
     found = torch._dynamo.explain(Everything())(*inputs(4))
     assert (found.graph_count, found.graph_break_count, found.break_reasons) == (1, 0, [])

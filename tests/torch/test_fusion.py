@@ -300,6 +300,13 @@ def test_of_a_graph_module_only_modules_are_replaced(forward):
     assert equal(results(copy.deepcopy(model)), results(plain))
 
 
+def test_a_lazy_module_is_fused_after_its_first_input():
+    model = convert(nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU()))
+    assert fuse(model).left == {"0": "its channels are still to be counted: call the model once before"}
+    model(batch(SHAPE))
+    assert fuse(model).done == {"0": "BatchNormReLU2d"}
+
+
 def test_sequentials_are_still_sliced():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), cubn.torch.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1))
     plain = copy.deepcopy(model)
