@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cubn import _calls
 from cubn._arrays.library import ALIGNMENT
+from cubn._calls import new_tuple
 from cubn._inputs import bind, relu_gradient
 from cubn._kept import Store
 from cubn._layout import output_strides
@@ -34,14 +35,8 @@ KeptOrNone = tuple[Tensor, Tensor | None, Tensor | None]
 """With None for what is empty."""
 
 
-class Kind(NamedTuple):
-    """Of a forward, as far as its backward has to know."""
-
-    gamma: torch.dtype | None
-    beta: torch.dtype | None
-    residual: bool
-    relu: bool
-    frozen: bool
+Kind = tuple[torch.dtype | None, torch.dtype | None, bool, bool, bool]
+"""Of a forward, as far as its backward has to know: gamma's and beta's dtype, residual, relu, frozen."""
 
 
 def words(x: Tensor, mask: Tensor | None) -> Any:
@@ -87,13 +82,13 @@ def from_tensors(
     block, bits, exchange = kept
     gamma, beta, _, _, frozen = kind
     found = read(x, mask)
-    template = None if found is None else _LEFT.get((found[0], threads.limit, kind))
-    layouts, held, _ = template or _template(x, mask, kind)
-    has_gamma, has_beta = gamma is not None, beta is not None
-    statistics = Statistics(backend_arrays.from_tensor(block), block.data_ptr(), x.shape[1], has_gamma, has_beta)
+    template = None if found is None else _TEMPLATES.get((found[0], threads.limit, kind))
+    layouts, held, _ = template or _template(x.detach(), mask, kind)
+    memory = backend_arrays.from_tensor(block.detach())
+    parts = memory, block.data_ptr(), layouts.extents.C, gamma is not None, beta is not None
     context = None if exchange is None else SyncContext(_communicators.of(comm), None, int(exchange))
     relu_mask = None if bits is None else relu_masks.as_relu_mask(bits, _orders[_order(x, mask, frozen)])
-    return Left(layouts, held, statistics, frozen, context), relu_mask
+    return new_tuple(Left, (layouts, held, new_tuple(Statistics, parts), frozen, context)), relu_mask
 
 
 @lru_cache(256)
@@ -119,19 +114,19 @@ class _Template(NamedTuple):
     nbytes: int = 0  # besides what is counted for every entry
 
 
-_LEFT: Store[_Template] = _calls.new_store()
+_TEMPLATES: Store[_Template] = _calls.new_store()
 
 
 def _template(x: Tensor, mask: Tensor | None, kind: Kind) -> _Template:
     """Of a forward with such arguments."""
-    C = x.shape[1]
-    gamma, beta = (None if dtype is None else x.new_empty(C, dtype=dtype) for dtype in (kind.gamma, kind.beta))
+    *dtypes, has_residual, relu, _ = kind
+    gamma, beta = (None if dtype is None else x.new_empty(x.shape[1], dtype=dtype) for dtype in dtypes)
     inputs = bind(x, new_state(x, (gamma, beta, None, None), 1.0), mask, None)
-    residual = inputs.x if kind.residual else None  # of any
-    layouts = Layouts.of(inputs._replace(residual_or_dy=residual), relu_gradient(kind.relu, kind.residual))
+    residual = inputs.x if has_residual else None  # of any
+    layouts = Layouts.of(inputs._replace(residual_or_dy=residual), relu_gradient(relu, has_residual))
     template = _Template(layouts, without_memory(inputs.held))
     if (found := read(x, mask)) is not None:
-        _LEFT.add((found[0], threads.limit, kind), template)
+        _TEMPLATES.add((found[0], threads.limit, kind), template)
     return template
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import cubn
 from cubn.torch import _communicators, _fakes, _kept, _passes
-from cubn.torch._kept import Kind
 from cubn.torch._passes.arguments import saved as saved_of
 from cubn.torch._passes.counters import Counters
 from cubn.torch._vmap import one_by_one
@@ -110,9 +109,8 @@ def _with_kept(
     **options: Any,
 ) -> OfForward:
     """A pass, and what it leaves as tensors."""
-    x = x.detach()
     if residual is not None and relu:
-        x, residual = _kept.plain(x, residual.detach())
+        x, residual = _kept.plain(x.detach(), residual.detach())
     group = _communicators.of(comm) if comm else None
     y, left, relu_mask = run(x, *arguments, mask=mask, residual=residual, relu=relu, comm=group, **options)
     return y, *_kept.to_tensors(x, mask, left, relu_mask)
@@ -155,8 +153,8 @@ def batch_norm_backward(
     frozen: bool,
     comm: int,
 ) -> tuple[Tensor, ...]:
-    x, kind = x.detach(), Kind(gamma, beta, residual, relu, frozen)
-    left, relu_mask = _kept.from_tensors(x, mask, (statistics.detach(), bits, exchange), kind, comm)
+    kind = gamma, beta, residual, relu, frozen
+    left, relu_mask = _kept.from_tensors(x, mask, (statistics, bits, exchange), kind, comm)
     return _present(_passes.backward(dy, x, mask, left, relu_mask), x)
 
 
@@ -184,8 +182,8 @@ def batch_norm_double_backward(
     frozen: bool,
     comm: int,
 ) -> tuple[Tensor, ...]:
-    x, kind = x.detach(), Kind(gamma, beta, residual, relu, frozen)
-    left, relu_mask = _kept.from_tensors(x, mask, (statistics.detach(), bits, exchange), kind, comm)
+    kind = gamma, beta, residual, relu, frozen
+    left, relu_mask = _kept.from_tensors(x, mask, (statistics, bits, exchange), kind, comm)
     saved = saved_of(x, mask, left, relu_mask)
     of_x, of_gamma, of_beta, of_residual = (
         None if a is None else a.detach() for a in (ddx, ddgamma, ddbeta, ddresidual)
@@ -195,4 +193,4 @@ def batch_norm_double_backward(
 
 def _present(gradients: Any, x: Tensor) -> tuple[Tensor, ...]:
     """Gradients, and empty tensors for those that are None."""
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return tuple([x.new_empty(0) if gradient is None else gradient for gradient in gradients])
