@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -17,16 +18,18 @@ class _Known(NamedTuple):
 
 
 _KNOWN: list[_Known] = []
+_LOCK = threading.Lock()
 
 
 def handle(comm: Comm) -> int:
     """The number of a communicator, 1 or more, the same for as long as the process lives."""
     group = communicator(comm)
-    for number, known in enumerate(_KNOWN, 1):
-        if known.communicator is group:
-            return number
-    _KNOWN.append(_Known(group, torch.zeros((), dtype=torch.int64)))
-    return len(_KNOWN)
+    with _LOCK:  # ranks may be threads
+        for number, known in enumerate(_KNOWN, 1):
+            if known.communicator is group:
+                return number
+        _KNOWN.append(_Known(group, torch.zeros((), dtype=torch.int64)))
+        return len(_KNOWN)
 
 
 def of(handle: int) -> Communicator:

@@ -11,8 +11,7 @@ from cubn.torch import _autograd, _eager, _export, _few_values
 from cubn.torch._passes.arguments import Vectors
 from cubn.torch._passes.counters import Counters
 
-# Private, for nothing public says how many modes there are, and whether there is a transform of torch.func. (As
-# functions of the module they would be looked up each time.)
+# Private in torch: nothing public says how many modes there are, and whether a transform of torch.func is at work.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transform = torch._C._functorch.peek_interpreter_stack

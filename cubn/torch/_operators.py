@@ -1,7 +1,7 @@
 """PyTorch operators: what compilers, transforms and dispatch modes see of batch norm.
 
 None is differentiable by itself, see `_autograd`. What is absent among the outputs is an empty tensor. `comm` is a
-number of `_communicators`, 0 without one; then `order` is None. See `_kept` for what a backward is given.
+number of `_communicators`, 0 without one; then `order` is None. See `_as_tensors` for what a backward is given.
 
 Compiled graphs lie on disk, and know an operator by its name and arguments. One that is to return something else needs
 a new name.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import cubn
-from cubn.torch import _communicators, _fakes, _kept, _passes
+from cubn.torch import _as_tensors, _communicators, _fakes, _passes
 from cubn.torch._passes.arguments import saved as saved_of
 from cubn.torch._passes.counters import Counters
 from cubn.torch._vmap import one_by_one
@@ -76,7 +76,7 @@ def batch_norm_train(
     if num_batches_tracked is not None and skipped is not None:
         counters = Counters(num_batches_tracked, skipped)
     vectors = weight, bias, running_mean, running_var
-    return _with_kept(
+    return _with_tensors(
         x, residual, mask, _passes.train, vectors, counters, momentum=momentum, eps=eps, relu=relu, comm=comm
     )
 
@@ -95,10 +95,10 @@ def batch_norm_frozen(
     comm: int,
 ) -> OfForward:
     vectors = weight, bias, running_mean, running_var
-    return _with_kept(x, residual, mask, _passes.frozen, vectors, eps=eps, relu=relu, comm=comm)
+    return _with_tensors(x, residual, mask, _passes.frozen, vectors, eps=eps, relu=relu, comm=comm)
 
 
-def _with_kept(
+def _with_tensors(
     x: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
@@ -110,10 +110,10 @@ def _with_kept(
 ) -> OfForward:
     """A pass, and what it leaves as tensors."""
     if residual is not None and relu:
-        x, residual = _kept.plain(x.detach(), residual.detach())
+        x, residual = _as_tensors.plain(x.detach(), residual.detach())
     group = _communicators.of(comm) if comm else None
     y, left, relu_mask = run(x, *arguments, mask=mask, residual=residual, relu=relu, comm=group, **options)
-    return y, *_kept.to_tensors(x, mask, left, relu_mask)
+    return y, *_as_tensors.to_tensors(x, mask, left, relu_mask)
 
 
 @_defined(f"{_X}, Tensor running_mean, Tensor running_var, float eps, bool relu", "Tensor y", _fakes.inference)
@@ -154,7 +154,7 @@ def batch_norm_backward(
     comm: int,
 ) -> tuple[Tensor, ...]:
     kind = gamma, beta, residual, relu, frozen
-    left, relu_mask = _kept.from_tensors(x, mask, (statistics, bits, exchange), kind, comm)
+    left, relu_mask = _as_tensors.from_tensors(x, mask, (statistics, bits, exchange), kind, comm)
     return _present(_passes.backward(dy, x, mask, left, relu_mask), x)
 
 
@@ -183,7 +183,7 @@ def batch_norm_double_backward(
     comm: int,
 ) -> tuple[Tensor, ...]:
     kind = gamma, beta, residual, relu, frozen
-    left, relu_mask = _kept.from_tensors(x, mask, (statistics, bits, exchange), kind, comm)
+    left, relu_mask = _as_tensors.from_tensors(x, mask, (statistics, bits, exchange), kind, comm)
     saved = saved_of(x, mask, left, relu_mask)
     of_x, of_gamma, of_beta, of_residual = (
         None if a is None else a.detach() for a in (ddx, ddgamma, ddbeta, ddresidual)

@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import cubn.torch as ct  # noqa: E402
@@ -232,8 +233,22 @@ def test_a_subclass_stays_what_it_is():
     assert same(y.as_subclass(torch.Tensor), add_relu()[0](x, residual))
 
 
-def test_a_default_device_changes_no_bit():
-    with torch.device("cpu"):  # a function mode
-        module, x, residual = add_relu()
+class Watcher(TorchFunctionMode):
+    """The names of cubn's operators among the functions that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "namespace", None) == "cubn":
+            self.seen.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_function_mode_sees_operators_and_changes_no_bit():
+    module, x, residual = add_relu()
+    with Watcher() as watcher:
         y = module(x, residual)
+    assert watcher.seen == ["batch_norm_train"]
     assert same(y, add_relu()[0](x, residual))
