@@ -1,7 +1,7 @@
 """Batch normalization for PyTorch, bitwise reproducible: modules, a function, and what converts a model."""
 
 from cubn.torch import functional
-from cubn.torch._report import Report
+from cubn.torch._models.report import Report
 from cubn.torch.conversion import convert, restore
 from cubn.torch.folding import fold
 from cubn.torch.fusion import fuse

@@ -15,9 +15,9 @@ from torch.types import Device
 
 from cubn.errors import a_type, message
 from cubn.sync import Comm
-from cubn.torch._normalize import normalize
+from cubn.torch._models.pool import Pool
 from cubn.torch._passes.counters import Counters
-from cubn.torch._pool import Pool
+from cubn.torch._routes.normalize import normalize
 
 STATISTICS = ("running_mean", "running_var")
 COUNTERS = ("num_batches_tracked", "skipped")

@@ -10,9 +10,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from cubn.errors import message, reporting_as
 from cubn.sync import Comm
-from cubn.torch import _timm, fusion
+from cubn.torch import fusion
 from cubn.torch._batch_norm import NARROW, STATISTICS, _BatchNorm
-from cubn.torch._models import at, check_model
+from cubn.torch._models import timm
+from cubn.torch._models.permitted import at, check_model
 from cubn.torch.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from cubn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from cubn.torch.sync_batch_norm import SyncBatchNorm
@@ -125,7 +126,7 @@ def restore(model: ModelT) -> ModelT:
 def _counterpart(path: str, module: nn.Module) -> type[_BatchNorm]:
     """The class of ours that behaves as the module does."""
     cls = type(module)
-    ours = None if "forward" in vars(module) else COUNTERPARTS.get(_plain(cls)) or _timm.counterpart(cls)
+    ours = None if "forward" in vars(module) else COUNTERPARTS.get(_plain(cls)) or timm.counterpart(cls)
     if ours is None:
         rule = "have batch norms that behave as torch's do"
         remedy = "Put a batch norm of torch.nn, and what it does besides, in its place; or convert the parts around it."

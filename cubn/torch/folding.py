@@ -14,11 +14,11 @@ from torch.utils import _pytree
 from cubn.errors import message, reporting_as
 from cubn.fold import fold_into
 from cubn.state import BatchNormState
-from cubn.torch import _timm
 from cubn.torch._batch_norm import _BatchNorm as _CubnBatchNorm
-from cubn.torch._models import check_model
-from cubn.torch._report import Report
-from cubn.torch._tracing import Calls, Site
+from cubn.torch._models import timm
+from cubn.torch._models.permitted import check_model
+from cubn.torch._models.report import Report
+from cubn.torch._models.tracing import Calls, Site
 from cubn.torch.conversion import COUNTERPARTS
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -115,13 +115,13 @@ class Folded(nn.Module):
         return f"ndim={self.ndim}, relu={self.relu}"
 
 
-class FoldedAct(_timm._Activated, Folded):
+class FoldedAct(timm._Activated, Folded):
     """Of timm's batch norms, with an activation."""
 
 
 def _layer_before(bn: _BatchNorm, calls: Calls) -> nn.Module | str:
     """The layer a batch norm can be folded into, or why there is none."""
-    if not isinstance(bn, _CubnBatchNorm) and type(bn) not in COUNTERPARTS and _timm.activation(bn) is None:
+    if not isinstance(bn, _CubnBatchNorm) and type(bn) not in COUNTERPARTS and timm.activation(bn) is None:
         return f"{type(bn).__name__} may do more than normalise"
     if bn.training and not getattr(bn, "frozen", False):
         return "it is in training mode"
@@ -179,7 +179,7 @@ def _state(bn: _BatchNorm) -> BatchNormState:
 
 
 def _rest(bn: _BatchNorm, ndim: int) -> nn.Module:
-    cls = Folded if _timm.activation(bn) is None else FoldedAct
+    cls = Folded if timm.activation(bn) is None else FoldedAct
     rest = cls(ndim, getattr(bn, "_fused_relu", False))
     rest._modules.update(bn._modules)
     return rest.train(bn.training)

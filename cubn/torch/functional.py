@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cubn.errors import message
-from cubn.torch._normalize import normalize
+from cubn.torch._routes.normalize import normalize
 
 
 def batch_norm(

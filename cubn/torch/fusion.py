@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from cubn.errors import reporting_as
-from cubn.torch import _timm, modules
+from cubn.torch import modules
 from cubn.torch._batch_norm import _BatchNorm
-from cubn.torch._forwards import can_be_given_forward, give_forward, take_forward_back
-from cubn.torch._models import check_model
-from cubn.torch._report import Report
-from cubn.torch._tracing import Calls, has_hooks
+from cubn.torch._models import timm
+from cubn.torch._models.forwards import can_be_given_forward, give_forward, take_forward_back
+from cubn.torch._models.permitted import check_model
+from cubn.torch._models.report import Report
+from cubn.torch._models.tracing import Calls, has_hooks
 from cubn.torch.sync_batch_norm import SyncBatchNorm, SyncBatchNormAddReLU, SyncBatchNormReLU
 
 FUSED: dict[type, tuple[type[_BatchNorm], type[_BatchNorm]]] = {
@@ -26,8 +27,8 @@ FUSED: dict[type, tuple[type[_BatchNorm], type[_BatchNorm]]] = {
     modules.BatchNorm2d: (modules.BatchNormReLU2d, modules.BatchNormAddReLU2d),
     modules.BatchNorm3d: (modules.BatchNormReLU3d, modules.BatchNormAddReLU3d),
     SyncBatchNorm: (SyncBatchNormReLU, SyncBatchNormAddReLU),
-    _timm.BatchNormAct2d: (modules.BatchNormReLU2d, modules.BatchNormAddReLU2d),
-    _timm.SyncBatchNormAct: (SyncBatchNormReLU, SyncBatchNormAddReLU),
+    timm.BatchNormAct2d: (modules.BatchNormReLU2d, modules.BatchNormAddReLU2d),
+    timm.SyncBatchNormAct: (SyncBatchNormReLU, SyncBatchNormAddReLU),
 }
 """With a ReLU, and with a residual before it."""
 
@@ -204,7 +205,7 @@ def _fused(
     bn: nn.Module, activation: type[nn.Module] = nn.Identity
 ) -> tuple[type[_BatchNorm], type[_BatchNorm]] | None:
     """What it may become, if the activation it has itself is this one."""
-    parts = _timm.activation(bn) or ()
+    parts = timm.activation(bn) or ()
     has = {type(part) for part in parts} - {nn.Identity} or {nn.Identity}
     return FUSED.get(type(bn)) if has == {activation} and not any(map(has_hooks, parts)) else None
 

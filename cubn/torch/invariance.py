@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from cubn._arguments import as_int
 from cubn.errors import a_type, message, reporting_as
-from cubn.torch._bits import Difference
-from cubn.torch._cuts import Arguments, Cut, IncomparableError
-from cubn.torch._replay import Call, Definition, Finding, Run, by_definition
+from cubn.torch._models.bits import Difference
+from cubn.torch._models.cuts import Arguments, Cut, IncomparableError
+from cubn.torch._models.replay import Call, Definition, Finding, Run, by_definition
 
 Verdict = Literal["invariant", "depends on the batch", "mixes by definition", "random by definition", "not comparable"]
 

@@ -13,7 +13,7 @@ from cubn._moments import Moments
 from cubn.errors import message
 from cubn.torch import _passes
 from cubn.torch._batch_norm import _BatchNorm
-from cubn.torch._pool import Pool
+from cubn.torch._models.pool import Pool
 
 
 class Kept:

@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import cubn.torch  # noqa: E402
-from cubn.torch import _bits as bits  # noqa: E402
 from cubn.torch import batch_invariance  # noqa: E402
+from cubn.torch._models import bits  # noqa: E402
 
 
 class Function(nn.Module):

@@ -15,7 +15,7 @@ from torch.utils import checkpoint as checkpoints  # noqa: E402
 import cubn  # noqa: E402
 import cubn.torch  # noqa: E402
 from cubn import _calls  # noqa: E402
-from cubn.torch._recomputation import recomputing  # noqa: E402
+from cubn.torch._passes.recomputation import recomputing  # noqa: E402
 from tests.torch.training import assert_like_state, assert_same, batches, network, statistics, step, train  # noqa: E402
 
 

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 from torch._subclasses import FakeTensorMode  # noqa: E402
 
-from cubn.torch import _operators as ops  # noqa: E402
+from cubn.torch._routes import operators as ops  # noqa: E402
 from cubn.torch import _passes  # noqa: E402
 
 CASES = {

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import cubn.torch as ct  # noqa: E402
-from cubn.torch import _autograd  # noqa: E402
+from cubn.torch._routes import autograd  # noqa: E402
 from tests.torch.comparing import batch, same  # noqa: E402
 
 
@@ -82,7 +82,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(training, 
     running = [None, None] if training else vectors[2:]
 
     def function(x, weight, bias, residual=None):
-        return _autograd.batch_norm(x, (weight, bias, *running), None, training, 0.1, 1e-5, mask, residual, True, None)
+        return autograd.batch_norm(x, (weight, bias, *running), None, training, 0.1, 1e-5, mask, residual, True, None)
 
     inputs = [batch((3, 3, 2), dtype=torch.float64), *vectors[:2]]
     inputs += [batch((3, 3, 2), seed=1, dtype=torch.float64)] if residual else []

@@ -31,7 +31,7 @@ from cubn.torch._passes.arguments import Left, Result, Vectors, detached, left_b
 from cubn.torch._passes.counters import NO_COUNTERS, Counters, count, count_in, per_channel
 from cubn.torch._passes.known import Known
 from cubn.torch._passes.reading import read
-from cubn.torch._recomputation import recomputing
+from cubn.torch._passes.recomputation import recomputing
 
 
 def train(

@@ -13,9 +13,9 @@ from torch.autograd import Function
 
 from cubn.errors import message
 from cubn.sync import Comm
-from cubn.torch import _communicators, _operators
 from cubn.torch._passes.arguments import Vectors
 from cubn.torch._passes.counters import Counters
+from cubn.torch._routes import communicators, operators
 
 Options = tuple[Any, ...]
 """Those of a backward operator behind `order`: gamma's and beta's dtype, residual, relu, frozen, comm."""
@@ -46,9 +46,9 @@ class Forward(Function):
     ) -> Any:
         vectors = x, weight, bias, residual, mask, running_mean, running_var
         if frozen:
-            return _operators.batch_norm_frozen(*vectors, eps, relu, comm)
-        order = _communicators.order(comm) if comm else None
-        return _operators.batch_norm_train(*vectors, num_batches_tracked, skipped, order, momentum, eps, relu, comm)
+            return operators.batch_norm_frozen(*vectors, eps, relu, comm)
+        order = communicators.order(comm) if comm else None
+        return operators.batch_norm_train(*vectors, num_batches_tracked, skipped, order, momentum, eps, relu, comm)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -109,7 +109,7 @@ class Backward(Function):
         exchange: Tensor | None,
         *options: Any,
     ) -> Any:
-        return _operators.batch_norm_backward(dy, x, mask, statistics, bits, exchange, _order(options), *options)
+        return operators.batch_norm_backward(dy, x, mask, statistics, bits, exchange, _order(options), *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -140,7 +140,7 @@ class DoubleBackward(Function):
     def forward(*arguments: Any) -> Any:
         *tensors, _, mask, statistics, bits, exchange = arguments[:11]
         options = arguments[11:]
-        return _operators.batch_norm_double_backward(
+        return operators.batch_norm_double_backward(
             *tensors, mask, statistics, bits, exchange, _order(options), *options
         )
 
@@ -155,7 +155,7 @@ class DoubleBackward(Function):
 
 def _order(options: Options) -> Tensor | None:
     comm = options[-1]
-    return _communicators.order(comm) if comm else None
+    return communicators.order(comm) if comm else None
 
 
 def batch_norm(
@@ -170,16 +170,16 @@ def batch_norm(
     relu: bool,
     comm: Comm | None,
 ) -> Tensor:
-    """See `cubn.torch._normalize`."""
+    """See `cubn.torch._routes.normalize`."""
     weight, bias, mean, var = vectors
     is_compiling = torch.compiler.is_compiling()
     in_forward_mode = not is_compiling and torch.autograd.forward_ad._current_level >= 0
     if not (training or torch.is_grad_enabled() or in_forward_mode):
-        y: Tensor = _operators.batch_norm_inference(x, weight, bias, residual, mask, mean, var, eps, relu)
+        y: Tensor = operators.batch_norm_inference(x, weight, bias, residual, mask, mean, var, eps, relu)
         return y
     function = Forward if is_compiling else TransformedForward
     tracked, skipped = counters or (None, None)
-    number = 0 if comm is None else _communicators.handle(comm)
+    number = 0 if comm is None else communicators.handle(comm)
     y, *_ = function.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, residual, mask, mean, var, tracked, skipped, not training, momentum, eps, relu, number
     )

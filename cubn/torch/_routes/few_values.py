@@ -8,7 +8,7 @@ from cubn._arguments import shown
 from cubn.errors import message
 from cubn.torch._passes.arguments import Vectors
 from cubn.torch._passes.counters import Counters
-from cubn.torch._recomputation import recomputing
+from cubn.torch._passes.recomputation import recomputing
 
 
 def are_few(x: Tensor) -> bool:

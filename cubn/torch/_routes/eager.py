@@ -98,7 +98,7 @@ def batch_norm(
     relu: bool,
     comm: Comm | None,
 ) -> Tensor:
-    """See `cubn.torch._normalize`."""
+    """See `cubn.torch._routes.normalize`."""
     weight, bias, mean, var = vectors
     if not training and not (
         torch.is_grad_enabled()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree  # private, but what all of torch takes arguments apart with
 
-from cubn.torch import _bits
-from cubn.torch._bits import NONE, Difference
+from cubn.torch._models import bits
+from cubn.torch._models.bits import NONE, Difference
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -96,7 +96,7 @@ class Values:
         """Of a result that is one tensor, of the shape of the first of these values, what belongs to some of them."""
         recorded, leaf = _first_tensor(self.leaves), _first_tensor(_pytree.tree_leaves(given))
         for rows, found in zip(cut.rows(recorded, leaf.shape), cut.rows(result.leaves[0], leaf.shape), strict=True):
-            if _bits.equal(rows, leaf):
+            if bits.equal(rows, leaf):
                 return _as_laid_out(found, leaf)
         raise IncomparableError("inputs that could not be compared")
 
@@ -105,7 +105,7 @@ def _closest(candidates: Iterator[Tensor], leaf: Tensor) -> tuple[Tensor, Differ
     """The candidate that differs least, and by how much."""
     best, least = leaf, None
     for rows in candidates:
-        found = NONE if _bits.equal(rows, leaf) else _bits.difference(rows, leaf)
+        found = NONE if bits.equal(rows, leaf) else bits.difference(rows, leaf)
         if least is None or found < least:
             best, least = rows, found
         if found == NONE:
@@ -128,7 +128,7 @@ def _check_comparable(recorded: Any, leaf: Any) -> None:
             return
         raise IncomparableError(f"a {type(leaf).__qualname__} instead of tensors")
     for tensor in (recorded, leaf):
-        if not isinstance(tensor, Tensor) or not _bits.is_dense(tensor):
+        if not isinstance(tensor, Tensor) or not bits.is_dense(tensor):
             raise IncomparableError("not always a dense tensor")
     if recorded.dtype != leaf.dtype:
         raise IncomparableError(f"{recorded.dtype} of the whole batch, {leaf.dtype} of a part")

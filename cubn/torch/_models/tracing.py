@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cubn.torch import _forwards
+from cubn.torch._models import forwards
 
 
 class Untraceable(Exception):
@@ -116,7 +116,7 @@ def trace(module: nn.Module, modes: tuple[bool, ...]) -> list[Traced]:
     """A module's own forward with `training` as each of modes, or once where that makes no difference."""
     if "forward" in vars(module):
         raise Untraceable("it was set on the module")
-    if (written := _forwards.written(module)) is not None:
+    if (written := forwards.written(module)) is not None:
         return [Traced(*written)]
     traced = [_trace(module, training) for training in modes]
     same = len({graph.python_code("self").src for graph, _ in traced}) == 1

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from cubn.torch import _bits
-from cubn.torch._bits import NONE, Difference
-from cubn.torch._cuts import Arguments, Cut, IncomparableError, Values
+from cubn.torch._models import bits
+from cubn.torch._models.bits import NONE, Difference
+from cubn.torch._models.cuts import Arguments, Cut, IncomparableError, Values
 
 Definition = Literal["mixes by definition", "random by definition"]
 """What a layer may do in training without being guilty of anything."""
@@ -147,7 +147,7 @@ class Run:
                 module._buffers.update(own)
             with torch.no_grad():
                 for buffer, value in zip(buffers, values, strict=True):
-                    if not (_bits.is_dense(buffer) and _bits.equal(buffer, value)):
+                    if not (bits.is_dense(buffer) and bits.equal(buffer, value)):
                         buffer.copy_(value)
 
 

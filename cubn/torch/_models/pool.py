@@ -10,7 +10,7 @@ from torch import Tensor
 from cubn._moments import Moments
 from cubn.moments import moments
 from cubn.sync import Comm
-from cubn.torch._recomputation import recomputing
+from cubn.torch._passes.recomputation import recomputing
 
 
 class Pool:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 import cubn
-from cubn.torch import _as_tensors, _communicators, _fakes, _passes
+from cubn.torch import _passes
 from cubn.torch._passes.arguments import saved as saved_of
 from cubn.torch._passes.counters import Counters
-from cubn.torch._vmap import one_by_one
+from cubn.torch._routes import as_tensors, communicators, fakes
+from cubn.torch._routes.vmap import one_by_one
 
 OfForward = tuple[Tensor, Tensor, Tensor, Tensor]
 """y, statistics, bits, exchange."""
@@ -54,7 +55,7 @@ def _defined(arguments: str, results: str, fake: Callable[..., Any]) -> Callable
     f"{_X}, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? skipped, "
     "Tensor(e!)? order, float? momentum, float eps, bool relu, int comm",
     _LEFT,
-    _fakes.train,
+    fakes.train,
 )
 def batch_norm_train(
     x: Tensor,
@@ -81,7 +82,7 @@ def batch_norm_train(
     )
 
 
-@_defined(f"{_X}, Tensor running_mean, Tensor running_var, float eps, bool relu, int comm", _LEFT, _fakes.frozen)
+@_defined(f"{_X}, Tensor running_mean, Tensor running_var, float eps, bool relu, int comm", _LEFT, fakes.frozen)
 def batch_norm_frozen(
     x: Tensor,
     weight: Tensor | None,
@@ -110,13 +111,13 @@ def _with_tensors(
 ) -> OfForward:
     """A pass, and what it leaves as tensors."""
     if residual is not None and relu:
-        x, residual = _as_tensors.plain(x.detach(), residual.detach())
-    group = _communicators.of(comm) if comm else None
+        x, residual = as_tensors.plain(x.detach(), residual.detach())
+    group = communicators.of(comm) if comm else None
     y, left, relu_mask = run(x, *arguments, mask=mask, residual=residual, relu=relu, comm=group, **options)
-    return y, *_as_tensors.to_tensors(x, mask, left, relu_mask)
+    return y, *as_tensors.to_tensors(x, mask, left, relu_mask)
 
 
-@_defined(f"{_X}, Tensor running_mean, Tensor running_var, float eps, bool relu", "Tensor y", _fakes.inference)
+@_defined(f"{_X}, Tensor running_mean, Tensor running_var, float eps, bool relu", "Tensor y", fakes.inference)
 def batch_norm_inference(
     x: Tensor,
     weight: Tensor | None,
@@ -136,7 +137,7 @@ def batch_norm_inference(
 @_defined(
     f"Tensor dy, {_GIVEN}, {_ORDER}, {_KIND}",
     "Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual",
-    _fakes.backward,
+    fakes.backward,
 )
 def batch_norm_backward(
     dy: Tensor,
@@ -154,14 +155,14 @@ def batch_norm_backward(
     comm: int,
 ) -> tuple[Tensor, ...]:
     kind = gamma, beta, residual, relu, frozen
-    left, relu_mask = _as_tensors.from_tensors(x, mask, (statistics, bits, exchange), kind, comm)
+    left, relu_mask = as_tensors.from_tensors(x, mask, (statistics, bits, exchange), kind, comm)
     return _present(_passes.backward(dy, x, mask, left, relu_mask), x)
 
 
 @_defined(
     f"Tensor? ddx, Tensor? ddgamma, Tensor? ddbeta, Tensor? ddresidual, Tensor dy, {_GIVEN}, {_ORDER}, {_KIND}",
     "Tensor ddy, Tensor dx, Tensor dgamma",
-    _fakes.double_backward,
+    fakes.double_backward,
 )
 def batch_norm_double_backward(
     ddx: Tensor | None,
@@ -183,7 +184,7 @@ def batch_norm_double_backward(
     comm: int,
 ) -> tuple[Tensor, ...]:
     kind = gamma, beta, residual, relu, frozen
-    left, relu_mask = _as_tensors.from_tensors(x, mask, (statistics, bits, exchange), kind, comm)
+    left, relu_mask = as_tensors.from_tensors(x, mask, (statistics, bits, exchange), kind, comm)
     saved = saved_of(x, mask, left, relu_mask)
     of_x, of_gamma, of_beta, of_residual = (
         None if a is None else a.detach() for a in (ddx, ddgamma, ddbeta, ddresidual)

@@ -24,7 +24,7 @@ def batch_norm(
     residual: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    """y by the running statistics, as `cubn.torch._normalize` says, but for its bits: torch rounds as it does."""
+    """y by the running statistics, but for its bits: torch rounds as it does."""
     if training:
         remedy = (
             "Call model.eval(); to export a training step, restore() the model first: torch's own modules train then."

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cubn.sync import Comm
-from cubn.torch import _autograd, _eager, _export, _few_values
 from cubn.torch._passes.arguments import Vectors
 from cubn.torch._passes.counters import Counters
+from cubn.torch._routes import autograd, eager, export, few_values
 
 # Private in torch: nothing public says how many modes there are, and whether a transform of torch.func is at work.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -37,11 +37,11 @@ def normalize(
     statistics, which are constants.
     """
     watched = _is_watched(x)
-    if watched and _export.exporting():
-        return _export.batch_norm(x, vectors, training, eps, mask, residual, relu)
-    if training and comm is None and _few_values.are_few(x):
-        return _few_values.train(x, vectors, counters, residual)
-    run = _autograd.batch_norm if watched else _eager.batch_norm
+    if watched and export.exporting():
+        return export.batch_norm(x, vectors, training, eps, mask, residual, relu)
+    if training and comm is None and few_values.are_few(x):
+        return few_values.train(x, vectors, counters, residual)
+    run = autograd.batch_norm if watched else eager.batch_norm
     return run(x, vectors, counters, training, momentum, eps, mask, residual, relu, comm)
 
 

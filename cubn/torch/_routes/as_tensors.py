@@ -21,11 +21,11 @@ from cubn.backends import threads
 from cubn.backends.protocol import ReluMask
 from cubn.saved import Layouts
 from cubn.sync.collective import SyncContext
-from cubn.torch import _communicators
 from cubn.torch._passes import backend_arrays
 from cubn.torch._passes import relu_mask as relu_masks
 from cubn.torch._passes.arguments import Left, new_state, without_memory
 from cubn.torch._passes.reading import read
+from cubn.torch._routes import communicators
 
 Kept = tuple[Tensor, Tensor, Tensor]
 """`statistics`, the float64 block of `cubn._types.Statistics`; `bits`, the relu mask as int16 numbers, `words` of them;
@@ -86,7 +86,7 @@ def from_tensors(
     layouts, held, _ = template or _template(x.detach(), mask, kind)
     memory = backend_arrays.from_tensor(block.detach())
     parts = memory, block.data_ptr(), layouts.extents.C, gamma is not None, beta is not None
-    context = None if exchange is None else SyncContext(_communicators.of(comm), None, int(exchange))
+    context = None if exchange is None else SyncContext(communicators.of(comm), None, int(exchange))
     relu_mask = None if bits is None else relu_masks.as_relu_mask(bits, _orders[_order(x, mask, frozen)])
     return new_tuple(Left, (layouts, held, new_tuple(Statistics, parts), frozen, context)), relu_mask
 

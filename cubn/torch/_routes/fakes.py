@@ -9,13 +9,13 @@ from torch import Tensor
 
 from cubn._layout import c_strides, is_dense, output_strides
 from cubn._types import Statistics
-from cubn.torch import _as_tensors
+from cubn.torch._routes import as_tensors
 
 
 def train(x: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, *rest: Any) -> tuple[Tensor, ...]:
     *_, relu, comm = rest
     keeps_bits = residual is not None and relu
-    bits = x.new_empty(_as_tensors.words(x, mask) if keeps_bits else 0, dtype=torch.int16)
+    bits = x.new_empty(as_tensors.words(x, mask) if keeps_bits else 0, dtype=torch.int16)
     statistics = x.new_empty(Statistics.size(x.shape[1]), dtype=torch.float64)
     exchange = torch.empty((), dtype=torch.int64, device="cpu") if comm else x.new_empty(0, dtype=torch.int64)
     return _like(x), statistics, bits, exchange
