@@ -13,8 +13,7 @@ from cubn._inputs import bind, bind_mask_and_residual, bind_parameters, bind_x, 
 from cubn._moments import Moments
 from cubn._state.arrays import StateArrays
 from cubn._state.options import checked_eps
-from cubn._types import Affine, NormalizeOptions, Running, Vector
-from cubn.backends.protocol import PreparedNormalize
+from cubn._types import NormalizeOptions, Running
 from cubn.errors import message, reporting_as
 from cubn.saved import Forward, Layouts, Read, Saved
 from cubn.state import BatchNormState
@@ -166,11 +165,12 @@ def forward_frozen(
             if y is None:
                 y, at_y = call.allocate(x)
             if at_y % ALIGNMENT == call.alignment:
-                version = call.library.version
+                layouts, version = call.facts, call.library.version
                 read = Read(x, at_x, version(x), None)
-                masked = None if mask is None else Read(mask, at_mask, call.facts.mask.library.version(mask), None)
-                addresses = at_x, at_residual, at_y, at_mask
-                forward = _frozen(call.facts, call.prepared, held, state.eps, addresses, read, masked, at_y == at_x)
+                masked = None if mask is None else Read(mask, at_mask, layouts.mask.library.version(mask), None)
+                at = at_x, at_residual, at_y, at_mask
+                statistics, relu_mask = call.prepared(*at, *held.addresses, state.eps)
+                forward = Forward(layouts, read, masked, held, statistics, relu_mask, True, at_y == at_x)
                 if out is not None and call.library.counts_versions:
                     call.library.mark_written(out)
                 return y, Saved._of(forward)
@@ -195,47 +195,24 @@ def _forward_frozen(
     inputs = bind(x, state, mask, residual)
     extents, held = inputs.extents, inputs.held
     context = SyncContext.without_exchange(group, sizes, extents.N) if group else None
-    _running(held)
+    running = _running(held)
     output = inputs.destination(out)
     layouts = Layouts.of(inputs, relu_gradient(relu, residual is not None))
     options = NormalizeOptions(residual is not None, relu, keep_mask=layouts.relu == "mask")
     operands = inputs.operands(output.array)
-    copies = Affine(*(vector and Vector(0, "float64", 1) for vector in held.affine))
-    prepared = inputs.backend.prepare_normalize(extents, operands, copies, options)
+    prepared = inputs.backend.prepare_frozen(extents, operands, held.affine, running, options)
     at_x, at_residual, at_y, _, at_mask = (operand.pointer if operand else 0 for operand in operands)
+    statistics, relu_mask = prepared(at_x, at_residual, at_y, at_mask, *held.addresses, state.eps)
     read, masked = Read.of(inputs.x), inputs.mask and Read.of(inputs.mask)
     overwritten = overwrites(out, output, inputs.x)
-    addresses = at_x, at_residual, at_y, at_mask
-    forward = _frozen(layouts, prepared, held, state.eps, addresses, read, masked, overwritten)
+    forward = Forward(layouts, read, masked, held, statistics, relu_mask, True, overwritten, context)
     call = Call(prepared, layouts, inputs.x, output.array, (inputs.x, inputs.residual_or_dy), (inputs.mask,))
     given = None if out is None else output.array
     _calls.remember(FROZEN, call, inputs, state, given, relu)
-    y = output.finish()
-    return y, Saved._of(forward._replace(context=context))
+    return output.finish(), Saved._of(forward)
 
 
 FROZEN = _calls.new_store()
-
-
-def _frozen(
-    layouts: Layouts,
-    prepared: PreparedNormalize,
-    held: StateArrays,
-    eps: float,
-    addresses: tuple[int, int, int, int],
-    read: Read,
-    masked: Read | None,
-    overwritten: bool,
-) -> Forward:
-    """Write y, and what its backward needs."""
-    place = layouts.backend
-    statistics = place.new_statistics(layouts.extents.C, held.affine)
-    place.keep(held.affine, statistics)
-    assert held.running, "checked at first"
-    place.frozen_statistics(held.running, eps, statistics)
-    gamma, beta = statistics.at("gamma") if statistics.gamma else 0, statistics.at("beta") if statistics.beta else 0
-    relu_mask = prepared(*addresses, statistics, gamma, beta)
-    return Forward(layouts, read, masked, held, statistics, relu_mask, True, overwritten)
 
 
 def normalize(

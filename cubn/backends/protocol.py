@@ -103,6 +103,15 @@ class PreparedNormalize(Protocol):
         """Write y."""
 
 
+class PreparedFrozen(Protocol):
+    """A pass that normalises by running statistics and has a backward, but for addresses."""
+
+    def __call__(
+        self, x: int, residual: int, y: int, mask: int, gamma: int, beta: int, mean: int, var: int, eps: float, /
+    ) -> tuple[Statistics, ReluMask | None]:
+        """Write y."""
+
+
 class PreparedMoments(Protocol):
     """Nodes of a range of samples, but for addresses."""
 
@@ -193,6 +202,11 @@ class Backend(Protocol):
         self, extents: Extents, operands: Operands, affine: Affine, options: NormalizeOptions
     ) -> PreparedNormalize:
         """`normalize`."""
+
+    def prepare_frozen(
+        self, extents: Extents, operands: Operands, affine: Affine, running: Running, options: NormalizeOptions
+    ) -> PreparedFrozen:
+        """`keep`, `frozen_statistics` and `normalize`."""
 
     def prepare_moments(self, extents: Extents, operands: Operands, start: int) -> PreparedMoments:
         """`moments`."""

@@ -31,6 +31,7 @@ from cubn.backends.cpu.calls import (
     Doubles,
     PreparedBackward,
     PreparedForward,
+    PreparedFrozen,
     PreparedMoments,
     PreparedNormalize,
     PreparedTrain,
@@ -43,6 +44,7 @@ from cubn.backends.cpu.calls import (
 from cubn.backends.cpu.relayout import in_one_layout
 from cubn.backends.cpu.relu_mask import ReluMask
 from cubn.backends.cpu.stages import Elements, layout_of, reading_of
+from cubn.backends.in_steps import FrozenInSteps
 
 
 class CpuBackend:
@@ -69,7 +71,7 @@ class CpuBackend:
         return address_of(array)
 
     def new_statistics(self, C: int, affine: Affine) -> Statistics:
-        memory = np.empty(Statistics.size(C))
+        memory = np.zeros(Statistics.size(C))
         return Statistics(memory, address_of(memory), C, affine.gamma is not None, affine.beta is not None)
 
     # --- whole batches ------------------------------------------------------------------------------------------------
@@ -117,6 +119,16 @@ class CpuBackend:
         elements = _writing(extents, operands, options)
         launch = None if 0 in extents else prepare.normalize(elements, _affine(affine), options)
         return PreparedNormalize(launch, extents, elements.relu_mask)
+
+    def prepare_frozen(
+        self, extents: Extents, operands: Operands, affine: Affine, running: Running, options: NormalizeOptions
+    ) -> PreparedFrozen | FrozenInSteps:
+        if 0 in extents:
+            return FrozenInSteps(self, extents, operands, affine, running, options)
+        elements = _writing(extents, operands, options)
+        launch = prepare.frozen(elements, _affine(affine), _running(running), options)
+        copies = Copies(affine.gamma is not None, affine.beta is not None)
+        return PreparedFrozen(launch, extents, copies, elements.relu_mask)
 
     def prepare_moments(self, extents: Extents, operands: Operands, start: int) -> PreparedMoments:
         elements = _elements(extents, Operands(operands.x, mask=operands.mask), None)

@@ -81,7 +81,7 @@ class PreparedTrain(Prepared):
         momentum: float | None = 0.0,
         /,
     ) -> tuple[Statistics, ReluMask | None]:
-        memory = np.empty(self._size)
+        memory = np.zeros(self._size)  # not `empty`: what has no meaning is equal every time, too
         address = read_address(id(memory) + DATA).value
         passed = relu_mask.new(self._extents, self._words) if self._words else None
         launch = self._launch
@@ -108,6 +108,23 @@ class PreparedTrain(Prepared):
         )
         found = _new(Statistics, (memory, address, self._channels, self._gamma, self._beta))
         return found, passed
+
+
+class PreparedFrozen(PreparedTrain):
+    """See `cubn.backends.protocol`."""
+
+    __slots__ = ()
+
+    def __call__(  # type: ignore[override]
+        self, x: int, residual: int, y: int, mask: int, gamma: int, beta: int, mean: int, var: int, eps: float, /
+    ) -> tuple[Statistics, ReluMask | None]:
+        memory = np.zeros(self._size)
+        address = read_address(id(memory) + DATA).value
+        passed = relu_mask.new(self._extents, self._words) if self._words else None
+        launch, at_mask = self._launch, passed.address if passed else 0
+        workspace = launch.workspace()
+        launch.run(workspace.address, address, x, residual, y, mask, at_mask, gamma, beta, mean, var, eps)
+        return _new(Statistics, (memory, address, self._channels, self._gamma, self._beta)), passed
 
 
 class PreparedBackward(Prepared):

@@ -107,6 +107,20 @@ def backward(
     return over_elements((tabulate, reduced, gradient, pass_, gradients), elements, arguments, fields, strided=strided)
 
 
+@kept(plan.KEPT_BYTES)
+def frozen(elements: Elements, affine: Affine, running: Running, options: NormalizeOptions) -> Launch:
+    """Statistics and copies of gamma and beta for a backward, and y."""
+    C, copied = elements.extents.C, tuple(name for name in AFFINE if getattr(affine, name))
+    statistics = in_statistics(C, (*STATISTICS, *(f"kept_{name}" for name in copied)))
+    arguments = Arguments(("x", "g", "y", "mask", "relu_mask", *AFFINE, *OLD), ("eps",), statistics)
+    first = Part(tuple(Stage(kernel(name), 1) for name in (("frozen", "keep") if copied else ("frozen",))))
+    tabulate = stages.over_channels("tabulate", dtype=elements.dtype)
+    run = stages.elementwise("normalize", _specialised(options), elements)
+    fields = of_affine(affine) | _of_running("old", running)
+    strided = layout_of(elements) == "strided"
+    return over_elements((first, tabulate, run), elements, arguments, fields, strided=strided)
+
+
 # --- parts of batches -------------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ from cubn.backends.cuda.parameters import Values
 from cubn.backends.cuda.plan import What
 from cubn.backends.cuda.prepare import STATISTICS, affine_vectors, layouts, running_vectors
 from cubn.backends.cuda.series import Series
+from cubn.backends.in_steps import FrozenInSteps
 from cubn.backends.protocol import (
     PreparedBackward,
     PreparedForward,
@@ -122,6 +123,11 @@ class CudaBackend:
             return calls.normalize_nothing
         series, layout = self._pass(extents, layouts(operands), _affine(affine), None, False, options)
         return calls.normalize(self.device, series, extents, layout if options.keep_mask else None)
+
+    def prepare_frozen(
+        self, extents: Extents, operands: Operands, affine: Affine, running: Running, options: NormalizeOptions
+    ) -> FrozenInSteps:
+        return FrozenInSteps(self, extents, layouts(operands), _affine(affine), _running(running), options)
 
     def prepare_moments(self, extents: Extents, operands: Operands, start: int) -> PreparedMoments:
         read = Operands(operands.x, mask=operands.mask)

@@ -13,7 +13,7 @@ from cubn._arrays.library import ALIGNMENT
 from cubn._calls import Call
 from cubn._kept import Store
 from cubn._state.arrays import ARRAYS
-from cubn._types import Affine, Running, Statistics
+from cubn._types import Statistics
 from cubn.backends import threads
 from cubn.backends.protocol import ReluMask
 from cubn.gradients import Gradients
@@ -138,15 +138,7 @@ def frozen(known: Known, found: Found, x: Tensor, eps: float) -> Result | None:
     if at_y % ALIGNMENT != call.alignment or not 0 < eps < math.inf:
         return None
     assert left
-    assert left.held.running
-    place = left.layouts.backend
-    affine = Affine(*(v and v._replace(pointer=p) for v, p in zip(left.held.affine, (gamma, beta), strict=True)))
-    running = Running(*(v._replace(pointer=p) for v, p in zip(left.held.running, (mean, var), strict=True)))
-    statistics = place.new_statistics(left.layouts.extents.C, affine)
-    place.keep(affine, statistics)
-    place.frozen_statistics(running, eps, statistics)
-    copies = (vector.pointer if vector else 0 for vector in statistics.affine)
-    relu_mask = call.prepared(at_x, at_residual, at_y, at_mask, statistics, *copies)
+    statistics, relu_mask = call.prepared(at_x, at_residual, at_y, at_mask, gamma, beta, mean, var, eps)
     return y, left._replace(statistics=statistics), relu_mask
 
 

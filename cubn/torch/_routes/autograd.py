@@ -173,8 +173,12 @@ def batch_norm(
     """See `cubn.torch._routes.normalize`."""
     weight, bias, mean, var = vectors
     is_compiling = torch.compiler.is_compiling()
+    differentiable = torch.is_grad_enabled()
+    if is_compiling and not training:  # what needs a gradient is known then
+        needs = [t.requires_grad for t in (x, weight, bias, residual) if t is not None]
+        differentiable = differentiable and any(needs)
     in_forward_mode = not is_compiling and torch.autograd.forward_ad._current_level >= 0
-    if not (training or torch.is_grad_enabled() or in_forward_mode):
+    if not (training or differentiable or in_forward_mode):
         y: Tensor = operators.batch_norm_inference(x, weight, bias, residual, mask, mean, var, eps, relu)
         return y
     function = Forward if is_compiling else TransformedForward
