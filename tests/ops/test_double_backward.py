@@ -7,8 +7,10 @@ import pytest
 
 import cubn
 from tests import oracle
-from tests.ops import arrays
+from tests.conftest import BACKENDS
+from tests.ops import arrays, cases
 from tests.ops.cases import EPS, Case
+from tests.ops.pairwise import every_pair, others_full, whole_product
 
 OPTIONS = {"out": "fresh", "momentum": 0.1, "cut": "whole", "threads": 2}
 ALL = ("ddx", "ddgamma", "ddbeta", "ddresidual")
@@ -74,31 +76,44 @@ def row(**options):
     return plain | options
 
 
-@pytest.mark.every_pair
-@pytest.mark.parametrize("operation", ["train", "frozen"])
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("mask", ["none", "full"])
-@pytest.mark.parametrize("shape", ["2-D", "short", "single", "tiles"])
-@pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
-@pytest.mark.parametrize("others", ["alike", "channels_last", "negative"])
-@pytest.mark.parametrize("dtype", arrays.DTYPES)
-def test_the_bits_are_those_of_the_contract(
-    backend, dtype, others, layout, shape, mask, residual, relu, operation, eager_threads
-):
-    options = {"mask": mask, "residual": residual, "relu": relu, "operation": operation}
-    DoubleCase(**row(dtype=dtype, others=others, layout=layout, shape=shape, **options)).check()
+AXES = cases.AXES | {
+    "operation": ["train", "frozen"],
+    "layout": ["nchw", "nhwc", "channels_last", "sliced", "axis0"],
+    "threads": [2],
+    "shape": ["2-D", "short", "single", "tiles"],
+    "mask": ["none", "full"],
+    "out": ["fresh"],
+    "momentum": [0.1],
+    "cut": ["whole"],
+    "backend": BACKENDS,
+}
+SEEDED = [(seed, row) for seed in range(12) for row in every_pair(AXES, cases.allowed, seed)]
+ROWS = others_full(
+    [(row.pop("backend"), row) for _, row in SEEDED], [i for i, (seed, _) in enumerate(SEEDED) if not seed]
+)
+PRODUCT = ["operation", "dtype", "layout", "shape", "mask", "residual", "relu", "others"]
 
 
-@pytest.mark.every_value
-@pytest.mark.parametrize("library", arrays.LIBRARIES)
-@pytest.mark.parametrize("parameters", ["float32", "half", "x"])
+@pytest.mark.parametrize(
+    ("backend", "row"),
+    ROWS,
+    indirect=["backend"],
+    ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())),
+)
+def test_the_bits_are_those_of_the_contract(backend, row, eager_threads):
+    """Any two values of any two options meet, with -m full several times."""
+    DoubleCase(**row).check()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", arrays.DTYPES)
-@pytest.mark.parametrize("affine", ["both", "none", "gamma", "beta"])
-@pytest.mark.parametrize("layout", ["nchw", "nhwc", "axis0"])
-def test_of_any_library_with_any_parameters(backend, library, parameters, dtype, affine, layout):
-    options = {"parameters": parameters, "affine": affine, "relu": True, "residual": True}
-    DoubleCase(**row(library=library, dtype=dtype, layout=layout, **options)).check()
+def test_the_bits_of_the_whole_product_are_those_of_the_contract(backend, dtype, eager_threads):
+    for row in whole_product(AXES | {"dtype": [dtype]}, PRODUCT, cases.allowed):
+        del row["backend"]
+        try:
+            DoubleCase(**row).check()
+        except AssertionError as error:
+            raise AssertionError(f"{row}: {error}") from error
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 11])
