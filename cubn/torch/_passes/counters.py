@@ -38,6 +38,18 @@ class Uncounted(NamedTuple):
         return cls(memory, memory[0].data_ptr(), memory[1].data_ptr())
 
 
+def is_locked(mean: Tensor) -> bool:
+    """Whether torch lets nobody write it: it was made in inference mode, which is over."""
+    return mean.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def check_unlocked(mean: Tensor) -> None:
+    if is_locked(mean):
+        remedy = "Assign a clone of it to the module, or train in inference mode."
+        rule = "be no inference tensor, which cannot be updated outside of inference mode"
+        raise RuntimeError(message("running_mean", rule, "one", remedy, function="batch_norm"))
+
+
 def per_channel(counters: Counters | None, mean: Tensor, momentum: float | None) -> tuple[Tensor, Tensor]:
     """Counters of each channel, for kernels: what they were, where a weight depends on it."""
     if counters is None:

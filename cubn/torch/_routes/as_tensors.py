@@ -72,7 +72,11 @@ def to_tensors(x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask |
         bits, of = relu_masks.as_tensor(relu_mask)
         _orders[_order(x, mask, left.frozen)] = of
         bits = _filled_up(bits, words(x, mask))
-    return block, bits, x.new_empty(0, dtype=torch.int64) if context is None else torch.tensor(context.exchange)
+    return (
+        block,
+        bits,
+        x.new_empty(0, dtype=torch.int64) if context is None else torch.tensor(context.exchange, device="cpu"),
+    )
 
 
 def from_tensors(
@@ -95,12 +99,12 @@ def from_tensors(
 def _unwritten(C: int, gamma: bool, beta: bool, frozen: bool, device: torch.device) -> Tensor:
     """Which numbers of the statistics have no meaning."""
     rows = dict.fromkeys(ROWS, True) | {"m2": not frozen, "gamma": gamma, "beta": beta}
-    unwritten = torch.ones(Statistics.size(C), dtype=torch.bool)
+    unwritten = torch.ones(Statistics.size(C), dtype=torch.bool, device=device)
     unwritten[0] = False
     for name, is_there in rows.items():
         begin = Statistics.offset(name, C)
         unwritten[begin : begin + C] = not is_there
-    return unwritten.to(device)
+    return unwritten
 
 
 # --- what follows from layouts ----------------------------------------------------------------------------------------
