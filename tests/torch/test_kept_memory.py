@@ -1,5 +1,6 @@
 """What a module keeps for its backward is autograd's: freed by it, dropped by a checkpoint, seen when it changes."""
 
+import contextlib
 import weakref
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
+from torch.utils._python_dispatch import BaseTorchDispatchMode  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import cubn.torch  # noqa: E402
@@ -60,7 +62,8 @@ FORMATS = {
 @pytest.mark.parametrize("back", ["first", "last", "sliced"])
 @pytest.mark.parametrize("given", FORMATS)
 @pytest.mark.parametrize("norm", ["BatchNorm2d", "BatchNormAddReLU2d"])
-def test_hooks_on_saved_tensors_may_bring_back_copies_of_another_layout(norm, given, back):
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, BaseTorchDispatchMode])
+def test_hooks_on_saved_tensors_may_bring_back_copies_of_another_layout(mode, norm, given, back):
     """As torch's `save_on_cpu(pin_memory=True)` does."""
     torch.manual_seed(0)
     x, residual, dy = (torch.randn(3, 4, 5, 6) for _ in range(3))
@@ -69,7 +72,7 @@ def test_hooks_on_saved_tensors_may_bring_back_copies_of_another_layout(norm, gi
 
     def gradients(pack):
         bn, leaf = getattr(cubn.torch, norm)(4), x.detach().requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with mode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):  # either route of autograd
             y = bn(leaf, *others, mask=mask)
         first = torch.autograd.grad(y, [leaf, bn.weight], dy, create_graph=True)
         return *first, *torch.autograd.grad(first[0].square().sum(), [leaf, bn.weight])

@@ -97,8 +97,14 @@ def _read(name: str, x: Tensor, like: Array) -> Read:
             message(name, f"be {like.dtype} {like.shape} as in the forward", got, remedy, function="backward")
         )
     if found.strides != like.strides:
-        x = torch.empty_strided(like.shape, like.strides, dtype=x.dtype, device=x.device)
-        once = tuple(slice(None) if step else slice(1) for step in like.strides)
-        x[once] = found.owner[once]
+        x = in_strides(found.owner, like.strides)
         found = found._replace(owner=x, pointer=x.data_ptr())
     return Read.of(found)
+
+
+def in_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A copy of such strides, some of which may be 0."""
+    copy = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    once = tuple(slice(None) if step else slice(1) for step in strides)
+    copy[once] = x[once]
+    return copy

@@ -88,7 +88,8 @@ def from_tensors(
     found = read(x, mask)
     template = None if found is None else _TEMPLATES.get((found[0], threads.limit, kind))
     layouts, held, _ = template or _template(x.detach(), mask, kind)
-    memory = backend_arrays.from_tensor(block.detach())
+    block = block.detach().contiguous()
+    memory = backend_arrays.from_tensor(block)
     parts = memory, block.data_ptr(), layouts.extents.C, gamma is not None, beta is not None
     context = None if exchange is None else SyncContext(communicators.of(comm), None, int(exchange))
     relu_mask = None if bits is None else relu_masks.as_relu_mask(bits, _orders[_order(x, mask, frozen)])
