@@ -96,3 +96,15 @@ def test_what_hooks_bring_back_in_another_shape_or_dtype_is_refused(norm, dtype,
         y = bn(x, *others)
     with pytest.raises((ValueError, TypeError), match=r"backward: (x|bits of the ReLU) must be"):
         y.sum().backward()
+
+
+def test_statistics_that_hooks_bring_back_in_another_dtype_are_refused():
+    """Where they are a tensor: on the route of operators."""
+    x, bn = torch.randn(3, 4, requires_grad=True), cubn.torch.BatchNorm1d(4)
+    with (
+        BaseTorchDispatchMode(),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t.float() if t.dtype == torch.float64 else t, lambda t: t),
+    ):
+        y = bn(x)
+    with pytest.raises(ValueError, match="backward: statistics must be as the forward left them"):
+        y.sum().backward()

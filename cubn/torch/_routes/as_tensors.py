@@ -19,6 +19,7 @@ from cubn._state.arrays import StateArrays
 from cubn._types import ROWS, Statistics
 from cubn.backends import threads
 from cubn.backends.protocol import ReluMask
+from cubn.errors import message
 from cubn.saved import Layouts
 from cubn.sync.collective import SyncContext
 from cubn.torch._passes import backend_arrays
@@ -89,10 +90,20 @@ def from_tensors(
     template = None if found is None else _TEMPLATES.get((found[0], threads.limit, kind))
     layouts, held, _ = template or _template(x.detach(), mask, kind)
     block = block.detach().contiguous()
+    if block.dtype != torch.float64 or block.shape != (Statistics.size(layouts.extents.C),):
+        got, remedy = f"{block.dtype} {tuple(block.shape)}", "Hooks on saved tensors must leave shape and dtype."
+        raise ValueError(message("statistics", "be as the forward left them", got, remedy, function="backward"))
     memory = backend_arrays.from_tensor(block)
     parts = memory, block.data_ptr(), layouts.extents.C, gamma is not None, beta is not None
     context = None if exchange is None else SyncContext(communicators.of(comm), None, int(exchange))
-    relu_mask = None if bits is None else relu_masks.as_relu_mask(bits, _orders[_order(x, mask, frozen)])
+    relu_mask = None
+    if bits is not None:
+        order = _orders.get(_order(x, mask, frozen))
+        if order is None:
+            remedy = "Hooks on saved tensors must leave it where a graph is compiled."
+            got = f"strides {x.stride()}"
+            raise ValueError(message("x", "have the layout of the forward", got, remedy, function="backward"))
+        relu_mask = relu_masks.as_relu_mask(bits, order)
     return new_tuple(Left, (layouts, held, new_tuple(Statistics, parts), frozen, context)), relu_mask
 
 

@@ -189,6 +189,8 @@ def batch_norm(
     if not (training or torch.is_grad_enabled() or in_forward_mode):
         y: Tensor = operators.batch_norm_inference(x, weight, bias, residual, mask, mean, var, eps, relu)
         return y
+    if is_compiling and residual is x:
+        residual = x.view_as(x)  # no compiler takes a Function that is given one tensor twice
     function = Forward if is_compiling else TransformedForward
     tracked, skipped = counters or (None, None)
     number = 0 if comm is None else communicators.handle(comm)
