@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -33,8 +34,9 @@ class Uncounted(NamedTuple):
     skipped: int
 
     @classmethod
-    def like(cls, mean: Tensor) -> Uncounted:
-        memory = torch.zeros(2, len(mean), dtype=torch.int64, device=mean.device)
+    @lru_cache(64)  # one for all layouts
+    def of(cls, channels: int, device: torch.device) -> Uncounted:
+        memory = torch.zeros(2, channels, dtype=torch.int64, device=device)
         return cls(memory, memory[0].data_ptr(), memory[1].data_ptr())
 
 

@@ -38,7 +38,7 @@ class Known(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.call.nbytes + (self.uncounted.memory.nbytes if self.uncounted else 0)
+        return self.call.nbytes
 
 
 TRAININGS: Store[Known] = _calls.new_store()
@@ -91,7 +91,7 @@ def keep(
     if all(array is None or (array.strides == (1,) and not array.owner.is_neg()) for array in arrays):
         sizes = tuple(array.owner.nbytes if array else 0 for array in arrays)
         mean = state.running_mean if left and not left.frozen else None
-        uncounted = None if mean is None else Uncounted.like(mean)
+        uncounted = None if mean is None else Uncounted.of(len(mean), mean.device)
         store.add(key, Known(call, left and left._replace(statistics=_NO_STATISTICS), sizes, uncounted))
 
 
