@@ -136,7 +136,8 @@ class Torch(Library):
         return (shape, strides, x.dtype, pointer % ALIGNMENT, index), pointer
 
     def is_still(self, x: Any, layout: Layout, pointer: int) -> bool:
-        return _address(x) == pointer and not x.requires_grad and x.shape == layout[0]
+        shape, _, _, remainder, _ = layout
+        return _address(x) == pointer and pointer % ALIGNMENT == remainder and not x.requires_grad and x.shape == shape
 
     def layout(self, array: Array) -> Layout | None:
         dtype, index = self._dtypes[array.dtype], -1 if array.device == HOST else array.device[1]

@@ -85,9 +85,9 @@ def batch_norm(
     >>> mean, var
     (tensor([1., 2.]), tensor([ 1.5000, 16.5000]))
     """
-    if not training and (running_mean is None or running_var is None):
+    if (running_mean is None or running_var is None) and not (training and running_mean is running_var):
         name = "running_var" if running_var is None else "running_mean"
-        remedy = "Without running statistics there is training=True alone."
+        remedy = "Without running statistics, both of them, there is training=True alone."
         raise ValueError(message(name, "be given unless training", None, remedy, function="batch_norm"))
     if training and running_mean is not None and not (momentum is not None and 0 <= momentum <= 1):
         remedy = "It is the weight of the new batch; another one makes variances negative, or lets them grow for ever."

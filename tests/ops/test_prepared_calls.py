@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import cubn
 from cubn import _calls
+from cubn._differentiation import BACKWARDS
 from cubn._kept import ENTRY
 from tests.ops import arrays
 
@@ -602,6 +603,19 @@ def test_state_tensors_that_moved_are_found():
     assert torch.equal(cubn.forward(warm.x, warm.state), expected)
     warm.state.gamma.data = torch.ones(3, dtype=torch.float64)
     assert torch.equal(2 * cubn.forward(warm.x, warm.state), expected)
+
+
+def test_the_call_of_a_backward_is_for_an_x_that_begins_where_that_of_its_forward_did():
+    """A device reads vectors, for which the address of x is to be a multiple of 16."""
+    torch = pytest.importorskip("torch")
+    memory, state = torch.randn(61), cubn.BatchNormState(3)
+    _calls.clear()
+    for begin in (0, 1, 0):
+        x = memory[begin : begin + 60].view(4, 3, 5)
+        _, saved = cubn.forward_train(x, state)
+        cubn.backward(torch.ones(4, 3, 5), saved)
+        (entry,) = BACKWARDS.entries.values()
+        assert entry.value.facts.x == _calls.signature(x)[0]
 
 
 def test_a_call_during_which_options_changed_is_not_kept(monkeypatch):

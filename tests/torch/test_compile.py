@@ -228,3 +228,15 @@ def test_a_process_group_compiles():
         all_same(list(module.buffers()), list(expected.buffers()))
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_an_input_may_be_its_own_residual(backend):
+    layer = ct.BatchNormAddReLU2d(3)
+    results = []
+    for run in (layer, torch.compile(layer, backend=backend, fullgraph=True)):
+        x = batch((4, 3, 2, 2)).requires_grad_()
+        y = run(x, x)
+        y.sum().backward()
+        results.append((y, x.grad))
+    assert all(map(same, *results))

@@ -65,6 +65,19 @@ def test_a_momentum_of_no_average_is_refused_before_anything_changes(momentum):
 def test_without_training_there_must_be_statistics():
     with pytest.raises(ValueError, match=r"^batch_norm: running_var must be given unless training; got None\."):
         functional.batch_norm(batch((4, 3)), torch.zeros(3), None)
+    for one in ((torch.zeros(3), None), (None, torch.ones(3))):
+        with pytest.raises(ValueError, match=r"^batch_norm: running_(mean|var) must be given"):
+            functional.batch_norm(batch((4, 3)), *one, training=True)
+
+
+def test_an_empty_batch_is_checked_as_another_is():
+    for n in (0, 4):
+        for i in range(4):
+            wrong = [torch.ones(2 if i == j else 3) for j in range(4)]
+            with pytest.raises(ValueError, match=r"^batch_norm: \w+ must have shape \(3,\)"):
+                functional.batch_norm(torch.zeros(n, 3), *wrong, training=True)
+        with pytest.raises(TypeError, match=r"^batch_norm: (input|x) must"):
+            functional.batch_norm(torch.zeros(n, 3).long(), torch.zeros(3), torch.ones(3), training=True)
 
 
 def test_a_single_value_is_refused_as_torch_refuses_it():

@@ -3,7 +3,9 @@
 import gc
 import itertools
 import weakref
+from decimal import Decimal
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +13,10 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 import cubn  # noqa: E402
+from cubn import _calls  # noqa: E402
 from cubn.torch import _passes  # noqa: E402
 from cubn.torch._passes.counters import Counters  # noqa: E402
+from cubn.torch._passes.known import TRAININGS  # noqa: E402
 
 C = 6
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -108,6 +112,12 @@ def test_a_view_of_the_other_sign_is_read_as_torch_reads_it(layout):
         assert torch.equal(plain[0], negative[0])
         one, other = (_passes.backward(g, x, None, plain[1], None) for g in (dy, torch._neg_view(-dy)))
         assert torch.equal(one.dx, other.dx)
+        given = (x, torch._neg_view(-x))
+        one, other = (_passes.backward(dy, t, None, _passes.train(t, layer.vectors)[1], None) for t in given)
+        assert torch.equal(one.dx, other.dx)
+        added = ({"residual": dy}, {"residual": torch._neg_view(-dy)})
+        assert torch.equal(*(_passes.train(x, (*layer.vectors[:2], None, None), **how)[0] for how in added))
+        assert torch.equal(*(_passes.frozen(x, layer.vectors, **how)[0] for how in added))
         assert torch.equal(*(_passes.inference(t, layer.vectors) for t in (x, torch._neg_view(-x))))
 
 
@@ -202,3 +212,46 @@ def test_the_number_of_threads_of_a_kept_call_is_the_one_that_is_set():
     finally:
         cubn.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results)
+
+
+def test_numbers_of_a_kind_that_the_first_call_refuses_the_second_refuses():
+    x, layer = torch.randn(4, C), Given()
+    for run in (_passes.train, _passes.frozen, _passes.inference):
+        run(x, layer.vectors, eps=0.5)
+        for wrong in (True, torch.tensor(0.5), Decimal("0.5"), "0.5"):
+            with pytest.raises(TypeError, match="eps must be a real number"):
+                run(x, layer.vectors, eps=wrong)
+    for wrong in (True, torch.tensor(0.5), Decimal("0.5"), "0.5"):
+        with pytest.raises(TypeError, match="momentum must be a real number"):
+            _passes.train(x, layer.vectors, momentum=wrong)
+    for number in (1, np.float64(0.5), np.float32(0.5)):
+        for _ in range(2):
+            state = layer.state(momentum=float(number))
+            cubn.forward_train(x, state)
+            _passes.train(x, layer.vectors, momentum=number)
+            assert torch.equal(layer.mean, state.running_mean)
+
+
+def test_statistics_made_in_inference_mode_are_left_as_they_were_when_they_are_refused():
+    x = torch.randn(4, C)
+    for warm in (False, True):
+        _calls.clear()
+        if warm:
+            _passes.train(x, Given().vectors, Given().counters)
+        with torch.inference_mode():
+            layer = Given()
+        before = [t.clone() for t in (*layer.vectors, *layer.counters)]
+        with pytest.raises(RuntimeError, match="inference"):
+            _passes.train(x, layer.vectors, layer.counters)
+        assert all(map(torch.equal, before, (*layer.vectors, *layer.counters)))
+        with torch.inference_mode():
+            _passes.train(x, layer.vectors, layer.counters)
+        assert layer.counters.num_batches_tracked == 1
+
+
+def test_all_layouts_share_the_counters_that_nobody_reads():
+    _calls.clear()
+    for n in range(2, 10):
+        _passes.train(torch.zeros(n, C), (None, None, *Given().vectors[2:]))
+    assert len({entry.value.uncounted.tracked for entry in TRAININGS.entries.values()}) == 1
+    assert len(TRAININGS.entries) == 8

@@ -1,5 +1,7 @@
 """torch.func, forward mode, dispatch modes and tensor subclasses: they see operators, and eager's bits come out."""
 
+import contextlib
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -7,7 +9,7 @@ torch = pytest.importorskip("torch")
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._python_dispatch import BaseTorchDispatchMode, TorchDispatchMode  # noqa: E402
 
 import cubn.torch as ct  # noqa: E402
 from cubn.torch._routes import autograd  # noqa: E402
@@ -106,6 +108,19 @@ def _of_nn(module):
         return loss(torch.nn.functional.batch_norm(x, None, None, module.weight, module.bias, True).sin())
 
     return of
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, BaseTorchDispatchMode])
+@pytest.mark.parametrize("of", ["x", "weight", "dy"])
+def test_third_derivatives_are_refused_whatever_they_are_taken_by(of, mode):
+    x, weight, dy = (torch.randn(shape, requires_grad=True) for shape in ((4, 3), (3,), (4, 3)))
+    by = {"x": x, "weight": weight, "dy": dy}[of]
+    with mode():
+        y = ct.functional.batch_norm(x, None, None, weight, training=True)
+        (first,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(3).sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match=r"^batch_norm: there are no third derivatives\."):
+            torch.autograd.grad(second.sum(), by)
 
 
 def test_third_derivatives_are_refused():

@@ -27,8 +27,8 @@ from cubn.moments import update as core_update
 from cubn.state import BatchNormState
 from cubn.sync import Comm
 from cubn.torch._passes import known
-from cubn.torch._passes.arguments import Left, Result, Vectors, detached, left_by, new_state, saved
-from cubn.torch._passes.counters import NO_COUNTERS, Counters, count, count_in, per_channel
+from cubn.torch._passes.arguments import Left, Result, Vectors, detached, left_by, new_state, places, saved
+from cubn.torch._passes.counters import NO_COUNTERS, Counters, check_unlocked, count, count_in, per_channel
 from cubn.torch._passes.known import Known
 from cubn.torch._passes.reading import read
 from cubn.torch._passes.recomputation import recomputing
@@ -53,7 +53,8 @@ def train(
     if vectors[2] is not None and recomputing():
         vectors, counters = (*vectors[:2], None, None), None
     tracked, skipped = NO_COUNTERS if counters is None else counters
-    key, found = known.look_up(known.TRAININGS, relu, comm, x, *vectors, mask, residual, tracked, skipped)
+    options = relu, type(eps), type(momentum)
+    key, found = known.look_up(known.TRAININGS, options, comm, x, residual, *vectors, mask, tracked, skipped)
     result = found and known.train(*found, x, vectors, counters, mask, momentum, eps)
     return result or _train(key, x, vectors, counters, momentum, eps, mask, residual, relu, comm)
 
@@ -69,7 +70,7 @@ def frozen(
     comm: Comm | None = None,
 ) -> Result:
     """Normalise by the running statistics, with a backward."""
-    key, found = known.look_up(known.FROZEN, relu, comm, x, *vectors, mask, residual)
+    key, found = known.look_up(known.FROZEN, (relu, type(eps)), comm, x, residual, *vectors, mask)
     result = found and known.frozen(*found, x, eps)
     if result is not None:
         return result
@@ -90,7 +91,7 @@ def inference(
     relu: bool = False,
 ) -> Tensor:
     """Normalise by the running statistics."""
-    key, found = known.look_up(known.INFERENCES, relu, None, x, *vectors, mask, residual)
+    key, found = known.look_up(known.INFERENCES, (relu, type(eps)), None, x, residual, *vectors, mask)
     y = None if found is None else known.inference(*found, x, eps)
     if y is not None:
         return y
@@ -115,7 +116,7 @@ def update(vectors: Vectors, counters: Counters | None, moments: Moments, *, mom
 def backward(dy: Tensor, x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask | None) -> Gradients[Tensor]:
     """dx, dgamma, dbeta and dresidual, of this rank alone where there are several."""
     layouts, held, _, is_frozen, context = left
-    key = None
+    key = found = None
     if context is None and (found := read(dy, x, mask)) is not None and not (dy.is_neg() or x.is_neg()):
         words = None if relu_mask is None else relu_mask.layout
         key = found[0], layouts, held.layout, words, is_frozen, threads.limit
@@ -124,8 +125,11 @@ def backward(dy: Tensor, x: Tensor, mask: Tensor | None, left: Left, relu_mask: 
         if gradients is not None:
             return gradients
     dy = dy.detach()
-    gradients = core_backward(dy, saved(x, mask, left, relu_mask))
-    if key is not None and (described := _calls.signature(dy)) is not None:
+    of = saved(x, mask, left, relu_mask)
+    gradients = core_backward(dy, of)
+    if key is None or found is None or found[2:] != places(of):  # copies were read, whose layouts are not the key's
+        return gradients
+    if (described := _calls.signature(dy)) is not None:
         call = BACKWARDS.get((layouts, held.layout, words, described[0], None, is_frozen, threads.limit))
         if call is not None:
             known.BACKWARDS.add(key, Known(call, None, (), None))
@@ -161,6 +165,7 @@ def _train(
     """With every check."""
     state, tracked = new_state(x, vectors, eps, momentum), None
     if (mean := vectors[2]) is not None:
+        check_unlocked(mean)
         tracked, skipped = per_channel(counters, mean, momentum)
         count_in(state, tracked, skipped)
     x, residual = x.detach(), detached(residual)

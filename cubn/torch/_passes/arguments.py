@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cubn import _arrays
+from cubn._arrays import Array
 from cubn._inputs import bind_x, parameter
 from cubn._state.arrays import ARRAYS, STATISTICS, StateArrays, checked_arrays
 from cubn._state.options import checked_eps, checked_momentum
-from cubn._types import Statistics
+from cubn._types import BOOL, FLOATS, Statistics
 from cubn.backends.protocol import ReluMask
-from cubn.errors import reporting_as
+from cubn.errors import message, reporting_as
 from cubn.saved import Forward, Layouts, Read, Saved
 from cubn.state import BatchNormState
 from cubn.sync.collective import SyncContext
@@ -68,14 +70,41 @@ def detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
 
 
-def _version(x: Tensor) -> int | None:
-    return None if x.is_inference() else x._version
-
-
 def saved(x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask | None) -> Saved[Tensor]:
     """What the core's backward reads: that a tensor did not change meanwhile is autograd's business."""
     layouts, held, statistics, is_frozen, context = left
-    x = x.detach()
-    of_mask = None if mask is None else Read(mask, mask.data_ptr(), _version(mask), None)
-    of_x = Read(x, x.data_ptr(), _version(x), None)
+    of_x = _read("x", x.detach(), layouts.x)
+    of_mask = None if mask is None or layouts.mask is None else _read("mask", mask, layouts.mask)
     return Saved._of(Forward(layouts, of_x, of_mask, held, statistics, relu_mask, is_frozen, False, context))
+
+
+def places(saved: Saved[Tensor]) -> tuple[int, int]:
+    """Where x and the mask are that a backward reads."""
+    _, x, mask, *_ = saved._forward
+    return x.pointer, mask.pointer if mask else 0
+
+
+def _read(name: str, x: Tensor, like: Array) -> Read:
+    """What the forward read, in the layout it had then: hooks on saved tensors may bring back a copy in another one,
+    as torch's `save_on_cpu` does with pinned memory.
+    """
+    with reporting_as("backward"):
+        found = _arrays.describe(x, name, BOOL if like.dtype in BOOL else FLOATS, detach=True)
+    if (found.shape, found.dtype, found.device) != (like.shape, like.dtype, like.device):
+        remedy = "Hooks on saved tensors, and assignments to .data, must leave shape, dtype and device."
+        got = f"{found.dtype} {found.shape}"
+        raise ValueError(
+            message(name, f"be {like.dtype} {like.shape} as in the forward", got, remedy, function="backward")
+        )
+    if found.strides != like.strides:
+        x = in_strides(found.owner, like.strides)
+        found = found._replace(owner=x, pointer=x.data_ptr())
+    return Read.of(found)
+
+
+def in_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A copy of such strides, some of which may be 0."""
+    copy = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    once = tuple(slice(None) if step else slice(1) for step in strides)
+    copy[once] = x[once]
+    return copy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -33,9 +34,22 @@ class Uncounted(NamedTuple):
     skipped: int
 
     @classmethod
-    def like(cls, mean: Tensor) -> Uncounted:
-        memory = torch.zeros(2, len(mean), dtype=torch.int64, device=mean.device)
+    @lru_cache(64)  # one for all layouts
+    def of(cls, channels: int, device: torch.device) -> Uncounted:
+        memory = torch.zeros(2, channels, dtype=torch.int64, device=device)
         return cls(memory, memory[0].data_ptr(), memory[1].data_ptr())
+
+
+def is_locked(mean: Tensor) -> bool:
+    """Whether torch lets nobody write it: it was made in inference mode, which is over."""
+    return mean.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def check_unlocked(mean: Tensor) -> None:
+    if is_locked(mean):
+        remedy = "Assign a clone of it to the module, or train in inference mode."
+        rule = "be no inference tensor, which cannot be updated outside of inference mode"
+        raise RuntimeError(message("running_mean", rule, "one", remedy, function="batch_norm"))
 
 
 def per_channel(counters: Counters | None, mean: Tensor, momentum: float | None) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from cubn.gradients import Gradients
 from cubn.state import BatchNormState
 from cubn.sync import Comm
 from cubn.torch._passes.arguments import Left, Result, Vectors
-from cubn.torch._passes.counters import Counters, Uncounted, count
+from cubn.torch._passes.counters import Counters, Uncounted, count, is_locked
 from cubn.torch._passes.reading import Found, counter, read
 
 increment_version = torch.autograd.graph.increment_version
@@ -50,15 +50,23 @@ _NO_STATISTICS = Statistics(None, 0, 0, False, False)
 
 
 def look_up(
-    store: Store[Known], relu: bool, comm: Comm | None, x: Tensor, *others: Tensor | None
+    store: Store[Known],
+    options: tuple[Any, ...],
+    comm: Comm | None,
+    x: Tensor,
+    residual: Tensor | None,
+    *others: Tensor | None,
 ) -> tuple[Any, tuple[Known, Found] | None]:
-    """The key of such tensors, and the call that was made before with such, and where they are."""
+    """The key of such tensors, and the call that was made before with such, and where they are.
+
+    options: relu, and the types of numbers, of which the full way refuses some.
+    """
     if comm is not None:
         return None, None
-    found = read(x, *others)
-    if found is None or x.is_neg():
+    found = read(x, residual, *others)
+    if found is None or x.is_neg() or (residual is not None and residual.is_neg()):
         return None, None
-    key = found[0], relu, threads.limit
+    key = found[0], options, threads.limit
     known = store.get(key)
     return key, None if known is None else (known, found)
 
@@ -83,7 +91,7 @@ def keep(
     if all(array is None or (array.strides == (1,) and not array.owner.is_neg()) for array in arrays):
         sizes = tuple(array.owner.nbytes if array else 0 for array in arrays)
         mean = state.running_mean if left and not left.frozen else None
-        uncounted = None if mean is None else Uncounted.like(mean)
+        uncounted = None if mean is None else Uncounted.of(len(mean), mean.device)
         store.add(key, Known(call, left and left._replace(statistics=_NO_STATISTICS), sizes, uncounted))
 
 
@@ -99,7 +107,7 @@ def train(
 ) -> Result | None:
     """None where something is in the way."""
     call, left, sizes, uncounted = known
-    _, at_x, gamma, beta, mean, var, at_mask, at_residual, at_tracked, at_skipped = found
+    _, at_x, at_residual, gamma, beta, mean, var, at_mask, at_tracked, at_skipped = found
     if mask is not None and call.library.count(mask) * call.facts.values < 2:
         return None
     if not 0 < eps < math.inf or (momentum is not None and not 0 <= momentum <= 1):
@@ -107,7 +115,7 @@ def train(
     moves: tuple[Any, ...] = ()
     tracked = None
     if uncounted is not None:
-        if not _apart(sizes, (gamma, beta, mean, var)):
+        if not _apart(sizes, (gamma, beta, mean, var)) or is_locked(vectors[2]):  # type: ignore[arg-type]
             return None
         if momentum is None:
             if counters is None:
@@ -133,7 +141,7 @@ def train(
 
 def frozen(known: Known, found: Found, x: Tensor, eps: float) -> Result | None:
     """None where something is in the way."""
-    (call, left, *_), (_, at_x, gamma, beta, mean, var, at_mask, at_residual) = known, found
+    (call, left, *_), (_, at_x, at_residual, gamma, beta, mean, var, at_mask) = known, found
     y, at_y = call.allocate(x)
     if at_y % ALIGNMENT != call.alignment or not 0 < eps < math.inf:
         return None
@@ -144,7 +152,7 @@ def frozen(known: Known, found: Found, x: Tensor, eps: float) -> Result | None:
 
 def inference(known: Known, found: Found, x: Tensor, eps: float) -> Tensor | None:
     """None where something is in the way."""
-    _, at_x, gamma, beta, mean, var, at_mask, at_residual = found
+    _, at_x, at_residual, gamma, beta, mean, var, at_mask = found
     if not 0 < eps < math.inf:
         return None
     y: Tensor

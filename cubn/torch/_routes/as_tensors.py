@@ -19,6 +19,7 @@ from cubn._state.arrays import StateArrays
 from cubn._types import ROWS, Statistics
 from cubn.backends import threads
 from cubn.backends.protocol import ReluMask
+from cubn.errors import message
 from cubn.saved import Layouts
 from cubn.sync.collective import SyncContext
 from cubn.torch._passes import backend_arrays
@@ -73,7 +74,11 @@ def to_tensors(x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask |
         bits, of = relu_masks.as_tensor(relu_mask)
         _orders[_order(x, mask, left.frozen)] = of
         bits = _filled_up(bits, words(x, mask))
-    return block, bits, x.new_empty(0, dtype=torch.int64) if context is None else torch.tensor(context.exchange)
+    return (
+        block,
+        bits,
+        x.new_empty(0, dtype=torch.int64) if context is None else torch.tensor(context.exchange, device="cpu"),
+    )
 
 
 def from_tensors(
@@ -85,10 +90,21 @@ def from_tensors(
     found = read(x, mask)
     template = None if found is None else _TEMPLATES.get((found[0], threads.limit, kind))
     layouts, held, _ = template or _template(x.detach(), mask, kind)
-    memory = backend_arrays.from_tensor(block.detach())
+    block = block.detach().contiguous()
+    if block.dtype != torch.float64 or block.shape != (Statistics.size(layouts.extents.C),):
+        got, remedy = f"{block.dtype} {tuple(block.shape)}", "Hooks on saved tensors must leave shape and dtype."
+        raise ValueError(message("statistics", "be as the forward left them", got, remedy, function="backward"))
+    memory = backend_arrays.from_tensor(block)
     parts = memory, block.data_ptr(), layouts.extents.C, gamma is not None, beta is not None
     context = None if exchange is None else SyncContext(communicators.of(comm), None, int(exchange))
-    relu_mask = None if bits is None else relu_masks.as_relu_mask(bits, _orders[_order(x, mask, frozen)])
+    relu_mask = None
+    if bits is not None:
+        order = _orders.get(_order(x, mask, frozen))
+        if order is None:
+            remedy = "Hooks on saved tensors must leave it where a graph is compiled."
+            got = f"strides {x.stride()}"
+            raise ValueError(message("x", "have the layout of the forward", got, remedy, function="backward"))
+        relu_mask = relu_masks.as_relu_mask(bits, order)
     return new_tuple(Left, (layouts, held, new_tuple(Statistics, parts), frozen, context)), relu_mask
 
 
@@ -96,12 +112,12 @@ def from_tensors(
 def _unwritten(C: int, gamma: bool, beta: bool, frozen: bool, device: torch.device) -> Tensor:
     """Which numbers of the statistics have no meaning."""
     rows = dict.fromkeys(ROWS, True) | {"m2": not frozen, "gamma": gamma, "beta": beta}
-    unwritten = torch.ones(Statistics.size(C), dtype=torch.bool)
+    unwritten = torch.ones(Statistics.size(C), dtype=torch.bool, device=device)
     unwritten[0] = False
     for name, is_there in rows.items():
         begin = Statistics.offset(name, C)
         unwritten[begin : begin + C] = not is_there
-    return unwritten.to(device)
+    return unwritten
 
 
 # --- what follows from layouts ----------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Autograd's functions around the operators: what `torch.compile`, `torch.func` and dispatch modes differentiate.
 
-`_eager` is the shorter way where none of these is at work.
+`eager` is the shorter way where none of these is at work.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from cubn.errors import message
 from cubn.sync import Comm
-from cubn.torch._passes.arguments import Vectors
+from cubn.torch._passes.arguments import Vectors, in_strides
 from cubn.torch._passes.counters import Counters
 from cubn.torch._routes import communicators, operators
 
@@ -59,11 +59,12 @@ class Forward(Function):
         ctx.save_for_backward(x, weight, mask, statistics, bits if has_bits else None, exchange if comm else None)
         dtypes = (None if a is None else a.dtype for a in (weight, bias))
         ctx.options = (*dtypes, residual is not None, relu, frozen, comm)
+        ctx.strides = x.stride()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
         x, weight, mask, *left = ctx.saved_tensors
-        gradients = _backward(dy, x, weight, mask, *left, *ctx.options)
+        gradients = _backward(dy, x, weight, mask, *left, ctx.strides, *ctx.options)
         return *gradients, *[None] * 10
 
 
@@ -107,13 +108,15 @@ class Backward(Function):
         statistics: Tensor,
         bits: Tensor | None,
         exchange: Tensor | None,
+        strides: tuple[int, ...],
         *options: Any,
     ) -> Any:
+        x = _as_it_was(x, strides)
         return operators.batch_norm_backward(dy, x, mask, statistics, bits, exchange, _order(options), *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        tensors, ctx.options = inputs[:7], inputs[7:]
+        tensors, ctx.strides, ctx.options = inputs[:7], inputs[7], inputs[8:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
@@ -123,8 +126,8 @@ class Backward(Function):
         gamma, beta, residual, *_ = ctx.options
         present = True, gamma is not None, beta is not None, residual
         given = (gradient if is_there else None for gradient, is_there in zip(gradients, present, strict=True))
-        ddy, dx, dgamma = DoubleBackward.apply(*given, dy, x, weight, *rest, *ctx.options)  # type: ignore[no-untyped-call]
-        return ddy, dx, None if gamma is None else dgamma, *[None] * (len(rest) + len(ctx.options))
+        ddy, dx, dgamma = DoubleBackward.apply(*given, dy, x, weight, *rest, ctx.strides, *ctx.options)  # type: ignore[no-untyped-call]
+        return ddy, dx, None if gamma is None else dgamma, *[None] * (len(rest) + 1 + len(ctx.options))
 
     generate_vmap_rule = True
     jvp = TransformedForward.jvp
@@ -138,10 +141,10 @@ class DoubleBackward(Function):
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        *tensors, _, mask, statistics, bits, exchange = arguments[:11]
-        options = arguments[11:]
+        *given, dy, x, _, mask, statistics, bits, exchange, strides = arguments[:12]
+        options, x = arguments[12:], _as_it_was(x, strides)
         return operators.batch_norm_double_backward(
-            *tensors, mask, statistics, bits, exchange, _order(options), *options
+            *given, dy, x, mask, statistics, bits, exchange, _order(options), *options
         )
 
     @staticmethod
@@ -151,6 +154,15 @@ class DoubleBackward(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> NoReturn:
         raise NotImplementedError("batch_norm: there are no third derivatives. Detach what was differentiated twice.")
+
+
+def _as_it_was(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """x in the layout of the forward, by which the bits of a ReLU are packed: hooks on saved tensors may bring back
+    another. Compilers and transforms have none.
+    """
+    if x.stride() == strides or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
+        return x
+    return in_strides(x, strides)
 
 
 def _order(options: Options) -> Tensor | None:
@@ -181,6 +193,8 @@ def batch_norm(
     if not (training or differentiable or in_forward_mode):
         y: Tensor = operators.batch_norm_inference(x, weight, bias, residual, mask, mean, var, eps, relu)
         return y
+    if is_compiling and residual is x:
+        residual = x.view_as(x)  # no compiler takes a Function that is given one tensor twice
     function = Forward if is_compiling else TransformedForward
     tracked, skipped = counters or (None, None)
     number = 0 if comm is None else communicators.handle(comm)

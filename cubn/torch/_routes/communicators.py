@@ -28,7 +28,7 @@ def handle(comm: Comm) -> int:
         for number, known in enumerate(_KNOWN, 1):
             if known.communicator is group:
                 return number
-        _KNOWN.append(_Known(group, torch.zeros((), dtype=torch.int64)))
+        _KNOWN.append(_Known(group, torch.zeros((), dtype=torch.int64, device="cpu")))
         return len(_KNOWN)
 
 

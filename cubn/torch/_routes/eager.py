@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from cubn.backends.protocol import ReluMask
 from cubn.sync import Comm
@@ -15,6 +14,7 @@ from cubn.torch import _passes
 from cubn.torch._passes.arguments import Left, Vectors
 from cubn.torch._passes.counters import Counters
 from cubn.torch._passes.relu_mask import as_relu_mask, as_tensor
+from cubn.torch._routes import autograd
 
 
 class Given(NamedTuple):
@@ -74,16 +74,34 @@ class Backward(Function):
         left: Left,
         relu_mask: ReluMask | None,
     ) -> Any:
-        ctx.save_for_backward(dy, x, mask)
+        ctx.save_for_backward(dy, x, weight, mask)
         ctx.left, ctx.relu_mask = left, relu_mask
         ctx.set_materialize_grads(False)
         return tuple(_passes.backward(dy, x, mask, left, relu_mask))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *given: Tensor | None) -> Any:
-        dy, x, mask = ctx.saved_tensors
-        return *_passes.double_backward(given, dy, x, mask, ctx.left, ctx.relu_mask), None, None, None
+        gradients = DoubleBackward.apply(ctx.left, ctx.relu_mask, *ctx.saved_tensors, *given)  # type: ignore[no-untyped-call]
+        return *gradients, None, None, None
+
+
+class DoubleBackward(Function):
+    """Second derivatives, which have none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        left: Left,
+        relu_mask: ReluMask | None,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        *given: Tensor | None,
+    ) -> Any:
+        return tuple(_passes.double_backward(given, dy, x, mask, left, relu_mask))
+
+    backward = staticmethod(autograd.DoubleBackward.backward)
 
 
 def batch_norm(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cubn._arguments import shown
+from cubn._state.arrays import STATISTICS
 from cubn.errors import message
 from cubn.torch._passes.arguments import Vectors
 from cubn.torch._passes.counters import Counters
@@ -28,6 +29,12 @@ def train(x: Tensor, vectors: Vectors, counters: Counters | None, residual: Tens
         )
         rule = "have more than one value per channel in training"
         raise ValueError(message("input", rule, shown(x), remedy, function="batch_norm"))
+    if not x.is_floating_point():
+        raise TypeError(message("input", "be of floating point", shown(x), function="batch_norm"))
+    for name, vector in zip(("weight", "bias", *STATISTICS), vectors, strict=True):
+        if vector is not None and vector.numel() != x.size(1):
+            rule = f"have shape ({x.size(1)},), one value per channel"
+            raise ValueError(message(name, rule, shown(vector), function="batch_norm"))
     weight, bias, _, _ = vectors
     y = x.clone()
     if weight is not None:

@@ -1,7 +1,7 @@
 """PyTorch operators: what compilers, transforms and dispatch modes see of batch norm.
 
-None is differentiable by itself, see `_autograd`. What is absent among the outputs is an empty tensor. `comm` is a
-number of `_communicators`, 0 without one; then `order` is None. See `_as_tensors` for what a backward is given.
+None is differentiable by itself, see `autograd`. What is absent among the outputs is an empty tensor. `comm` is a
+number of `communicators`, 0 without one; then `order` is None. See `as_tensors` for what a backward is given.
 
 Compiled graphs lie on disk, and know an operator by its name and arguments. One that is to return something else needs
 a new name.
