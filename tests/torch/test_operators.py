@@ -8,8 +8,8 @@ torch = pytest.importorskip("torch")
 
 from torch._subclasses import FakeTensorMode  # noqa: E402
 
-from cubn.torch._routes import operators as ops  # noqa: E402
 from cubn.torch import _passes  # noqa: E402
+from cubn.torch._routes import operators as ops  # noqa: E402
 
 CASES = {
     "plain": dict(),
