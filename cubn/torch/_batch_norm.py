@@ -17,6 +17,7 @@ from cubn.errors import a_type, message
 from cubn.sync import Comm
 from cubn.torch._models.pool import Pool
 from cubn.torch._passes.counters import Counters
+from cubn.torch._passes.refusals import heard_by
 from cubn.torch._routes.normalize import normalize
 
 STATISTICS = ("running_mean", "running_var")
@@ -80,7 +81,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         if isinstance(x, Proxy):
             return self._traced(x, residual, mask)
-        self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        try:
+            self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        except ValueError:
+            with heard_by(self.comm if self.training and not self.frozen else None):
+                raise
         buffers = self._buffers  # as attributes they take ten times as long
         mean, var = buffers["running_mean"], buffers["running_var"]
         training = (self.training and not self.frozen) or (mean is None and var is None)

@@ -70,5 +70,6 @@ def backward_order() -> Tensor:
 
 # A compiler takes what they return for a constant of its graph, and calls it by the function's name:
 # torch.compiler.assume_constant_result, whose import of all of torch._dynamo takes seconds.
-for _constant in handle, forward_order, backward_order:
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_CONSTANTS: tuple[Any, ...] = handle, forward_order, backward_order
+for _constant in _CONSTANTS:
+    _constant._dynamo_marked_constant = True
