@@ -14,8 +14,9 @@ from torch.nn.parameter import is_lazy
 from torch.types import Device
 
 from cubn.errors import a_type, message
-from cubn.sync import Comm
+from cubn.sync import Comm, check_comm
 from cubn.torch._models.pool import Pool
+from cubn.torch._models.replacing import NotToBeReplaced
 from cubn.torch._passes.counters import Counters
 from cubn.torch._passes.refusals import heard_by
 from cubn.torch._routes.normalize import normalize
@@ -40,6 +41,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     frozen = False
     _ranks: _Ranks | None = None
     _pool: Pool | None = None  # inside `accumulate`
+    qconfig = NotToBeReplaced()
 
     def __init__(
         self,
@@ -69,6 +71,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @comm.setter
     def comm(self, comm: Comm | None) -> None:
+        check_comm(comm)
         self._ranks = None if comm is None else _Ranks(comm)
 
     if TYPE_CHECKING:  # torch says that a module takes and returns anything
