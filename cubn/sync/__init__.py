@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Protocol
 from cubn.errors import message
 from cubn.sync.transport import Communicator
 
-__all__ = ["Comm", "Communicator", "check_comm", "communicator"]
+__all__ = ["Comm", "Communicator", "communicator"]
 
 
 class _MPIComm(Protocol):
