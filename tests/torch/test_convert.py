@@ -15,6 +15,7 @@ from torch import nn  # noqa: E402
 
 import cubn.torch  # noqa: E402
 from cubn.torch import convert, restore  # noqa: E402
+from cubn.torch._models.timm import BatchNormAct2d  # noqa: E402
 from tests.mpi.launch import ROOT  # noqa: E402
 from tests.torch.comparing import batch, same, statistics, step  # noqa: E402
 from tests.torch.networks import resnet18  # noqa: E402
@@ -462,3 +463,20 @@ def test_a_parametrized_batch_norm_is_refused_with_what_to_do():
         restore(nn.Sequential(module))
     nn.utils.parametrize.remove_parametrizations(module, "weight")
     assert type(restore(module)) is nn.BatchNorm1d
+
+
+class Scaled(cubn.torch.BatchNorm2d):
+    def forward(self, input, mask=None):
+        return 2 * super().forward(input, mask)
+
+
+def test_torch_fx_does_nothing_of_a_module_twice():
+    """Its tracers look into modules that are not torch's, and a module stands for itself in a graph."""
+    with pytest.raises(
+        TypeError, match=r"torch.fx: model must call batch norms whole; got the own forward of .*Scaled"
+    ):
+        torch.fx.symbolic_trace(nn.Sequential(Scaled(3)))
+    activated = BatchNormAct2d(3)
+    activated.drop, activated.act = nn.Identity(), nn.SiLU()
+    model, x = nn.Sequential(activated).eval(), batch((2, 3, 4, 4))
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
