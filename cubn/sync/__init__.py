@@ -7,7 +7,8 @@ those of all ranks, in rank order. `cubn.sync.collective` makes batch normalisat
 from __future__ import annotations
 
 import sys
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
 
 from cubn.errors import message
 from cubn.sync.transport import Communicator
@@ -57,23 +58,42 @@ def communicator(comm: Comm) -> Communicator:
     ValueError
         If it is an MPI communicator that does not connect a group with itself, or a group this process is not in.
     """
+    return _way_to(comm)(comm)
+
+
+def check_comm(comm: Comm | None) -> None:
+    """Refuse what is no communicator, before its ranks meet."""
+    if comm is not None:
+        _way_to(comm)
+
+
+def _way_to(comm: Any) -> Callable[[Any], Communicator]:
+    """What makes the communicator behind one of its kind."""
     if isinstance(comm, Communicator):
-        return comm
+        return _itself
     mpi4py = sys.modules.get("mpi4py.MPI")
     if mpi4py is not None and isinstance(comm, mpi4py.Comm):
         from cubn.sync import mpi
 
-        return mpi.communicator(comm)
+        return mpi.communicator
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and isinstance(comm, distributed.ProcessGroup):
         from cubn.sync import torch_distributed
 
-        return torch_distributed.communicator(comm)
+        return torch_distributed.communicator
     if distributed is not None and distributed.is_available() and _is(comm, distributed.GroupMember.NON_GROUP_MEMBER):
-        rule, remedy = "be a process group this process is in", "Call it on the ranks of the group alone."
-        raise ValueError(message("comm", rule, "torch's NON_GROUP_MEMBER", remedy, function="cubn"))
+        return _of_others
     rule = "be an mpi4py communicator, a torch.distributed process group or a cubn.sync.Communicator"
     raise TypeError(message("comm", rule, type(comm).__name__, function="cubn"))
+
+
+def _itself(comm: Communicator) -> Communicator:
+    return comm
+
+
+def _of_others(comm: Any) -> NoReturn:
+    rule, remedy = "be a process group this process is in", "Call it on the ranks of the group alone."
+    raise ValueError(message("comm", rule, "torch's NON_GROUP_MEMBER", remedy, function="cubn"))
 
 
 def _is(comm: Any, mark: Any) -> bool:

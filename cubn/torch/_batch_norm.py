@@ -14,9 +14,11 @@ from torch.nn.parameter import is_lazy
 from torch.types import Device
 
 from cubn.errors import a_type, message
-from cubn.sync import Comm
+from cubn.sync import Comm, check_comm
 from cubn.torch._models.pool import Pool
+from cubn.torch._models.replacing import NotToBeReplaced
 from cubn.torch._passes.counters import Counters
+from cubn.torch._passes.refusals import heard_by
 from cubn.torch._routes.normalize import normalize
 
 STATISTICS = ("running_mean", "running_var")
@@ -39,6 +41,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     frozen = False
     _ranks: _Ranks | None = None
     _pool: Pool | None = None  # inside `accumulate`
+    qconfig = NotToBeReplaced()
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @comm.setter
     def comm(self, comm: Comm | None) -> None:
+        check_comm(comm)
         self._ranks = None if comm is None else _Ranks(comm)
 
     if TYPE_CHECKING:  # torch says that a module takes and returns anything
@@ -80,7 +84,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         if isinstance(x, Proxy):
             return self._traced(x, residual, mask)
-        self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        try:
+            self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        except ValueError:
+            with heard_by(self.comm if self.training and not self.frozen else None):
+                raise
         buffers = self._buffers  # as attributes they take ten times as long
         mean, var = buffers["running_mean"], buffers["running_var"]
         training = (self.training and not self.frozen) or (mean is None and var is None)
@@ -126,6 +134,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _traced(self, x: Proxy, residual: Tensor | None, mask: Tensor | None) -> Any:
         """In a graph of torch.fx, whose tracers look into all modules but torch's: one call of this module."""
+        if "forward" in vars(self) or not type(self).forward.__module__.startswith("cubn.torch."):
+            remedy = "Trace with a Tracer whose is_leaf_module is true of it."
+            got = f"the own forward of {a_type(self)}"
+            raise TypeError(message("model", "call batch norms whole", got, remedy, function="torch.fx"))
         tensors = (x, residual) if self._fused_residual else (x,)
         path = x.tracer.path_of_module(self)  # type: ignore[attr-defined]
         return x.tracer.create_proxy("call_module", path, tensors if mask is None else (*tensors, mask), {})

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 
 from cubn.errors import message, reporting_as
-from cubn.sync import Comm
+from cubn.sync import Comm, check_comm
 from cubn.torch import fusion
 from cubn.torch._batch_norm import NARROW, STATISTICS, _BatchNorm
 from cubn.torch._models import timm
@@ -82,6 +83,7 @@ def convert(model: ModelT, *, comm: Comm | None = None, fuse: bool = False) -> M
     <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
     check_model(model)
+    check_comm(comm)
     found = [
         (module, _counterpart(path, module))
         for path, module in model.named_modules()
@@ -130,6 +132,8 @@ def _counterpart(path: str, module: nn.Module) -> type[_BatchNorm]:
     if ours is None:
         rule = "have batch norms that behave as torch's do"
         remedy = "Put a batch norm of torch.nn, and what it does besides, in its place; or convert the parts around it."
+        if parametrize.is_parametrized(module):
+            remedy = "Convert the model before you register parametrizations."
         raise TypeError(message("model", rule, f"{_named(module)}{at(path)}", remedy))
     return ours
 
@@ -149,6 +153,8 @@ def _origin(path: str, module: _BatchNorm) -> Any:
         if vars(module).get("_unfused", type(module)) is ours:
             return theirs
     remedy = "Put a batch norm and what it does besides in its place."
+    if parametrize.is_parametrized(module):
+        remedy = "Call torch.nn.utils.parametrize.remove_parametrizations before."
     raise TypeError(message("model", "have batch norms that torch has", f"{_named(module)}{at(path)}", remedy))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 from torch.utils import _pytree
 
 from cubn.errors import message, reporting_as
@@ -121,7 +122,7 @@ class FoldedAct(timm._Activated, Folded):
 
 def _layer_before(bn: _BatchNorm, calls: Calls) -> nn.Module | str:
     """The layer a batch norm can be folded into, or why there is none."""
-    if not isinstance(bn, _CubnBatchNorm) and type(bn) not in COUNTERPARTS and timm.activation(bn) is None:
+    if not _is_known(bn):
         return f"{type(bn).__name__} may do more than normalise"
     if bn.training and not getattr(bn, "frozen", False):
         return "it is in training mode"
@@ -135,11 +136,21 @@ def _layer_before(bn: _BatchNorm, calls: Calls) -> nn.Module | str:
     return _source(site, bn, calls)
 
 
+def _is_known(bn: _BatchNorm) -> bool:
+    """Whether it is of a class that is known, not of one that somebody derived from it."""
+    cls = type(bn)
+    if isinstance(bn, _CubnBatchNorm):
+        return cls.__module__.startswith("cubn.torch.")
+    return cls in COUNTERPARTS or timm.activation(bn) is not None
+
+
 def _source(site: Site, bn: _BatchNorm, calls: Calls) -> nn.Module | str:
     node = site.node.args[0]
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return "no layer comes before it"
     layer = site.caller.get_submodule(str(node.target))
+    if parametrize.is_parametrized(layer):
+        return "the weight of the layer before it is computed by a parametrization"
     if type(layer) not in LAYERS + TRANSPOSED:
         return f"{type(layer).__name__} before it is no convolution or linear layer"
     if len(node.users) != 1:

@@ -13,6 +13,7 @@ from cubn._moments import Moments
 from cubn.errors import message
 from cubn.torch import _passes
 from cubn.torch._batch_norm import _BatchNorm
+from cubn.torch._models.permitted import check_is_model
 from cubn.torch._models.pool import Pool
 
 
@@ -110,6 +111,7 @@ def keep_statistics(model: nn.Module) -> Iterator[Kept]:
     >>> model[1].num_batches_tracked.item()
     1
     """
+    check_is_model(model, "keep_statistics")
     kept = Kept(model)
     try:
         yield kept
@@ -165,13 +167,14 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     >>> np.array_equal(bn.running_var, state.running_var), bn.num_batches_tracked.item()
     (True, 1)
     """
+    check_is_model(model, "accumulate")
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
     if not layers:
-        remedy = "cubn.torch.convert makes them of torch's."
+        remedy = "Call cubn.torch.convert first."
         rule = "have batch norms of cubn.torch with running statistics"
         raise ValueError(message("model", rule, type(model).__name__, remedy, function="accumulate"))
     if any(layer._pool is not None for layer in layers):
-        remedy = "Leave the inner block away."
+        remedy = "Leave out the inner block."
         raise ValueError(
             message("model", "not be in such a block already", "one in another", remedy, function="accumulate")
         )

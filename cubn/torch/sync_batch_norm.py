@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from cubn.sync import Comm
+from cubn.sync import Comm, check_comm
 from cubn.torch._batch_norm import _BatchNorm, _Ranks
 from cubn.torch.modules import _BatchNormAddReLU
 
@@ -65,6 +65,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @comm.setter
     def comm(self, comm: Comm | None) -> None:
+        check_comm(comm)
         self._ranks = None if comm is None else _Ranks(comm)
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -218,6 +218,44 @@ def test_compiled_ranks_have_the_bits_of_eager_ones(backend):
         all_same(found, expected)
 
 
+class InParts(torch.nn.Module):
+    """Two synchronised batch norms, of communicators that may differ."""
+
+    def __init__(self, *comms):
+        super().__init__()
+        self.layers = torch.nn.Sequential(*(ct.BatchNorm1d(3, comm=comm) for comm in comms))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which a compiler reads of what a graph is given
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_synchronised_graphs_that_follow_one_another_have_a_backward(backend):
+    """As torch.compile makes of a model in DistributedDataParallel, and of blocks that are compiled one by one."""
+    model, expected = InParts(Alone(), Alone()), InParts(None, None)
+    for layer in model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    found = []
+    for module in model, expected:
+        x, again = (batch((4, 3), seed=seed).requires_grad_() for seed in range(2))
+        (module(x) * module(again)).sum().backward()
+        found.append([x.grad, again.grad, *(p.grad for p in module.parameters())])
+    all_same(*found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_of_two_communicators_compiles(backend):
+    model, expected = InParts(Alone(), Alone()), InParts(None, None)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    found = []
+    for module in compiled, expected:
+        x = batch((4, 3)).requires_grad_()
+        module(x).square().sum().backward()
+        found.append([x.grad])
+    all_same(*found)
+
+
 def test_a_process_group_compiles():
     dist = torch.distributed
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -15,6 +15,7 @@ from torch import nn  # noqa: E402
 
 import cubn.torch  # noqa: E402
 from cubn.torch import convert, restore  # noqa: E402
+from cubn.torch._models.timm import BatchNormAct2d  # noqa: E402
 from tests.mpi.launch import ROOT  # noqa: E402
 from tests.torch.comparing import batch, same, statistics, step  # noqa: E402
 from tests.torch.networks import resnet18  # noqa: E402
@@ -286,7 +287,9 @@ REFUSED = {
 def test_a_batch_norm_with_a_behaviour_of_its_own_is_refused_before_anything_changed(named):
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.ReLU(), REFUSED[named]()))
     before, objects = classes(model), held(model)
-    with pytest.raises(TypeError, match=rf"^convert: model must have batch norms .* got .*{named} at 1\.1\. Put a"):
+    with pytest.raises(
+        TypeError, match=rf"^convert: model must have batch norms .* got .*{named} at 1\.1\. (Put a|Conv)"
+    ):
         convert(model)
     assert classes(model) == before and held(model) == objects and "skipped" not in model[0]._buffers
 
@@ -424,3 +427,56 @@ def test_timms_activations_are_kept(name, base, act):
 def test_an_unknown_class_of_timms_is_refused():
     with pytest.raises(TypeError, match=r"got a timm\.layers\.norm_act\.BatchNormOther at 0\."):
         convert(nn.Sequential(timm_class("BatchNormOther", nn.BatchNorm2d)(3, nn.ReLU())))
+
+
+@pytest.mark.parametrize("cls", [cubn.torch.BatchNorm2d, cubn.torch.BatchNormReLU2d, cubn.torch.SyncBatchNorm])
+def test_torchs_conversion_to_sync_batch_norm_is_refused_and_not_silent(cls):
+    model = nn.Sequential(nn.Sequential(cls(3)))
+    with pytest.raises(TypeError, match=rf"convert_sync_batchnorm: .*got a cubn\.{cls.__name__}\. Pass comm= to"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[0][0]) is cls
+
+
+def test_modules_have_a_qconfig_once_it_is_set():
+    """As torch.ao does, which first looks for one."""
+    module = cubn.torch.BatchNorm2d(3)
+    assert getattr(module, "qconfig", None) is None and not hasattr(type(module), "qconfig")
+    module.qconfig = "a way to quantize"
+    assert copy.deepcopy(module).qconfig == "a way to quantize"
+    del module.qconfig
+    assert not hasattr(module, "qconfig")
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_parametrized_batch_norm_is_refused_with_what_to_do():
+    module = nn.BatchNorm1d(3)
+    nn.utils.parametrize.register_parametrization(module, "weight", Doubled())
+    with pytest.raises(TypeError, match="Convert the model before you register parametrizations"):
+        convert(nn.Sequential(module))
+    module = cubn.torch.BatchNorm1d(3)
+    nn.utils.parametrize.register_parametrization(module, "weight", Doubled())
+    with pytest.raises(TypeError, match="remove_parametrizations"):
+        restore(nn.Sequential(module))
+    nn.utils.parametrize.remove_parametrizations(module, "weight")
+    assert type(restore(module)) is nn.BatchNorm1d
+
+
+class Scaled(cubn.torch.BatchNorm2d):
+    def forward(self, input, mask=None):
+        return 2 * super().forward(input, mask)
+
+
+def test_torch_fx_does_nothing_of_a_module_twice():
+    """Its tracers look into modules that are not torch's, and a module stands for itself in a graph."""
+    with pytest.raises(
+        TypeError, match=r"torch.fx: model must call batch norms whole; got the own forward of .*Scaled"
+    ):
+        torch.fx.symbolic_trace(nn.Sequential(Scaled(3)))
+    activated = BatchNormAct2d(3)
+    activated.drop, activated.act = nn.Identity(), nn.SiLU()
+    model, x = nn.Sequential(activated).eval(), batch((2, 3, 4, 4))
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))

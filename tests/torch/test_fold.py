@@ -146,6 +146,11 @@ def with_its_own_forward(m):
     m.bn = type("Noisy", (nn.BatchNorm2d,), {})(3).eval()
 
 
+def derived_from_cubns(m):
+    m.bn = type("Noisy", (cubn.torch.BatchNorm2d,), {"forward": lambda self, x: 2 * self._normalize(x, None, None)})(3)
+    m.bn.eval()
+
+
 def negative(m):
     m.bn.running_var.neg_()
 
@@ -174,6 +179,12 @@ LEFT = [
     ("no forward calls it", lambda m, x: F.batch_norm(m.conv(x), None, None, training=True), NOTHING),
     ("it is in training mode", plain, lambda m: m.bn.train()),
     ("it has no running statistics", plain, without_statistics),
+    (
+        "the weight of the layer before it is computed by a parametrization",
+        plain,
+        lambda m: nn.utils.parametrizations.weight_norm(m.conv),
+    ),
+    ("Noisy may do more than normalise", plain, derived_from_cubns),
     ("StandardisedConv2d before it is no convolution or linear layer", plain, of_another_class),
     ("Noisy may do more than normalise", plain, with_its_own_forward),
     ("it has hooks", plain, lambda m: m.bn.register_forward_hook(lambda *arguments: None)),

@@ -264,7 +264,7 @@ def restore_fusion(model):
 def test_a_residual_of_another_shape_is_an_error():
     model = Own(lambda m, x: F.relu(m.bn(m.conv(x)) + m.conv2(x[..., :1])))
     assert fuse(model).done
-    with pytest.raises(ValueError, match="residual must have x's shape"):
+    with pytest.raises(ValueError, match="residual must have input's shape"):
         model(batch(SHAPE))
     assert model.bn.num_batches_tracked == 0
 

@@ -149,7 +149,12 @@ def test_ranks_are_shown_and_not_pickled():
 
 
 def test_what_is_no_communicator_is_refused_before_anything_changes():
-    module = cubn.torch.BatchNorm2d(3, comm=np.ones(3))
-    with pytest.raises(TypeError, match=r"comm must be an mpi4py communicator"):
-        module(batch(SHAPE))
-    assert module.num_batches_tracked == 0
+    module, model = cubn.torch.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    for given in (
+        lambda: cubn.torch.BatchNorm2d(3, comm=np.ones(3)),
+        lambda: setattr(module, "comm", "gloo"),
+        lambda: cubn.torch.convert(model, comm=7),
+    ):
+        with pytest.raises(TypeError, match=r"comm must be an mpi4py communicator"):
+            given()
+    assert module.comm is None and type(model) is torch.nn.BatchNorm2d

@@ -283,5 +283,11 @@ def test_a_model_without_anything_to_update_is_refused(norm):
         pass
     assert str(caught.value) == (
         "accumulate: model must have batch norms of cubn.torch with running statistics; got Sequential. "
-        "cubn.torch.convert makes them of torch's."
+        "Call cubn.torch.convert first."
     )
+
+
+@pytest.mark.parametrize("block", [accumulate, keep_statistics])
+def test_what_is_no_model_is_refused(block):
+    with pytest.raises(TypeError, match=f"{block.__name__}: model must be a torch.nn.Module; got an int"), block(3):
+        pass

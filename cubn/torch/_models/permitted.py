@@ -21,14 +21,18 @@ _WRAPPERS = [
 
 def check_model(model: nn.Module) -> None:
     """Refuse what is no model, or holds on to modules that are to change."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(message("model", "be a torch.nn.Module", a_type(model)))
+    check_is_model(model)
     wrappers = list(_wrappers())
     for path, module in model.named_modules():
         for cls, remedy in wrappers:
             if isinstance(module, cls):
                 got = a_type(module) + at(path)
                 raise TypeError(message("model", "be a plain module with plain modules in it", got, remedy))
+
+
+def check_is_model(model: object, function: str | None = None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(message("model", "be a torch.nn.Module", a_type(model), function=function))
 
 
 def at(path: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from cubn.torch._batch_norm import _BatchNorm
 from cubn.torch.modules import BatchNorm2d
@@ -24,6 +25,8 @@ class _Activated(_Base):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         y: Tensor = super().forward(input, mask)
+        if isinstance(y, Proxy):  # which stands for all of it
+            return y
         for part in activation(self) or ():
             y = part(y)
         return y

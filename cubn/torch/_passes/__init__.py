@@ -32,6 +32,7 @@ from cubn.torch._passes.counters import NO_COUNTERS, Counters, check_unlocked, c
 from cubn.torch._passes.known import Known
 from cubn.torch._passes.reading import read
 from cubn.torch._passes.recomputation import recomputing
+from cubn.torch._passes.refusals import heard_by, in_torchs_words
 
 
 def train(
@@ -74,8 +75,9 @@ def frozen(
     result = found and known.frozen(*found, x, eps)
     if result is not None:
         return result
-    x, state, residual = x.detach(), new_state(x, vectors, eps), detached(residual)
-    y, of = forward_frozen(x, state, mask=mask, residual=residual, relu=relu, comm=comm)
+    with in_torchs_words():
+        x, state, residual = x.detach(), new_state(x, vectors, eps), detached(residual)
+        y, of = forward_frozen(x, state, mask=mask, residual=residual, relu=relu, comm=comm)
     left, relu_mask = left_by(of)
     known.keep(known.FROZEN, key, FROZEN, left, x, state, mask, residual, relu)
     return y, left, relu_mask
@@ -95,12 +97,14 @@ def inference(
     y = None if found is None else known.inference(*found, x, eps)
     if y is not None:
         return y
-    x, state, residual = x.detach(), new_state(x, vectors, eps), detached(residual)
-    y = forward(x, state, mask=mask, residual=residual, relu=relu)
+    with in_torchs_words():
+        x, state, residual = x.detach(), new_state(x, vectors, eps), detached(residual)
+        y = forward(x, state, mask=mask, residual=residual, relu=relu)
     known.keep(known.INFERENCES, key, FORWARDS, None, x, state, mask, residual, relu)
     return y
 
 
+@in_torchs_words()
 def update(vectors: Vectors, counters: Counters | None, moments: Moments, *, momentum: float | None) -> None:
     """Update the running statistics by Moments, and their counters."""
     _, _, mean, var = vectors
@@ -150,6 +154,7 @@ def double_backward(
     return core_double_backward(ddx, ddgamma, ddbeta, dy.detach(), of, ddresidual=ddresidual)
 
 
+@in_torchs_words()
 def _train(
     key: Any,
     x: Tensor,
@@ -163,12 +168,14 @@ def _train(
     comm: Comm | None,
 ) -> Result:
     """With every check."""
-    state, tracked = new_state(x, vectors, eps, momentum), None
-    if (mean := vectors[2]) is not None:
-        check_unlocked(mean)
-        tracked, skipped = per_channel(counters, mean, momentum)
-        count_in(state, tracked, skipped)
-    x, residual = x.detach(), detached(residual)
+    tracked = None
+    with heard_by(comm):
+        state = new_state(x, vectors, eps, momentum)
+        if (mean := vectors[2]) is not None:
+            check_unlocked(mean)
+            tracked, skipped = per_channel(counters, mean, momentum)
+            count_in(state, tracked, skipped)
+        x, residual = x.detach(), detached(residual)
     y, of = forward_train(x, state, mask=mask, residual=residual, relu=relu, comm=comm)
     if counters is not None and tracked is not None:
         count(counters, tracked if momentum is None else None)

@@ -41,6 +41,7 @@ def new_state(x: Tensor, vectors: Vectors, eps: float, momentum: float | None = 
     """A state for one call, whose arguments are checked under the names that PyTorch has for them."""
     with reporting_as("batch_norm"):
         inputs = bind_x(x.detach(), 1)
+        _check_channels(x, vectors)
         for name, vector in zip(("weight", "bias", *STATISTICS), vectors, strict=True):
             if vector is not None:
                 parameter(name, vector, inputs)
@@ -48,6 +49,14 @@ def new_state(x: Tensor, vectors: Vectors, eps: float, momentum: float | None = 
         checked_momentum(momentum)
     arrays: dict[str, Any] = dict(zip(ARRAYS, vectors, strict=True))
     return BatchNormState.from_arrays(**arrays, num_features=x.shape[1], eps=eps, momentum=momentum, check=False)
+
+
+def _check_channels(x: Tensor, vectors: Vectors) -> None:
+    """Where all vectors have one length, it is the input that does not fit."""
+    shapes = {vector.shape for vector in vectors if vector is not None}
+    if len(shapes) == 1 and len(shape := shapes.pop()) == 1 and shape[0] != x.shape[1]:
+        rule = f"have {shape[0]} channels, on its second axis"
+        raise ValueError(message("input", rule, x.shape[1], shape=tuple(x.shape)))
 
 
 def left_by(saved: Saved[Tensor]) -> tuple[Left, ReluMask | None]:

@@ -47,7 +47,7 @@ class Forward(Function):
         vectors = x, weight, bias, residual, mask, running_mean, running_var
         if frozen:
             return operators.batch_norm_frozen(*vectors, eps, relu, comm)
-        order = communicators.order(comm) if comm else None
+        order = communicators.forward_order() if comm else None
         return operators.batch_norm_train(*vectors, num_batches_tracked, skipped, order, momentum, eps, relu, comm)
 
     @staticmethod
@@ -167,7 +167,7 @@ def _as_it_was(x: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 def _order(options: Options) -> Tensor | None:
     comm = options[-1]
-    return communicators.order(comm) if comm else None
+    return communicators.backward_order() if comm else None
 
 
 def batch_norm(

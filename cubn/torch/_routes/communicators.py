@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,13 +12,7 @@ from torch import Tensor
 from cubn.sync import Comm, communicator
 from cubn.sync.transport import Communicator
 
-
-class _Known(NamedTuple):
-    communicator: Communicator
-    order: Tensor
-
-
-_KNOWN: list[_Known] = []
+_KNOWN: list[Communicator] = []
 _LOCK = threading.Lock()
 
 
@@ -26,26 +21,55 @@ def handle(comm: Comm) -> int:
     group = communicator(comm)
     with _LOCK:  # ranks may be threads
         for number, known in enumerate(_KNOWN, 1):
-            if known.communicator is group:
+            if known is group:
                 return number
-        _KNOWN.append(_Known(group, torch.zeros((), dtype=torch.int64, device="cpu")))
+        _KNOWN.append(group)
         return len(_KNOWN)
 
 
 def of(handle: int) -> Communicator:
     """The communicator of a number."""
-    return _KNOWN[handle - 1].communicator
+    return _KNOWN[handle - 1]
 
 
-def order(handle: int) -> Tensor:
-    """A tensor that operators claim to write when they meet the other ranks.
+class Orders(NamedTuple):
+    """Of one graph."""
+
+    forward: Tensor
+    backward: Tensor
+
+
+_ORDERS: WeakKeyDictionary[Any, Orders] = WeakKeyDictionary()
+
+
+def _orders() -> Orders:
+    """Tensors that operators claim to write when they meet the other ranks.
 
     So no compiler leaves one of them out or puts them in another order. Torch's own effects, of
     `torch.library._register_effectful_op`, are no substitute: inductor was seen to exchange two of them.
+
+    Each graph has its own: autograd keeps that of the backward, and would take what a forward or another graph's
+    backward wrote for a change of what it kept.
     """
-    return _KNOWN[handle - 1].order
+    trace = torch._guards.TracingContext.try_get()  # private in torch: which graph is being made
+    found = None if trace is None else _ORDERS.get(trace)
+    if found is None:
+        found = Orders(*(torch.zeros((), dtype=torch.int64) for _ in Orders._fields))
+        if trace is not None:
+            _ORDERS[trace] = found
+    return found
 
 
-# A compiler takes what they return for a constant of its graph: torch.compiler.assume_constant_result, whose import of
-# all of torch._dynamo takes seconds.
-handle._dynamo_marked_constant = order._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def forward_order() -> Tensor:
+    return _orders().forward
+
+
+def backward_order() -> Tensor:
+    return _orders().backward
+
+
+# A compiler takes what they return for a constant of its graph, and calls it by the function's name:
+# torch.compiler.assume_constant_result, whose import of all of torch._dynamo takes seconds.
+_CONSTANTS: tuple[Any, ...] = handle, forward_order, backward_order
+for _constant in _CONSTANTS:
+    _constant._dynamo_marked_constant = True
