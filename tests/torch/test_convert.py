@@ -314,7 +314,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("named", WRAPPERS)
 @pytest.mark.parametrize("change", [convert, restore, cubn.torch.fuse, cubn.torch.fold])
 def test_a_model_that_somebody_holds_on_to_is_refused(named, change, process_group):

@@ -83,7 +83,7 @@ def test_an_exported_model_runs_without_cubn(model, tmp_path):
     assert close(elsewhere(tmp_path, path, x, "export.load", ".module()"), model(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_a_traced_model_runs_without_cubn(model, tmp_path):
     path, x = tmp_path / "model.pt", batch(SHAPE)
     traced = torch.jit.trace(model, x)
@@ -134,7 +134,7 @@ def exported(model, x):
     return torch.export.export(model, (x,))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("export", [exported, torch.jit.trace])
 def test_a_model_in_training_mode_is_not_exported(export):
     bn = cubn.torch.BatchNorm2d(3)
@@ -156,7 +156,7 @@ def test_a_frozen_model_is_exported_also_in_training():
     assert operators(exported(bn, batch(SHAPE))) == {"aten.batch_norm.default"}
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_scripting_is_refused_and_changes_nothing():
     model = nn.Sequential(cubn.torch.BatchNorm2d(3)).eval()
     with pytest.raises(

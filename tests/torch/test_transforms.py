@@ -184,7 +184,7 @@ NO_TANGENT = r"^batch_norm: x must have no forward-mode tangent; got a dual tens
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch scripts its decompositions at the first dual
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # torch scripts its decompositions at the first dual
 def test_tangents_are_refused_and_never_dropped(training, grad):
     module, x = ct.BatchNorm1d(3).train(training), batch((4, 3))
     with torch.set_grad_enabled(grad):
