@@ -13,10 +13,17 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def processor() -> str:
-    """The processor as it calls itself."""
+    """The processor as it calls itself, with its family and model where that is no more than a brand."""
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    name, family, model = (
+        found and found[1]
+        for key in ("model name", "cpu family", "model")
+        for found in [re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE)]
+    )
+    if name and family and not re.search(r"\d", name):
+        return f"{name} (family {family}, model {model})"
+    return name or platform.processor() or platform.machine()
 
 
 def machine() -> str:

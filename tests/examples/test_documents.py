@@ -74,6 +74,7 @@ def test_the_architecture_names_every_file_of_the_package():
     [
         ("compare.py", "cpu.json", README),
         ("networks.py", "networks.json", README),
+        ("host_cost.py", "host_cost.json", README),
         ("idle.py", "idle.json", ROOT / "docs" / "decisions" / "0011-threads-that-share.md"),
         ("accuracy.py", "accuracy.json", ROOT / "docs" / "numerics.md"),
         ("synchronised.py", "synchronised.json", ROOT / "docs" / "synchronised.md"),
