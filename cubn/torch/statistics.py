@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cubn._moments import Moments
-from cubn.errors import message
+from cubn.errors import message, reporting_as
 from cubn.torch import _passes
 from cubn.torch._batch_norm import _BatchNorm
 from cubn.torch._models.permitted import check_is_model
@@ -111,7 +111,8 @@ def keep_statistics(model: nn.Module) -> Iterator[Kept]:
     >>> model[1].num_batches_tracked.item()
     1
     """
-    check_is_model(model, "keep_statistics")
+    with reporting_as("keep_statistics"):
+        check_is_model(model)
     kept = Kept(model)
     try:
         yield kept
@@ -167,7 +168,8 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     >>> np.array_equal(bn.running_var, state.running_var), bn.num_batches_tracked.item()
     (True, 1)
     """
-    check_is_model(model, "accumulate")
+    with reporting_as("accumulate"):
+        check_is_model(model)
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
     if not layers:
         remedy = "Call cubn.torch.convert first."

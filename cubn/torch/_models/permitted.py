@@ -30,9 +30,9 @@ def check_model(model: nn.Module) -> None:
                 raise TypeError(message("model", "be a plain module with plain modules in it", got, remedy))
 
 
-def check_is_model(model: object, function: str | None = None) -> None:
+def check_is_model(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(message("model", "be a torch.nn.Module", a_type(model), function=function))
+        raise TypeError(message("model", "be a torch.nn.Module", a_type(model)))
 
 
 def at(path: str) -> str:
