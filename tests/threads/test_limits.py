@@ -38,7 +38,7 @@ def test_torch_with_one_thread_has_cubn_use_one(choice):
             time.sleep(0.01)
             if others() == found:
                 break
-        # Not at the first try, perhaps: on a busy machine a thread that had work before may still have to be put to sleep.
+        # Not at the first try, perhaps: a thread that had work before may still be on its way to sleep.
         assert any(alone() for _ in range(50))
         result = []
         thread = threading.Thread(target=lambda: result.append(any(alone() for _ in range(50))))
