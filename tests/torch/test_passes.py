@@ -162,8 +162,14 @@ def test_statistics_at_eps_0_are_refused_by_the_second_call_too():
 def test_counters_that_kernels_could_not_write_are_refused():
     x, layer = torch.randn(4, C), Given()
     tracked, skipped = layer.counters
+    spread = torch.zeros(2 * C, dtype=torch.int64)[::2]
     for _ in range(2):
-        for wrong in ((tracked, skipped[1:]), (tracked, skipped.float()), (torch.zeros(2).long(), skipped)):
+        for wrong in (
+            (tracked, skipped[1:]),
+            (tracked, skipped.float()),
+            (torch.zeros(2).long(), skipped),
+            (tracked, spread),
+        ):
             with pytest.raises(ValueError, match=r"num_batches_tracked|skipped"):
                 _passes.train(x, layer.vectors, Counters(*wrong))
         _passes.train(x, layer.vectors, layer.counters)

@@ -59,9 +59,10 @@ def per_channel(counters: Counters | None, mean: Tensor, momentum: float | None)
         return tracked, skipped
     tracked, skipped = counters
     for name, given, count in zip(Counters._fields, counters, (1, len(mean)), strict=True):
-        if given.dtype != torch.int64 or given.numel() != count or given.device != mean.device:
-            rule = f"be {count} of int64 on the device of running_mean, {mean.device}"
-            got = f"{given.dtype} {tuple(given.shape)} on {given.device}"
+        fits = given.dtype == torch.int64 and given.numel() == count and given.is_contiguous()
+        if not fits or given.device != mean.device:
+            rule = f"be {count} of int64, contiguous, on the device of running_mean, {mean.device}"
+            got = f"{given.dtype} {tuple(given.shape)}, strides={given.stride()}, on {given.device}"
             raise ValueError(message(name, rule, got, function="batch_norm"))
     return tracked.expand(len(mean)).contiguous() if momentum is None else torch.zeros_like(skipped), skipped
 
