@@ -13,16 +13,15 @@ from torch.fx import Proxy
 from torch.nn.parameter import is_lazy
 from torch.types import Device
 
+from cubn._state.arrays import STATISTICS
 from cubn.errors import a_type, message
 from cubn.sync import Comm, check_comm
 from cubn.torch._models.pool import Pool
 from cubn.torch._models.replacing import NotToBeReplaced
-from cubn.torch._passes.counters import Counters
+from cubn.torch._passes.counters import Counters, fits
 from cubn.torch._passes.refusals import heard_by
 from cubn.torch._routes.normalize import normalize
 
-STATISTICS = ("running_mean", "running_var")
-COUNTERS = ("num_batches_tracked", "skipped")
 NARROW = (torch.float16, torch.bfloat16)
 """Dtypes in which a running variance stalls at small momenta."""
 
@@ -124,9 +123,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         tracked, skipped = self._buffers["num_batches_tracked"], self._buffers["skipped"]
         if tracked is None:
             return None
-        if not _counts(tracked, 1, mean):
+        if not fits(tracked, 1, mean):
             self.num_batches_tracked = tracked = tracked.to(mean.device, torch.int64)
-        if skipped is None or not _counts(skipped, mean.numel(), mean):
+        if skipped is None or not fits(skipped, mean.numel(), mean):
             self._forget_skipped()
             skipped = self.skipped
             assert skipped is not None
@@ -188,7 +187,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         mean, skipped = self.running_mean, self._buffers.get("skipped")
         if "skipped" not in self._buffers or mean is None or is_lazy(mean):
             return  # torch's constructor is still at work, or the channels are still to be counted
-        if skipped is None or is_lazy(skipped) or not _counts(skipped, mean.numel(), mean):
+        if skipped is None or is_lazy(skipped) or not fits(skipped, mean.numel(), mean):
             self.skipped = torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
         else:
             skipped.zero_()
@@ -200,7 +199,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         narrow, and counters remain whole numbers.
         """
         statistics = [self._buffers[name] for name in STATISTICS]
-        counters = [self._buffers[name] for name in COUNTERS]
+        counters = [self._buffers[name] for name in Counters._fields]
         spared = []
 
         def apply(tensor: Tensor) -> Tensor:
@@ -237,16 +236,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self._buffers[name] = tensor.to(dtype=torch.float32)
         if narrow:
             _say_that_statistics_stay_wide()
-
-
-def _counts(counter: Tensor, channels: int, mean: Tensor) -> bool:
-    """Whether it can be written as a counter beside the running statistics."""
-    return (
-        counter.dtype is torch.int64
-        and counter.numel() == channels
-        and counter.device == mean.device
-        and counter.is_contiguous()
-    )
 
 
 class _Ranks:

@@ -9,10 +9,11 @@ from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from cubn._state.arrays import STATISTICS
 from cubn.errors import message, reporting_as
 from cubn.sync import Comm, check_comm
 from cubn.torch import fusion
-from cubn.torch._batch_norm import NARROW, STATISTICS, _BatchNorm
+from cubn.torch._batch_norm import NARROW, _BatchNorm
 from cubn.torch._models import timm
 from cubn.torch._models.permitted import at, check_model
 from cubn.torch.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d

@@ -52,16 +52,25 @@ def check_unlocked(mean: Tensor) -> None:
         raise RuntimeError(message("running_mean", rule, "one", remedy, function="batch_norm"))
 
 
+def fits(counter: Tensor, channels: int, mean: Tensor) -> bool:
+    """Whether kernels can write it as a counter beside the running statistics."""
+    return (
+        counter.dtype is torch.int64
+        and counter.numel() == channels
+        and counter.device == mean.device
+        and counter.is_contiguous()
+    )
+
+
 def per_channel(counters: Counters | None, mean: Tensor, momentum: float | None) -> tuple[Tensor, Tensor]:
     """Counters of each channel, for kernels: what they were, where a weight depends on it."""
     if counters is None:
         tracked, skipped = torch.zeros(2, len(mean), dtype=torch.int64, device=mean.device)
         return tracked, skipped
     tracked, skipped = counters
-    for name, given, count in zip(Counters._fields, counters, (1, len(mean)), strict=True):
-        fits = given.dtype == torch.int64 and given.numel() == count and given.is_contiguous()
-        if not fits or given.device != mean.device:
-            rule = f"be {count} of int64, contiguous, on the device of running_mean, {mean.device}"
+    for name, given, size in zip(Counters._fields, counters, (1, len(mean)), strict=True):
+        if not fits(given, size, mean):
+            rule = f"be {size} of int64, contiguous, on the device of running_mean, {mean.device}"
             got = f"{given.dtype} {tuple(given.shape)}, strides={given.stride()}, on {given.device}"
             raise ValueError(message(name, rule, got, function="batch_norm"))
     return tracked.expand(len(mean)).contiguous() if momentum is None else torch.zeros_like(skipped), skipped
