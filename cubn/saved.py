@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, NoReturn, Self, cast
@@ -14,6 +13,7 @@ from cubn._arrays import Array
 from cubn._inputs import Inputs
 from cubn._state.arrays import StateArrays
 from cubn._types import BackendArray, Extents, ReluGradient, Statistics
+from cubn._weak import WeakValues
 from cubn.backends.protocol import Backend, ReluMask
 from cubn.sync.collective import SyncContext
 from cubn.typing import ArrayT_co
@@ -41,7 +41,7 @@ class Layouts:
         return found
 
 
-_LAYOUTS: weakref.WeakValueDictionary[tuple[Any, ...], Layouts] = weakref.WeakValueDictionary()
+_LAYOUTS: WeakValues[tuple[Any, ...], Layouts] = WeakValues()
 
 
 class Read(NamedTuple):

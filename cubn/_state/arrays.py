@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from cubn._arrays import Array, Headers
 from cubn._arrays.library import Library
 from cubn._layout import vector
 from cubn._types import CPU, FLOATS, Affine, Running
+from cubn._weak import WeakValues
 from cubn.errors import StateWarning, device_name, message, reported
 
 STATISTICS = ("running_mean", "running_var")
@@ -30,7 +30,7 @@ class StateLayout:
     __slots__ = ("__weakref__",)
 
 
-_LAYOUTS: weakref.WeakValueDictionary[tuple[Any, ...], StateLayout] = weakref.WeakValueDictionary()
+_LAYOUTS: WeakValues[tuple[Any, ...], StateLayout] = WeakValues()
 
 
 class StateArrays:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from cubn._layout import vector
 from cubn._state.arrays import ARRAYS, STATISTICS, StateArrays, check_on_host, check_together, checked_arrays, described
 from cubn._state.options import DTYPES, STATE, Options, check_counts, checked_momentum, counts
 from cubn._types import CPU, HOST, BackendArray, Counters, Running, Statistics, Update
+from cubn._weak import WeakObjects
 from cubn.backends import backend_for
 from cubn.backends.protocol import Backend
 from cubn.errors import device_name, message, reporting_as
@@ -254,12 +254,12 @@ class Holding:
         return found
 
 
-_STATES: weakref.WeakSet[Holding] = weakref.WeakSet()
+_STATES: WeakObjects[Holding] = WeakObjects()
 
 
 def _release_locks() -> None:
     """In a forked child: a lock held by a thread that does not exist here would never be released."""
-    for state in list(_STATES):
+    for state in _STATES.alive():
         if not state._lock._is_owned():  # type: ignore[attr-defined]
             state._lock = threading.RLock()
 

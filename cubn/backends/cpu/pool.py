@@ -33,12 +33,12 @@ import os
 import sys
 import threading
 import time
-import weakref
 from array import array
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from cubn import _floating_point
+from cubn._weak import WeakObjects
 from cubn.backends.cores import cores
 from cubn.backends.cpu import builtin, openmp, semaphore, whose_threads
 from cubn.backends.cpu.compile import Kernel, compiled
@@ -147,7 +147,7 @@ class Pool:
         self._chosen: Choice | None = None
         self._runtimes: dict[tuple[Runtime, bool], ctypes.Array[ctypes.c_int64]] = {}  # their words
         self._thread = _Thread()
-        self._members: weakref.WeakSet[_Membership] = weakref.WeakSet()
+        self._members: WeakObjects[_Membership] = WeakObjects()
 
     def prepare(self, program: Program) -> Callable[..., None]:
         """The program as a function of addresses of a workspace and of statistics, then integers, then floats."""
