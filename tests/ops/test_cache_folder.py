@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from cubn.backends.cpu import cache, folder
+from cubn.backends import folder, kernel_files
+from cubn.backends.cpu import cache
 from cubn.cli.info import info
 
 resource = pytest.importorskip("resource", reason="this system has neither owners nor limits of files")
@@ -27,7 +28,7 @@ needs_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason=
 @pytest.fixture(autouse=True)
 def not_yet_told():
     """Forget what was found and said before."""
-    cache._tell.cache_clear()
+    kernel_files.tell.cache_clear()
     folder._walked.cache_clear()
     yield
     folder._walked.cache_clear()

@@ -68,7 +68,12 @@ def imported(module):
                 yield f"{node.module}.{alias.name}" if inner else node.module
 
 
-NOT_ABOUT_KERNELS = {"cubn._kept", "cubn.errors", "cubn.backends.cores", "cubn.backends.threads"}
+NOT_ABOUT_KERNELS = {
+    "cubn._kept",
+    "cubn._weak",
+    "cubn.errors",
+    *(f"cubn.backends.{name}" for name in ("cores", "folder", "kernel_files", "threads")),
+}
 
 
 def test_every_module_that_kernels_take_something_from_is_in_the_key():

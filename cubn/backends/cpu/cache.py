@@ -1,7 +1,6 @@
 """Object files of kernels: kept in a folder, and found again by later processes.
 
-The key covers everything an object file depends on, the source of this package included, so an edit is never stale. A
-cache that cannot be written or read is no error: the log says so once.
+The key covers everything an object file depends on, the source of this package included, so an edit is never stale.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import logging
 import marshal
 import os
 import pkgutil
@@ -21,12 +19,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cubn.backends.cpu.folder import Refused, cache_folder, examined, opened
+from cubn.backends.folder import cache_folder, examined
+from cubn.backends.kernel_files import keep, read
 
 __all__ = ["cache_folder", "fingerprint", "llvm", "load", "state", "store", "without_numba"]
 
-logger = logging.getLogger("cubn")
-
+ENDING = ".o"
 
 SHARED = ("cubn._types", "cubn._floating_point", "cubn._tree")
 """The modules outside this package that kernels take constants from."""
@@ -117,45 +115,15 @@ def fingerprint() -> str:
     return software and hashlib.sha256(key).hexdigest()[:20]
 
 
-def _digest(key: str, name: str, code: bytes) -> bytes:
-    """What an object file begins with: no other file, be it whole, can stand in its place."""
-    return hashlib.sha256(f"{key}/{name}\n".encode() + code).digest()
-
-
-@functools.cache
-def _tell(reason: str) -> None:
-    """Say once why the cache is not used, or keeps nothing."""
-    logger.warning("cubn: compiled anew, not taken from the kernel cache: %s", reason)
-
-
 def load(name: str) -> bytes | None:
     """The object file, or None if there is none, or none that is whole and may be run."""
-    key = fingerprint()
-    try:
-        with opened(key) as folder:
-            content = folder and folder.read(f"{name}.o")
-    except Refused as reason:
-        _tell(str(reason))
-        return None
-    except OSError:
-        return None
-    digest, code = (content or b"")[:32], (content or b"")[32:]
-    return code if code and _digest(key, name, code) == digest else None
+    return read(fingerprint(), name, ENDING)
 
 
 def store(name: str, code: bytes) -> None:
     """Keep an object file, if there is a place to."""
-    if _software.__wrapped__() != _software():  # another version was installed while this process ran
-        return
-    key = fingerprint()
-    try:
-        with opened(key, make=True) as folder:
-            if folder:
-                folder.write(f"{name}.o", _digest(key, name, code) + code)
-    except Refused as reason:
-        _tell(str(reason))
-    except OSError as error:
-        _tell(f"{str(cache_folder())!r} cannot be written ({error.strerror})")
+    if _software.__wrapped__() == _software():  # else another version was installed while this process ran
+        keep(fingerprint(), name, ENDING, code)
 
 
 def state() -> str:

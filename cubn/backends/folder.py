@@ -1,4 +1,4 @@
-"""The folder object files are kept in: where it is, and whether what lies in it may be run.
+"""The folder compiled kernels are kept in: where it is, and whether what lies in it may be run.
 
 It holds executable code, so it is trusted as ssh trusts its keys: if nobody but root and this user can put anything
 there. docs/kernel_cache.md states the rules. Files are opened relative to a folder that is held open, and looked at
@@ -19,7 +19,7 @@ from typing import NamedTuple
 __all__ = ["Folder", "Refused", "cache_folder", "examined", "opened"]
 
 HAS_OWNERS = hasattr(os, "geteuid")  # Windows has neither these modes nor files opened relative to a folder
-LIMIT = 64 << 20  # bytes of a file, a hundred times the largest object file
+LIMIT = 64 << 20  # bytes of a file, a hundred times the largest kernel
 LEFTOVER_AGE = 3600  # seconds after which nobody is still writing a file
 LEFTOVER = ".writing-"  # what the name of a file begins with until it is whole
 
@@ -30,7 +30,7 @@ _READ_FOLDER = os.O_RDONLY | _NOFOLLOW | getattr(os, "O_DIRECTORY", 0)
 
 
 class Refused(Exception):
-    """There is no folder to keep object files in, or others could put code of their own there; the text is why."""
+    """There is no folder to keep kernels in, or others could put code of their own there; the text is why."""
 
 
 class _Named(NamedTuple):
@@ -75,7 +75,7 @@ def _named() -> _Named | None:
 
 
 def cache_folder() -> Path | None:
-    """Where object files are kept: $CUBN_CACHE_DIR, else the user's cache folder.
+    """Where kernels are kept: $CUBN_CACHE_DIR, else the user's cache folder.
 
     None if it is switched off with '', or if there is no absolute path to it.
     """
