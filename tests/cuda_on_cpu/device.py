@@ -65,6 +65,9 @@ class CpuDevice:
     def address(self, array):
         return array.ctypes.data
 
+    def compile(self, launches):
+        """Each when it is launched."""
+
     def launch(self, launch, parameters):
         self.launched.append(launch)
         module(launch.source, launch.kernel, launch.options).launch(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cubn.backends.cuda import loading
+from cubn.backends.cuda.compile import compiler
+from cubn.backends.cuda.machine_code import MachineCode
 from cubn.backends.cuda.plan import Launch, Limits
-from cubn.backends.cuda.source import translation_unit
+from cubn.backends.folder import examined
 from cubn.errors import BackendUnavailable
 
 try:
@@ -27,8 +30,6 @@ except ImportError as error:
 
 OLDEST = (7, 5)
 """Compute capability of the oldest supported devices."""
-
-DEFAULT_SHARED_BYTES = 48 << 10
 
 
 class _Pinned(np.ndarray[Any, Any]):
@@ -50,6 +51,7 @@ class CupyDevice:
         self._torchs_device = self._torch and self._torch.device("cuda", index)
         self._is_cupys = library == "cupy"
         self.limits = limits_of(index)
+        self._code = machine_code(self.limits.capability)
         self._kernels: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._copying: list[tuple[Any, Any]] = []  # memory of `staging`, and when it is free again
 
@@ -116,12 +118,12 @@ class CupyDevice:
             stream = self._stream()
             kernel((launch.grid,), (launch.threads,), (argument,), shared_mem=launch.shared_bytes, stream=stream)
 
+    def compile(self, launches: Sequence[Launch]) -> None:
+        self._code.make_ready(launches)
+
     def _compiled(self, launch: Launch) -> Any:
-        """The kernel, compiled or from CuPy's cache on disk; it must be the current device's."""
-        options = ("-std=c++17", *launch.options)
-        kernel = cupy.RawModule(code=translation_unit(launch.source), options=options).get_function(launch.kernel)
-        if self.limits.shared_bytes > DEFAULT_SHARED_BYTES:  # a block has more only if its kernel was told
-            kernel.max_dynamic_shared_size_bytes = self.limits.shared_bytes - kernel.shared_size_bytes
+        """The kernel, compiled or from the cache; it must be the current device's."""
+        kernel = loading.kernel(cupy.cuda, self._code, launch, self.limits.shared_bytes)
         self._kernels[launch.kernel, launch.options] = kernel
         return kernel
 
@@ -175,8 +177,19 @@ def limits_of(index: int) -> Limits:
             f"cubn: CUDA device {index} has compute capability {major}.{minor}; {OLDEST[0]}.{OLDEST[1]} or newer is "
             "needed. Move the arrays to the CPU"
         )
+    code = machine_code((major, minor))
     attributes = device.attributes
-    return Limits(attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"], (major, minor))
+    limits = Limits(attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"], (major, minor))
+    if len(limits.clusters) > 1:
+        with device:
+            limits = replace(limits, cluster=loading.largest_cluster(cupy.cuda, code, limits.shared_bytes))
+    return limits
+
+
+@functools.cache
+def machine_code(capability: tuple[int, int]) -> MachineCode:
+    """Kernels for devices of a compute capability, which need not be here; BackendUnavailable without a compiler."""
+    return MachineCode(compiler(cupy.cuda.nvrtc, capability))
 
 
 def view(
@@ -218,12 +231,16 @@ def host_copy(array: Any) -> Any:
 
 def settings() -> dict[str, str]:
     """What `python -m cubn info` says of the devices."""
-    found = {"kernel cache": os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache") + " (CuPy's)"}
+    found = {}
     for index in range(cupy.cuda.runtime.getDeviceCount()):
         name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
         limits = limits_of(index)
         found[f"device {index}"] = (
             f"{name}, compute capability {limits.capability[0]}.{limits.capability[1]}, "
-            f"{limits.multiprocessors} multiprocessors, {limits.shared_bytes >> 10} KB shared memory a block"
+            f"{limits.multiprocessors} multiprocessors, {limits.shared_bytes >> 10} KB shared memory a block, "
+            f"clusters of up to {limits.clusters[-1]} blocks"
         )
+        code = machine_code(limits.capability)
+        found[f"compiler of device {index}"] = f"{code.compiler}, for sm_{code.compiler.architecture}"
+        found[f"kernels of device {index}"] = examined(code.key)
     return found

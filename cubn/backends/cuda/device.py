@@ -43,5 +43,8 @@ class Device(Protocol):
     def address(self, array: BackendArray) -> int:
         """Where an array's first element is."""
 
+    def compile(self, launches: Sequence[Launch]) -> None:
+        """Have the kernels of all of these ready; what is not is compiled here, on all cores."""
+
     def launch(self, launch: Launch, parameters: bytearray) -> None:
         """Run a kernel behind what went before."""

@@ -23,6 +23,7 @@ class Series:
         self._places = {name: place for place, name in enumerate(values)}
         self._offsets: tuple[int, ...] = ()  # of the parts, in bytes
         self._launches: list[tuple[Launch, Callable[[Values], bytearray]]] = []
+        self._is_compiled = False
         self.numbers = 0
         """Float64 numbers of the memory."""
 
@@ -57,6 +58,13 @@ class Series:
         """Their addresses, in memory of a call's own."""
         return tuple([memory + offset for offset in self._offsets])
 
+    @property
+    def launches(self) -> list[Launch]:
+        return [launch for launch, _ in self._launches]
+
     def run(self, device: Device, values: Values) -> None:
+        if not self._is_compiled:  # all at once: one after the other they would be compiled one after the other
+            device.compile(self.launches)
+            self._is_compiled = True
         for launch, filled in self._launches:
             device.launch(launch, filled(values))

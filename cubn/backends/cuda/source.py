@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
@@ -39,3 +40,9 @@ def translation_unit(name: str) -> str:
         return "".join(parts)
 
     return text_of(f"{name}.cu")
+
+
+def specialised(name: str, options: Iterable[str]) -> str:
+    """The translation unit with its `-D` options in the text, which is all there is to know of a kernel then."""
+    defines = (option.removeprefix("-D").replace("=", " ", 1) for option in options)
+    return "".join(f"#define {define}\n" for define in defines) + translation_unit(name)

@@ -16,6 +16,8 @@ OCTET = 8  # elements a thread takes at a time
 VECTOR_BYTES = 16
 NODE_BYTES = 16
 WIDE_CHANNELS = 8  # bytes of neighbouring channels that a thread of reduce_channels owns
+CLUSTERS = (1, 2, 4, 8)  # blocks that share a slab; more than 8 are not portable
+CLUSTER_CAPABILITY = (9, 0)
 WAVES = 4  # blocks per multiprocessor and more: enough to hide latency and even out the end; to be measured
 
 Fields = Mapping[str, int | float]
@@ -34,6 +36,13 @@ class Limits:
     multiprocessors: int
     shared_bytes: int  # of a block that asks for it
     capability: tuple[int, int]
+    cluster: int = CLUSTERS[-1]  # blocks of the largest cluster it holds, where the capability has any
+
+    @property
+    def clusters(self) -> tuple[int, ...]:
+        """Sizes of the clusters it holds, whatever a block uses."""
+        most = self.cluster if self.capability >= CLUSTER_CAPABILITY else 1
+        return tuple(size for size in CLUSTERS if size <= most)
 
 
 @dataclass(frozen=True)

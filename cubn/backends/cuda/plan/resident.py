@@ -33,8 +33,6 @@ from cubn.backends.cuda.plan.layouts import are_vectors, goes_on, layout_of
 from cubn.backends.cuda.plan.tree import tree_of
 
 COEFFICIENTS_BYTES = {"float": 32, "double": 48}  # of a channel, in shared memory
-CLUSTER_CAPABILITY = (9, 0)
-CLUSTERS = (1, 2, 4, 8)  # blocks that share a slab; more than 8 are not portable
 SPLIT_BYTES = 8 << 10  # of a block; splitting a slab further only costs; to be measured
 RESERVED_BYTES = 1 << 10  # of shared memory, in every block
 NEIGHBOUR_BYTES = 512  # of a sample, from which a block needs no more channels; to be measured
@@ -103,7 +101,7 @@ def _slab(extents: Extents, dtype: str, group: int, aligned: bool, options: Opti
     padded = power_above(N) << tree.log2_tiles
     across = -(-C // group)
     cuts: list[tuple[int, int, int, int]] = []
-    for cluster in CLUSTERS if limits.capability >= CLUSTER_CAPABILITY else (1,):
+    for cluster in limits.clusters:
         span = padded // cluster
         run = group * min(S, span * TILE) * item
         slot = -(-(run + (0 if aligned else VECTOR_BYTES - item)) // VECTOR_BYTES) * VECTOR_BYTES
@@ -161,10 +159,9 @@ def _slices(extents: Extents, dtype: str, staged: int, limits: Limits) -> Iterat
     N, C, S = extents
     tree = tree_of(S, dtype)
     item = ITEMSIZE[dtype]
-    clusters = CLUSTERS if limits.capability >= CLUSTER_CAPABILITY else (1,)
     wide = min(max(power_above(C), OCTET) * item, SLICES[-1])  # enough for all channels, or the widest
     least = min(max(OCTET * item, SLICES[1]), wide)
-    for width, cluster in product(SLICES, clusters):
+    for width, cluster in product(SLICES, limits.clusters):
         span = (power_above(N) << tree.log2_tiles) // cluster
         if not least <= width <= wide or not span:
             continue
