@@ -18,6 +18,7 @@ from cubn.moments import finite_mask, moments, update
 from cubn.saved import Saved
 from cubn.state import BatchNormState
 from cubn.sync.collective import Started, together
+from cubn.warm_up import warm_up
 
 __version__ = "0.1.0"
 
@@ -53,4 +54,5 @@ __all__ = [
     "set_num_threads",
     "together",
     "update",
+    "warm_up",
 ]

@@ -71,6 +71,12 @@ def native(name: str) -> Kernel:
     return compiled(f"pool-{name}", build)
 
 
+def compile_workers() -> None:
+    """What threads run beside kernels, though none may be needed yet."""
+    native("serve")
+    native("spin")
+
+
 @functools.cache
 def _execute() -> builtin.Definition:
     return builtin.definition("execute", native("execute").address)

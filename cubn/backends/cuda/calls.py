@@ -74,6 +74,7 @@ def forward(
     names = (*given, "eps", "coefficients")
     prepare.channelwise(series, "frozen", extents.C, dtype, names, vector_fields(given))
     prepare.elementwise(series, extents, operands, None, options, device.limits)
+    series.compile(device)
     room = (series.numbers,)
 
     def call(
@@ -120,6 +121,7 @@ def train(
             layout = prepare.elementwise(series, extents, operands, None, options, limits)
         if running:  # last: an error on the way leaves the state as it was
             prepare.channelwise(series, "update", C, "float32", (*STATISTICS, *update), movement)
+    series.compile(device)
     mask_layout = layout if options.keep_mask else None
     room, new = (series.numbers,), device.zeros if extents.N * extents.S == 0 else device.empty
     size, has_room = (Statistics.size(C),), series.numbers > 0
@@ -185,6 +187,7 @@ def backward(
         prepare.finish(series, "Sums", C, dtype, rows, names, known)
         if 0 not in extents:
             prepare.elementwise(series, extents, operands, relu_mask, options, limits)
+    series.compile(device)
     room, new = (series.numbers,), device.zeros if extents.N * extents.S == 0 else device.empty
     mean, m2, var, invstd, gamma, beta = row_offsets(C)
 
@@ -239,6 +242,7 @@ OF_UPDATE = (*STATISTICS, "tracked", "skipped", "momentum", "cumulative", "ddof"
 
 def update(device: Device, series: Series, biased: bool) -> PreparedUpdate:
     """A series that takes the four vectors, then what `OF_UPDATE` names."""
+    series.compile(device)
 
     def call(
         statistics: Statistics,

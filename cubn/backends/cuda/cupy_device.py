@@ -52,7 +52,7 @@ class CupyDevice:
         self._is_cupys = library == "cupy"
         self.limits = limits_of(index)
         self._code = machine_code(self.limits.capability)
-        self._kernels: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._kernels = kernels_of(index)
         self._copying: list[tuple[Any, Any]] = []  # memory of `staging`, and when it is free again
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
@@ -119,7 +119,11 @@ class CupyDevice:
             kernel((launch.grid,), (launch.threads,), (argument,), shared_mem=launch.shared_bytes, stream=stream)
 
     def compile(self, launches: Sequence[Launch]) -> None:
-        self._code.make_ready(launches)
+        missing = [launch for launch in launches if (launch.kernel, launch.options) not in self._kernels]
+        self._code.make_ready(missing)
+        with self._device:
+            for launch in missing:
+                self._compiled(launch)
 
     def _compiled(self, launch: Launch) -> Any:
         """The kernel, compiled or from the cache; it must be the current device's."""
@@ -184,6 +188,12 @@ def limits_of(index: int) -> Limits:
         with device:
             limits = replace(limits, cluster=loading.largest_cluster(cupy.cuda, code, limits.shared_bytes))
     return limits
+
+
+@functools.cache
+def kernels_of(index: int) -> dict[tuple[str, tuple[str, ...]], Any]:
+    """Those that a device has loaded, by name and options."""
+    return {}
 
 
 @functools.cache

@@ -44,7 +44,7 @@ class Device(Protocol):
         """Where an array's first element is."""
 
     def compile(self, launches: Sequence[Launch]) -> None:
-        """Have the kernels of all of these ready; what is not is compiled here, on all cores."""
+        """Have their kernels ready; what is in no cache is compiled, on all cores."""
 
     def launch(self, launch: Launch, parameters: bytearray) -> None:
         """Run a kernel behind what went before."""

@@ -58,13 +58,13 @@ class Series:
         """Their addresses, in memory of a call's own."""
         return tuple([memory + offset for offset in self._offsets])
 
-    @property
-    def launches(self) -> list[Launch]:
-        return [launch for launch, _ in self._launches]
+    def compile(self, device: Device) -> None:
+        """All kernels at once: when they are launched, each would be compiled after the other."""
+        device.compile([launch for launch, _ in self._launches])
+        self._is_compiled = True
 
     def run(self, device: Device, values: Values) -> None:
-        if not self._is_compiled:  # all at once: one after the other they would be compiled one after the other
-            device.compile(self.launches)
-            self._is_compiled = True
+        if not self._is_compiled:
+            self.compile(device)
         for launch, filled in self._launches:
             device.launch(launch, filled(values))
