@@ -13,9 +13,9 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -115,11 +115,18 @@ def warm_up(
     layouts: Sequence[str], dtypes: Sequence[str], fused: Sequence[str], operations: Sequence[str], processes: int = 0
 ) -> int:
     """Fill the cache and say what was compiled; 0 if all of it is kept."""
-    from cubn.backends.cpu import cache
-
     for dtype in dtypes:
         _dtype(dtype)  # refused here, not in another process
-    wanted = list(calls(layouts, dtypes, fused, operations))
+    return in_processes(make, list(calls(layouts, dtypes, fused, operations)), processes)
+
+
+T = TypeVar("T")
+
+
+def in_processes(make: Callable[[T], list[str]], wanted: Sequence[T], processes: int) -> int:
+    """Let processes compile for the CPU what calls of these kinds need, and say what it was; 0 if all of it is kept."""
+    from cubn.backends.cpu import cache
+
     processes = min(processes or cores(), len(wanted))
     begin, names = time.monotonic(), set[str]()
     context = multiprocessing.get_context("spawn")
@@ -132,10 +139,16 @@ def warm_up(
         except BaseException:
             executor.shutdown(cancel_futures=True)
             raise
-    many = f"{len(names)} kernel{'s' * (len(names) != 1)} in {time.monotonic() - begin:.0f} s"
-    print(f"Compiled {many}, {processes} process{'es' * (processes > 1)}, for {len(wanted)} kinds of calls.")
-    if lost := [name for name in sorted(names) if cache.load(name) is None]:
-        print(f"{len(lost)} could not be kept: see the kernel cache in `python -m cubn info`.", file=sys.stderr)
+    by = f"{processes} process{'es' * (processes > 1)}, for {len(wanted)} kinds of calls"
+    lost = [name for name in names if cache.load(name) is None]
+    return said(len(names), time.monotonic() - begin, by, len(lost))
+
+
+def said(kernels: int, seconds: float, by: str, lost: int) -> int:
+    """Say what was compiled; 0 if all of it is kept."""
+    print(f"Compiled {kernels} kernel{'s' * (kernels != 1)} in {seconds:.0f} s, {by}.")
+    if lost:
+        print(f"{lost} could not be kept: see the kernel cache in `python -m cubn info`.", file=sys.stderr)
     return 1 if lost else 0
 
 

@@ -50,6 +50,10 @@ class MachineCode:
             keep(self.key, name, ENDING, code)
         return code
 
+    def lost(self) -> int:
+        """How many of those that this process has compiled are in no file."""
+        return sum(read(self.key, name, ENDING) is None for name in self.compiled_here)
+
     def make_ready(self, launches: Iterable[Launch]) -> None:
         """Have the machine code of all of them: what is to be compiled is compiled at once, on all cores."""
         wanted = {(launch.source, launch.kernel, launch.options): launch for launch in launches}

@@ -8,6 +8,7 @@ from typing import NoReturn, cast
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.device import Device
 from cubn.backends.cuda.plan import Launch, Limits
+from cubn.errors import BackendUnavailable
 
 USUAL = {
     limits.capability: limits
@@ -22,6 +23,15 @@ USUAL = {
     )
 }
 """Devices that stand for all of a compute capability: others differ in multiprocessors, and in few of the kernels."""
+
+
+def usual(architecture: int) -> Limits:
+    """Those of a device of an architecture, as 90."""
+    try:
+        return USUAL[divmod(architecture, 10)]
+    except KeyError:
+        known = ", ".join(str(10 * major + minor) for major, minor in USUAL)
+        raise BackendUnavailable(f"cubn: nothing is known of sm_{architecture}. Choose one of {known}") from None
 
 
 class _Planned:
