@@ -16,7 +16,7 @@ PLACES = {13: "cu13/lib/libnvrtc.so.13", 12: "cuda_nvrtc/lib/libnvrtc.so.12"}
 """Where the wheels put the library of each CUDA version, under site-packages/nvidia."""
 
 OPTIONS = ("-std=c++17", "-ftz=true", "--ptxas-options=-v")
-"""As CuPy compiles; and a report, please."""
+"""With what would flush and contract, if anything could; and a report, please."""
 
 _REPORT = re.compile(
     r"Compiling entry function '(\w+)'.*?"
