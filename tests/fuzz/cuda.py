@@ -73,6 +73,7 @@ def draw(rng: random.Random) -> Case:
         multiprocessors=rng.choice([1, 2, 5, 108]),
         shared_bytes=rng.choice([0, 4 << 10, 48 << 10, 163 << 10]),
         capability=rng.choice([(7, 5), (8, 0), (9, 0)]),
+        cluster=rng.choice([1, 2, 4, 8, 8, 8]),
     )
     return Case(layer, limits, rng.randrange(1 << 16))
 
