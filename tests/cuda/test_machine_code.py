@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from cubn.backends import folder, kernel_files
-from cubn.backends.cuda import loading, machine_code, source
+from cubn.backends.cuda import compile, loading, machine_code, source
 from cubn.backends.cuda.compile import compiler
 from cubn.backends.cuda.machine_code import MachineCode
 from cubn.backends.cuda.plan import Limits, channelwise, option
@@ -150,10 +150,13 @@ def test_other_text_options_compilers_and_architectures_are_other_files(files, m
     seen |= {code(capability=(8, 0)).of(KEEP)}
     code(Nvrtc(version=(13, 2))).of(KEEP)
     assert len(seen) == 3 and len(files()) == 4
+    monkeypatch.setattr(compile, "OPTIONS", ("-std=c++20",))
+    seen |= {code().of(KEEP)}
+    assert len(seen) == 4 and len(files()) == 5
     text = source.translation_unit("channelwise")
     monkeypatch.setattr(source, "translation_unit", lambda name: text + "// edited\n")
     assert code().of(KEEP) not in seen
-    assert len(files()) == 5
+    assert len(files()) == 6
 
 
 @pytest.mark.parametrize("change", [lambda c: c[:-1], lambda c: b"\1" + c[1:], lambda c: b"", lambda c: c + c])
