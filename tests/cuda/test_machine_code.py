@@ -3,7 +3,10 @@
 NVIDIA's compiler and driver are stand-ins, but where a test says so.
 """
 
+import importlib.util
 import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -284,3 +287,24 @@ def test_limits_by_default_have_clusters_only_where_the_capability_has():
     assert Limits(132, 0, (9, 0)).clusters == (1, 2, 4, 8)
     assert Limits(108, 0, (8, 9)).clusters == (1,)
     assert Limits(132, 0, (9, 0), 4).clusters == (1, 2, 4)
+
+
+# --- CuPy itself ----------------------------------------------------------------------------------------------------
+
+BY_CUPY = """
+import cupy
+from cubn.backends.cuda.compile import compiler
+from cubn.backends.cuda.machine_code import MachineCode
+from cubn.backends.cuda.plan import channelwise
+
+code = MachineCode(compiler(cupy.cuda.nvrtc, (9, 0)))
+print(code.of(channelwise("keep", 64))[:4], len(code.compiled_here))
+assert {"load", "get_function"} <= {*dir(cupy.cuda.function.Module)}
+assert {"CUDADriverError", "funcGetAttribute", "funcSetAttribute"} <= {*dir(cupy.cuda.driver)}
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("cupy"), reason="needs CuPy")
+def test_cupy_has_what_the_stand_in_has():
+    done = subprocess.run([sys.executable, "-c", BY_CUPY], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "b'\\x7fELF' 1\n", done.stderr
