@@ -51,7 +51,32 @@ class CupyDevice:
         self._is_cupys = library == "cupy"
         self.limits = limits_of(index)
         self._kernels: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._held: list[tuple[Any, Any]] = []  # events, and what is kept until then
         self._copying: list[tuple[Any, Any]] = []  # memory of `staging`, and when it is free again
+
+    def stream(self) -> _Stream:
+        return _stream(int(self._stream().ptr), self.index)
+
+    def capturing(self) -> bool:
+        with self._device:
+            return bool(cupy.cuda.runtime.streamIsCapturing(self.stream().handle))
+
+    def wait_for(self, other: Any) -> None:
+        if other is self.stream() or self.capturing():
+            return
+        with self._device, self._stream() as stream:
+            event = cupy.cuda.Event(disable_timing=True)
+            event.record(other.of_cupy)
+            stream.wait_event(event)
+
+    def hold(self, *memory: object) -> None:
+        with self._device, self._stream() as stream:
+            done = None if self.capturing() else stream.record()
+        self._held = [(event, kept) for event, kept in self._held if event is None or not event.done]
+        self._held.append((done, memory))
+
+    def as_users(self, array: Any) -> Any:
+        return self._torch.utils.dlpack.from_dlpack(array.__dlpack__(stream=-1)) if self._torch else array.view()
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         if self._is_cupys:  # whose current stream it is for anyway
@@ -109,12 +134,12 @@ class CupyDevice:
     def address(self, array: Any) -> int:
         return int(array.data.ptr)
 
-    def launch(self, launch: Launch, parameters: bytearray) -> None:
+    def launch(self, launch: Launch, parameters: bytearray, stream: Any) -> None:
         argument = np.frombuffer(parameters, _by_value(len(parameters)))  # an array of one
         with self._device:
             kernel = self._kernels.get((launch.kernel, launch.options)) or self._compiled(launch)
-            stream = self._stream()
-            kernel((launch.grid,), (launch.threads,), (argument,), shared_mem=launch.shared_bytes, stream=stream)
+            shared = launch.shared_bytes
+            kernel((launch.grid,), (launch.threads,), (argument,), shared_mem=shared, stream=stream.of_cupy)
 
     def _compiled(self, launch: Launch) -> Any:
         """The kernel, compiled or from CuPy's cache on disk; it must be the current device's."""
@@ -138,6 +163,18 @@ class _Foreign(NamedTuple):
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.address
+
+
+class _Stream(NamedTuple):
+    """See cubn.backends.cuda.device.Stream."""
+
+    handle: int
+    of_cupy: Any
+
+
+@functools.cache
+def _stream(address: int, index: int) -> _Stream:
+    return _Stream(address, _foreign_stream(address, index))
 
 
 @functools.lru_cache(256)
