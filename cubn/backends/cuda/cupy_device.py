@@ -198,7 +198,7 @@ class CupyDevice:
         if self._torch is not None:
             return _tensor_of(self._torch, array)
         if self._library != "jax":
-            return array
+            return array.view()
         from cubn._arrays import taken_over
 
         with self._as_current(), self._null.cupys:
