@@ -141,7 +141,7 @@ class CupyDevice:
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         if self._torch is not None:
-            size = math.prod(shape) * ITEMSIZE[dtype] or 1
+            size = math.prod(shape) * ITEMSIZE[dtype]
             memory = self._no_bytes.new_empty(size)
             held = cupy.cuda.UnownedMemory(memory.data_ptr(), size, memory, self.index)
             return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(held, 0))
