@@ -252,16 +252,20 @@ def test_a_kernel_that_nvidia_s_compiler_refuses_is_reported_where_it_is(monkeyp
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
+def loaded(cuda, code, shared_bytes):
+    return loading.function(cuda, code, code.of(KEEP), "keep", shared_bytes)
+
+
 def test_a_kernel_is_loaded_and_may_use_all_shared_memory_but_its_own():
     cuda, shared = Cuda(), code()
-    function = loading.kernel(cuda, shared, KEEP, 100 << 10)
+    function = loaded(cuda, shared, 100 << 10)
     assert (function.name, cuda.loaded) == ("keep", [shared.of(KEEP)])
     assert cuda.attributes == {(7, 8): (100 << 10) - 512}
 
 
 def test_a_device_without_more_shared_memory_is_told_nothing():
     cuda = Cuda()
-    loading.kernel(cuda, code(), KEEP, 48 << 10)
+    loaded(cuda, code(), 48 << 10)
     assert cuda.loaded and not cuda.attributes
 
 
@@ -275,12 +279,12 @@ def test_a_device_without_more_shared_memory_is_told_nothing():
 )
 def test_a_driver_that_does_not_know_the_code(said):
     with unavailable(f"the CUDA driver does not know what NVRTC 13.1 makes for sm_90 ({said}). Update NVIDIA's driver"):
-        loading.kernel(Cuda(said), code(), KEEP, 0)
+        loaded(Cuda(said), code(), 0)
 
 
 def test_another_error_of_the_driver_is_the_driver_s():
     with pytest.raises(CUDADriverError, match="out of memory"):
-        loading.kernel(Cuda("CUDA_ERROR_OUT_OF_MEMORY: out of memory"), code(), KEEP, 0)
+        loaded(Cuda("CUDA_ERROR_OUT_OF_MEMORY: out of memory"), code(), 0)
 
 
 def test_limits_by_default_have_clusters_only_where_the_capability_has():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 from cubn.backends.cuda.backend import CudaBackend
+from cubn.backends.cuda.shared import among
 
 
 @functools.cache
-def backend(index: int, library: str) -> CudaBackend:
-    """The backend of a device, for arrays of one library: on that library's stream, in its memory where it says so.
+def backend(index: int, library: str = "", *others: str) -> CudaBackend:
+    """The backend of a device, for arrays of a library: on that library's stream, in its memory where it says so.
+
+    Where there are arrays of others too, their streams and this one wait for each other.
 
     Raises
     ------
@@ -19,6 +23,8 @@ def backend(index: int, library: str) -> CudaBackend:
     BackendUnavailable
         Without a driver or such a device, or on one that is too old.
     """
+    if others:
+        return among(*(backend(index, name) for name in (library, *others)))
     from cubn.backends.cuda.cupy_device import CupyDevice
 
     return CudaBackend(CupyDevice(index, library))
@@ -38,10 +44,15 @@ def capsule_of(buffer: Any, **options: Any) -> Any:
     return cupy_device.capsule_of(buffer, **options)
 
 
-def host_copy(
-    pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, owner: object, index: int
-) -> Any:
+def host_copy(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, index: int) -> Any:
     """What is in a device's memory, in NumPy; strides in bytes. Waits for the work before it."""
     from cubn.backends.cuda import cupy_device
 
-    return cupy_device.host_copy(cupy_device.view(pointer, shape, strides, dtype, owner, index))
+    return cupy_device.host_copy(pointer, shape, strides, dtype, index)
+
+
+def hold(things: tuple[object, ...], index: int) -> None:
+    """Keep things until the backends' work so far on arrays that are read through capsules is done."""
+    cupy_device = sys.modules.get("cubn.backends.cuda.cupy_device")
+    if cupy_device is not None:  # else there is none
+        cupy_device.hold(things, index)

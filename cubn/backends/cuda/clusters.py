@@ -55,7 +55,8 @@ def largest(function: int, shared_bytes: int, driver: Any = None) -> int:
         while found < CLUSTERS[-1] and _held(ask, function, 2 * found, shared_bytes):
             found *= 2
     except (OSError, AttributeError) as error:
-        logger.warning("cubn: no clusters of blocks are used on this device: its driver does not tell (%s)", error)
+        reason = str(error)  # whoever keeps the log keeps no frames
+        logger.warning("cubn: no clusters of blocks are used on this device: its driver does not tell (%s)", reason)
         found = 1
     return found
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from cubn.backends.cuda import clusters
 from cubn.backends.cuda.machine_code import MachineCode
-from cubn.backends.cuda.plan import Launch
 from cubn.errors import BackendUnavailable
 
 DEFAULT_SHARED_BYTES = 48 << 10
@@ -20,24 +19,14 @@ UNFIT = (
 """What drivers say of code that they do not know."""
 
 
-def kernel(cuda: Any, code: MachineCode, launch: Launch, shared_bytes: int) -> Any:
-    """The cupy.cuda.function.Function of a launch; its blocks may use so much shared memory.
+def function(cuda: Any, code: MachineCode, cubin: bytes, name: str, shared_bytes: int) -> Any:
+    """A kernel of what `code` has compiled, a cupy.cuda.function.Function; its blocks may use so much shared memory.
 
     Raises
     ------
     BackendUnavailable
-        If the kernel cannot be compiled, or the driver does not know what the compiler made.
+        If the driver does not know what the compiler made.
     """
-    return _function(cuda, code, code.of(launch), launch.kernel, shared_bytes)
-
-
-def largest_cluster(cuda: Any, code: MachineCode, shared_bytes: int) -> int:
-    """Blocks of the largest cluster that the current device holds; see `clusters`."""
-    probe = _function(cuda, code, code.compiled("probe", clusters.PROBE), "probe", shared_bytes)
-    return clusters.largest(probe.ptr, shared_bytes)
-
-
-def _function(cuda: Any, code: MachineCode, cubin: bytes, name: str, shared_bytes: int) -> Any:
     module = cuda.function.Module()
     try:
         module.load(cubin)
@@ -49,10 +38,16 @@ def _function(cuda: Any, code: MachineCode, cubin: bytes, name: str, shared_byte
             f"({error}). Update NVIDIA's driver, or install the CuPy and the compiler of an older CUDA version, with: "
             "pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12"
         ) from error
-    function = module.get_function(name)
+    found = module.get_function(name)
     if shared_bytes > DEFAULT_SHARED_BYTES:  # a block has more only if its kernel was told
         driver = cuda.driver
-        of_its_own = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function.ptr)
+        of_its_own = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, found.ptr)
         most = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        driver.funcSetAttribute(function.ptr, most, shared_bytes - of_its_own)
-    return function
+        driver.funcSetAttribute(found.ptr, most, shared_bytes - of_its_own)
+    return found
+
+
+def largest_cluster(cuda: Any, code: MachineCode, shared_bytes: int) -> int:
+    """Blocks of the largest cluster that the current device holds; see `clusters`."""
+    probe = function(cuda, code, code.compiled("probe", clusters.PROBE), "probe", shared_bytes)
+    return clusters.largest(probe.ptr, shared_bytes)
