@@ -2,6 +2,19 @@
 // itself, on any device, more need compute capability 9.0.
 #pragma once
 
+#ifdef __CUDA_ARCH__
+// Which of the cluster's blocks this is. Of blockIdx.x % CLUSTER the compiler makes loops of more instructions.
+__device__ __forceinline__ unsigned cluster_rank() {
+#if CLUSTER == 1
+    return 0;
+#else
+    unsigned rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+#endif
+}
+#endif
+
 #if CLUSTER == 1
 #define CLUSTERED
 #else

@@ -261,7 +261,7 @@ __device__ __forceinline__ void apply(const Parameters& p, const Slab& b, const 
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
-    const int rank = CLUSTER > 1 ? static_cast<int>(blockIdx.x % CLUSTER) : 0, warp = threadIdx.x / 32;
+    const int rank = static_cast<int>(cluster_rank()), warp = threadIdx.x / 32;
     const Slab b = slab_of(p, rank, memory);
     Node<double>* nodes = reinterpret_cast<Node<double>*>(b.x + STAGED * (b.dy - b.x));
     Node<double>* roots = CLUSTER > 1 ? nodes + p.span * p.group : nodes;

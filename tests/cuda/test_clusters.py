@@ -77,6 +77,8 @@ def launches(limits):
 def test_a_driver_that_does_not_tell_means_no_clusters(driver, said, caplog):
     assert largest(FUNCTION, SHARED_BYTES, driver) == 1
     assert said in caplog.text and "no clusters of blocks" in caplog.text
+    kept = [argument for record in caplog.records for argument in record.args]
+    assert not any(isinstance(argument, BaseException) for argument in kept), "whose frames keep arrays alive"
 
 
 def test_without_a_driver_s_library_there_are_no_clusters(monkeypatch, caplog):
