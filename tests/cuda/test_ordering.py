@@ -309,6 +309,16 @@ def test_on_one_stream_nothing_waits_and_nothing_is_copied(devices, library):
     assert before[0] == 0 and state.tracked.tolist() == [8] * C and not ordering.faults
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_a_forward_saved_is_of_xs_library(devices, elsewhere):
+    device = devices.device("torch")
+    _, saved = cubn.forward_train(torch.from_numpy(X.copy()), cubn.BatchNormState(C, like=torch.zeros(1)))
+    with device.on(SECOND if elsewhere else device.stream()):
+        for shown in (saved.count, saved.mean, saved.var, saved.invstd):
+            assert type(shown) is torch.Tensor
+    np.testing.assert_array_equal(saved.mean, cubn.moments(X).mean)
+
+
 # --- what would not be ordered ----------------------------------------------------------------------------------------
 
 
