@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from itertools import accumulate
+from math import isqrt
 
 from cubn._tree import COLUMNS
 from cubn._types import ITEMSIZE, Extents, Operands, ReluGradient
@@ -32,8 +33,11 @@ from cubn.backends.cuda.plan.layouts import are_vectors, position_step
 from cubn.backends.cuda.plan.tree import Tree, tree_of
 
 MOST_NODES = 1024  # of a block, in shared memory; to be measured
-MERGED_ROWS = 256  # rows of nodes that one block merges; to be measured
-MERGED_BYTES = 40 << 10  # the shared memory it uses for that
+MERGED_ROWS = 1024  # rows of nodes that one block merges at most: more take longer than a second launch; to be measured
+MERGED_RUN = 4  # of these, what a thread merges in registers; see RUN in merge_rows.cu
+MERGED_BYTES = 40 << 10  # the shared memory it uses for the others
+MERGED_CHANNELS = 4  # of a block at least: memory moves no fewer than 32 bytes
+MERGING_BLOCKS = 128  # from which a block rather has more channels; to be measured
 MOST_ROUNDS = 16  # of 256 columns in a block of reduce_channels; to be measured
 
 
@@ -60,8 +64,9 @@ def reduction(
     merges = []
     left = rows
     while left > MERGED_ROWS:
-        merge = merge_rows(extents.C, what, left, MERGED_ROWS)
-        left = -(-left // MERGED_ROWS)
+        merged = min(MERGED_ROWS, power_above(isqrt(left)))  # as many as are left of them
+        merge = merge_rows(extents.C, what, left, merged)
+        left = -(-left // merged)
         merges.append((merge, left))
     return ReductionPlan(reduce, rows, tuple(merges))
 
@@ -134,16 +139,19 @@ def _cut_channels(
     return Launch("reduce_channels", options, rows * across, shared, tuple(fields.items()), octets="nhwc"), rows
 
 
-def _merge_group(rows: int, C: int) -> int:
-    return min(power_above(C), WARP, power_below(MERGED_BYTES // (rows * (NODE_BYTES + 8))))
+def _merging(rows: int, C: int) -> tuple[int, int]:
+    """Channels of a block that merges so many rows, and its shared memory."""
+    of_channel = -(-rows // MERGED_RUN) * (NODE_BYTES + 8)
+    wanted = max(MERGED_CHANNELS, power_above(-(-C // MERGING_BLOCKS)))
+    group = min(power_above(C), WARP, wanted, power_below(MERGED_BYTES // of_channel))
+    return group, group * of_channel
 
 
 @functools.lru_cache(1024)
 def merge_rows(C: int, what: What, rows: int, merged: int) -> Launch:
     """Every `merged` rows into one."""
-    group = _merge_group(merged, C)
+    group, shared = _merging(merged, C)
     across = -(-C // group)
-    shared = merged * (group * NODE_BYTES + 8)
     fields = {"channels": C, "from_rows": rows, "merged": merged, "group": group, "blocks_across": across}
     options = option(KIND=what, ACC="double", FINISH_MOMENTS=what == "Moments")
     return Launch("merge_rows", options, -(-rows // merged) * across, shared, tuple(fields.items()))
@@ -152,10 +160,9 @@ def merge_rows(C: int, what: What, rows: int, merged: int) -> Launch:
 @functools.lru_cache(1024)
 def finish(C: int, what: What, rows: int, dtype: str) -> Launch:
     """The last merge, and what follows from the root."""
-    group = _merge_group(rows, C)
+    group, shared = _merging(rows, C)
     options = option(KIND=what, ACC=acc_of(dtype), FINISH_MOMENTS=what == "Moments")
     fields = {"channels": C, "from_rows": rows, "group": group}
-    shared = rows * (group * NODE_BYTES + 8)
     return Launch("finish", options, -(-C // group), shared, tuple(fields.items()), file="merge_rows")
 
 
