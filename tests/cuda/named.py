@@ -18,7 +18,6 @@ RESIDENT = SMALL
 PASSES = replace(RESIDENT, shared_bytes=0)  # no channel fits on chip: never the resident kernel
 OLD = replace(RESIDENT, capability=(7, 5))  # without clusters
 LARGE = Limits(multiprocessors=108, shared_bytes=163 << 10, capability=(8, 0))  # likewise: an A100
-MANY = replace(PASSES, multiprocessors=1000)  # more than one block merges rows for
 
 
 class Named(NamedTuple):
@@ -72,7 +71,6 @@ NAMED = {
     "channels, float64": Named(Layer((8, 64, 49), "float64", layout="nhwc"), PASSES),
     "values, seven left": Named(Layer((23, 33, 1)), PASSES),
     "values": Named(Layer((5000, 32, 1), "float16"), PASSES),
-    "values, many rows of nodes": Named(Layer((263000, 2, 1)), MANY),
     "strided": Named(Layer((8, 16, 49), layout="backwards")),
     "strided, one channel": Named(Layer((8, 1, 49), layout="backwards")),
     "strided, rows apart": Named(Layer((4, 24, 50), layout="nhwc, rows apart")),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from math import isqrt
+from math import ceil, isqrt
+from typing import NamedTuple
 
 from cubn._tree import COLUMNS
 from cubn._types import ITEMSIZE, Extents, Operands, ReluGradient
@@ -39,6 +41,9 @@ MERGED_BYTES = 40 << 10  # the shared memory it uses for the others
 MERGED_CHANNELS = 4  # of a block at least: memory moves no fewer than 32 bytes
 MERGING_BLOCKS = 128  # from which a block rather has more channels; to be measured
 MOST_ROUNDS = 16  # of 256 columns in a block of reduce_channels; to be measured
+NARROW_BYTES = 64  # of neighbouring channels, of a block of reduce_channels at least; to be measured
+TURNS = 1.75  # of the blocks that a multiprocessor has at a time, so that they need not end together; to be measured
+AS_SOON = 9 / 8  # times as long is no later: blocks are not in step; to be measured
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def reduction(
     tree = tree_of(extents.S, dtype)
     common = (*option(ELEMENT=ELEMENTS[dtype]), *reduction_flags(what, relu))
     if layout == "nhwc":
-        reduce, rows = _cut_channels(extents, common, tree, vector, limits)
+        reduce, rows = _cut_channels(extents, common, tree, vector, ITEMSIZE[dtype], limits)
     else:
         reduce, rows = _cut_tiles(extents, layout, common, tree, limits)
     merges = []
@@ -116,27 +121,65 @@ def _cut_tiles(
     return Launch(kernel, options, rows * across, shared, tuple(fields.items()), octets=octets), rows
 
 
+class _Cut(NamedTuple):
+    """What a block of reduce_channels has of everything."""
+
+    lanes: int  # side by side over the channels
+    rounds: int  # of 256 columns each
+    rows: int  # of nodes, which all blocks leave
+    across: int  # blocks side by side over the channels
+    resident: int  # blocks of a multiprocessor, that registers are left for
+
+    def turns(self, limits: Limits) -> float:
+        """Of the blocks that a multiprocessor has at a time."""
+        return self.rows * self.across / (self.resident * limits.multiprocessors)
+
+    def duration(self, limits: Limits) -> int:
+        """Until the last block is done."""
+        return self.lanes * self.rounds * ceil(self.turns(limits))
+
+
+def _cuts(C: int, vector: int, item: int, tile_depth: int, rounds: int) -> Iterator[_Cut]:
+    """Of so many rounds in all. Fewer lanes are more blocks, which merge more through shared memory."""
+    lanes = min(WARP, power_above(-(-C // vector)))
+    while True:
+        nodes = vector * (lanes.bit_length() - 1 - tile_depth)  # in double, that a thread holds
+        of_block = 1
+        while of_block == 1 or (of_block <= MOST_ROUNDS and of_block < 2 * rounds):
+            yield _Cut(lanes, of_block, -(-rounds // of_block), -(-C // (lanes * vector)), 2 if nodes < 4 else 1)
+            of_block *= 2
+        if lanes * vector * item <= NARROW_BYTES:
+            break
+        lanes //= 2
+
+
 def _cut_channels(
-    extents: Extents, common: tuple[str, ...], tree: Tree, vector: int, limits: Limits
+    extents: Extents, common: tuple[str, ...], tree: Tree, vector: int, item: int, limits: Limits
 ) -> tuple[Launch, int]:
     """reduce_channels: threads lie over the channels and share 256 columns a round."""
     N, C, S = extents
-    lanes = min(WARP, power_above(-(-C // vector)))
-    depth = lanes.bit_length() - 1
     tile_depth = power_above(min(S, COLUMNS)).bit_length() - 1
-    group = lanes * vector
-    across = -(-C // group)
-    padded = N << tree.log2_tiles
     tiles_a_round = COLUMNS >> tile_depth
-    span = _span(padded, across, tiles_a_round, MOST_ROUNDS * tiles_a_round, limits)
-    rows = -(-padded // span)
-    options = (
-        *common,
-        *option(TILE_ROWS=1 if S <= COLUMNS else 8, VECTOR=vector, DEPTH=depth, TILE_DEPTH=tile_depth),
+    cuts = list(_cuts(C, vector, item, tile_depth, -(-(N << tree.log2_tiles) // tiles_a_round)))
+    cuts = [cut for cut in cuts if cut.rows <= MERGED_ROWS] or cuts  # rather no launch between this and `finish`
+    soonest = min(cut.duration(limits) for cut in cuts)
+    as_soon = [cut for cut in cuts if cut.duration(limits) <= AS_SOON * soonest]
+    cut = max(as_soon, key=lambda cut: (min(cut.turns(limits), TURNS), cut.lanes, cut.rounds))
+    options = option(
+        TILE_ROWS=1 if S <= COLUMNS else 8,
+        VECTOR=vector,
+        DEPTH=cut.lanes.bit_length() - 1,
+        TILE_DEPTH=tile_depth,
+        BLOCKS=cut.resident,
     )
-    fields = {**sizes(extents), **tree.fields, "span": span, "group": group, "blocks_across": across}
-    shared = group * (span // tiles_a_round) * NODE_BYTES
-    return Launch("reduce_channels", options, rows * across, shared, tuple(fields.items()), octets="nhwc"), rows
+    group = cut.lanes * vector
+    span = cut.rounds * tiles_a_round
+    fields = {**sizes(extents), **tree.fields, "span": span, "group": group, "blocks_across": cut.across}
+    shared = group * cut.rounds * NODE_BYTES
+    launch = Launch(
+        "reduce_channels", (*common, *options), cut.rows * cut.across, shared, tuple(fields.items()), octets="nhwc"
+    )
+    return launch, cut.rows
 
 
 def _merging(rows: int, C: int) -> tuple[int, int]:
