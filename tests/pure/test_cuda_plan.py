@@ -174,7 +174,13 @@ def nodes_of_ranks():
     plan.root(6, "Moments", (0, 1, 0, 2))
 
 
-OTHERS = [more_than_32_bits_count, more_rows_than_a_block_merges, nothing_to_plan, a_relu_mask_in_another_order, nodes_of_ranks]
+OTHERS = [
+    more_than_32_bits_count,
+    more_rows_than_a_block_merges,
+    nothing_to_plan,
+    a_relu_mask_in_another_order,
+    nodes_of_ranks,
+]
 
 
 def test_the_named_layers_reach_every_branch():
@@ -284,8 +290,8 @@ def test_all_work_is_done_once(layer, limits):
 
 # --- blocks for the device --------------------------------------------------------------------------------------------
 
-RESNET50 = ((64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14), (512, 14))
-"""Channels and edge of the layers that are too large to stay on chip, on some device."""
+RESNET50 = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14))
+"""Channels and edge of layers that are too large to stay on chip, on some device."""
 
 
 @pytest.mark.parametrize("multiprocessors", [40, 108, 128, 132])
