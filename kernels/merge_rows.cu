@@ -7,7 +7,7 @@
 #include "span.cuh"
 
 // Blocks of a multiprocessor, or more, that registers are left for.
-constexpr int BLOCKS = 4;
+constexpr int BLOCKS = 2;
 
 constexpr int RUN = 4; // see MERGED_RUN in the planner
 
