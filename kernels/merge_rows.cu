@@ -50,7 +50,7 @@ __device__ __forceinline__ CountedNode merged(
         for (int left = 2 * size * at.worker; left + size < runs; left += 2 * size * at.workers)
             nodes[left * at.group] = merge_counted<KIND>(nodes[left * at.group], nodes[(left + size) * at.group]);
     }
-    return nodes[0]; // written by the worker itself
+    return at.worker == 0 ? nodes[0] : CountedNode{}; // which that worker has written itself
 }
 
 extern "C" __global__ void __launch_bounds__(256, BLOCKS) merge_rows(const __grid_constant__ Parameters p) {
