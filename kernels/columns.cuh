@@ -14,7 +14,7 @@ using Acc = Format<ELEMENT>::Acc;
 
 constexpr int RUN_DEPTH = DEPTH < 3 ? DEPTH : 3;
 constexpr int RUN = 1 << RUN_DEPTH; // columns of one value whose loads are under way together
-constexpr int PAIRS = TILE_ROWS < 4 ? TILE_ROWS : 4; // rows of a column whose x and dy are
+constexpr int PAIRS = TILE_ROWS < 2 ? 1 : 2; // rows of a column whose x and dy are; more would not fit registers
 
 struct alignas(sizeof(ELEMENT) * VECTOR) Vectors {
     ELEMENT v[VECTOR];
