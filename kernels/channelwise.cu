@@ -50,7 +50,7 @@ extern "C" __global__ void gradient_coefficients(const __grid_constant__ Paramet
 // Running statistics, and the counters.
 extern "C" __global__ void update(const __grid_constant__ Parameters p) {
     CHANNEL_OR_RETURN;
-    update_running(p, c, load_statistics(p, c), *reinterpret_cast<const long long*>(p.count));
+    update_running(p, c, load_running(p, c), load_statistics(p, c), *reinterpret_cast<const long long*>(p.count));
 }
 
 extern "C" __global__ void parameter_gradients(const __grid_constant__ Parameters p) {

@@ -77,15 +77,23 @@ __device__ __forceinline__ Statistics load_statistics(const Parameters& p, long 
             reinterpret_cast<const double*>(p.var)[channel], reinterpret_cast<const double*>(p.invstd)[channel]};
 }
 
-// high, low, scale and beta; k1 and k2 are the backward's.
-template <class Acc>
-__device__ __forceinline__ Coefficients<Acc> coefficients_of(const Parameters& p, long long channel, const Statistics& s) {
-    Coefficients<Acc> c;
+// gamma, as the scale of an invstd of 1, and beta: what does not wait for statistics.
+template <class Acc> __device__ __forceinline__ Coefficients<Acc> load_affine(const Parameters& p, long long channel) {
+    const double gamma = load_parameter(p.gamma, channel, 1.0), beta = load_parameter(p.beta, channel, 0.0);
+    return {Acc(0), Acc(0), Rounded<Acc>::from(gamma), Rounded<Acc>::from(beta), Acc(0), Acc(0)};
+}
+
+// high, low and scale; k1 and k2 are the backward's.
+template <class Acc> EXACT void add_statistics(Coefficients<Acc>& c, const Statistics& s) {
     c.high = Rounded<Acc>::from(s.mean);
     c.low = Rounded<Acc>::from(subtract(s.mean, to_double(c.high)));
-    c.scale = multiply(Rounded<Acc>::from(s.invstd), Rounded<Acc>::from(load_parameter(p.gamma, channel, 1.0)));
-    c.beta = Rounded<Acc>::from(load_parameter(p.beta, channel, 0.0));
-    c.k1 = c.k2 = Acc(0);
+    c.scale = multiply(Rounded<Acc>::from(s.invstd), c.scale);
+}
+
+template <class Acc>
+__device__ __forceinline__ Coefficients<Acc> coefficients_of(const Parameters& p, long long channel, const Statistics& s) {
+    Coefficients<Acc> c = load_affine<Acc>(p, channel);
+    add_statistics(c, s);
     return c;
 }
 

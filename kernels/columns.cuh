@@ -14,6 +14,7 @@ using Acc = Format<ELEMENT>::Acc;
 
 constexpr int RUN_DEPTH = DEPTH < 3 ? DEPTH : 3;
 constexpr int RUN = 1 << RUN_DEPTH; // columns of one value whose loads are under way together
+constexpr int PAIRS = TILE_ROWS < 2 ? 1 : 2; // rows of a column whose x and dy are; more would not fit registers
 
 struct alignas(sizeof(ELEMENT) * VECTOR) Vectors {
     ELEMENT v[VECTOR];
@@ -111,17 +112,28 @@ template <class Memory> struct Worker {
         const int values = at.shape.values(column);
         Nodes<Acc> n{};
 #pragma unroll
-        for (int r = 0; r < TILE_ROWS; ++r) {
-            if (r >= values) continue;
-            const int position = r * COLUMNS + column;
-            const Vectors x = at.x[position], dy = at.dy[position];
-            const unsigned passed = bits(at, position);
+        for (int first = 0; first < TILE_ROWS; first += PAIRS) {
+            Vectors x[PAIRS], dy[PAIRS];
+            unsigned passed[PAIRS];
 #pragma unroll
-            for (int i = 0; i < VECTOR; ++i) {
-                const Node<Acc> terms = terms_of<ELEMENT, GATE>(
-                    Format<ELEMENT>::widen(x.v[i]), Format<ELEMENT>::widen(dy.v[i]), passed >> i & 1, c[i]
-                );
-                n.v[i] = r == 0 ? terms : Node<Acc>{add(n.v[i].first, terms.first), add(n.v[i].second, terms.second)};
+            for (int k = 0; k < PAIRS; ++k) {
+                if (first + k >= values) continue;
+                const int position = (first + k) * COLUMNS + column;
+                x[k] = at.x[position];
+                dy[k] = at.dy[position];
+                passed[k] = bits(at, position);
+            }
+#pragma unroll
+            for (int k = 0; k < PAIRS; ++k) {
+                if (first + k >= values) continue;
+#pragma unroll
+                for (int i = 0; i < VECTOR; ++i) {
+                    const Node<Acc> terms = terms_of<ELEMENT, GATE>(
+                        Format<ELEMENT>::widen(x[k].v[i]), Format<ELEMENT>::widen(dy[k].v[i]), passed[k] >> i & 1, c[i]
+                    );
+                    Node<Acc>& sum = n.v[i];
+                    sum = first + k == 0 ? terms : Node<Acc>{add(sum.first, terms.first), add(sum.second, terms.second)};
+                }
             }
         }
         return n;

@@ -3,12 +3,10 @@
 //
 // -DELEMENT=<type> -DKIND=<Moments|Sums> -DGATE=<gate> -DTILE_ROWS=<1|8> -DVECTOR=<channels of a thread>
 // -DDEPTH=<log2 of a thread's columns> -DTILE_DEPTH=<log2 of a tile's columns, padded to a power of two>
+// -DBLOCKS=<of a multiprocessor, or more, that registers are left for: a thread holds a node in double of each channel for
+// each level above its tiles>
 #include "columns.cuh"
 #include "span.cuh"
-
-// Blocks of a multiprocessor, or more, that registers are left for: a thread holds a node in double of each channel for
-// each level above its tiles.
-constexpr int BLOCKS = VECTOR * (DEPTH - TILE_DEPTH) < 4 ? 2 : 1;
 
 constexpr int PASS_DEPTH = 8;
 constexpr int WORKERS = 1 << (PASS_DEPTH - DEPTH); // threads that share a channel

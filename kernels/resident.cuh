@@ -29,27 +29,58 @@ __device__ __forceinline__ void merge_cluster(
 #endif
 }
 
-// What follows from the root of a channel; `is_first` of the cluster's blocks writes it.
-template <class Acc>
-__device__ __forceinline__ void finish_channel(
-    const Parameters& p, long long c, Node<double> root, bool is_first, Coefficients<Acc>& coefficients
-) {
-    long long* count = reinterpret_cast<long long*>(p.count);
+// What a channel's coefficients are before its root is known: of a gradient, all that its sums need.
+template <class Acc> __device__ __forceinline__ Coefficients<Acc> known_coefficients(const Parameters& p, long long c) {
 #if OPERATION == NORMALIZE
-    const long long values = p.samples * p.positions;
-    const Statistics s = statistics_of(root.first, root.second, values, p.eps);
-    coefficients = coefficients_of<Acc>(p, c, s);
-    if (!is_first) return;
-    store_statistics(p, c, s);
-    if (c == 0) *count = values;
-    keep_parameters(p, c);
-    if (p.tracked) update_running(p, c, s, values);
+    return load_affine<Acc>(p, c);
 #else
-    const double invstd = reinterpret_cast<const double*>(p.invstd)[c];
-    add_gradient(coefficients, root.first, root.second, *count, invstd);
-    if (!is_first) return;
-    reinterpret_cast<double*>(p.first)[c] = root.first;
-    reinterpret_cast<double*>(p.second)[c] = root.second;
-    store_parameter_gradients(p, c, root.first, root.second, invstd);
+    return coefficients_of<Acc>(p, c, load_statistics(p, c));
 #endif
 }
+
+// A channel, to the one thread that finishes it: memory answers while nodes are merged; then come the coefficients, for
+// which the block waits; all that nobody waits for comes behind them.
+struct Channel {
+    long long c, count;
+#if OPERATION == NORMALIZE
+    Running running;
+    Statistics statistics;
+
+    // What the root is not needed for; `updates`: running statistics too.
+    __device__ __forceinline__ void load(const Parameters& p, long long channel, bool updates) {
+        c = channel;
+        count = p.samples * p.positions;
+        if (updates && p.tracked) running = load_running(p, c);
+    }
+    template <class Acc>
+    __device__ __forceinline__ void finish(const Parameters& p, Node<double> root, Coefficients<Acc>& coefficients) {
+        statistics = statistics_of(root.first, root.second, count, p.eps);
+        add_statistics(coefficients, statistics);
+    }
+    __device__ __forceinline__ void store(const Parameters& p) const {
+        store_statistics(p, c, statistics);
+        if (c == 0) *reinterpret_cast<long long*>(p.count) = count;
+        keep_parameters(p, c);
+        if (p.tracked) update_running(p, c, running, statistics, count);
+    }
+#else
+    double invstd;
+    Node<double> sums;
+
+    __device__ __forceinline__ void load(const Parameters& p, long long channel, bool) {
+        c = channel;
+        count = *reinterpret_cast<const long long*>(p.count);
+        invstd = reinterpret_cast<const double*>(p.invstd)[c];
+    }
+    template <class Acc>
+    __device__ __forceinline__ void finish(const Parameters&, Node<double> root, Coefficients<Acc>& coefficients) {
+        sums = root;
+        add_gradient(coefficients, sums.first, sums.second, count, invstd);
+    }
+    __device__ __forceinline__ void store(const Parameters& p) const {
+        reinterpret_cast<double*>(p.first)[c] = sums.first;
+        reinterpret_cast<double*>(p.second)[c] = sums.second;
+        store_parameter_gradients(p, c, sums.first, sums.second, invstd);
+    }
+#endif
+};

@@ -11,33 +11,25 @@
 
 constexpr int THREADS = 32;
 
-struct Counted {
-    Node<double> node;
-    long long count;
-};
-
-__device__ __forceinline__ Counted row_of(const Parameters& p, long long row, long long c) {
+__device__ __forceinline__ CountedNode row_of(const Parameters& p, long long row, long long c) {
     const double* at = reinterpret_cast<const double*>(p.table) + row * p.table_step;
     return {{at[1 + c], at[1 + p.channels + c]}, *reinterpret_cast<const long long*>(at)};
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) root(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
-    Counted* waiting = reinterpret_cast<Counted*>(memory) + threadIdx.x;
+    CountedNode* waiting = reinterpret_cast<CountedNode*>(memory) + threadIdx.x;
     const long long c = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
     if (c >= p.channels) return; // there is no barrier
     int below = 0;               // nodes that wait
-    Counted last = {{0.0, 0.0}, 0};
-    Counted next = p.table_rows ? row_of(p, 0, c) : last;
+    CountedNode last = {{0.0, 0.0}, 0};
+    CountedNode next = p.table_rows ? row_of(p, 0, c) : last;
     for (long long row = 0; row < p.table_rows; ++row) {
         if (row) waiting[THREADS * below++] = last;
         last = next;
         if (row + 1 < p.table_rows) next = row_of(p, row + 1, c);
-        for (long long m = reinterpret_cast<const long long*>(p.merges)[row]; m > 0; --m) {
-            const Counted left = waiting[THREADS * --below];
-            last.node = merge_counted<KIND>(left.node, left.count, last.node, last.count);
-            last.count += left.count;
-        }
+        for (long long m = reinterpret_cast<const long long*>(p.merges)[row]; m > 0; --m)
+            last = merge_counted<KIND>(waiting[THREADS * --below], last);
     }
     reinterpret_cast<double*>(p.first)[c] = last.node.first;
     reinterpret_cast<double*>(p.second)[c] = last.node.second;

@@ -270,13 +270,10 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(con
 
     Walk ahead(warp, WARPS, b.pieces), here = ahead;
     for (int k = 0; BY_ROWS ? ahead.i < b.samples : k < AHEAD; ++k, ahead.step()) begin_piece(p, b, ahead.i, ahead.j);
-    if (KIND::NEEDS_COEFFICIENTS) {
-        for (int g = threadIdx.x; g < b.channels; g += THREADS) {
-            const long long c = b.span.first_channel + g;
-            coefficients[g] = coefficients_of<Acc>(p, c, load_statistics(p, c));
-        }
-        __syncthreads();
-    }
+    const int own = THREADS - 1 - threadIdx.x; // the channel that the thread finishes: the last threads have least to do
+    const bool has_own = own < b.channels;
+    if (has_own) coefficients[own] = known_coefficients<Acc>(p, b.span.first_channel + own);
+    if (KIND::NEEDS_COEFFICIENTS) __syncthreads();
     if (BY_ROWS) {
         wait_for_groups<0>();
         __syncthreads();
@@ -289,12 +286,14 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(con
         __syncwarp();
         reduce_piece(p, b, run_of(p, b, here.i), here.i, here.j, coefficients, nodes);
     }
+    Channel channel{};
+    if (has_own) channel.load(p, b.span.first_channel + own, rank == 0);
     merge_span<KIND>(p, b.span, nodes);
     merge_cluster(p, b.span, nodes, b.span.tiles, roots);
-    for (int g = threadIdx.x; g < b.channels; g += THREADS)
-        finish_channel(p, b.span.first_channel + g, roots[g * apart], rank == 0, coefficients[g]);
+    if (has_own) channel.finish(p, roots[own * apart], coefficients[own]);
     __syncthreads();
 
+    if (has_own && rank == 0) channel.store(p);
     apply(p, b, coefficients);
 #if CLUSTER > 1
     cluster_sync(); // a block's nodes stay for as long as others read them

@@ -304,11 +304,10 @@ slab_channels(const __grid_constant__ Parameters p) {
     for (int k = 0; k < AHEAD; ++k) begin_piece(p, b, warp + k * WARPS);
     const int channel = threadIdx.x % LANES * VECTOR;
     Worker<Staged> w(p, {p, b, channel}, b.span.first_channel + channel, b.end());
+    const int own = THREADS - 1 - threadIdx.x; // the channel that the thread finishes
+    const bool has_own = own < b.channels;
+    if (has_own) coefficients[own] = known_coefficients<Acc>(p, b.span.first_channel + own);
     if (KIND::NEEDS_COEFFICIENTS) {
-        for (int g = threadIdx.x; g < b.channels; g += THREADS) {
-            const long long c = b.span.first_channel + g;
-            coefficients[g] = coefficients_of<Acc>(p, c, load_statistics(p, c));
-        }
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) w.c[KIND::NEEDS_COEFFICIENTS ? i : 0] = coefficients[channel + i];
@@ -320,12 +319,14 @@ slab_channels(const __grid_constant__ Parameters p) {
         __syncwarp();
         reduce_piece(w, b, k, nodes);
     }
+    Channel finished{};
+    if (has_own) finished.load(p, b.span.first_channel + own, rank == 0);
     merge_pieces(w, b, nodes);
     merge_cluster(p, b.span, nodes, 1, roots);
-    for (int g = threadIdx.x; g < b.channels; g += THREADS)
-        finish_channel(p, b.span.first_channel + g, roots[CLUSTER > 1 ? g * CLUSTER : g], rank == 0, coefficients[g]);
+    if (has_own) finished.finish(p, roots[CLUSTER > 1 ? own * CLUSTER : own], coefficients[own]);
     __syncthreads();
 
+    if (has_own && rank == 0) finished.store(p);
     if (p.dense) apply<true>(p, b, coefficients);
     else apply<false>(p, b, coefficients);
 #if CLUSTER > 1

@@ -53,6 +53,16 @@ __device__ __forceinline__ Node<Acc> merge_counted(Node<Acc> a, long long count_
     return Kind::merge(a, b, share, multiply(values_a, share));
 }
 
+// A node of a row, and how many values it has.
+struct CountedNode {
+    Node<double> node;
+    long long count;
+};
+
+template <class Kind> __device__ __forceinline__ CountedNode merge_counted(const CountedNode& a, const CountedNode& b) {
+    return {merge_counted<Kind>(a.node, a.count, b.node, b.count), a.count + b.count};
+}
+
 // Values of one channel before padded tile i, counted from the first sample's first on.
 __device__ __forceinline__ long long values_before(const Parameters& p, long long i) {
     const long long sample = i >> p.log2_tiles;

@@ -41,7 +41,7 @@ def test_elements_counted_in_64_bits(name, limits_of_plans):
 @pytest.mark.parametrize("name", ["rows, many samples", "values", "masked, many samples"])
 def test_rows_merged_again_and_again(name, limits_of_plans):
     """As of millions of samples."""
-    limits_of_plans(reductions, MERGED_ROWS=4, MOST_NODES=64)
+    limits_of_plans(reductions, MERGED_ROWS=4, MOST_NODES=64, MOST_ROUNDS=1)
     launched = run(name, Order.ASCENDING)
     merges = [dict(launch.fields) for launch in launched if launch.kernel == "merge_rows"]
-    assert sum(merge["merged"] == 4 < merge["from_rows"] for merge in merges) > 1
+    assert sum(merge["merged"] < merge["from_rows"] for merge in merges) > 1

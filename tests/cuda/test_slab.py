@@ -78,11 +78,11 @@ def test_every_alignment_gives_the_oracle_s_bits(extents, options, in_place, off
     clusters("slab", *launched)
 
 
-def slab(extents, *, kilobytes=227, capability=(9, 0), keep_mask=False, gap=0):
-    """What is planned for a training step of float32."""
+def slab(extents, *, kilobytes=227, capability=(9, 0), keep_mask=False, gap=0, multiprocessors=1, dtype="float32"):
+    """What is planned for a training step."""
     _, C, S = extents
-    o = Operand(0, "float32", C * (S + gap), S + gap, (S,), (1,))
-    limits = Limits(1, kilobytes << 10, capability)
+    o = Operand(0, dtype, C * (S + gap), S + gap, (S,), (1,))
+    limits = Limits(multiprocessors, kilobytes << 10, capability)
     return plan.on_chip(Extents(*extents), Operands(o, y=o), None, NormalizeOptions(False, False, keep_mask), limits)
 
 
@@ -101,3 +101,25 @@ def test_blocks_share_no_byte_of_a_relu_mask():
     assert slab((1, 12, 49), keep_mask=True)
     assert slab((2, 8, 2049), keep_mask=True) is None  # so does a channel that is a group
     assert slab((2, 16, 49), gap=1, keep_mask=True) is None
+
+
+@pytest.mark.parametrize(
+    ("extents", "blocks"),
+    [
+        ((32, 1024, 196), 256),  # and not 512 of half as many channels, of which a multiprocessor has no four at a time
+        ((32, 512, 784), 256),
+        ((32, 1023, 196), 256),
+        ((32, 512, 196), 256),  # which have one turn
+        ((256, 1024, 196), 1024),  # twice as many would not fit
+    ],
+)
+def test_blocks_have_one_turn_where_they_can(extents, blocks):
+    assert slab(extents, multiprocessors=132, dtype="bfloat16").grid == blocks
+
+
+def test_no_multiprocessor_has_more_to_do_for_the_sake_of_one_turn():
+    assert slab((32, 512, 196), multiprocessors=108, kilobytes=163, capability=(8, 0), dtype="bfloat16").grid == 256
+
+
+def test_channels_apart_have_turns():
+    assert slab((32, 1024, 784), multiprocessors=132, dtype="bfloat16", gap=8).grid == 1024

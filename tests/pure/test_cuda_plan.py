@@ -152,6 +152,10 @@ def more_than_32_bits_count():
     plan.elementwise(Extents(5, 67, 6500001), "nchw", "float16", PLAIN, RESIDENT)
 
 
+def more_rows_than_a_block_merges():
+    plan.reduction(Extents(2**26, 4, 1), "nhwc", "Moments", "none", "float32", 2, RESIDENT)
+
+
 def nothing_to_plan():
     x = operand_of(calls.Layer((0, 3, 4)))
     plan.slab(Extents(0, 3, 4), Operands(x), PLAIN, RESIDENT)
@@ -170,7 +174,13 @@ def nodes_of_ranks():
     plan.root(6, "Moments", (0, 1, 0, 2))
 
 
-OTHERS = [more_than_32_bits_count, nothing_to_plan, a_relu_mask_in_another_order, nodes_of_ranks]
+OTHERS = [
+    more_than_32_bits_count,
+    more_rows_than_a_block_merges,
+    nothing_to_plan,
+    a_relu_mask_in_another_order,
+    nodes_of_ranks,
+]
 
 
 def test_the_named_layers_reach_every_branch():
@@ -225,13 +235,16 @@ def check_launch(launch, extents, limits):
             assert 8 * int(options["TILE_LANES"]) >= min(S, COLUMNS)
         case "reduce_channels":
             vector, lanes = int(options["VECTOR"]), 1 << int(options["DEPTH"])
+            item = {"float": 4, "double": 8}.get(options["ELEMENT"], 2)
+            assert group >= C or group * item >= 64  # whole pairs of sectors
             assert group == lanes * vector and covers(across, group, C) and covers(down, fields["span"], padded)
             assert 1 << int(options["TILE_DEPTH"]) >= min(S, COLUMNS)
             static = THREADS * vector * 16
         case "merge_rows":
             assert covers(across, group, C) and covers(down, fields["merged"], fields["from_rows"])
+            assert THREADS % group == 0
         case "finish":
-            assert covers(launch.grid, group, C)
+            assert covers(launch.grid, group, C) and THREADS % group == 0
         case "apply_rows":
             assert covers(launch.grid, fields["steps"] * THREADS * OCTET, N * C * S)
             assert options["INDEX"] == "size_t" or N * C * S < 2**31
@@ -244,6 +257,7 @@ def check_launch(launch, extents, limits):
             tiles = power_above(-(-S // TILE))
             assert launch.cluster * fields["span"] == power_above(N) * tiles
             assert launch.grid % launch.cluster == 0 and covers(launch.grid // launch.cluster, group, C)
+            assert group <= launch.threads  # which finish a channel each
             assert launch.cluster in limits.clusters
             assert launch.shared_bytes <= limits.shared_bytes
             if launch.kernel == "slab_channels":
@@ -272,6 +286,24 @@ def test_all_work_is_done_once(layer, limits):
         if launch.kernel.startswith("reduce_") or launch.kernel == "merge_rows":
             rows = launch.grid // fields["blocks_across"]
     assert rows is None
+
+
+# --- blocks for the device --------------------------------------------------------------------------------------------
+
+RESNET50 = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14))
+"""Channels and edge of layers that are too large to stay on chip, on some device."""
+
+
+@pytest.mark.parametrize("multiprocessors", [40, 108, 128, 132])
+@pytest.mark.parametrize("N", [32, 256])
+@pytest.mark.parametrize(("C", "edge"), RESNET50)
+@pytest.mark.parametrize("what", ["Moments", "Sums"])
+def test_channels_last_layers_fill_the_device_and_are_finished_by_the_next_launch(C, edge, N, what, multiprocessors):
+    extents, limits = Extents(N, C, edge * edge), replace(RESIDENT, multiprocessors=multiprocessors)
+    cut = plan.reduction(extents, "nhwc", what, "none", "bfloat16", 4, limits)
+    narrow = dict(cut.reduce.fields)["group"] == 32  # 64 bytes of channels
+    assert cut.reduce.grid >= 3.5 * multiprocessors or narrow
+    assert not cut.merges
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------

@@ -65,8 +65,25 @@ def slab(extents: Extents, operands: Operands, options: Options, limits: Limits)
     if keep_mask and torn:  # two blocks would write the same byte
         return None
     kept = given(operands)[: _staged(options)]
-    aligned = all(are_vectors(o, (o.sample_stride, group * o.channel_stride)) for o in kept)
-    return _slab(extents, dtype, group, aligned, options, limits)
+
+    def cut(group: int) -> Launch | None:
+        aligned = all(are_vectors(o, (o.sample_stride, group * o.channel_stride)) for o in kept)
+        return _slab(extents, dtype, group, aligned, options, limits)
+
+    launch = cut(group)
+    if launch and launch.cluster == 1 and neighbours and 2 * group <= C and S <= TILE:
+        wider = cut(2 * group)
+        if wider and _saves_a_turn(launch, wider, limits):
+            return wider
+    return launch
+
+
+def _saves_a_turn(launch: Launch, wider: Launch, limits: Limits) -> bool:
+    """Whether blocks run one after another, and those of twice the channels all at a time, two on a multiprocessor, of
+    which none has more to do: memory rests at each turn, while blocks begin and while they finish channels.
+    """
+    before, after = (-(-blocks // limits.multiprocessors) for blocks in (launch.grid, wider.grid))
+    return before > 2 >= after and 2 * after <= before and _fits_twice(wider.shared_bytes, limits)
 
 
 def _staged(options: Options) -> int:
