@@ -16,7 +16,7 @@ NAMED = {f"{workload.name} {workload.layout}": workload for workload in LAYERS}
 
 
 class Kernels:
-    """Time over that of copying x to y: 1 is the floor of what reads x once and writes y once."""
+    """Time over that of a copy of as many bytes as must move where a channel stays on chip: 1 is the floor."""
 
     params = (list(NAMED), list(DTYPES), list(OPERATIONS))
     param_names = ("array", "dtype", "operation")

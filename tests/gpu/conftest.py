@@ -31,8 +31,10 @@ def missing():
 
 
 @pytest.fixture(autouse=True)
-def cuda_device():
-    """Every test here needs one, with all work of the test before done."""
+def cuda_device(request):
+    """What is marked so needs one, with all work of the test before done."""
+    if not request.node.get_closest_marker("gpu"):
+        return
     if reason := missing():
         if os.environ.get("CUBN_REQUIRE_GPU") == "1":
             pytest.fail(f"needs a GPU: {reason}", pytrace=False)
