@@ -18,6 +18,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -163,7 +164,7 @@ def main() -> None:
             print(json.dumps({"left_out_for_time": len(cases) - number}), flush=True)
             break
         contestants = [name for name in options.contestants if name != "compile" or case.is_compiled]
-        attempt(case.names, (lambda: call_once(case)) if options.once else (lambda: row_of(case, contestants)))
+        attempt(case.names, partial(call_once, case) if options.once else partial(row_of, case, contestants))
         torch.cuda.empty_cache()
 
 
