@@ -26,6 +26,7 @@ def unchanged(state):
     return not held["running_mean"].any() and (held["running_var"] == 1).all() and not held["tracked"].any()
 
 
+@pytest.mark.usefixtures("torch_device")
 def test_a_device_that_is_not_current():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

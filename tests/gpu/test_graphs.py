@@ -58,6 +58,7 @@ def check_replays(shape, x, dy, state, outputs, replay):
     assert (bystander == 7).all()
 
 
+@pytest.mark.usefixtures("torch_device")
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_graph_of_torch_computes_what_was_recorded(name):
     shape = SHAPES[name]
