@@ -1,9 +1,9 @@
 """The stages of tests/gpu/run.sh: what each does, in which order, and how long it may take.
 
-    python -m tests.gpu.run FOLDER [STAGE ...]
+    python -m tests.gpu.run FOLDER [--few] [STAGE ...]
 
 In the folder: <stage>.jsonl, a line for each result as it comes; <stage>.log, what was said besides; summary.json, the
-device, versions and how each step ended.
+device, versions and how each step ended. With --few there are a few cases in each step, and two processes: a rehearsal.
 """
 
 import json
@@ -12,36 +12,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.gpu.steps import Record, Step, run
+from tests.gpu.steps import Command, Record, Step, run
 
 PYTHON = sys.executable
-PROCESSES = 14  # compile kernels at the same time
 
-SIDE_BY_SIDE = ("streams", "graphs", "libraries", "devices", "ordering", "one_update", "torch_modules")
+SIDE_BY_SIDE = ("streams", "ordering", "graphs", "libraries", "devices", "one_update", "torch_modules")
 """Files of tests/gpu that the first stage runs, a process each."""
-
-
-def module(name: str, *arguments: str) -> tuple[str, ...]:
-    return (PYTHON, "-m", f"tests.gpu.{name}", *arguments)
-
-
-def benchmark(*arguments: str) -> tuple[str, ...]:
-    return (PYTHON, "asv_benchmarks/compare_gpu.py", *arguments)
-
-
-def pytest(*arguments: str) -> tuple[str, ...]:
-    """Warnings of other libraries fail nothing here; `tests.gpu.lines` prints an object for each test."""
-    options = ("-m", "gpu", "-p", "tests.gpu.lines", "-p", "no:cacheprovider", "-W", "default", "-q", "--tb=short")
-    return (PYTHON, "-m", "pytest", *options, *arguments)
-
-
-def parts(command: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The command for every part of its cases."""
-    return [(*command, "--part", str(part), str(PROCESSES)) for part in range(PROCESSES)]
-
-
-VERSIONS = Step("versions", 30, [(PYTHON, "asv_benchmarks/gpu_machine.py")])
-LAYERS = ("--layers", "--operations", "forward_train", "backward")
 
 
 class Stage(NamedTuple):
@@ -51,58 +27,77 @@ class Stage(NamedTuple):
     steps: tuple[Step, ...]
 
 
-STAGES = {
-    "first": Stage(
-        540,
-        (
-            VERSIONS,
-            Step("launches", 60, [module("smoke", "--launches")]),
-            Step("smoke", 120, parts(module("smoke"))),
-            Step("kernels of layers", 70, parts(benchmark(*LAYERS, "--once"))),
-            Step("layers", 90, [benchmark(*LAYERS, "--contestants", "copy", "cubn")]),
-            Step("layers of others", 90, [benchmark(*LAYERS, "--contestants", "copy", "torch", "cudnn")]),
-            Step("memory traffic", 50, [module("traffic")]),
-            Step("tests", 110, [pytest(f"tests/gpu/test_{name}.py") for name in SIDE_BY_SIDE]),
-            Step("host", 30, [benchmark("--host")]),
-            Step("layers compiled", 60, [benchmark(*LAYERS, "--contestants", "copy", "compile")]),
-        ),
-    ),
-    "second": Stage(
-        200,
-        (
-            VERSIONS,
-            Step("kernels of clusters", 60, parts(module("smoke", "--clusters"))),
-            Step(
-                "sanitizers",
-                150,
-                [module("sanitizer", tool, "--clusters") for tool in ("racecheck", "synccheck", "memcheck")],
+def module(name: str, *arguments: str) -> Command:
+    return (PYTHON, "-m", f"tests.gpu.{name}", *arguments)
+
+
+def benchmark(*arguments: str) -> Command:
+    return (PYTHON, "asv_benchmarks/compare_gpu.py", *arguments)
+
+
+def sanitizers(*tools: str, options: tuple[str, ...] = ()) -> list[Command]:
+    return [module("sanitizer", tool, *options) for tool in tools]
+
+
+def stages(few: bool = False) -> dict[str, Stage]:
+    processes, cut = (2, 48) if few else (14, 14)  # most of the time kernels are compiled
+    chosen = ("-k", "tracked and Cupy") if few else ()
+
+    def parts(command: Command) -> list[Command]:
+        """The command for its cases in parts."""
+        return [(*command, "--part", str(part), str(cut)) for part in range(processes)]
+
+    def pytest(*arguments: str) -> Command:
+        """Warnings of other libraries fail nothing here; `tests.gpu.lines` prints an object for each test."""
+        options = ("-m", "gpu", "-p", "tests.gpu.lines", "-p", "no:cacheprovider", "-W", "default", "--tb=short")
+        return (PYTHON, "-m", "pytest", *options, *chosen, *arguments)
+
+    versions = Step("versions", 30, [(PYTHON, "asv_benchmarks/gpu_machine.py")])
+    layers = ("--layers", "--operations", "forward_train", "backward")
+    return {
+        "first": Stage(
+            540,
+            (
+                versions,
+                Step("launches", 60, [module("smoke", "--launches")]),
+                Step("smoke", 120, parts(module("smoke"))),
+                Step("kernels of layers", 70, parts(benchmark(*layers, "--once"))),
+                Step("layers", 90, [benchmark(*layers, "--contestants", "copy", "cubn")]),
+                Step("layers of others", 90, [benchmark(*layers, "--contestants", "copy", "torch", "cudnn")]),
+                Step("memory traffic", 50, [module("traffic")]),
+                Step("tests", 110, [pytest(f"tests/gpu/test_{name}.py") for name in SIDE_BY_SIDE]),
+                Step("host", 60, [benchmark("--host")]),
+                Step("layers compiled", 90, [benchmark(*layers, "--contestants", "copy", "compile")]),
             ),
         ),
-    ),
-    "tests": Stage(
-        1800,
-        (
-            VERSIONS,
-            Step("tests", 1500, [pytest("tests/gpu", "--ignore=tests/gpu/test_large.py")]),
-            Step("large", 600, [pytest("tests/gpu/test_large.py")]),  # alone: they need most of the memory
-        ),
-    ),
-    "benchmarks": Stage(
-        1800, (VERSIONS, Step("benchmarks", 1500, [benchmark()]), Step("host", 120, [benchmark("--host")]))
-    ),
-    "sanitizers": Stage(
-        1800,
-        (
-            VERSIONS,
-            Step("smoke", 300, parts(module("smoke"))),
-            Step(
-                "sanitizers",
-                1500,
-                [module("sanitizer", tool) for tool in ("memcheck", "racecheck", "synccheck", "initcheck")],
+        "second": Stage(
+            200,
+            (
+                versions,
+                Step("kernels of clusters", 60, parts(module("smoke", "--clusters"))),
+                Step("clusters", 150, sanitizers("racecheck", "synccheck", "memcheck", options=("--clusters",))),
             ),
         ),
-    ),
-}
+        "tests": Stage(
+            2400,
+            (
+                versions,
+                Step("tests", 1800, [pytest("tests/gpu", "--ignore=tests/gpu/test_large.py")]),
+                Step("large", 600, [pytest("tests/gpu/test_large.py")]),  # alone: it needs most of the memory
+            ),
+        ),
+        "benchmarks": Stage(
+            2400, (versions, Step("arrays", 2100, [benchmark()]), Step("host", 120, [benchmark("--host")]))
+        ),
+        "sanitizers": Stage(
+            2400,
+            (
+                versions,
+                Step("smoke", 300, parts(module("smoke"))),
+                Step("kernels", 2100, sanitizers("memcheck", "racecheck", "synccheck", "initcheck")),
+            ),
+        ),
+    }
 
 
 def run_stage(name: str, stage: Stage, folder: Path) -> Record:
@@ -129,14 +124,17 @@ def run_stage(name: str, stage: Stage, folder: Path) -> Record:
     return {"found": {key: value for key, value in versions.items() if key not in ("step", "at")}, "steps": steps}
 
 
-def main(folder: Path, names: list[str]) -> int:
-    if unknown := [name for name in names if name not in STAGES]:
-        print(f"unknown stage {unknown[0]}; there are: {' '.join(STAGES)}", file=sys.stderr)
+def main(folder: Path, arguments: list[str]) -> int:
+    few = arguments[:1] == ["--few"]
+    there_are, names = stages(few), arguments[few:] or ["first", "second"]
+    if unknown := [name for name in names if name not in there_are]:
+        print(f"unknown stage {unknown[0]}; there are: {' '.join(there_are)}", file=sys.stderr)
         return 2
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
-    for name in names or ["first", "second"]:
-        summary[name] = run_stage(name, STAGES[name], folder)
+    for name in names:
+        summary[name] = run_stage(name, there_are[name], folder)
         path.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     print("results:", folder)
     return int(any(step["status"] != "passed" for name in names for step in summary[name]["steps"].values()))

@@ -16,5 +16,4 @@ caches=${TMPDIR:-/tmp}/cubn_gpu_$UID # kept: the next stage finds the kernels of
 export CUPY_CACHE_DIR=${CUPY_CACHE_DIR:-$caches/cupy} CUBN_CACHE_DIR=${CUBN_CACHE_DIR:-$caches/cubn}
 python=${PYTHON:-python3}
 out=${OUT:-asv_benchmarks/results/$("$python" asv_benchmarks/gpu_machine.py folder)}
-mkdir -p "$out"
 exec "$python" -m tests.gpu.run "$out" "$@"

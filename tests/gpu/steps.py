@@ -18,6 +18,7 @@ from typing import NamedTuple
 PATIENCE = 5.0  # seconds for what an ended process had printed
 TAIL = 1500  # characters of what a process said before it failed
 
+Command = tuple[str, ...]
 Record = dict[str, object]
 
 
@@ -26,13 +27,13 @@ class Step(NamedTuple):
 
     name: str
     seconds: float
-    commands: Sequence[Sequence[str]]
+    commands: Sequence[Command]
 
 
 class Process:
     """One of a step's. A thread reads what it prints, so that no pipe fills up."""
 
-    def __init__(self, command: Sequence[str], write: Callable[[Record], None]) -> None:
+    def __init__(self, command: Command, write: Callable[[Record], None]) -> None:
         self.said: list[str] = []
         self.late = False
         self._popen = subprocess.Popen(
