@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import deque
 from collections.abc import Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+T = TypeVar("T")
 
 
 class WeakObjects(Generic[V]):
@@ -42,3 +44,26 @@ class WeakValues(Generic[K, V]):
     def __setitem__(self, key: K, value: V) -> None:
         # called as pop(key, reference), whose second argument is what pop returns for want of the key
         self._references[key] = weakref.ref(value, functools.partial(self._references.pop, key))
+
+
+class Leases(Generic[T]):
+    """Things that are kept as long as somebody has them, and on until `ended` gives them out."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[weakref.ref[Any], T]] = {}  # by the reference's identity
+        self._gone: deque[weakref.ref[Any]] = deque()
+
+    def lend(self, thing: T, holder: Any) -> None:
+        reference = weakref.ref(holder, self._gone.append)
+        self._kept[id(reference)] = reference, thing
+
+    def ended(self) -> tuple[T, ...]:
+        """Those whose holders have gone since the last time."""
+        found = []
+        while self._gone:
+            try:
+                reference = self._gone.popleft()
+            except IndexError:  # another thread had the last one
+                break
+            found.append(self._kept.pop(id(reference))[1])
+        return tuple(found)

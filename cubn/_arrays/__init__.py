@@ -15,6 +15,7 @@ import numpy as np
 
 from cubn import _layout
 from cubn._arrays.cupy import Cupy
+from cubn._arrays.dlpack import Exporter
 from cubn._arrays.foreign import Foreign
 from cubn._arrays.jax import Jax
 from cubn._arrays.library import Array, Layout, Library, Output
@@ -43,6 +44,7 @@ __all__ = [
     "empty_like",
     "empty_vector",
     "overlap",
+    "taken_over",
 ]
 
 
@@ -118,6 +120,11 @@ def check_writable(array: Array, argument: str) -> None:
     if not _layout.is_distinct(array.shape, array.strides):
         got = f"elements that share memory, strides={array.strides}"
         wrong(ValueError, "have memory of its own for every element", got, "Pass a copy.")
+
+
+def taken_over(buffer: Any, dtype: str, capsule_of: Callable[..., Any]) -> Any:
+    """A JAX array in new memory of ours, which `capsule_of` makes capsules of."""
+    return _jax(sys.modules["jax"]).adopt(Exporter(buffer, dtype, capsule_of))
 
 
 _Describer = Callable[[Any, str, tuple[str, ...], bool], Array]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,10 +17,11 @@ from cubn._arrays.numpy import address_of
 from cubn._arrays.refusals import facts, refuse_device, refuse_dtype, refuse_misaligned
 from cubn._layout import Shape, Strides, Unaddressable
 from cubn._types import CPU, CUDA, HOST, ITEMSIZE
+from cubn._weak import Leases
 from cubn.errors import device_name, message
 
 _ALIGNMENT = 64
-_LEGACY_STREAM = 1  # DLPack's number for CUDA's legacy default stream, where the CUDA backend works on such arrays
+LEGACY_STREAM = 1  # DLPack's number for CUDA's legacy default stream, where the CUDA backend works on such arrays
 _OTHER_DEVICES = {
     3: "pinned host memory",
     4: "opencl",
@@ -40,8 +42,11 @@ class DeviceMemory(Protocol):
     def capsule_of(self, buffer: Any, **options: Any) -> Any:
         """The DLPack capsule of a new buffer, ordered behind the work that wrote it."""
 
-    def host_copy(self, pointer: int, shape: Shape, strides: Strides, dtype: Any, owner: object, index: int) -> Any:
+    def host_copy(self, pointer: int, shape: Shape, strides: Strides, dtype: Any, index: int) -> Any:
         """What is in the memory, in NumPy; strides in bytes. Waits for the work before it."""
+
+    def hold(self, things: tuple[object, ...], index: int) -> None:
+        """Keep things until the backends' work so far on arrays that are read through capsules is done."""
 
 
 _memory_of: dict[int, Callable[[], DeviceMemory]] = {}
@@ -52,6 +57,26 @@ def provide(device_type: int, memory: Callable[[], DeviceMemory]) -> None:
     _memory_of[device_type] = memory
 
 
+class _Reader:
+    """While it is there, what a capsule tells of may be given to a device."""
+
+
+_read_on: defaultdict[int, Leases[object]] = defaultdict(Leases)
+"""Capsules of arrays on each CUDA device. Without them memory is its library's to use again, which knows nothing of
+work of ours that is under way.
+"""
+
+
+def _kept_on(index: int, capsule: object) -> object:
+    """What stands for a capsule of a device, which is kept until the work is done that its readers have launched."""
+    readers = _read_on[index]
+    if ended := readers.ended():
+        _memory_of[CUDA]().hold(ended, index)
+    reader = _Reader()
+    readers.lend(capsule, reader)
+    return reader
+
+
 def read(x: Any, argument: str, dtypes: tuple[str, ...], library: Library) -> Array:
     """Describe x by its capsule."""
     claimed = _device(x, argument)
@@ -60,7 +85,7 @@ def read(x: Any, argument: str, dtypes: tuple[str, ...], library: Library) -> Ar
         refuse_device(x, _OTHER_DEVICES.get(kind, f"DLPack device type {kind}"), argument)
     rule = "be an array its library can export"
     try:
-        capsule = dlpack.export(x, None if kind == CPU else _LEGACY_STREAM)
+        capsule = dlpack.export(x, None if kind == CPU else LEGACY_STREAM)
         rule = "have a valid DLPack capsule"
         _, pointer, shape, strides, dtype, device, writable = dlpack.read(capsule)
         if kind == CPU and device[0] == CPU:
@@ -73,7 +98,8 @@ def read(x: Any, argument: str, dtypes: tuple[str, ...], library: Library) -> Ar
         raise
     except Exception as error:
         raise BufferError(message(argument, rule, _said(error), **facts(x))) from error
-    array = Array(pointer, shape, strides, dtype, device, writable, x, library, capsule)
+    kept = capsule if kind == CPU else _kept_on(device[1], capsule)
+    array = Array(pointer, shape, strides, dtype, device, writable, x, library, kept)
     if dtype not in dtypes:
         refuse_dtype(array, dtype, dtypes, argument, library.conversion)
     if pointer % ITEMSIZE[dtype]:
@@ -124,6 +150,6 @@ def host_copy(array: Array) -> np.ndarray[Any, Any]:
         return np.array(view(array))
     strides = in_bytes(array.strides, ITEMSIZE[array.dtype])
     bits: np.ndarray[Any, Any] = _memory_of[array.device[0]]().host_copy(
-        array.pointer, array.shape, strides, storage(array.dtype), array.owner, array.device[1]
+        array.pointer, array.shape, strides, storage(array.dtype), array.device[1]
     )
     return bits

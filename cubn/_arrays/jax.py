@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
 
 from cubn._arrays import dlpack
-from cubn._arrays.capsules import new_output, read
+from cubn._arrays.capsules import LEGACY_STREAM, new_output, read
 from cubn._arrays.library import Array, Library, Output
 from cubn._arrays.memory import rounded
 from cubn._arrays.numpy import NUMPY, dtype_name
 from cubn._arrays.refusals import refuse, refuse_dtype
 from cubn._layout import Shape, Strides
+from cubn._types import HOST
+from cubn._weak import Leases
 
 
 class Jax(Library):
@@ -25,6 +31,8 @@ class Jax(Library):
 
     def __init__(self, jax: Any) -> None:
         self._jax = jax
+        self._lent: defaultdict[Any, Leases[Any]] = defaultdict(Leases)  # memory of GPUs, by JAX's device
+        self._tick = functools.lru_cache(self._new_tick)
 
     def describe(self, x: Any, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
         if x.is_deleted():
@@ -50,21 +58,42 @@ class Jax(Library):
         refuse(x, argument, ValueError, "be on one device", f"one on {devices} devices", remedy)
 
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
-        output, exporter = new_output(shape, strides, dtype, like.device, self)
         device = like.owner.device
+        if like.device != HOST:
+            self._take_back(device)
+        output, exporter = new_output(shape, strides, dtype, like.device, self)
 
         def finish() -> Any:
-            y = self._adopt(exporter)
+            y = self.adopt(exporter)
             return y if y.device == device else self._jax.device_put(y, device)
 
         return Output(output, finish)
 
-    def _adopt(self, exporter: dlpack.Exporter) -> Any:
-        """A JAX array in the exporter's memory."""
-        if exporter.dtype != "float64":
-            return self._jax.dlpack.from_dlpack(exporter)
-        with self._jax.enable_x64(True):  # without it JAX returns float32
-            return self._jax.dlpack.from_dlpack(exporter)
+    def adopt(self, exporter: dlpack.Exporter) -> Any:
+        """A JAX array in the exporter's memory, new memory of ours."""
+        is_wide = exporter.dtype in ("float64", "int64")  # of which JAX returns half the bits otherwise
+        with self._jax.enable_x64(True) if is_wide else contextlib.nullcontext():
+            y = self._jax.dlpack.from_dlpack(exporter)
+        if exporter.__dlpack_device__() != HOST:
+            self._lent[y.device].lend(exporter.buffer.data, exporter.buffer)
+        return y
+
+    def _take_back(self, device: Any) -> None:
+        """Let go of memory that JAX has dropped, behind what it had XLA do with it.
+
+        XLA drops memory once the last reader is on its stream, not once that is done, and reads on a stream that nobody
+        else knows. An array that it is told to make now is behind all of that, and the legacy default stream, where
+        the memory is used next, waits for the array. See docs/decisions/0015-memory-that-jax-drops.md.
+        """
+        if ended := self._lent[device].ended():
+            dlpack.export(self._tick(device)(), LEGACY_STREAM)
+            del ended  # not before
+
+    def _new_tick(self, device: Any) -> Callable[[], Any]:
+        """A program of XLA's that makes a number; compiled, it runs even while something is traced."""
+        with self._jax.ensure_compile_time_eval():
+            zero = self._jax.device_put(np.int32(0), device)
+            return functools.partial(self._jax.jit(lambda number: number + 1).lower(zero).compile(), zero)
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
         with self._jax.enable_x64(dtype in ("float64", "int64")):

@@ -106,6 +106,13 @@ class Recorder:
         self.limits = limits
         self.launched: list[Launch] = []
 
+    def stream(self):
+        """The only one."""
+        return self
+
+    def capturing(self):
+        return False
+
     def empty(self, shape, dtype):
         """Any shape in the memory of one element."""
         return np.broadcast_to(np.zeros((), dtype), shape)
@@ -124,7 +131,7 @@ class Recorder:
     def address(self, array):
         return ADDRESS
 
-    def launch(self, launch, parameters):
+    def launch(self, launch, parameters, stream):
         self.launched.append(launch)
 
 

@@ -135,10 +135,10 @@ class FailingDevice(Recorder):
         super().__init__(PASSES)
         self.kernel = kernel
 
-    def launch(self, launch, parameters):
+    def launch(self, launch, parameters, stream):
         if launch.kernel == self.kernel:
             raise RuntimeError(self.kernel)
-        super().launch(launch, parameters)
+        super().launch(launch, parameters, stream)
 
 
 @pytest.mark.parametrize("kernel", ["reduce_rows", "finish", "apply_rows"])

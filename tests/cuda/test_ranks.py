@@ -35,9 +35,9 @@ class WatchfulDevice(CpuDevice):
         self.brought.append(weakref.ref(array))
         return array
 
-    def launch(self, launch, parameters):
+    def launch(self, launch, parameters, stream):
         assert all(array() is not None for array in self.brought)
-        super().launch(launch, parameters)
+        super().launch(launch, parameters, stream)
 
 
 @pytest.mark.skipif(bool(unavailable()), reason=unavailable())

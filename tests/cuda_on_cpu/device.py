@@ -33,6 +33,9 @@ class CpuDevice:
         self.launched: list[Launch] = []
         self.synchronized = 0
 
+    def stream(self):
+        return self
+
     def empty(self, shape, dtype):
         """Filled with what no test expects: 0xff in every byte is NaN, or -1."""
         array = np.empty(shape, dtype)
@@ -65,7 +68,7 @@ class CpuDevice:
     def address(self, array):
         return array.ctypes.data
 
-    def launch(self, launch, parameters):
+    def launch(self, launch, parameters, stream):
         self.launched.append(launch)
         module(launch.source, launch.kernel, launch.options).launch(
             (launch.grid, 1, 1),

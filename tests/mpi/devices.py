@@ -36,9 +36,9 @@ class StreamDevice(CpuDevice):
         while self.queue:
             self.queue.pop(0)()
 
-    def launch(self, launch, parameters):
+    def launch(self, launch, parameters, stream):
         self.run()
-        super().launch(launch, parameters)
+        super().launch(launch, parameters, stream)
 
     def to_host(self, array, out=None):
         self.run()

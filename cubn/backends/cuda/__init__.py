@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 from cubn.backends.cuda.backend import CudaBackend
@@ -38,10 +39,15 @@ def capsule_of(buffer: Any, **options: Any) -> Any:
     return cupy_device.capsule_of(buffer, **options)
 
 
-def host_copy(
-    pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, owner: object, index: int
-) -> Any:
+def host_copy(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, index: int) -> Any:
     """What is in a device's memory, in NumPy; strides in bytes. Waits for the work before it."""
     from cubn.backends.cuda import cupy_device
 
-    return cupy_device.host_copy(cupy_device.view(pointer, shape, strides, dtype, owner, index))
+    return cupy_device.host_copy(pointer, shape, strides, dtype, index)
+
+
+def hold(things: tuple[object, ...], index: int) -> None:
+    """Keep things until the backends' work so far on arrays that are read through capsules is done."""
+    cupy_device = sys.modules.get("cubn.backends.cuda.cupy_device")
+    if cupy_device is not None:  # else there is none
+        cupy_device.hold(things, index)

@@ -6,13 +6,18 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cubn._types import ITEMSIZE
+from cubn._weak import WeakValues
+from cubn.backends.cuda.arguments import Slot
+from cubn.backends.cuda.device import Stream
+from cubn.backends.cuda.in_flight import InFlight
 from cubn.backends.cuda.plan import Launch, Limits
 from cubn.backends.cuda.source import translation_unit
 from cubn.errors import BackendUnavailable
@@ -35,6 +40,16 @@ class _Pinned(np.ndarray[Any, Any]):
     """Memory of `staging`."""
 
 
+class CupyStream:
+    """See cubn.backends.cuda.device.Stream; and CuPy's own of the same handle, which it keeps."""
+
+    __slots__ = ("__weakref__", "cupys", "handle")
+
+    def __init__(self, handle: int, cupys: Any) -> None:
+        self.handle = handle
+        self.cupys = cupys
+
+
 class CupyDevice:
     """See cubn.backends.cuda.device.Device.
 
@@ -45,90 +60,182 @@ class CupyDevice:
 
     def __init__(self, index: int, library: str) -> None:
         self.index = index
-        self._device = cupy.cuda.Device(index)
-        self._torch = sys.modules["torch"] if library == "torch" else None
-        self._torchs_device = self._torch and self._torch.device("cuda", index)
-        self._is_cupys = library == "cupy"
         self.limits = limits_of(index)
-        self._kernels: dict[tuple[str, tuple[str, ...]], Any] = {}
-        self._copying: list[tuple[Any, Any]] = []  # memory of `staging`, and when it is free again
+        self._library = library
+        self._is_cupys = library == "cupy"
+        self._torch = sys.modules["torch"] if library == "torch" else None
+        if self._torch is not None:
+            self._no_bytes = self._torch.empty(0, dtype=self._torch.uint8, device=f"cuda:{index}")
+            self._torchs_stream = _torchs_stream(self._torch)
+        self._device = cupy.cuda.Device(index)
+        self._context_now, self._launch = cupy.cuda.driver.ctxGetCurrent, cupy.cuda.driver.launchKernel
+        self._context = _context(index)
+        self._functions: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._slots: list[Slot] = []  # which no launch is using
+        self._in_flight = _IN_FLIGHT.setdefault(index, InFlight(_new_event))
+        self._last = self._null = null_stream(index)
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        if self._is_cupys:  # whose current stream it is for anyway
-            with self._device:
-                return cupy.empty(shape, dtype)
-        if self._torch is None:
-            with self._device, cupy.cuda.Stream.null:
-                return cupy.empty(shape, dtype)
-        size = byte_bounds(shape, None, np.dtype(dtype).itemsize)[1]
-        memory = self._torch.empty(size, dtype=self._torch.uint8, device=self._torchs_device)
-        return view(memory.data_ptr(), shape, None, dtype, memory, self.index)
+    # --- streams ------------------------------------------------------------------------------------------------------
 
-    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
-        array = self.empty(shape, dtype)
-        with self._device, self._stream() as stream:
-            array.data.memset_async(0, array.nbytes, stream)
-        return array
+    def stream(self) -> CupyStream:
+        if self._torch is not None:
+            cupys, handle = None, self._torchs_stream(self.index)
+        elif self._is_cupys:
+            cupys = cupy.cuda.get_current_stream(self.index)
+            handle = cupys.ptr
+        else:
+            return self._null
+        last = self._last  # by far the most likely one
+        if last.handle != handle:
+            self._last = last = stream_of(handle, self.index, cupys)
+        return last
 
-    def from_host(self, values: Any) -> Any:
-        source = np.ascontiguousarray(values)
-        array = self.empty(np.shape(values), source.dtype.name)
-        with self._device, self._stream() as stream:
-            array.set(source.reshape(array.shape), stream=stream)
-            if isinstance(values, _Pinned):
-                self._copying = [(copied, memory) for copied, memory in self._copying if not copied.done]
-                self._copying.append((stream.record(), values))
-        return array
+    def capturing(self) -> bool:
+        return self._is_captured(self.stream())
 
-    def to_host(self, array: Any, out: Any = None) -> Any:
-        with self._device, self._stream() as stream:
-            return array.get(stream=stream, out=out)
+    def _is_captured(self, stream: CupyStream) -> bool:
+        with self._as_current():
+            try:
+                return bool(stream.cupys.is_capturing())
+            except cupy.cuda.runtime.CUDARuntimeError:  # the legacy default stream, where one is that it waits for
+                return True
 
-    def staging(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """From CuPy's pool of pinned memory, which takes it back."""
-        memory = cupy.cuda.alloc_pinned_memory(byte_bounds(shape, None, np.dtype(dtype).itemsize)[1])
-        return _Pinned(shape, dtype, memory)
+    def wait_for(self, other: Stream) -> None:
+        stream = self.stream()
+        if other is stream or self._is_captured(stream) or self._is_captured(other):  # type: ignore[arg-type]
+            return
+        with self._as_current():
+            self._in_flight.order(other.cupys, stream.cupys)  # type: ignore[attr-defined]
 
-    def beside(self, tables: Sequence[Any]) -> Any:
-        rows, columns = len(tables[0]), [table.shape[1] for table in tables]
-        joined = self.empty((rows, sum(columns)), tables[0].dtype.name)
-        with self._device, self._stream():
-            for table, end in zip(tables, accumulate(columns), strict=True):
-                joined[:, end - table.shape[1] : end] = table
-        return joined
+    def hold(self, *memory: object) -> None:
+        self._hold(self.stream(), memory)
+
+    def _hold(self, stream: CupyStream, memory: tuple[object, ...]) -> None:
+        if self._is_captured(stream):
+            self._in_flight.hold_for_good(memory)
+        else:
+            with self._as_current():
+                self._in_flight.hold(stream.cupys, memory)
 
     def synchronize(self) -> None:
-        with self._device, self._stream() as stream:
-            stream.synchronize()
+        with self._as_current():
+            self.stream().cupys.synchronize()
 
     @contextmanager
     def current(self) -> Iterator[int]:
+        with self._as_current():
+            yield self.stream().handle
+
+    @contextmanager
+    def _as_current(self) -> Iterator[None]:
+        """With the device as the current one. A new thread has no context, which the driver's own functions need."""
+        if self._context_now() == self._context:
+            yield
+            return
         with self._device:
-            yield int(self._stream().ptr)
+            if self._context_now() != self._context:
+                cupy.cuda.runtime.memGetInfo()  # as CuPy makes one
+            yield
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        if self._torch is not None:
+            size = math.prod(shape) * ITEMSIZE[dtype] or 1
+            memory = self._no_bytes.new_empty(size)
+            held = cupy.cuda.UnownedMemory(memory.data_ptr(), size, memory, self.index)
+            return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(held, 0))
+        if self._is_cupys and self._context_now() == self._context:
+            return cupy.ndarray(shape, dtype)
+        with self._as_current(), self.stream().cupys:
+            return cupy.ndarray(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        array = self.empty(shape, dtype)
+        with self._as_current():
+            array.data.memset_async(0, array.nbytes, self.stream().cupys)
+        return array
+
+    def from_host(self, values: Any) -> Any:
+        """By way of pinned memory, which alone is read when the stream gets there, and in a graph."""
+        source = np.asanyarray(values)
+        if not (isinstance(source, _Pinned) and source.flags.c_contiguous):
+            source = self.staging(source.shape, source.dtype.name)
+            source[...] = values
+        array = self.empty(source.shape, source.dtype.name)
+        stream = self.stream()
+        copy, kind = cupy.cuda.runtime.memcpyAsync, cupy.cuda.runtime.memcpyHostToDevice
+        with self._as_current():  # CuPy's own copies refuse a stream that is captured
+            copy(array.data.ptr, source.ctypes.data, source.nbytes, kind, stream.handle)
+        self._hold(stream, (source,))
+        return array
+
+    def to_host(self, array: Any, out: Any = None) -> Any:
+        return array.get(stream=self.stream().cupys, out=out)
+
+    def staging(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """From CuPy's pool of pinned memory, which takes it back."""
+        memory = cupy.cuda.alloc_pinned_memory(math.prod(shape) * ITEMSIZE[dtype] or 1)
+        return _Pinned(shape, dtype, memory)
+
+    def beside(self, tables: Sequence[Any]) -> Any:
+        rows, item = len(tables[0]), tables[0].dtype.itemsize
+        ends = list(accumulate(table.shape[1] for table in tables))
+        joined = self.empty((rows, ends[-1]), tables[0].dtype.name)
+        kind, stream = cupy.cuda.runtime.memcpyDeviceToDevice, self.stream().handle
+        with self._as_current():
+            for table, end in zip(tables, ends, strict=True):
+                width = item * table.shape[1]
+                to = joined.data.ptr + item * end - width
+                pitches = joined.strides[0], table.strides[0]
+                cupy.cuda.runtime.memcpy2DAsync(to, pitches[0], table.data.ptr, pitches[1], width, rows, kind, stream)
+        return joined
 
     def address(self, array: Any) -> int:
         return int(array.data.ptr)
 
-    def launch(self, launch: Launch, parameters: bytearray) -> None:
-        argument = np.frombuffer(parameters, _by_value(len(parameters)))  # an array of one
-        with self._device:
-            kernel = self._kernels.get((launch.kernel, launch.options)) or self._compiled(launch)
-            stream = self._stream()
-            kernel((launch.grid,), (launch.threads,), (argument,), shared_mem=launch.shared_bytes, stream=stream)
+    def as_users(self, array: Any) -> Any:
+        if self._torch is not None:
+            return _tensor_of(self._torch, array)
+        if self._library != "jax":
+            return array
+        from cubn._arrays import taken_over
 
-    def _compiled(self, launch: Launch) -> Any:
-        """The kernel, compiled or from CuPy's cache on disk; it must be the current device's."""
+        with self._as_current(), self._null.cupys:
+            copy = cupy.ndarray(array.shape, array.dtype)
+            copy.data.copy_from_device_async(array.data, array.nbytes)
+        return taken_over(copy, array.dtype.name, capsule_of)
+
+    # --- kernels ------------------------------------------------------------------------------------------------------
+
+    def launch(self, launch: Launch, parameters: bytearray, stream: Stream) -> None:
+        function = self._functions.get((launch.kernel, launch.options)) or self._loaded(launch)
+        try:
+            slot = self._slots.pop()
+        except IndexError:
+            slot = Slot(len(parameters))
+        slot.bytes[:] = parameters
+        block, shared = (launch.threads, 1, 1), launch.shared_bytes
+        arguments = (function.ptr, launch.grid, 1, 1, *block, shared, stream.handle, slot.pointers, 0)
+        if self._context_now() == self._context:
+            self._launch(*arguments)
+        else:
+            with self._as_current():
+                self._launch(*arguments)
+        self._slots.append(slot)  # the driver has read it
+
+    def _loaded(self, launch: Launch) -> Any:
+        """The kernel, compiled or from CuPy's cache on disk."""
         options = ("-std=c++17", *launch.options)
         kernel = cupy.RawModule(code=translation_unit(launch.source), options=options).get_function(launch.kernel)
-        if self.limits.shared_bytes > DEFAULT_SHARED_BYTES:  # a block has more only if its kernel was told
-            kernel.max_dynamic_shared_size_bytes = self.limits.shared_bytes - kernel.shared_size_bytes
-        self._kernels[launch.kernel, launch.options] = kernel
-        return kernel
+        with self._as_current():  # for whose device it is loaded
+            if self.limits.shared_bytes > DEFAULT_SHARED_BYTES:  # a block has more only if its kernel was told
+                kernel.max_dynamic_shared_size_bytes = self.limits.shared_bytes - kernel.shared_size_bytes
+            function = self._functions[launch.kernel, launch.options] = kernel.kernel
+        return function
 
-    def _stream(self) -> Any:
-        if self._torch is not None:
-            return _foreign_stream(self._torch.cuda.current_stream(self.index).cuda_stream, self.index)
-        return cupy.cuda.get_current_stream(self.index) if self._is_cupys else cupy.cuda.Stream.null
+
+# --- streams and what they still use ----------------------------------------------------------------------------------
 
 
 class _Foreign(NamedTuple):
@@ -140,18 +247,65 @@ class _Foreign(NamedTuple):
         return 0, self.address
 
 
-@functools.lru_cache(256)
-def _foreign_stream(address: int, index: int) -> Any:
-    """CuPy's stream for one of another library, whose address is all there is to it: kept, for it costs some time."""
+_STREAMS: WeakValues[tuple[int, int], CupyStream] = WeakValues()
+
+
+def stream_of(handle: int, index: int, cupys: Any = None) -> CupyStream:
+    """The one object for a stream of a device. It keeps a stream of CuPy's, whose handle is no other's meanwhile."""
+    found = _STREAMS.get((index, handle))
+    if found is None:
+        found = _STREAMS[index, handle] = CupyStream(handle, _foreign_stream(handle, index) if cupys is None else cupys)
+    return found
+
+
+def _foreign_stream(handle: int, index: int) -> Any:
     if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14 and newer
-        return cupy.cuda.Stream.from_external(_Foreign(address))
-    return cupy.cuda.ExternalStream(address, index)
+        return cupy.cuda.Stream.from_external(_Foreign(handle))
+    return cupy.cuda.ExternalStream(handle, index)
 
 
 @functools.cache
-def _by_value(size: int) -> np.dtype[Any]:
-    """What CuPy passes by value, if it is of one element: a struct of a size."""
-    return np.dtype((np.void, size))
+def null_stream(index: int) -> CupyStream:
+    """The legacy default stream of a device."""
+    return stream_of(0, index, cupy.cuda.Stream.null)
+
+
+def _torchs_stream(torch: Any) -> Callable[[int], int]:
+    """The handle of PyTorch's current stream on a device."""
+    raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # as compiled code asks it
+    return raw or (lambda index: int(torch.cuda.current_stream(index).cuda_stream))
+
+
+def _new_event() -> Any:
+    return cupy.cuda.Event(disable_timing=True)
+
+
+_IN_FLIGHT: dict[int, InFlight] = {}
+"""What work on each device still uses, whichever library it is for."""
+
+
+@functools.cache
+def _context(index: int) -> int:
+    """CUDA's context of a device."""
+    with cupy.cuda.Device(index):
+        cupy.cuda.runtime.memGetInfo()  # makes one
+        return int(cupy.cuda.driver.ctxGetCurrent())
+
+
+def hold(things: tuple[object, ...], index: int) -> None:
+    """Keep things until the legacy default stream has done what it has so far, if it has ever had anything."""
+    if index in _IN_FLIGHT:
+        with cupy.cuda.Device(index):
+            _IN_FLIGHT[index].hold(cupy.cuda.Stream.null, things)
+
+
+def _tensor_of(torch: Any, array: Any) -> Any:
+    """A tensor over the memory of an array of `empty`, which comes from PyTorch's allocator."""
+    storage = array.data.mem._owner.untyped_storage()
+    steps = [step // array.itemsize for step in array.strides]
+    first = (array.data.ptr - storage.data_ptr()) // array.itemsize
+    tensor = torch.empty(0, dtype=getattr(torch, array.dtype.name), device=storage.device)
+    return tensor.set_(storage, first, array.shape, steps)
 
 
 @functools.cache
@@ -210,10 +364,17 @@ def capsule_of(buffer: Any, **options: Any) -> Any:
         return buffer.__dlpack__(**options)
 
 
-def host_copy(array: Any) -> Any:
+def host_copy(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, index: int) -> Any:
     """A copy in NumPy of an array of a library whose work is ordered before the legacy default stream."""
-    with array.device, cupy.cuda.Stream.null:
-        return array.get()
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    low, high = byte_bounds(shape, strides, np.dtype(dtype).itemsize)
+    memory = np.empty(high - low, np.uint8)  # with what is between the elements: CuPy would compile a kernel
+    with cupy.cuda.Device(index):
+        kind, null = cupy.cuda.runtime.memcpyDeviceToHost, cupy.cuda.Stream.null
+        cupy.cuda.runtime.memcpyAsync(memory.ctypes.data, pointer + low, memory.nbytes, kind, null.ptr)
+        null.synchronize()
+    return np.array(np.ndarray(shape, dtype, memory, -low, strides))
 
 
 def settings() -> dict[str, str]:

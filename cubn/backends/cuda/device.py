@@ -10,11 +10,34 @@ from cubn._types import BackendArray
 from cubn.backends.cuda.plan import Launch, Limits
 
 
+class Stream(Protocol):
+    """A stream: one object for each, held for as long as it may be used, so that streams are compared by identity."""
+
+    @property
+    def handle(self) -> int:
+        """CUDA's."""
+
+
 class Device(Protocol):
-    """A device and the stream that work on it goes to."""
+    """A device, for the arrays of one library: work goes to that library's current stream."""
 
     limits: Limits
     index: int
+
+    def stream(self) -> Stream:
+        """The current stream of the library."""
+
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured in a graph."""
+
+    def wait_for(self, other: Stream) -> None:
+        """Work from now on, on the current stream, comes behind all that `other` has so far.
+
+        Nothing where both are one, or while the current stream is being captured.
+        """
+
+    def hold(self, *memory: object) -> None:
+        """Keep things until the work so far on the current stream is done; while that is captured, for good."""
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> BackendArray:
         """Memory of its own, dense; it is used in stream order."""
@@ -43,5 +66,10 @@ class Device(Protocol):
     def address(self, array: BackendArray) -> int:
         """Where an array's first element is."""
 
-    def launch(self, launch: Launch, parameters: bytearray) -> None:
-        """Run a kernel behind what went before."""
+    def as_users(self, array: BackendArray) -> Any:
+        """The array as the device's library knows arrays, ordered by that library: a PyTorch tensor, a CuPy view; JAX
+        gets one of its own.
+        """
+
+    def launch(self, launch: Launch, parameters: bytearray, stream: Stream) -> None:
+        """Run a kernel behind what went before on the current stream, which is given."""

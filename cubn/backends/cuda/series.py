@@ -58,5 +58,6 @@ class Series:
         return tuple([memory + offset for offset in self._offsets])
 
     def run(self, device: Device, values: Values) -> None:
+        stream = device.stream()
         for launch, filled in self._launches:
-            device.launch(launch, filled(values))
+            device.launch(launch, filled(values), stream)
