@@ -1,12 +1,14 @@
 """The stages of tests/gpu/run.sh: what each does, in which order, and how long it may take.
 
-    python -m tests.gpu.run FOLDER [--few] [STAGE ...]
+    python -m tests.gpu.run FOLDER [--rehearse] [STAGE ...]
 
 In the folder: <stage>.jsonl, a line for each result as it comes; <stage>.log, what was said besides; summary.json, the
-device, versions and how each step ended. With --few there are a few cases in each step, and two processes: a rehearsal.
+device, versions and how each step ended. With --rehearse there is no device: a few cases of each step, and stand-ins
+for CuPy and for PyTorch's side of CUDA.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,8 +18,11 @@ from tests.gpu.steps import Command, Record, Step, run
 
 PYTHON = sys.executable
 
-SIDE_BY_SIDE = ("streams", "ordering", "graphs", "libraries", "devices", "one_update", "torch_modules")
+SIDE_BY_SIDE = ("ordering", "streams", "graphs", "libraries", "devices", "one_update", "torch_modules")
 """Files of tests/gpu that the first stage runs, a process each."""
+
+SMALLEST = "^2048@7² x 32 nchw"
+STAND_INS = Path(__file__).parents[1] / "cuda_on_cpu" / "stand_in"
 
 
 class Stage(NamedTuple):
@@ -31,21 +36,22 @@ def module(name: str, *arguments: str) -> Command:
     return (PYTHON, "-m", f"tests.gpu.{name}", *arguments)
 
 
-def benchmark(*arguments: str) -> Command:
-    return (PYTHON, "asv_benchmarks/compare_gpu.py", *arguments)
-
-
 def sanitizers(*tools: str, options: tuple[str, ...] = ()) -> list[Command]:
     return [module("sanitizer", tool, *options) for tool in tools]
 
 
-def stages(few: bool = False) -> dict[str, Stage]:
-    processes, cut = (2, 48) if few else (14, 14)  # most of the time kernels are compiled
-    chosen = ("-k", "tracked and Cupy") if few else ()
+def stages(rehearse: bool = False) -> dict[str, Stage]:
+    processes, cut = (2, 1000) if rehearse else (14, 14)  # most of the time kernels are compiled
+    files = SIDE_BY_SIDE[:1] if rehearse else SIDE_BY_SIDE
+    chosen = ("-k", "tracked and Cupy") if rehearse else ()
 
     def parts(command: Command) -> list[Command]:
         """The command for its cases in parts."""
         return [(*command, "--part", str(part), str(cut)) for part in range(processes)]
+
+    def benchmark(*arguments: str) -> Command:
+        script = ("asv_benchmarks/compare_gpu.py", *arguments)
+        return (*module("torch_on_cpu"), *script, "--only", SMALLEST) if rehearse else (PYTHON, *script)
 
     def pytest(*arguments: str) -> Command:
         """Warnings of other libraries fail nothing here; `tests.gpu.lines` prints an object for each test."""
@@ -65,7 +71,7 @@ def stages(few: bool = False) -> dict[str, Stage]:
                 Step("layers", 90, [benchmark(*layers, "--contestants", "copy", "cubn")]),
                 Step("layers of others", 90, [benchmark(*layers, "--contestants", "copy", "torch", "cudnn")]),
                 Step("memory traffic", 50, [module("traffic")]),
-                Step("tests", 110, [pytest(f"tests/gpu/test_{name}.py") for name in SIDE_BY_SIDE]),
+                Step("tests", 110, [pytest(f"tests/gpu/test_{name}.py") for name in files]),
                 Step("host", 60, [benchmark("--host")]),
                 Step("layers compiled", 90, [benchmark(*layers, "--contestants", "copy", "compile")]),
             ),
@@ -125,11 +131,13 @@ def run_stage(name: str, stage: Stage, folder: Path) -> Record:
 
 
 def main(folder: Path, arguments: list[str]) -> int:
-    few = arguments[:1] == ["--few"]
-    there_are, names = stages(few), arguments[few:] or ["first", "second"]
+    rehearse = arguments[:1] == ["--rehearse"]
+    there_are, names = stages(rehearse), arguments[rehearse:] or ["first", "second"]
     if unknown := [name for name in names if name not in there_are]:
         print(f"unknown stage {unknown[0]}; there are: {' '.join(there_are)}", file=sys.stderr)
         return 2
+    if rehearse:
+        os.environ["PYTHONPATH"] = f"{STAND_INS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {}

@@ -5,6 +5,7 @@
 #     tests/gpu/run.sh first             what is worth most, in nine minutes
 #     tests/gpu/run.sh second            sanitizers over clusters, in 200 seconds
 #     tests/gpu/run.sh tests benchmarks sanitizers        all of each, at leisure
+#     tests/gpu/run.sh --rehearse        first, second in small, with stand-ins for CUDA: whether the scripts work
 #
 # Results go to $OUT, if set, else to asv_benchmarks/results/<device>/. See tests/gpu/run.py and docs/gpu.md.
 set -euo pipefail

@@ -16,6 +16,7 @@ from tests.ops import arrays
 FEW = [
     Case("resident, grouped", "bfloat16", "channels_last"),
     Case("resident, wild", "float32", "dense"),
+    Case("resident", "float16", "dense"),
     Case("resident, 2-d", "float16", "sliced"),
 ]
 
