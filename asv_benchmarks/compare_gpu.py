@@ -16,6 +16,7 @@ takes seconds an array and is measured for four.
 import argparse
 import json
 import re
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -114,14 +115,15 @@ def first_calls() -> dict[str, float]:
     }
 
 
-def attempt(names: dict[str, str], measure: Callable[[], dict[str, object]]) -> None:
-    """Print what is measured, or why it is not: one number lost, not the run."""
+def attempt(names: dict[str, str], measure: Callable[[], dict[str, object]]) -> bool:
+    """Print what is measured, or why it is not: one number lost, not the run. Whether it was measured."""
     try:
         found = measure()
     except Exception as error:
         reason = getattr(error, "stderr", None) or error  # of a child process
         found = {"error": f"{type(error).__name__}: {reason}"[-300:]}
     print(json.dumps({**names, **found}, ensure_ascii=False), flush=True)
+    return "error" not in found
 
 
 def planned(options: argparse.Namespace) -> list[Case]:
@@ -139,7 +141,7 @@ def planned(options: argparse.Namespace) -> list[Case]:
     return sorted(cases, key=lambda case: (case.dtype != "bfloat16", not FIRST.match(case.workload.name)))[part::parts]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
@@ -154,19 +156,23 @@ def main() -> None:
     require_device()
     set_flags()
     if options.host:
-        attempt({"measured": "microseconds of a call"}, host_overhead)
-        attempt({"measured": "seconds of a first call"}, first_calls)
-        return
-    attempt({}, header)
+        measured = [
+            attempt({"measured": "microseconds of a call"}, host_overhead),
+            attempt({"measured": "seconds of a first call"}, first_calls),
+        ]
+        return int(not all(measured))
+    measured = [attempt({}, header)]
     cases = planned(options)
     for number, case in enumerate(cases):
         if time.monotonic() > end:
             print(json.dumps({"left_out_for_time": len(cases) - number}), flush=True)
             break
         contestants = [name for name in options.contestants if name != "compile" or case.is_compiled]
-        attempt(case.names, partial(call_once, case) if options.once else partial(row_of, case, contestants))
+        one = partial(call_once, case) if options.once else partial(row_of, case, contestants)
+        measured.append(attempt(case.names, one))
         torch.cuda.empty_cache()
+    return int(not all(measured))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 PATIENCE = 5.0  # seconds for what an ended process had printed
+LATE = "out of time"
 TAIL = 1500  # characters of what a process said before it failed
 
 Command = tuple[str, ...]
@@ -35,42 +36,46 @@ class Process:
 
     def __init__(self, command: Command, write: Callable[[Record], None]) -> None:
         self.said: list[str] = []
-        self.late = False
-        self._popen = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # so that it is ended with all that it started
-        )
+        self.status = ""
+        try:
+            self._popen = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # so that it is ended with all that it started
+            )
+        except OSError as error:
+            self.said.append(str(error))
+            self.status = "not started"
+            return
         self._reader = threading.Thread(target=self._read, args=(write,), daemon=True)
         self._reader.start()
 
     def _read(self, write: Callable[[Record], None]) -> None:
         assert self._popen.stdout
-        for line in self._popen.stdout:
-            record = _object(line)
-            if record is None:
-                self.said.append(line)
-            else:
-                write(record)
+        with self._popen.stdout as lines:
+            for line in lines:
+                record = _object(line)
+                if record is None:
+                    self.said.append(line)
+                else:
+                    write(record)
 
     def wait(self, deadline: float) -> None:
         """Until it ends, or is ended at the deadline, with what it has left running."""
+        if self.status:
+            return
         try:
-            self._popen.wait(max(0.0, deadline - time.monotonic()))
+            self.status = str(self._popen.wait(max(0.0, deadline - time.monotonic())))
         except subprocess.TimeoutExpired:
-            self.late = True
+            self.status = LATE
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
         self._reader.join(PATIENCE)
-
-    @property
-    def status(self) -> str:
-        return "out of time" if self.late else str(self._popen.returncode)
 
 
 def _object(line: str) -> Record | None:
@@ -103,10 +108,10 @@ def run(step: Step, deadline: float, write: Callable[[Record], None], log: Calla
     for command, process in zip(step.commands, processes, strict=True):
         log(f"== {' '.join(command)}: {process.status}\n{''.join(process.said)}")
     failed = [process for process in processes if process.status != "0"]
-    late = any(process.late for process in failed)
+    late = any(process.status == LATE for process in failed)
     last = {
         "step": step.name,
-        "status": "out of time" if late else "failed" if failed else "passed",
+        "status": LATE if late else "failed" if failed else "passed",
         "seconds": round(time.monotonic() - begin, 2),
     }
     if failed:
