@@ -176,8 +176,10 @@ class Differentiation:
     def _of_statistics(self, sums: Sums) -> tuple[Any, Any]:
         """The gradients by given mean and variance, of which invstd is a function."""
         statistics, home = self.forward.statistics, self.forward.held.arrays["running_mean"]
-        sum_dy, sum_dy_xmu, invstd = (self.backend.to_host(a) for a in (*sums, statistics.invstd))
-        scale = invstd * self.backend.to_host(statistics.row("gamma")) if statistics.gamma else invstd
+        sum_dy, sum_dy_xmu = map(self.backend.to_host, sums)
+        found = self.backend.statistics_on_host(statistics)
+        invstd = found.invstd
+        scale = invstd * found.row("gamma") if statistics.gamma else invstd
         dmean, dvar = -(sum_dy * scale), -0.5 * (sum_dy_xmu * scale * (invstd * invstd))
         new = home.library.from_numpy
         return new(dmean, home.dtype, home), new(dvar, home.dtype, home)

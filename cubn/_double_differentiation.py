@@ -14,7 +14,7 @@ from cubn._arguments import one_of, refusal
 from cubn._arrays import Array, Output
 from cubn._differentiation import WHOSE, check_unchanged, terms_of
 from cubn._floating_point import default_floating_point
-from cubn._inputs import Inputs, like_x, parameter
+from cubn._inputs import Inputs, joined, like_x, parameter
 from cubn._layout import vector
 from cubn._types import Affine, CombineOptions, GradientOptions, Nodes, Statistics, Third, Vector
 from cubn.backends.protocol import Backend, Sums
@@ -63,11 +63,11 @@ class DoubleDifferentiation:
         parameter_gradients: ParameterGradients,
     ) -> None:
         self.everywhere = one_of(WHOSE, parameter_gradients, "parameter_gradients") == "global"
-        self.forward, self.inputs = forward, forward.inputs
+        self.forward, statistics = forward, forward.statistics
+        self.of_gamma = _of_channels("ddgamma", ddgamma, forward.inputs, statistics.gamma)
+        self.of_beta = _of_channels("ddbeta", ddbeta, forward.inputs, statistics.beta)
+        self.inputs = joined(forward.inputs, self.of_gamma, self.of_beta)
         self.backend, x = self.inputs.backend, self.inputs.x
-        statistics = forward.statistics
-        self.of_gamma = _of_channels("ddgamma", ddgamma, self.inputs, statistics.gamma)
-        self.of_beta = _of_channels("ddbeta", ddbeta, self.inputs, statistics.beta)
         self.v = self._zeros() if ddx is None else like_x("ddx", ddx, x)
         self.r = None if ddresidual is None else like_x("ddresidual", ddresidual, x)
         if self.r and not forward.layouts.residual:
@@ -213,7 +213,7 @@ class DoubleDifferentiation:
     @cached_property
     def statistics(self) -> Statistics:
         """The forward's, on the host."""
-        return self._on_host(self.forward.statistics)
+        return self.backend.statistics_on_host(self.forward.statistics)
 
     @cached_property
     def of_backward(self) -> tuple[Float64, Float64]:
@@ -221,11 +221,8 @@ class DoubleDifferentiation:
         given = Affine(self.of_gamma and vector(self.of_gamma), self.of_beta and vector(self.of_beta))
         copies = self.backend.new_statistics(self.forward.statistics.C, given)
         self.backend.keep(given, copies)
-        found = self._on_host(copies)
+        found = self.backend.statistics_on_host(copies)
         return _row(found, "gamma", 0.0), _row(found, "beta", 0.0)
-
-    def _on_host(self, statistics: Statistics) -> Statistics:
-        return statistics._replace(memory=self.backend.to_host(statistics.memory), address=0)
 
     def _statistics(self, **rows: Float64) -> Statistics:
         """Statistics that make of gamma the scale itself, and of sums k1 and k2: of one value, whose invstd is 1."""
@@ -234,8 +231,7 @@ class DoubleDifferentiation:
         found.count[...] = found.invstd[...] = 1
         for name, row in rows.items():
             found.row(name)[...] = row
-        memory = self.backend.from_host(found.memory)
-        return found._replace(memory=memory, address=self.backend.address(memory))
+        return self.backend.place_statistics(found.memory, C, gamma=found.gamma, beta=found.beta)
 
 
 def _row(statistics: Statistics, name: Literal["gamma", "beta"], missing: float) -> Float64:

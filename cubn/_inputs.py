@@ -79,6 +79,15 @@ def bind_x(x: Any, channel_axis: int, num_features: int | None = None) -> Inputs
     return Inputs(array, axis, extents, backend_for(array.device, array.library.name), NO_ARRAYS)
 
 
+def joined(inputs: Inputs, *arrays: Array | None) -> Inputs:
+    """The inputs, with a backend for all libraries that they and these arrays are of: each may have a stream."""
+    if inputs.backend.device is None:
+        return inputs
+    given = (inputs.x, inputs.mask, *inputs.held.arrays.values(), *arrays)
+    libraries = dict.fromkeys(array.library.name for array in given if array is not None)
+    return inputs if len(libraries) == 1 else inputs._replace(backend=backend_for(inputs.x.device, *libraries))
+
+
 def bind_parameters(inputs: Inputs, **given: Any) -> Inputs:
     """Arrays of channels, where they are given."""
     arrays = {name: parameter(name, array, inputs) for name, array in given.items() if array is not None}
@@ -87,9 +96,11 @@ def bind_parameters(inputs: Inputs, **given: Any) -> Inputs:
 
 def bind_mask_and_residual(inputs: Inputs, mask: Any, residual: Any = None) -> Inputs:
     """A mask and a residual, where they are given."""
-    return inputs._replace(
-        mask=None if mask is None else _mask(mask, inputs),
-        residual_or_dy=None if residual is None else like_x("residual", residual, inputs.x),
+    return joined(
+        inputs._replace(
+            mask=None if mask is None else _mask(mask, inputs),
+            residual_or_dy=None if residual is None else like_x("residual", residual, inputs.x),
+        )
     )
 
 

@@ -69,7 +69,7 @@ class Moments:
     _count: int
     _mean: bytes
     _m2: bytes
-    _statistics: tuple[float, bytes] | None  # for an eps, what `statistics` made of these
+    _statistics: tuple[float, bytes, dict[Backend, Statistics]] | None  # for an eps, and where it was needed
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
         raise TypeError("Moments: cubn.moments(x), Moments.from_statistics and Moments.from_dict make them.")
@@ -203,10 +203,14 @@ class Moments:
         """What normalisation needs of these, where a backend can use it, without gamma and beta."""
         made = self._statistics
         if made is None or made[0] != eps:
-            made = eps, _nodes.statistics(self._count, self.mean, self.m2, eps).tobytes()
+            made = eps, _nodes.statistics(self._count, self.mean, self.m2, eps).tobytes(), {}
             _KEEP[-1](self, made)
-        memory = place.from_host(np.frombuffer(made[1]))
-        return Statistics(memory, place.address(memory), self.num_features, gamma=False, beta=False)
+        placed = made[2].get(place)
+        if placed is None:
+            placed = place.place_statistics(np.frombuffer(made[1]), self.num_features)
+            if place.device is None or not place.device.capturing():  # what a graph copies belongs to the graph
+                made[2][place] = placed
+        return placed
 
     @property
     def num_features(self) -> int:

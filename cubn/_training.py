@@ -152,8 +152,8 @@ class SynchronisedTraining(Training):
         _check_count(values, values, " over all ranks")
 
     def finish(self, gathered: Gathered) -> tuple[Any, Saved[Any]]:
-        backend, state, statistics = self.backend, self.state, self.statistics
-        backend.statistics(*backend.root(gathered.nodes), self.eps, statistics)
+        backend, state = self.backend, self.state
+        statistics = backend.statistics(*backend.root(gathered.nodes), self.eps, self.statistics)
         relu_mask = backend.normalize(self.inputs.extents, self.operands, statistics, statistics.affine, self.options)
         y = self.output.finish()
         if self.updates:

@@ -129,6 +129,8 @@ class Statistics(NamedTuple):
     C: int
     gamma: bool
     beta: bool
+    stream: Any = None
+    """Of a device, where they are from and were written; None where the library of the memory orders its use."""
 
     @staticmethod
     def size(C: int) -> int:

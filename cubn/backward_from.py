@@ -6,7 +6,7 @@ from typing import Literal, overload
 
 from cubn._arguments import as_int, flag
 from cubn._differentiation import Differentiation
-from cubn._inputs import Inputs, bind_mask_and_residual, bind_parameters, bind_x, parameter, relu_gradient
+from cubn._inputs import Inputs, bind_mask_and_residual, bind_parameters, bind_x, joined, parameter, relu_gradient
 from cubn._layout import vector
 from cubn._state.arrays import checked_arrays
 from cubn.errors import message, reporting_as
@@ -129,7 +129,7 @@ def backward_from(
     relu, frozen = flag(relu, "relu"), flag(frozen, "frozen")
     inputs = bind_mask_and_residual(bind_x(x, channel_axis), mask)
     given = [parameter(*named, inputs) for named in (("mean", mean), ("invstd", invstd))]
-    inputs = bind_parameters(inputs, gamma=gamma, beta=beta)
+    inputs = joined(bind_parameters(inputs, gamma=gamma, beta=beta), *given)
     held, place = inputs.held, inputs.backend
     values = 0 if frozen else _count(count, inputs)
     forward = Forward(

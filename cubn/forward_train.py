@@ -173,12 +173,14 @@ def _again(
         with lock:
             counters = state._counters
             _, eps, momentum, _, _ = state._options
-            if counters is None or counters.device != held.device or state._held is not held:
+            if counters is None or counters.device is not layouts.backend.device or state._held is not held:
+                return None
+            if (counting := counters.at) is None:
                 return None
             if momentum is not None and not 0 <= momentum <= 1:
                 return None
             statistics, relu_mask = call.prepared(
-                at_x, at_residual, at_y, at_mask, gamma, beta, eps, mean, var, mean, var, *counters.at, momentum
+                at_x, at_residual, at_y, at_mask, gamma, beta, eps, mean, var, mean, var, *counting, momentum
             )
             if held.versioned:
                 held.mark_written()

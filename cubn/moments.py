@@ -294,11 +294,13 @@ def _again(state: BatchNormState, moments: Moments) -> bool:
     statistics = moments._place(eps, updated.backend)
     with lock:
         counters, momentum = state._counters, state._options.momentum
-        if counters is None or counters.device != held.device or state._held is not held:
+        if counters is None or counters.device is not updated.backend.device or state._held is not held:
+            return False
+        if (counting := counters.at) is None:
             return False
         if momentum is not None and not 0 <= momentum <= 1:
             return False
         _, _, mean, var = held.addresses
-        updated.prepared(statistics, mean, var, mean, var, *counters.at, momentum)
+        updated.prepared(statistics, mean, var, mean, var, *counting, momentum)
         held.mark_written()
     return True

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, NoReturn, Self, cast
 
-import numpy as np
-
 from cubn._arguments import shown
 from cubn._arrays import Array
 from cubn._inputs import Inputs
@@ -92,7 +90,8 @@ class Saved(Generic[ArrayT_co]):
     change a backward. May be used several times. x (and the mask) must stay as they are until the last of them: a
     PyTorch tensor that was changed in place is noticed, a change of another library's array is not.
 
-    Only a forward makes one, and nothing changes it: what it gives out are copies (on a CUDA device, views).
+    Only a forward makes one, and nothing changes it: what it gives out are copies. On a CUDA device they are arrays of
+    x's library, ordered as its own (views, for PyTorch and CuPy); CuPy's for a library that cubn does not know.
 
     Attributes
     ----------
@@ -148,30 +147,30 @@ class Saved(Generic[ArrayT_co]):
 
     @property
     def count(self) -> Any:
-        return _apart(self._forward.statistics.count)
+        return self._apart(self._forward.statistics.count)
 
     @property
     def mean(self) -> Any:
-        return _apart(self._forward.statistics.mean)
+        return self._apart(self._forward.statistics.mean)
 
     @property
     def var(self) -> Any:
-        return _apart(self._forward.statistics.var)
+        return self._apart(self._forward.statistics.var)
 
     @property
     def invstd(self) -> Any:
-        return _apart(self._forward.statistics.invstd)
+        return self._apart(self._forward.statistics.invstd)
 
     @property
     def relu_bits(self) -> Any:
         bits = self._forward.relu_mask
-        return bits and bits._make(_apart(part) if hasattr(part, "dtype") else part for part in bits)
+        return bits and bits._make(self._apart(part) if hasattr(part, "dtype") else part for part in bits)
+
+    def _apart(self, array: BackendArray) -> Any:
+        """The array for others."""
+        forward = self._forward
+        return forward.layouts.backend.apart(array, forward.statistics)
 
 
 keep: Callable[[Saved[Any], Forward], None] = Saved.__dict__["_forward"].__set__
 """Give a new Saved what it holds, which it keeps for good."""
-
-
-def _apart(array: BackendArray) -> BackendArray:
-    """The array for others: whatever they do to it, the memory that a backward reads stays."""
-    return array.copy() if isinstance(array, np.ndarray) else array.view()

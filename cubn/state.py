@@ -16,10 +16,10 @@ from cubn._arrays import Array
 from cubn._state import modules
 from cubn._state.arrays import ARRAYS, check_on_host, described, filled, placed, summary
 from cubn._state.attributes import Attributes
+from cubn._state.counted import COUNTERS, counted
 from cubn._state.entries import checked_entries
-from cubn._state.holding import COUNTERS, Counted
 from cubn._state.options import DTYPES, OPTIONS, STATE, checked_momentum, checked_options
-from cubn._types import COUNTS, CPU, FLOATS
+from cubn._types import COUNTS, FLOATS
 from cubn.errors import message, reporting_as
 from cubn.typing import DType, RunningVariance, SupportsDLPack
 
@@ -295,7 +295,7 @@ class BatchNormState(Attributes):
             if statistics:
                 self._move_to_zero_and_one()
             if counters and self._counters:
-                self._counters = Counted.placed(self._counters.device, self._no_counts())
+                self._counters = counted(self._counters.place, self._no_counts())
 
     def __repr__(self) -> str:
         channels, eps, momentum, axis, variance = self._options
@@ -303,7 +303,7 @@ class BatchNormState(Attributes):
         if variance != "unbiased":
             options.append(f"running_variance={variance!r}")
         holds = summary(self._arrays)
-        if self._counters and self._counters.device[0] == CPU:
+        if self._counters and self._counters.device is None:
             holds += [f"{name} {_span(counts)}" for name, counts in self._counts().items()]
         return f"{STATE}({', '.join(options)}; {'; '.join(holds) or 'no arrays'})"
 

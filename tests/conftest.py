@@ -7,11 +7,10 @@ from collections import defaultdict
 import pytest
 from hypothesis import HealthCheck, settings
 
-from cubn.backends.cuda.backend import CudaBackend
 from tests.backends import forget_backends
 from tests.cuda.named import PASSES, RESIDENT
 from tests.cuda_on_cpu.build import unavailable
-from tests.cuda_on_cpu.device import CpuDevice
+from tests.cuda_on_cpu.devices import Devices
 from tests.cuda_on_cpu.runner import shuffled
 from tests.ops.pairwise import covering
 
@@ -54,14 +53,16 @@ BACKENDS = ["cpu", *CUDA_ON_CPU]
 def backend(request, monkeypatch):
     """What computes on the arrays of a test: the CPU backend, or the CUDA backend, its kernels compiled for the CPU.
 
-    CUDA threads run in an order that is every test's own.
+    CUDA threads run in an order that is every test's own; each library's work goes to a stream of its own, and what is
+    not ordered across streams is an error.
     """
     if request.param in CUDA_ON_CPU:
         if reason := unavailable():
             pytest.skip(reason)
-        device = CpuDevice(CUDA_ON_CPU[request.param], shuffled(zlib.crc32(request.node.nodeid.encode())))
-        cuda = CudaBackend(device)
-        monkeypatch.setattr("cubn.backends.cpu.backend", lambda: cuda)
+        devices = Devices(CUDA_ON_CPU[request.param], shuffled(zlib.crc32(request.node.nodeid.encode())))
+        devices.use(monkeypatch)
     forget_backends()
     yield request.param
     forget_backends()
+    if request.param in CUDA_ON_CPU:
+        devices.ordering.verify()

@@ -7,7 +7,7 @@ from typing import Any
 
 from cubn._arguments import plain
 from cubn._state.arrays import ARRAYS
-from cubn._state.holding import COUNTERS
+from cubn._state.counted import COUNTERS
 from cubn._state.options import OPTIONS
 from cubn.errors import message
 

@@ -9,53 +9,21 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cubn import _arrays, _nodes
 from cubn._arguments import refusal
 from cubn._arrays import Array
-from cubn._arrays.numpy import address_of
 from cubn._layout import vector
 from cubn._state.arrays import ARRAYS, STATISTICS, StateArrays, check_on_host, check_together, checked_arrays, described
+from cubn._state.counted import COUNTERS, Counted, Int64, counted
 from cubn._state.options import DTYPES, STATE, Options, check_counts, checked_momentum, counts
-from cubn._types import CPU, HOST, BackendArray, Counters, Running, Statistics, Update
+from cubn._types import Counters, Running, Update
 from cubn._weak import WeakObjects
 from cubn.backends import backend_for
 from cubn.backends.protocol import Backend
 from cubn.errors import device_name, message, reporting_as
 
-Int64 = NDArray[np.int64]
-
 NO_STATISTICS = "a state with track=False"
-
-
-COUNTERS = ("tracked", "skipped")
-
-
-class Counted(NamedTuple):
-    """Counters per channel, int64: where the running statistics are, and nobody else's."""
-
-    tracked: BackendArray
-    skipped: BackendArray
-    device: tuple[int, int]
-    at: Counters
-
-    @classmethod
-    def placed(cls, device: tuple[int, int], values: Mapping[str, Int64]) -> Counted:
-        """Counters of these values on a device; those on the host are the arrays given."""
-        if device[0] == CPU:
-            tracked, skipped = (values[name] for name in COUNTERS)
-            return cls(tracked, skipped, device, Counters(address_of(tracked), address_of(skipped)))
-        place = backend_for(device)
-        tracked, skipped = (place.from_host(values[name]) for name in COUNTERS)
-        return cls(tracked, skipped, device, Counters(place.address(tracked), place.address(skipped)))
-
-    def on_host(self) -> dict[str, Int64]:
-        """Copies in NumPy."""
-        arrays = {"tracked": self.tracked, "skipped": self.skipped}
-        if self.device[0] == CPU:
-            return {name: array.copy() for name, array in arrays.items()}
-        return {name: backend_for(self.device).to_host(array) for name, array in arrays.items()}
 
 
 class Move(NamedTuple):
@@ -127,7 +95,7 @@ class Holding:
             self._arrays = arrays
             self._remember(held)
             if held.running and self._counters is None:
-                self._counters = Counted.placed(HOST, self._no_counts())
+                self._counters = counted(None, self._no_counts())
 
     @reporting_as(STATE)
     def _set_counters(self, changes: Mapping[str, Any]) -> None:
@@ -142,7 +110,7 @@ class Holding:
             counters = self._counters.on_host()
             counters |= {name: counts(value, name, self._options.num_features) for name, value in changes.items()}
             check_counts(**counters)
-            self._counters = Counted.placed(self._counters.device, counters)
+            self._counters = counted(self._counters.place, counters)
 
     def _counts(self) -> dict[str, Int64]:
         """Copies of the counters in NumPy, where there are any."""
@@ -182,8 +150,11 @@ class Holding:
 
     def _place(self) -> Backend:
         """Where the running statistics are updated when there is no x to say so."""
-        mean = self._current().arrays["running_mean"]
-        return backend_for(mean.device, mean.library.name)
+        arrays = self._current().arrays
+        mean, var = (arrays[name] for name in STATISTICS)
+        if mean.library is var.library:
+            return _home(mean)
+        return backend_for(mean.device, mean.library.name, var.library.name)
 
     def _turn(self) -> threading.RLock:
         """The lock, for a `with`; an error where this thread holds it, since what it is at would be torn."""
@@ -211,12 +182,14 @@ class Holding:
         assert self._counters
         assert held.running
         new = Running(*(vector(f.array) if f else old for f, old in zip(fresh, held.running, strict=True)))
-        if self._counters.device != held.device:
-            self._counters = Counted.placed(arrays[0].device, self._counts())
+        place = _home(arrays[0])
+        if self._counters.device is not place.device:
+            self._counters = counted(place, self._counts())
         counters = self._counters
         if any(fresh):  # whose libraries may refuse them: all of it moves, or nothing
-            counters = Counted.placed(counters.device, counters.on_host())
-        yield Move(held.running, new, counters.at, self._options.how_to_update)
+            counters = counters.copied()
+        with counters as at:
+            yield Move(held.running, new, at, self._options.how_to_update)
         changed = {name: output.finish() for name, output in zip(STATISTICS, fresh, strict=True) if output}
         if changed:
             self._arrays, self._counters = self._arrays | changed, counters
@@ -226,12 +199,9 @@ class Holding:
     def _move_to_zero_and_one(self) -> None:
         """An update of weight 1 by two values of mean 0 and variance 1, which nothing counts."""
         place, C = self._place(), self._options.num_features
-        device = self._current().arrays["running_mean"].device
-        memory = place.from_host(_nodes.statistics(2, np.zeros(C), np.ones(C), self._options.eps))
-        statistics = Statistics(memory, place.address(memory), C, gamma=False, beta=False)
-        with self._moving() as move:
-            uncounted = Counted.placed(device, self._no_counts())
-            place.update(statistics, move.old, move.new, uncounted.at, Update(1.0, biased=False))
+        statistics = place.place_statistics(_nodes.statistics(2, np.zeros(C), np.ones(C), self._options.eps), C)
+        with self._moving() as move, counted(place, self._no_counts()) as uncounted:
+            place.update(statistics, move.old, move.new, uncounted, Update(1.0, biased=False))
 
     def _current(self) -> StateArrays:
         arrays, held = self._arrays, self._held
@@ -252,6 +222,11 @@ class Holding:
                 rule = f"have shape ({self._options.num_features},), one value per channel"
                 raise ValueError(refusal(name, rule, array))
         return found
+
+
+def _home(mean: Array) -> Backend:
+    """Where the counters of running statistics are: with the backend of their library."""
+    return backend_for(mean.device, mean.library.name)
 
 
 _STATES: WeakObjects[Holding] = WeakObjects()

@@ -11,8 +11,9 @@ from cubn.errors import BackendUnavailable
 
 
 @cache
-def backend_for(device: tuple[int, int], library: str = "") -> Backend:
-    """The backend of a DLPack device (type, index), for arrays of one library: CUDA work goes to that library's stream.
+def backend_for(device: tuple[int, int], *libraries: str) -> Backend:
+    """The backend of a DLPack device (type, index), for arrays of these libraries: CUDA work goes to the stream of the
+    first, behind the work on those of the others, whose work from then on comes behind it.
 
     Raises
     ------
@@ -29,7 +30,7 @@ def backend_for(device: tuple[int, int], library: str = "") -> Backend:
     if kind == CUDA:
         from cubn.backends import cuda
 
-        return cuda.backend(index, library)
+        return cuda.backend(index, *libraries)
     raise BackendUnavailable(f"cubn: there is no backend for DLPack device type {kind}. Move the arrays to the CPU")
 
 

@@ -162,6 +162,17 @@ class Backend(Protocol):
     def address(self, array: BackendArray) -> int:
         """Where an array's first element is."""
 
+    def apart(self, array: BackendArray, statistics: Statistics) -> Any:
+        """A part of statistics, or of their relu mask, for the caller: a copy, or on a device an array that the library
+        which the backend is for orders as its own.
+        """
+
+    def place_statistics(self, memory: Any, C: int, *, gamma: bool = False, beta: bool = False) -> Statistics:
+        """Statistics that the host has written, in NumPy."""
+
+    def statistics_on_host(self, statistics: Statistics) -> Statistics:
+        """A copy in NumPy."""
+
     def new_statistics(self, C: int, affine: Affine) -> Statistics:
         """Statistics that are still to be written, with copies of gamma and beta where there are any."""
 
@@ -235,8 +246,10 @@ class Backend(Protocol):
 
     def statistics(
         self, count: BackendArray, mean: BackendArray, m2: BackendArray, eps: float, into: Statistics
-    ) -> None:
-        """count, mean, m2, var = m2 / count and invstd = 1 / sqrt(var + eps), in float64."""
+    ) -> Statistics:
+        """count, mean, m2, var = m2 / count and invstd = 1 / sqrt(var + eps), in float64. What they were written into:
+        that, or where it is another stream's, new ones with the same copies of gamma and beta.
+        """
 
     def frozen_statistics(self, running: Running, eps: float, into: Statistics) -> None:
         """The same from running statistics, widened to float64; count is 0 and m2 has no meaning."""

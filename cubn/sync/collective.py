@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast
 
 from cubn._arguments import as_int
 from cubn._types import Nodes
@@ -19,6 +19,9 @@ from cubn.sync import Comm, communicator
 from cubn.sync.exchange import Exchange, LocalPart, begin, leave
 from cubn.sync.header import MAX_OPERATIONS, OPERATIONS, Terms
 from cubn.sync.transport import Communicator
+
+if TYPE_CHECKING:
+    from cubn.backends.cuda.device import Device, Stream
 
 __all__ = ["Gathered", "Operation", "Started", "SyncContext", "Terms", "check_sizes", "start", "together"]
 
@@ -147,6 +150,8 @@ class _Together:
         self._error: BaseException | None = None
         self._gathered: list[Gathered] = []
         self._results: dict[int, Any] = {}
+        self._last: dict[Device, Stream] = {}  # that worked for these operations
+        self._moved = False  # from one stream to another
 
     def __enter__(self) -> Self:
         return self
@@ -168,6 +173,7 @@ class _Together:
             most = f"a `with together` block holds {MAX_OPERATIONS} operations at most. Begin another."
             raise ValueError(f"{reported()}: {most}")
         self._operations.append(operation)
+        self._follow(operation)
         return Started(self, len(self._operations) - 1)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -176,6 +182,7 @@ class _Together:
             leave(self.communicator, error)
             return
         with reporting_as(self._name), self._keeping_errors():
+            self._follow(*self._operations)
             self._exchange = begin(self.communicator, self._operations, self._sizes, error)
 
     def result(self, index: int) -> Any:
@@ -190,12 +197,33 @@ class _Together:
         if not self._gathered:
             context = SyncContext(self.communicator, self._sizes, self._exchange.call.number)
             with reporting_as(self._name), self._keeping_errors():
+                self._follow(*self._operations)
                 self._gathered = [Gathered(*nodes, context) for nodes in self._exchange.finish()]
         if index not in self._results:
             operation = self._operations[index]
             with reporting_as(operation.terms.operation):
+                self._follow(operation)
                 self._results[index] = operation.finish(self._gathered[index])
+                self._keep_for(operation)
         return self._results[index]
+
+    def _follow(self, *operations: Operation[Any]) -> None:
+        """What comes next on the current streams comes behind all that was done for operations of this exchange."""
+        for operation in operations:
+            device = operation.backend.device
+            if device is None:
+                continue
+            stream = device.stream()
+            before = self._last.setdefault(device, stream)
+            if before is not stream:
+                device.wait_for(before)
+                self._last[device], self._moved = stream, True
+
+    def _keep_for(self, operation: Operation[Any]) -> None:
+        """What was made on other streams than the current one stays until that is done with it."""
+        device = operation.backend.device
+        if device is not None and self._moved:
+            device.hold(operation, self._exchange, self._gathered)
 
     @contextmanager
     def _keeping_errors(self) -> Iterator[None]:

@@ -70,6 +70,15 @@ class CpuBackend:
     def address(self, array: NDArray[Any]) -> int:
         return address_of(array)
 
+    def apart(self, array: NDArray[Any], statistics: Statistics) -> NDArray[Any]:
+        return array.copy()
+
+    def place_statistics(self, memory: Doubles, C: int, *, gamma: bool = False, beta: bool = False) -> Statistics:
+        return Statistics(memory, address_of(memory), C, gamma, beta)
+
+    def statistics_on_host(self, statistics: Statistics) -> Statistics:
+        return statistics._replace(memory=statistics.memory.copy(), address=0)
+
     def new_statistics(self, C: int, affine: Affine) -> Statistics:
         memory = np.zeros(Statistics.size(C))
         return Statistics(memory, address_of(memory), C, affine.gamma is not None, affine.beta is not None)
@@ -156,9 +165,12 @@ class CpuBackend:
     def root_sums(self, nodes: Nodes) -> Sums:
         return _root("sums", nodes)[1:]
 
-    def statistics(self, count: NDArray[np.int64], mean: Doubles, m2: Doubles, eps: float, into: Statistics) -> None:
+    def statistics(
+        self, count: NDArray[np.int64], mean: Doubles, m2: Doubles, eps: float, into: Statistics
+    ) -> Statistics:
         into.count[...] = count
         prepare.statistics(into.C)(into.address, address_of(mean), address_of(m2), eps)
+        return into
 
     def frozen_statistics(self, running: Running, eps: float, into: Statistics) -> None:
         into.count[...] = 0

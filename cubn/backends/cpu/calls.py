@@ -106,7 +106,7 @@ class PreparedTrain(Prepared):
             eps,
             0.0 if momentum is None else momentum,
         )
-        found = _new(Statistics, (memory, address, self._channels, self._gamma, self._beta))
+        found = _new(Statistics, (memory, address, self._channels, self._gamma, self._beta, None))
         return found, passed
 
 
@@ -124,7 +124,7 @@ class PreparedFrozen(PreparedTrain):
         launch, at_mask = self._launch, passed.address if passed else 0
         workspace = launch.workspace()
         launch.run(workspace.address, address, x, residual, y, mask, at_mask, gamma, beta, mean, var, eps)
-        return _new(Statistics, (memory, address, self._channels, self._gamma, self._beta)), passed
+        return _new(Statistics, (memory, address, self._channels, self._gamma, self._beta, None)), passed
 
 
 class PreparedBackward(Prepared):

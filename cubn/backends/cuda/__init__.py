@@ -7,11 +7,14 @@ import sys
 from typing import Any
 
 from cubn.backends.cuda.backend import CudaBackend
+from cubn.backends.cuda.shared import among
 
 
 @functools.cache
-def backend(index: int, library: str) -> CudaBackend:
-    """The backend of a device, for arrays of one library: on that library's stream, in its memory where it says so.
+def backend(index: int, library: str = "", *others: str) -> CudaBackend:
+    """The backend of a device, for arrays of a library: on that library's stream, in its memory where it says so.
+
+    Where there are arrays of others too, their streams and this one wait for each other.
 
     Raises
     ------
@@ -20,6 +23,8 @@ def backend(index: int, library: str) -> CudaBackend:
     BackendUnavailable
         Without a driver or such a device, or on one that is too old.
     """
+    if others:
+        return among(*(backend(index, name) for name in (library, *others)))
     from cubn.backends.cuda.cupy_device import CupyDevice
 
     return CudaBackend(CupyDevice(index, library))

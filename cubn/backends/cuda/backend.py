@@ -30,7 +30,7 @@ from cubn._types import (
 )
 from cubn.backends.cuda import calls, parts
 from cubn.backends.cuda.calls import ReluMask, new_statistics
-from cubn.backends.cuda.device import Device
+from cubn.backends.cuda.device import Device, Stream
 from cubn.backends.cuda.parameters import Values
 from cubn.backends.cuda.plan import What
 from cubn.backends.cuda.prepare import STATISTICS, affine_vectors, layouts, running_vectors
@@ -73,13 +73,38 @@ class CudaBackend:
         return self.device.to_host(array, out)
 
     def from_host(self, array: Any) -> BackendArray:
-        return self.device.from_host(array)
+        if not self.device.capturing():
+            return self.device.from_host(array)
+        pinned = self.device.staging(array.shape, array.dtype.name)  # every replay copies it again
+        pinned[...] = array
+        placed = self.device.from_host(pinned)
+        self.device.hold(pinned)
+        return placed
 
     def staging(self, shape: tuple[int, ...]) -> Any:
         return self.device.staging(shape, "float64")
 
     def address(self, array: BackendArray) -> int:
         return self.device.address(array)
+
+    def apart(self, array: BackendArray, statistics: Statistics) -> Any:
+        device, before = self.device, statistics.stream
+        if before is None or before is device.stream():
+            return device.as_users(array)
+        device.wait_for(before)
+        copy = device.beside((array.reshape(1, -1),)).reshape(array.shape)  # memory of this stream's
+        device.hold(array)
+        return device.as_users(copy)
+
+    def place_statistics(self, memory: Any, C: int, *, gamma: bool = False, beta: bool = False) -> Statistics:
+        placed = self.from_host(memory)
+        return Statistics(placed, self._at(placed), C, gamma, beta, self.device.stream())
+
+    def statistics_on_host(self, statistics: Statistics) -> Statistics:
+        before = statistics.stream
+        if before is not None and before is not self.device.stream():
+            self.device.wait_for(before)
+        return statistics._replace(memory=self.device.to_host(statistics.memory), address=0, stream=None)
 
     def new_statistics(self, C: int, affine: Affine) -> Statistics:
         return new_statistics(self.device, C, affine.gamma is not None, affine.beta is not None)
@@ -148,24 +173,30 @@ class CudaBackend:
         given = affine_vectors(affine)
         if given:
             copies = {f"kept_{name}": statistics.at(name) for name in given}
-            self._channelwise("keep", statistics.C, given, copies)
+            self._channelwise("keep", statistics, given, copies)
 
     def statistics(
         self, count: BackendArray, mean: BackendArray, m2: BackendArray, eps: float, into: Statistics
-    ) -> None:
+    ) -> Statistics:
+        if into.stream is not self.device.stream():
+            elsewhere, into = into, self.new_statistics(into.C, into.affine)
+            copies = {f"kept_{name}": into.at(name) for name in affine_vectors(elsewhere.affine)}
+            if copies:
+                self._channelwise("keep", elsewhere, affine_vectors(elsewhere.affine), copies)
         root = {"from_count": self._at(count), "first": self._at(mean), "second": self._at(m2)}
-        self._channelwise("statistics", into.C, {}, {**_rows_of(into), **root, "eps": eps})
+        self._channelwise("statistics", into, {}, {**_rows_of(into), **root, "eps": eps})
+        return into
 
     def frozen_statistics(self, running: Running, eps: float, into: Statistics) -> None:
         old = {"old_mean": running.mean, "old_var": running.var}
-        self._channelwise("frozen", into.C, old, {**_rows_of(into), "eps": eps})
+        self._channelwise("frozen", into, old, {**_rows_of(into), "eps": eps})
 
     def given_statistics(self, C: int, count: int, mean: Vector, invstd: Vector, affine: Affine) -> Statistics:
         found = self.new_statistics(C, affine)
         zeros = self.device.zeros((C,), "float64")
-        self.statistics(self.device.from_host(np.array(count)), zeros, zeros, 1.0, found)
+        self.statistics(self.from_host(np.array(count)), zeros, zeros, 1.0, found)
         copies = {"kept_gamma": found.at("mean"), "kept_beta": found.at("invstd")}
-        self._channelwise("keep", C, {"gamma": mean, "beta": invstd}, copies)
+        self._channelwise("keep", found, {"gamma": mean, "beta": invstd}, copies)
         self.keep(affine, found)
         return found
 
@@ -177,12 +208,17 @@ class CudaBackend:
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:
         first, second = map(self._at, sums)
         given = {"invstd": statistics.at("invstd"), "first": first, "second": second}
-        self._channelwise("parameter_gradients", statistics.C, {"dgamma": dgamma, "dbeta": dbeta}, given)
+        self._channelwise("parameter_gradients", statistics, {"dgamma": dgamma, "dbeta": dbeta}, given)
 
-    def _channelwise(self, kernel: str, C: int, given: dict[str, Vector], values: Mapping[str, float]) -> None:
+    def _channelwise(
+        self, kernel: str, statistics: Statistics, given: dict[str, Vector], values: Mapping[str, float]
+    ) -> None:
+        """On statistics, whose addresses are among the values."""
         formats = tuple((name, _vector(v)) for name, v in given.items())
-        series = self._per_channel(kernel, C, formats, tuple(values))
-        series.run(self.device, (*(v.pointer for v in given.values()), *values.values()))
+        series = self._per_channel(kernel, statistics.C, formats, tuple(values))
+        pointers = (v.pointer for v in given.values())
+        stream = self.device.stream()
+        series.run_behind(self.device, (*pointers, *values.values()), stream, statistics.stream, statistics.memory)
 
     # --- passes over all elements -------------------------------------------------------------------------------------
 
@@ -207,7 +243,8 @@ class CudaBackend:
         affine, mask = statistics.affine, relu_mask and relu_mask.layout
         series, _ = self._pass(extents, layouts(operands), _affine(affine), mask, sums is not None, options)
         first, second = map(self._at, sums) if sums else (0, 0)
-        self._run(series, (*_pass_values(operands, affine, statistics, relu_mask), first, second))
+        values = (*_pass_values(operands, affine, statistics, relu_mask), first, second)
+        self._run(series, values, statistics, relu_mask)
 
     # --- the tree -----------------------------------------------------------------------------------------------------
 
@@ -249,7 +286,7 @@ class CudaBackend:
             row = table + 8 * i * (2 * C + 1)
             first_bit = (lo - start) * C * S
             node = (first_bit, row, row + 8, row + 8 + 8 * C)
-            self._run(series, (*_pass_values(part, affine, statistics, relu_mask), *node))
+            self._run(series, (*_pass_values(part, affine, statistics, relu_mask), *node), statistics, relu_mask)
         return nodes
 
     def root(self, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
@@ -261,27 +298,33 @@ class CudaBackend:
     def _root_of(self, what: What, nodes: Nodes) -> tuple[BackendArray, BackendArray, BackendArray]:
         C = nodes.table.shape[1] // 2
         order = stack_order(nodes.blocks)
-        merges = self._orders(order) if order else None  # held: what two threads make at once, the cache has of one
+        stream = self.device.stream()
+        merges, before = self._merges(order) if order else (None, None)  # of what two threads make, one is kept
         memory = self.device.empty((1 + 2 * C,), "float64")
         found = self._at(memory)
         table = (self._at(nodes.table), nodes.table.strides[0] // 8, 0 if merges is None else self._at(merges))
-        self._root(C, what, order).run(self.device, (*table, found, found + 8, found + 8 + 8 * C))
+        values = (*table, found, found + 8, found + 8 + 8 * C)
+        self._root(C, what, order).run_behind(self.device, values, stream, before, merges)
         return memory[:1].view("int64").reshape(()), memory[1 : 1 + C], memory[1 + C :]
 
-    def _placed(self, order: tuple[int, ...]) -> BackendArray:
-        """An order of merges on the device, for streams of all kinds."""
-        placed = self.device.from_host(np.array(order, np.int64))
-        self.device.synchronize()
-        return placed
+    def _merges(self, order: tuple[int, ...]) -> tuple[BackendArray, Stream]:
+        """An order of merges on the device, and the stream it came on. What a graph copies belongs to the graph."""
+        return self._placed(order) if self.device.capturing() else self._orders(order)
+
+    def _placed(self, order: tuple[int, ...]) -> tuple[BackendArray, Stream]:
+        return self.from_host(np.array(order, np.int64)), self.device.stream()
 
     # --- launches -----------------------------------------------------------------------------------------------------
 
     def _at(self, array: BackendArray) -> int:
         return self.device.address(array)
 
-    def _run(self, series: Series, values: Values) -> None:
+    def _run(self, series: Series, values: Values, statistics: Statistics | None, relu_mask: ReluMask | None) -> None:
+        """With memory of its own, behind what wrote statistics and relu mask."""
         memory = self.device.empty((series.numbers,), "float64")
-        series.run(self.device, (*values, *series.parts(self._at(memory))))
+        all_values = (*values, *series.parts(self._at(memory)))
+        before, kept = (statistics.stream, statistics.memory) if statistics else (None, None)
+        series.run_behind(self.device, all_values, self.device.stream(), before, kept, relu_mask)
 
 
 def _from_sample(n: int, operands: Operands) -> Operands:

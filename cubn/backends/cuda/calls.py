@@ -54,7 +54,7 @@ def new_relu_mask(device: Device, extents: Extents, layout: Layout) -> ReluMask:
 
 def new_statistics(device: Device, C: int, gamma: bool, beta: bool) -> Statistics:
     memory = device.empty((Statistics.size(C),), "float64")
-    return Statistics(memory, device.address(memory), C, gamma, beta)
+    return Statistics(memory, device.address(memory), C, gamma, beta, device.stream())
 
 
 def row_offsets(C: int) -> list[int]:
@@ -81,7 +81,8 @@ def forward(
     ) -> None:
         memory = device.empty(room, "float64")
         coefficients = device.address(memory)
-        series.run(device, (x, residual, y, 0, mask, gamma, beta, mean, var, eps, coefficients))
+        values = (x, residual, y, 0, mask, gamma, beta, mean, var, eps, coefficients)
+        series.run(device, values, device.stream())
 
     return call
 
@@ -151,8 +152,9 @@ def train(
         rows = (at, at + mean, at + m2, at + var, at + invstd, at + copy, at + other, kept.address if kept else 0)
         memory = new(room, "float64") if has_room else None  # held until all is launched
         parts = series.parts(device.address(memory)) if has_room else ()
-        series.run(device, given + moved + rows + parts)
-        return Statistics(found, at, C, has_gamma, has_beta), kept
+        stream = device.stream()
+        series.run(device, given + moved + rows + parts, stream)
+        return Statistics(found, at, C, has_gamma, has_beta, stream), kept
 
     return call
 
@@ -206,7 +208,8 @@ def backward(
         given = (x, dy, dx, dresidual, mask, dgamma, dbeta)
         bits = relu_mask.address if relu_mask else 0
         rows = (at, at + mean, at + m2, at + var, at + invstd, at + gamma, at + beta, bits)
-        series.run(device, given + rows + series.parts(device.address(memory)))
+        values = given + rows + series.parts(device.address(memory))
+        series.run_behind(device, values, device.stream(), statistics.stream, statistics.memory, relu_mask)
         return (memory[:C], memory[second : second + C]) if wants_sums else None
 
     return call
@@ -224,7 +227,8 @@ def normalize(device: Device, series: Series, extents: Extents, mask_layout: Lay
         memory = device.empty(room, "float64")
         at = statistics.address
         rows = (at, at + mean, at + m2, at + var, at + invstd, kept.address if kept else 0, 0, 0)
-        series.run(device, (x, residual, y, 0, mask, gamma, beta, *rows, *series.parts(device.address(memory))))
+        values = (x, residual, y, 0, mask, gamma, beta, *rows, *series.parts(device.address(memory)))
+        series.run_behind(device, values, device.stream(), statistics.stream, statistics.memory)
         return kept
 
     return call
@@ -253,6 +257,7 @@ def update(device: Device, series: Series, biased: bool) -> PreparedUpdate:
     ) -> None:
         rows = (statistics.at(name) for name in STATISTICS)
         how = (momentum or 0.0, momentum is None, int(not biased))
-        series.run(device, (old_mean, old_var, new_mean, new_var, *rows, tracked, skipped, *how))
+        values = (old_mean, old_var, new_mean, new_var, *rows, tracked, skipped, *how)
+        series.run_behind(device, values, device.stream(), statistics.stream, statistics.memory)
 
     return call

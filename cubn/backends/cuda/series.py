@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from cubn.backends.cuda.device import Device
+from cubn.backends.cuda.device import Device, Stream
 from cubn.backends.cuda.parameters import Template, Values, members
 from cubn.backends.cuda.plan import Fields, Launch
 
@@ -57,7 +57,18 @@ class Series:
         """Their addresses, in memory of a call's own."""
         return tuple([memory + offset for offset in self._offsets])
 
-    def run(self, device: Device, values: Values) -> None:
-        stream = device.stream()
+    def run(self, device: Device, values: Values, stream: Stream) -> None:
+        """On the device's current stream, which the caller has asked for."""
         for launch, filled in self._launches:
             device.launch(launch, filled(values), stream)
+
+    def run_behind(
+        self, device: Device, values: Values, stream: Stream, before: Stream | None, *memory: object
+    ) -> None:
+        """Run behind what `before` has done to memory, which is kept until this is done."""
+        if before is None or before is stream:
+            self.run(device, values, stream)
+            return
+        device.wait_for(before)
+        self.run(device, values, stream)
+        device.hold(*memory)

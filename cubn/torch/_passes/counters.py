@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cubn._state.holding import Counted
+from cubn._state.counted import counted_in
 from cubn._types import Counters as Addresses
 from cubn.errors import message
 from cubn.state import BatchNormState
@@ -34,7 +34,7 @@ class Uncounted(NamedTuple):
     skipped: int
 
     @classmethod
-    @lru_cache(64)  # one for all layouts
+    @cache  # one for all layouts and streams: it never goes back to be somebody else's while kernels write it
     def of(cls, channels: int, device: torch.device) -> Uncounted:
         memory = torch.zeros(2, channels, dtype=torch.int64, device=device)
         return cls(memory, memory[0].data_ptr(), memory[1].data_ptr())
@@ -78,9 +78,8 @@ def per_channel(counters: Counters | None, mean: Tensor, momentum: float | None)
 
 def count_in(state: BatchNormState, tracked: Tensor, skipped: Tensor) -> None:
     """Let a state count in these, which are where its running statistics are."""
-    device = state._current().device
-    assert device
-    state._counters = Counted(tracked, skipped, device, Addresses(tracked.data_ptr(), skipped.data_ptr()))
+    at = Addresses(tracked.data_ptr(), skipped.data_ptr())
+    state._counters = counted_in(state._place(), (tracked, skipped), at)
 
 
 def count(counters: Counters, tracked: Tensor | None) -> None:

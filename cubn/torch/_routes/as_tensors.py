@@ -64,7 +64,7 @@ def plain(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 
 def to_tensors(x: Tensor, mask: Tensor | None, left: Left, relu_mask: ReluMask | None) -> Kept:
     statistics, context = left.statistics, left.context
-    memory, _, C, gamma, beta = statistics
+    memory, _, C, gamma, beta, _ = statistics
     block = backend_arrays.as_tensor(memory)
     if not block.is_cpu:  # where memory is not zeroed; operators are compared by all of it
         block.masked_fill_(_unwritten(C, gamma, beta, left.frozen, block.device), 0.0)
@@ -95,7 +95,7 @@ def from_tensors(
         got, remedy = f"{block.dtype} {tuple(block.shape)}", "Hooks on saved tensors must leave shape and dtype."
         raise ValueError(message("statistics", "be as the forward left them", got, remedy, function="backward"))
     memory = backend_arrays.from_tensor(block)
-    parts = memory, block.data_ptr(), layouts.extents.C, gamma is not None, beta is not None
+    parts = memory, block.data_ptr(), layouts.extents.C, gamma is not None, beta is not None, None
     context = None if exchange is None else SyncContext(communicators.of(comm), None, int(exchange))
     relu_mask = None
     if bits is not None:

@@ -11,6 +11,9 @@ from cupy._memory import get_default_memory_pool
 
 __version__ = "14.2.0+stand.in"
 
+own_kernels = []
+"""What CuPy would have compiled kernels of its own for, by name; their headers may not be there."""
+
 __all__ = ["RawKernel", "RawModule", "arange", "array", "asarray", "copyto", "cuda", "empty", "empty_like", "full"]
 __all__ += ["get_default_memory_pool", "lazily", "ndarray", "ones", "zeros", "zeros_like"]
 
@@ -44,8 +47,8 @@ class ndarray:
     def __getitem__(self, key):
         return self._like(self._host[key][...] if self._host[key].ndim == 0 else self._host[key])
 
-    def view(self, dtype):
-        return self._like(self._host.view(dtype))
+    def view(self, dtype=None):
+        return self._like(self._host.view() if dtype is None else self._host.view(dtype))
 
     def reshape(self, *shape):
         host = self._host.reshape(*shape)
@@ -60,6 +63,7 @@ class ndarray:
 
     def __setitem__(self, key, value):
         source = value._host if isinstance(value, ndarray) else np.array(value)
+        own_kernels.append("__setitem__")
         _current().give(lambda: self._host.__setitem__(key, source))
 
     def get(self, stream=None, order="C", out=None, blocking=True):
@@ -71,6 +75,8 @@ class ndarray:
         queue = _machine.queue(stream.ptr)
         if queue.captured is not None:
             raise RuntimeError("the current stream is capturing, so D2H transfers are disallowed")
+        if not self.flags.c_contiguous:
+            own_kernels.append("get")
         queue.give(lambda: np.copyto(out, self._host))
         if blocking:
             stream.synchronize()
@@ -87,7 +93,7 @@ class ndarray:
         _machine.queue(stream.ptr).give(lambda: held is None)  # kept until then, if it was staged
 
     def __dlpack_device__(self):
-        return _capsule.CUDA, self.data.device_id
+        return 2, self.data.device_id
 
     def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
         if stream != -1:
@@ -136,6 +142,7 @@ def _done(x):
 
 def _operation(name):
     def operation(*arguments, **options):
+        own_kernels.append(name)
         return array(getattr(_done(arguments[0]), name)(*map(_done, arguments[1:]), **options))
 
     return operation

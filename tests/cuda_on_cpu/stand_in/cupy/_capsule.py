@@ -2,75 +2,36 @@
 
 import ctypes
 import functools
-import itertools
 
-from tests.dlpack import NAMES, Managed, Tensor, Versioned, address_of, integers, new
+from tests.interop import exporter
 
-CUDA = 2
 CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 
-_api = ctypes.pythonapi
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_Destructor = ctypes.PYFUNCTYPE(None, ctypes.py_object)
-_is_valid = _api["PyCapsule_IsValid"]
-_is_valid.argtypes, _is_valid.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_int
-_get = _api["PyCapsule_GetPointer"]
-_get.argtypes, _get.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
-_rename = _api["PyCapsule_SetName"]
-_rename.argtypes, _rename.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_int
-
-_contexts = itertools.count(1)
-_held = {}  # what capsules keep
-_names = {kind: ctypes.create_string_buffer(b"used_" + name) for kind, name in NAMES.items()}
-
-
-def _deleter(kind):
-    return _Deleter(lambda address: _held.pop(kind.from_address(address).context, None) and None)
-
-
-_DELETERS = {kind: _deleter(kind) for kind in NAMES}
-
-
-@_Destructor
-def _destroy(capsule):
-    for kind, name in NAMES.items():
-        if _is_valid(capsule, name):
-            _DELETERS[kind](_get(capsule, name))
+_names = {kind: ctypes.create_string_buffer(name) for kind, name in exporter._USED.items()}
 
 
 def export(array, versioned):
     """A capsule of an array, which it keeps."""
-    kind = Versioned if versioned else Managed
-    found = kind()
-    shape = integers(array.shape)
-    strides = integers([step // array.itemsize for step in array.strides])
-    code = 4 if array.dtype.name == "bfloat16" else CODES[array.dtype.kind]
-    found.tensor = Tensor(
-        array.data.ptr,
-        CUDA,
-        array.data.device_id,
-        len(array.shape),
-        code,
-        8 * array.itemsize,
-        1,
-        address_of(shape),
-        address_of(strides),
-        0,
+    found = exporter.Exporter(
+        shape=array.shape,
+        strides=[step // array.itemsize for step in array.strides],
+        memory=array,
+        data=array.data.ptr,
+        device=(exporter.CUDA, array.data.device_id),
+        code=exporter.BFLOAT if array.dtype.name == "bfloat16" else CODES[array.dtype.kind],
+        bits=8 * array.itemsize,
+        version=(1, 0) if versioned else None,
     )
-    if versioned:
-        found.major, found.minor = 1, 0
-    found.context = context = next(_contexts)
-    found.deleter = ctypes.cast(_DELETERS[kind], ctypes.c_void_p)
-    _held[context] = found, shape, strides, array
-    return new(ctypes.addressof(found), NAMES[kind], ctypes.cast(_destroy, ctypes.c_void_p))
+    return found.__dlpack__()
 
 
 def take_over(capsule):
-    """As a consumer does: the capsule's tensor, and a function that says that it is no longer needed."""
-    for kind, name in NAMES.items():
-        if _is_valid(capsule, name):
-            address = _get(capsule, name)
-            _rename(capsule, ctypes.cast(_names[kind], ctypes.c_char_p))
-            found = kind.from_address(address)
-            return found.tensor, functools.partial(_DELETERS[kind], address)
+    """As a consumer does: the capsule's tensor, its shape, and a function that says that it is no longer needed."""
+    for kind, name in exporter.NAMES.items():
+        if exporter._is_valid(id(capsule), name):
+            address = exporter._get(id(capsule), name)
+            exporter._rename(capsule, _names[kind])
+            tensor = kind.from_address(address).tensor
+            shape = ctypes.cast(tensor.shape, ctypes.POINTER(ctypes.c_int64))[: tensor.ndim]
+            return tensor, shape, functools.partial(exporter._DELETERS[kind], address)
     raise ValueError("a used capsule")

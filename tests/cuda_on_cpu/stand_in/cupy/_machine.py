@@ -10,7 +10,6 @@ import os
 import threading
 from collections import deque
 
-DEVICES = int(os.environ.get("STAND_IN_DEVICES", "1"))
 LEGACY, PER_THREAD = 1, 2  # CUDA's handles for them; 0 is the first, too
 
 SUCCESS, INVALID_HANDLE, NOT_READY, CAPTURE_UNSUPPORTED, CAPTURE_IMPLICIT = 0, 400, 600, 900, 906
@@ -84,9 +83,17 @@ class Queue:
                 work()
 
 
-legacy = [Queue(device, is_legacy=True) for device in range(DEVICES)]
+legacy = []  # of each device
 queues = {}  # by handle, but for those that every device has
 _destroyed = []
+
+
+def become(devices):
+    """A machine of so many devices."""
+    legacy[:] = [Queue(device, is_legacy=True) for device in range(devices)]
+
+
+become(int(os.environ.get("STAND_IN_DEVICES", "1")))
 
 
 def queue(handle):
@@ -139,7 +146,7 @@ class Event:
             self.queue, self.position, self.is_captured = found, found.given, found.captured is not None
 
     def query(self):
-        if any(found.captured is not None and found.mode == 0 for found in queues.values()):
+        if any(found.captured is not None and found.mode == 0 for found in list(queues.values())):
             raise CUDARuntimeError(CAPTURE_UNSUPPORTED, "an event was queried while a stream is captured, mode global")
         if self.is_captured:
             return CAPTURE_UNSUPPORTED
@@ -170,7 +177,7 @@ def device():
 
 
 def set_device(index):
-    if not 0 <= index < DEVICES:
+    if not 0 <= index < len(legacy):
         raise CUDARuntimeError(101, f"no device {index}")
     thread.device = index
     bind()

@@ -90,7 +90,7 @@ def _stack(name):
 
 
 def _currents():
-    return _local.__dict__.setdefault("current", [Stream.null] * _machine.DEVICES)
+    return _local.__dict__.setdefault("current", [Stream.null] * len(_machine.legacy))
 
 
 def get_current_stream(device_id=-1):

@@ -18,7 +18,7 @@ _events = {}
 
 
 def getDeviceCount():
-    return _machine.DEVICES
+    return len(_machine.legacy)
 
 
 def getDevice():
