@@ -53,6 +53,22 @@ class Torch:
         """Behind the current stream alone, as any user reads it."""
         return array.cpu().numpy()
 
+    def graph_of(self, step, warm_ups=1):
+        """What a step gives that was captured after warm-ups, all done, and a function that replays it and waits."""
+        with self.current():
+            for _ in range(warm_ups):
+                step()
+        self.torch.cuda.synchronize()
+        graph = self.torch.cuda.CUDAGraph()
+        with self.torch.cuda.graph(graph):
+            given = step()
+
+        def replay():
+            graph.replay()
+            self.torch.cuda.synchronize()
+
+        return given, replay
+
 
 class Cupy:
     """The same of CuPy."""
@@ -81,3 +97,22 @@ class Cupy:
 
     def to_host(self, array):
         return array.get()
+
+    def graph_of(self, step, warm_ups=1):
+        """CuPy's graphs do not own memory: a pool that nothing else uses, warmed up and kept, does."""
+        pool = self.cupy.cuda.MemoryPool()
+        self.cupy.cuda.runtime.deviceSynchronize()
+        with self.cupy.cuda.using_allocator(pool.malloc), self.stream:
+            for _ in range(warm_ups):
+                step()
+            self.stream.begin_capture()
+            given = step()
+            graph = self.stream.end_capture()
+        self.stream.synchronize()
+
+        def replay(pool=pool):
+            self.cupy.cuda.runtime.deviceSynchronize()
+            graph.launch(self.stream)
+            self.stream.synchronize()
+
+        return given, replay

@@ -125,9 +125,8 @@ def test_a_backward_on_another_stream_comes_behind_its_forward(library, late):
     assert y is not None
 
 
-def test_no_call_warns():
+def test_no_call_warns(library):
     """Streams of PyTorch come to CuPy in a way that is not deprecated."""
-    library = queues.Torch()
     x = library.carry(batch(0))
     state = cubn.BatchNormState(C, like=x)
     with warnings.catch_warnings(), library.current():
@@ -218,21 +217,13 @@ def test_memory_given_to_jax_is_not_taken_back_before_it_is_read():
 # --- graphs -----------------------------------------------------------------------------------------------------------
 
 
-def test_normalize_by_moments_can_be_captured():
+def test_normalize_by_moments_can_be_captured(library):
     """Their copy is the graph's: whatever becomes of the host's memory, replays read it."""
-    library = queues.Torch()
-    torch = library.torch
     moments = cubn.moments(batch(3))
-    x = torch.zeros(SHAPE, device="cuda")
-    side = library.stream
-    with torch.cuda.stream(side):
-        cubn.normalize(x, moments)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        y = cubn.normalize(x, moments)
+    x = library.carry(batch(0))
+    y, replay = library.graph_of(lambda: cubn.normalize(x, moments))
     for seed in range(3):
         cubn.normalize(x, cubn.moments(batch(seed + 5)))  # in whose staging memory?
-        x.copy_(torch.from_numpy(batch(seed)))
-        graph.replay()
+        library.copy(x, library.carry(batch(seed)))
+        replay()
         arrays.assert_same(device_arrays.store_of(y), cubn.normalize(batch(seed), moments))
