@@ -47,6 +47,12 @@ class Case(NamedTuple):
 
 
 CASES = [Case(shape, dtype, layout) for shape in SHAPES for dtype in arrays.DTYPES for layout in LAYOUTS]
+CLUSTERS = (
+    Case("resident, cluster", "float32", "dense"),
+    Case("resident, cluster", "bfloat16", "channels_last"),
+    Case("resident, 2-d, cluster", "bfloat16", "dense"),
+)
+"""Small ones that are kept on chip by clusters of blocks."""
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------------

@@ -16,14 +16,9 @@ import cupy
 
 import cubn
 from tests.gpu import device_arrays, digests
-from tests.gpu.digests import CASES, Case
+from tests.gpu.digests import CASES, CLUSTERS, Case
 
 LAUNCHES = (Case("resident", "float32", "dense"), Case("resident, channels", "float32", "channels_last"))
-CLUSTERS = (
-    Case("resident, cluster", "float32", "dense"),
-    Case("resident, cluster", "bfloat16", "channels_last"),
-    Case("resident, 2-d, cluster", "bfloat16", "dense"),
-)
 
 
 def training_step(case):
