@@ -47,12 +47,12 @@ def on_host(**options):
 
 @pytest.fixture
 def late(library):
-    """What the library's busy side stream writes: x, there only once the stream has come that far."""
-    source = library.carry(batch(1))
-    x = library.zeros_like(source)
-    cupy.cuda.runtime.deviceSynchronize()
+    """A step on the library's busy side stream, whose x is there only once the stream has come that far."""
 
-    def train(state):
+    def train(state, seed=1):
+        source = library.carry(batch(seed))
+        x = library.zeros_like(source)
+        cupy.cuda.runtime.deviceSynchronize()
         with library.current():
             library.busy()
             library.copy(x, source)
@@ -87,21 +87,30 @@ def test_counters_that_are_set_are_set_behind_the_step_that_counts(library, late
     assert np.asarray(device_arrays.store_of(state.tracked)).tolist() == [8] * C
 
 
-def test_the_mean_of_all_batches_has_the_weights_of_a_side_stream(library, late):
-    """With momentum=None the kernel reads its weight from the counters."""
-    state = state_that_has_seen_one(library, momentum=None)
-    late(state)
-    _, expected = on_host(momentum=None)
+def test_counters_are_on_the_device_before_the_first_step_reads_them(library):
+    """With momentum=None they are its weight. The default stream is busy, and the step is on another."""
+    x = library.carry(batch(1))
+    state_that_has_seen_one(library, momentum=None)  # compiles
+    state = cubn.BatchNormState(C, like=x, momentum=None)
+    cupy.cuda.runtime.deviceSynchronize()
+    with cupy.cuda.Stream.null:
+        queues.keep_busy()
+    with library.current():
+        cubn.forward_train(x, state)
+    expected = cubn.BatchNormState(C, momentum=None)
+    cubn.forward_train(batch(1), expected)
     library.stream.synchronize()
-    for name in ("running_mean", "running_var"):
+    for name in ("running_mean", "running_var", "tracked"):
         arrays.assert_same(device_arrays.store_of(getattr(state, name)), getattr(expected, name), name)
 
 
 def test_saved_statistics_are_read_behind_the_forward(library, late):
-    """On the stream that is current where they are asked for."""
+    """On the stream that is current where they are asked for. Of a batch of their own: memory comes again with what was
+    in it.
+    """
     state = state_that_has_seen_one(library)
-    _, saved = late(state)
-    _, expected = cubn.forward_train(batch(1), on_host()[0])
+    _, saved = late(state, seed=8)
+    _, expected = cubn.forward_train(batch(8), on_host()[0])
     for name in ("mean", "var", "invstd"):
         arrays.assert_same(np.asarray(library.to_host(getattr(saved, name))), getattr(expected, name), name)
 
@@ -112,17 +121,20 @@ def test_saved_statistics_are_arrays_of_x_s_library(library):
     assert type(saved.mean) is type(x)
 
 
-def test_a_backward_on_another_stream_comes_behind_its_forward(library, late):
-    """The statistics: y and x are the user's to order."""
+def test_a_backward_on_another_stream_comes_behind_its_forward(library):
+    """x is there before either; what the forward leaves for the backward is not."""
+    x, dy = library.carry(batch(9)), library.carry(batch(3))
     state = state_that_has_seen_one(library)
-    dy = library.carry(batch(3))
-    cubn.backward(dy, cubn.forward_train(dy, state_that_has_seen_one(library))[1])  # compiles
-    y, saved = late(state)
-    library.stream.synchronize()
+    cubn.backward(dy, cubn.forward_train(dy, state.copy())[1])  # compiles
+    cupy.cuda.runtime.deviceSynchronize()
+    with library.current():
+        library.busy()
+        _, saved = cubn.forward_train(x, state)
     grads = cubn.backward(dy, saved)
-    _, expected = cubn.forward_train(batch(1), on_host()[0])
-    arrays.assert_same(device_arrays.store_of(grads.dx), cubn.backward(batch(3), expected).dx)
-    assert y is not None
+    _, expected = cubn.forward_train(batch(9), on_host()[0])
+    for name in ("dx", "dgamma", "dbeta"):
+        got = device_arrays.store_of(getattr(grads, name))
+        arrays.assert_same(got, getattr(cubn.backward(batch(3), expected), name), name)
 
 
 def test_no_call_warns(library):
