@@ -85,11 +85,11 @@ class Planned(Recorder):
 
 
 def test_the_cases_reach_every_kernel(monkeypatch):
-    """As planned for an H100."""
+    """As planned for an H100, in one dtype: none has kernels of its own."""
     device = Planned(Limits(132, 227 << 10, (9, 0)))
     monkeypatch.setattr("cubn.backends.cpu.backend", lambda: CudaBackend(device))
     forget_backends()
-    for case in CASES:
+    for case in (case for case in CASES if case.dtype == "bfloat16"):
         run_everything(*(arrays.carry(store, "numpy") for store in digests.stores(case)))
     forget_backends()
     files = {path.stem for path in cubn.backends.cuda.source.folder().glob("*.cu")}

@@ -46,14 +46,14 @@ def test_the_short_run_from_a_tree_without_build_outputs(tmp_path):
         return [line[key] for line in lines[stage] if line["step"] == step and key in line]
 
     assert results("first", "launches", "as_on_the_cpu") == [True] * 2
-    assert results("first", "smoke", "as_on_the_cpu") == [True] * 2
-    assert results("first", "kernels of layers", "called") == [True] * 2
+    assert results("first", "smoke", "as_on_the_cpu") == [True]
+    assert results("first", "kernels of layers", "called") == [True]
     assert len(results("first", "layers", "share")) == 4
     assert len(results("first", "layers of others", "torch_ms")) == 4
     assert len(results("first", "memory traffic", "refused")) == 1
     assert results("first", "tests", "outcome") == ["passed"]
     assert len(results("first", "host", "measured")) == 2
-    assert results("second", "kernels of clusters", "as_on_the_cpu") == [True] * 2
+    assert results("second", "kernels of clusters", "as_on_the_cpu") == [True]
     assert sorted(results("second", "clusters", "tool")) == ["memcheck", "racecheck", "synccheck"]
     assert not any("error" in line for stage in lines.values() for line in stage)
     assert sum(path.stat().st_size for path in out.iterdir()) < 100_000
