@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cubn._arrays.library import ALIGNMENT, Array, Layout, Library, Output
+from cubn._arrays.library import ALIGNMENT, Allocate, Array, Layout, Library, Output
 from cubn._arrays.memory import in_bytes, rounded
 from cubn._arrays.numpy import NUMPY, layout_of
 from cubn._arrays.refusals import refuse_device, refuse_dtype, refuse_misaligned
@@ -50,11 +50,27 @@ class Cupy(Library):
         return array.shape, strides, dtype, array.pointer % ALIGNMENT, array.device[1]
 
     def empty(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Output:
-        storage = like.owner.dtype if dtype == like.dtype else np.dtype(dtype)  # NumPy has no bfloat16 of its own
+        storage = _storage(dtype, like)
         with like.owner.device:
             memory = self._cupy.cuda.alloc(max(math.prod(shape), 1) * storage.itemsize)
             y = self._cupy.ndarray(shape, storage, memory, in_bytes(strides, storage.itemsize))
         return Output(Array(y.data.ptr, shape, strides, dtype, like.device, True, y, self), lambda: y)
+
+    def allocator(self, shape: Shape, strides: Strides, dtype: str, like: Array) -> Allocate:
+        storage, index = _storage(dtype, like), like.device[1]
+        size, steps = max(math.prod(shape), 1) * storage.itemsize, in_bytes(strides, storage.itemsize)
+        cuda, ndarray = self._cupy.cuda, self._cupy.ndarray
+        alloc, current_device, device = cuda.alloc, cuda.runtime.getDevice, cuda.Device(index)
+
+        def allocate(x: Any) -> tuple[Any, int]:
+            if current_device() == index:
+                memory = alloc(size)
+            else:
+                with device:
+                    memory = alloc(size)
+            return ndarray(shape, storage, memory, steps), memory.ptr
+
+        return allocate
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
         with like.owner.device:
@@ -63,3 +79,9 @@ class Cupy(Library):
     def to_numpy(self, array: Array) -> np.ndarray[Any, Any]:
         values: np.ndarray[Any, Any] = array.owner.get()
         return values.astype("float32") if array.dtype == "bfloat16" else values
+
+
+def _storage(dtype: str, like: Array) -> np.dtype[Any]:
+    """NumPy has no bfloat16 of its own."""
+    found: np.dtype[Any] = like.owner.dtype if dtype == like.dtype else np.dtype(dtype)
+    return found

@@ -91,9 +91,16 @@ class Jax(Library):
 
     def _new_tick(self, device: Any) -> Callable[[], Any]:
         """A program of XLA's that makes a number; compiled, it runs even while something is traced."""
-        with self._jax.ensure_compile_time_eval():
-            zero = self._jax.device_put(np.int32(0), device)
-            return functools.partial(self._jax.jit(lambda number: number + 1).lower(zero).compile(), zero)
+        jax = self._jax
+        with jax.ensure_compile_time_eval():
+            zero = jax.device_put(np.int32(0), device)
+            program = jax.jit(lambda number: number + 1).lower(zero).compile()
+
+        def tick() -> Any:
+            with jax.disable_jit(False):
+                return program(zero)
+
+        return tick
 
     def from_numpy(self, values: np.ndarray[Any, Any], dtype: str, like: Array) -> Any:
         with self._jax.enable_x64(dtype in ("float64", "int64")):

@@ -59,17 +59,17 @@ def new_stream(cupy):
     return cupy.cuda.Stream(non_blocking=True)
 
 
-def statistics_of(device, mean):
-    """A launch that copies a mean on the device; where it goes."""
+def statistics_of(device, mean, launch=None):
+    """A kernel that copies a mean on the device; where it goes. `launch` is called in the place of the device's."""
     count, zeros = device.from_host(np.array(3)), device.zeros((C,), "float64")
     found = device.empty((C,), "float64")
     other = device.empty((3 * C + 1,), "float64")
-    launch = plan.channelwise("statistics", C)
+    plan_of = plan.channelwise("statistics", C)
     names = ("from_count", "first", "second", "mean", "m2", "var", "invstd", "count")
     rest = [device.address(other) + 8 * C * i for i in range(4)]
     values = [*map(device.address, (count, mean, zeros, found)), *rest]
-    block = parameters.pack({**dict(launch.fields), "eps": 1e-5, **dict(zip(names, values, strict=True))})
-    device.launch(launch, block, device.stream())
+    block = parameters.pack({**dict(plan_of.fields), "eps": 1e-5, **dict(zip(names, values, strict=True))})
+    (launch or device.launch)(plan_of, block, device.stream())
     device.hold(count, zeros, other)
     return found
 
@@ -155,6 +155,7 @@ def test_work_comes_behind_the_stream_that_it_waits_for(cupy, torch, library):
             found = device.beside([written.reshape(1, C)])
             device.hold(written)
             assert (device.to_host(found) == values).all()
+    assert not cupy.own_kernels
 
 
 def test_nothing_waits_in_a_graph(cupy):
@@ -292,11 +293,13 @@ def test_memory_of_jax_that_is_read_late_is_not_dropped_meanwhile(cupy, jax):
     """XLA uses memory again, on a stream of its own, as soon as nobody has it any more."""
     expected = cubn.forward(store(), cubn.BatchNormState(SHAPE[1]))
     with cupy.lazily():
-        x = jax.device_put(store())
-        y = cubn.forward(x, cubn.BatchNormState(SHAPE[1], like=x))
+        x, other = jax.device_put(store()), jax.device_put(store(1))
+        state = cubn.BatchNormState(SHAPE[1], like=x)
+        y = cubn.forward(x, state)
         jax.stream.synchronize()
         del x
         gc.collect()
+        cubn.forward(other, state)
         jax.stream.synchronize()  # before the kernel has begun
         cupy.cuda.Stream.null.synchronize()
         assert (y.values() == expected).all()
@@ -314,6 +317,7 @@ def test_memory_of_jax_is_dropped_once_it_was_read(cupy, jax):
 def test_memory_that_xla_reads_late_is_not_used_again_meanwhile(cupy, jax):
     """JAX drops y once XLA has been told to read it, not once it has done so."""
     expected = cubn.forward(store(), cubn.BatchNormState(SHAPE[1]))
+    elsewhere = []
     with cupy.lazily():
         x, other = jax.device_put(store()), jax.device_put(store(1))
         state = cubn.BatchNormState(SHAPE[1], like=x)
@@ -322,8 +326,10 @@ def test_memory_that_xla_reads_late_is_not_used_again_meanwhile(cupy, jax):
         read = jax.read(y)
         del y
         gc.collect()
+        jax.when_compiled_runs = lambda: elsewhere.append(cupy.empty(SHAPE, np.float32).data.ptr)
         again = cubn.forward(other, state)
         assert again._memory.data.ptr == at  # or this shows nothing
+        assert at not in elsewhere  # another thread's, before XLA was asked
         cupy.cuda.Stream.null.synchronize()  # before XLA has read y
         assert (read.values() == expected).all()
 
@@ -361,19 +367,22 @@ def test_a_new_thread_can_launch(cupy, torch, library):
     device = new_device(library)
     mean = device.from_host(np.arange(float(C)))
     statistics_of(device, mean)
-    found, errors = [], []
+    errors = []
 
-    def launch():
+    def launch(*arguments):
         try:
-            found.append(statistics_of(device, mean))
+            device.launch(*arguments)
         except Exception as error:
             errors.append(error)
 
-    thread = threading.Thread(target=launch)
-    thread.start()
-    thread.join()
+    def launch_elsewhere(*arguments):
+        thread = threading.Thread(target=launch, args=arguments)
+        thread.start()
+        thread.join()
+
+    found = statistics_of(device, mean, launch_elsewhere)
     assert not errors
-    assert (device.to_host(found[0]) == np.arange(float(C))).all()
+    assert (device.to_host(found) == np.arange(float(C))).all()
 
 
 @pytest.mark.parametrize("library", ["cupy", "jax"])

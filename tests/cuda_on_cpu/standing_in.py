@@ -111,12 +111,15 @@ class Jax(types.ModuleType):
         self._cupy = cupy
         self._memory = []
         self.stream = cupy.cuda.Stream(non_blocking=True)
+        self._ready = cupy.cuda.Stream(non_blocking=True)  # of arrays that it takes over
         self.Array = type("Array", (_Array,), {"jax": self})
         self.ShapeDtypeStruct = type("ShapeDtypeStruct", (), {})
         self.core = types.SimpleNamespace(Tracer=type("Tracer", (), {}))
         self.dlpack = types.SimpleNamespace(from_dlpack=self._take_over)
         self.enable_x64 = lambda on: contextlib.nullcontext()
         self.ensure_compile_time_eval = contextlib.nullcontext
+        self.disable_jit = lambda disable: contextlib.nullcontext()
+        self.when_compiled_runs = lambda: None
 
     def device_put(self, values, device=None):
         values = np.array(values)
@@ -124,12 +127,13 @@ class Jax(types.ModuleType):
 
     def read(self, x):
         """An array of x's values, which XLA reads when its stream gets there."""
-        source = x.host  # which does not keep x's memory
-        return self._made(x.shape, x.dtype, lambda: source)
+        return self.jit(lambda values: values).lower(x).compile()(x)
 
     def jit(self, function):
         def call(x):
-            source = x.host
+            self.when_compiled_runs()
+            source = x.host  # which does not keep x's memory
+            self.stream.wait_event(x.defined)
             return self._made(x.shape, x.dtype, lambda: function(source))
 
         compiled = types.SimpleNamespace(compile=lambda: call)
@@ -137,10 +141,10 @@ class Jax(types.ModuleType):
 
     def _made(self, shape, dtype, values):
         """A new array, of what XLA finds when its stream gets there."""
-        found = self._array(self._new(int(np.prod(shape)) * dtype.itemsize), shape, dtype)
-        to = found.host
+        memory = self._cupy.ndarray(shape, dtype, self._new(int(np.prod(shape)) * dtype.itemsize))
+        to = memory._host
         self._cupy._machine.queue(self.stream.ptr).give(lambda: np.copyto(to, values()))
-        return found
+        return self.Array(memory, self.stream.record())
 
     def _new(self, size):
         memory = self._cupy.cuda.Memory(size)
@@ -151,18 +155,16 @@ class Jax(types.ModuleType):
         held = self._cupy.cuda.UnownedMemory(memory.ptr, size, owner, memory.device_id)
         return self._cupy.cuda.MemoryPointer(held, 0)
 
-    def _array(self, memory, shape, dtype):
-        return self.Array(self._cupy.ndarray(shape, dtype, memory))
-
     def _take_over(self, exporter):
-        capsule = exporter.__dlpack__(stream=self.stream.ptr, max_version=(1, 0))
+        capsule = exporter.__dlpack__(stream=self._ready.ptr, max_version=(1, 0))
         tensor, shape, drop = self._cupy._capsule.take_over(capsule)
         dtype = np.dtype({0: "i", 1: "u", 2: "f"}[tensor.code] + str(tensor.bits // 8))
         owner = _Owner()
         weakref.finalize(owner, drop).atexit = False
         size = max(int(np.prod(shape)), 1) * dtype.itemsize
         held = self._cupy.cuda.UnownedMemory(tensor.data, size, owner, tensor.device_index)
-        return self._array(self._cupy.cuda.MemoryPointer(held, 0), shape, dtype)
+        memory = self._cupy.ndarray(shape, dtype, self._cupy.cuda.MemoryPointer(held, 0))
+        return self.Array(memory, self._ready.record())
 
 
 class _Owner:
@@ -170,10 +172,10 @@ class _Owner:
 
 
 class _Array:
-    """`memory` is an array of the stand-in's, over memory of XLA's or memory that it took over."""
+    """`memory` is an array of the stand-in's, over memory of XLA's or memory that it took over; `defined` an event."""
 
-    def __init__(self, memory):
-        self._memory = memory
+    def __init__(self, memory, defined):
+        self._memory, self.defined = memory, defined
         self.shape, self.dtype = memory.shape, memory.dtype
         self.device = f"gpu {memory.data.device_id}"
         self.sharding = types.SimpleNamespace(device_set={self.device})
@@ -187,10 +189,10 @@ class _Array:
         return self._memory.__dlpack_device__()
 
     def __dlpack__(self, *, stream=None, max_version=None):
-        with self.jax.stream:
-            return self._memory.__dlpack__(stream=stream, max_version=max_version)
+        self.jax._cupy.cuda.runtime.streamWaitEvent(stream, self.defined.ptr)
+        return self._memory.__dlpack__(stream=-1, max_version=max_version)
 
     def values(self):
-        """In NumPy, once XLA's stream is done."""
-        self.jax.stream.synchronize()
+        """In NumPy, once they are there."""
+        self.defined.synchronize()
         return self.host.copy()

@@ -141,13 +141,16 @@ class CupyDevice:
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         if self._torch is not None:
-            size = math.prod(shape) * ITEMSIZE[dtype] or 1
+            size = math.prod(shape) * ITEMSIZE[dtype]
             memory = self._no_bytes.new_empty(size)
             held = cupy.cuda.UnownedMemory(memory.data_ptr(), size, memory, self.index)
             return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(held, 0))
-        if self._is_cupys and self._context_now() == self._context:
+        if not self._is_cupys:
+            with self._device, self._null.cupys:
+                return cupy.ndarray(shape, dtype)
+        if self._context_now() == self._context:
             return cupy.ndarray(shape, dtype)
-        with self._as_current(), self.stream().cupys:
+        with self._device:
             return cupy.ndarray(shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:

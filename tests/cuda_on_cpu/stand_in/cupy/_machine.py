@@ -150,7 +150,8 @@ class Event:
             raise CUDARuntimeError(CAPTURE_UNSUPPORTED, "an event was queried while a stream is captured, mode global")
         if self.is_captured:
             return CAPTURE_UNSUPPORTED
-        return SUCCESS if self.queue is None or self.queue.done >= self.position else NOT_READY
+        with lock:  # which whoever is about to do the work has
+            return SUCCESS if self.queue is None or self.queue.done >= self.position else NOT_READY
 
     def synchronize(self):
         if self.is_captured:

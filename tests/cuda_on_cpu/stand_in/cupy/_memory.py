@@ -96,7 +96,6 @@ class MemoryPool:
     def malloc(self, size):
         from cupy.cuda import get_current_stream
 
-        _machine.bind()
         if not size:
             return MemoryPointer(Memory(0), 0)
         stream = get_current_stream()
