@@ -9,6 +9,7 @@ from cubn import _calls
 from cubn._arrays.library import ALIGNMENT
 from cubn._calls import Call, new_tuple
 from cubn._state.arrays import StateArrays
+from cubn._state.counted import Counted
 from cubn._training import TRAININGS, Facts, SynchronisedTraining, Training
 from cubn.backends.protocol import PreparedTrain
 from cubn.errors import reporting_as
@@ -171,9 +172,9 @@ def _again(
         if lock._is_owned():  # type: ignore[attr-defined]  # in the midst of an update: the full way says so
             return None
         with lock:
-            counters = state._counters
+            counters: Counted = state._counters  # type: ignore[assignment]  # beside running statistics
             _, eps, momentum, _, _ = state._options
-            if counters is None or counters.device is not layouts.backend.device or state._held is not held:
+            if state._held is not held or counters.device is not layouts.backend.device:
                 return None
             if (counting := counters.at) is None:
                 return None

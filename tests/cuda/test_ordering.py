@@ -28,6 +28,7 @@ from tests.cuda_on_cpu.build import unavailable
 from tests.cuda_on_cpu.device import CaptureError, CpuDevice
 from tests.cuda_on_cpu.devices import Devices
 from tests.cuda_on_cpu.ordering import CpuStream
+from tests.ops import arrays
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "")
 
@@ -284,6 +285,38 @@ SCENARIOS = {
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_all_is_ordered(devices, name):
     assert not faults(devices, SCENARIOS[name])
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_on_one_stream_nothing_waits_and_nothing_is_copied(devices, library):
+    """Not even where running statistics are replaced by new arrays, and counters by copies."""
+    x, dy, residual = (arrays.carry(values, library) for values in (X, DY, RESIDUAL))
+    state, taken = cubn.BatchNormState(C, momentum=None, like=x), cubn.moments(X)
+
+    def step():
+        _, saved = cubn.forward_train(x, state, residual=residual, relu=True)
+        cubn.backward(dy, saved)
+        cubn.forward(x, state)
+        cubn.normalize(x, taken)
+        cubn.update(state, taken)
+
+    step()
+    ordering = devices.ordering
+    before = ordering.events, ordering.host_waits, ordering.copies
+    for _ in range(3):
+        step()
+    assert (ordering.events, ordering.host_waits, ordering.copies) == before
+    assert before[0] == 0 and state.tracked.tolist() == [8] * C and not ordering.faults
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_a_forward_saved_is_of_xs_library(devices, elsewhere):
+    device = devices.device("torch")
+    _, saved = cubn.forward_train(torch.from_numpy(X.copy()), cubn.BatchNormState(C, like=torch.zeros(1)))
+    with device.on(SECOND if elsewhere else device.stream()):
+        for shown in (saved.count, saved.mean, saved.var, saved.invstd):
+            assert type(shown) is torch.Tensor
+    np.testing.assert_array_equal(saved.mean, cubn.moments(X).mean)
 
 
 # --- what would not be ordered ----------------------------------------------------------------------------------------

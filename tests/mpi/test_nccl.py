@@ -51,7 +51,7 @@ def test_records_of_one_size_take_one_allgather_and_others_a_group_of_broadcasts
 
 @pytest.mark.parametrize("declared", [False, True], ids=["agreed", "declared"])
 def test_the_host_waits_for_no_device(library, device, declared):  # noqa: F811
-    """From the second step on. In the first the order of merges is brought there, for all streams."""
+    """Nor in the first step, in which the order of merges is brought there."""
     batch, cut = Batch(), [20, 12]
 
     def body(comm, part):
@@ -65,9 +65,7 @@ def test_the_host_waits_for_no_device(library, device, declared):  # noqa: F811
             waits.append(list(device.waits))
         return waits
 
-    (first, second), (also_first, also_second) = run(cut, body)
-    assert set(first + also_first) == {"synchronize"}
-    assert second == also_second == []
+    assert run(cut, body) == [[[], []]] * 2
 
 
 def test_samples_without_positions(library):

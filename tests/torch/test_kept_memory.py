@@ -2,6 +2,7 @@
 
 import contextlib
 import weakref
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import BaseTorchDispatchMode  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import cubn.torch  # noqa: E402
+from cubn.torch._routes import as_tensors  # noqa: E402
 
 
 def held_after(free):
@@ -108,3 +110,18 @@ def test_statistics_that_hooks_bring_back_in_another_dtype_are_refused():
         y = bn(x)
     with pytest.raises(ValueError, match="backward: statistics must be as the forward left them"):
         y.sum().backward()
+
+
+def test_a_cached_mask_is_there_for_all_streams_and_belongs_to_no_graph(monkeypatch):
+    waits = []
+    capturing = iter([True, False])
+    stream = SimpleNamespace(synchronize=lambda: waits.append("synchronize"))
+    monkeypatch.setattr(as_tensors, "_UNWRITTEN", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: next(capturing))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    kind = 3, True, True, False, torch.device("cpu")
+    of_graph = as_tensors._unwritten(*kind)
+    assert not waits
+    kept = as_tensors._unwritten(*kind)
+    assert kept is not of_graph and waits == ["synchronize"]
+    assert as_tensors._unwritten(*kind) is kept and waits == ["synchronize"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -108,9 +107,22 @@ def from_tensors(
     return new_tuple(Left, (layouts, held, new_tuple(Statistics, parts), frozen, context)), relu_mask
 
 
-@lru_cache(256)
 def _unwritten(C: int, gamma: bool, beta: bool, frozen: bool, device: torch.device) -> Tensor:
-    """Which numbers of the statistics have no meaning."""
+    """Which numbers of the statistics have no meaning; one for all streams and graphs, so it never goes."""
+    kind = C, gamma, beta, frozen, device
+    found = _UNWRITTEN.get(kind)
+    if found is None:
+        found = _new_unwritten(*kind)
+        if not torch.cuda.is_current_stream_capturing():  # else it is the graph's
+            torch.cuda.current_stream(device).synchronize()
+            _UNWRITTEN[kind] = found
+    return found
+
+
+_UNWRITTEN: dict[tuple[int, bool, bool, bool, torch.device], Tensor] = {}
+
+
+def _new_unwritten(C: int, gamma: bool, beta: bool, frozen: bool, device: torch.device) -> Tensor:
     rows = dict.fromkeys(ROWS, True) | {"m2": not frozen, "gamma": gamma, "beta": beta}
     unwritten = torch.ones(Statistics.size(C), dtype=torch.bool, device=device)
     unwritten[0] = False
