@@ -89,7 +89,7 @@ def first_call(operation: str, cache: str) -> float:
         "print(time.perf_counter() - begin)"
     )
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"CUPY_CACHE_DIR": folder}
+        environment = os.environ | {"CUBN_CACHE_DIR": folder}
         for _ in range(1 if cache == "empty" else 2):
             run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
     return float(run.stdout)
