@@ -74,7 +74,10 @@ def stages(rehearse: bool = False) -> dict[str, Stage]:
                 Step("launches", 60, [module("smoke", "--launches")]),
                 Step("smoke", 120, parts(module("smoke"))),
                 Step("kernels of layers", 70, parts(benchmark(*layers, "--once"))),
-                Step("layers", 90, [benchmark(*layers, "--contestants", "copy", "cubn")]),
+                Step("layers", 60, [benchmark(*layers, "--dtypes", "bfloat16", "--contestants", "copy", "cubn")]),
+                Step(
+                    "layers, float32", 60, [benchmark(*layers, "--dtypes", "float32", "--contestants", "copy", "cubn")]
+                ),
                 Step("layers of others", 90, [benchmark(*layers, "--contestants", "copy", "torch", "cudnn")]),
                 Step("memory traffic", 50, [module("traffic")]),
                 Step("tests", 110, [pytest(f"tests/gpu/test_{name}.py") for name in files]),

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.cuda_on_cpu.build import unavailable
+from tests.gpu import digests
+from tests.gpu.run import STAND_INS
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("asv_benchmarks", "cubn", "kernels", "tests", "pyproject.toml")
@@ -48,7 +50,7 @@ def test_the_short_run_from_a_tree_without_build_outputs(tmp_path):
     assert results("first", "launches", "as_on_the_cpu") == [True] * 2
     assert results("first", "smoke", "as_on_the_cpu") == [True]
     assert results("first", "kernels of layers", "called") == [True]
-    assert len(results("first", "layers", "share")) == 4
+    assert [len(results("first", step, "share")) for step in ("layers", "layers, float32")] == [2, 2]
     assert len(results("first", "layers of others", "torch_ms")) == 4
     assert len(results("first", "memory traffic", "refused")) == 1
     assert results("first", "tests", "outcome") == ["passed"]
@@ -57,3 +59,32 @@ def test_the_short_run_from_a_tree_without_build_outputs(tmp_path):
     assert sorted(results("second", "clusters", "tool")) == ["memcheck", "racecheck", "synccheck"]
     assert not any("error" in line for stage in lines.values() for line in stage)
     assert sum(path.stat().st_size for path in out.iterdir()) < 100_000
+
+
+BREAKS_THE_FIRST = """
+from tests.gpu import digests
+stores = digests.stores
+def broken(case):
+    if case == digests.CASES[0]:
+        raise RuntimeError("an illegal memory access")
+    return stores(case)
+digests.stores = broken
+"""
+
+
+@pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+def test_after_an_error_another_process_goes_on(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BREAKS_THE_FIRST)
+    folders = map(str, (tmp_path, ROOT, STAND_INS))
+    cut = len(digests.CASES) // 2
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.smoke", "--part", "0", str(cut)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    first, second = map(json.loads, run.stdout.splitlines())
+    assert first["case"] == str(digests.CASES[0]) and "an illegal memory access" in first["error"]
+    assert second["case"] == str(digests.CASES[cut]) and second["as_on_the_cpu"]
+    assert run.returncode == 1
