@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,6 @@ FAILURES = {
     "ends in error": (sys.executable, "-c", "print('{\"found\": 1}'); raise SystemExit('it broke')"),
     "is killed": ("sh", "-c", "echo '{\"found\": 1}'; kill -9 $$"),
     "hangs": ("sh", "-c", "echo '{\"found\": 1}'; sleep 600"),
-    "leaves others running": ("sh", "-c", "echo '{\"found\": 1}'; sleep 600 & exit 3"),
     "floods its output": ("sh", "-c", "echo '{\"found\": 1}'; head -c 1000000 /dev/zero; exit 3"),
 }
 
@@ -54,6 +54,25 @@ def test_a_process_that(failure):
     assert records[-1]["processes"][::2] == ["0", "0"]
     assert time.monotonic() - begin < 30
     assert failure is not FAILURES["ends in error"] or ("it broke" in records[-1]["error"] and "it broke" in log)
+
+
+def test_what_a_process_leaves_running_is_ended_with_it():
+    command = ("sh", "-c", 'sleep 600 & echo "{\\"found\\": $!}"; exit 3')
+    records, _ = records_of(Step("one", 60, [command]))
+    (left,) = results(records)
+    deadline = time.monotonic() + 30
+    while is_running(left) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running(left)
+
+
+def is_running(pid):
+    """Or is not yet buried."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_program_that_is_not_there():
