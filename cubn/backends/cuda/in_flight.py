@@ -61,6 +61,7 @@ class InFlight:
             return self._new_event()
 
     def _sweep(self) -> None:
-        for key, (event, _) in list(self._kept.items()):
+        for key in list(self._kept):  # not of items: making their tuples may run other code, which keeps more
+            event, _ = self._kept.get(key, (None, ()))
             if event is not None and event.done and self._kept.pop(key, None) is not None:
                 self._events.append(event)
