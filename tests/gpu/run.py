@@ -41,8 +41,11 @@ def module(name: str, *arguments: str) -> Command:
     return (PYTHON, "-m", f"tests.gpu.{name}", *arguments)
 
 
-def sanitizers(*tools: str, options: tuple[str, ...] = ()) -> list[Command]:
-    return [module("sanitizer", tool, *options) for tool in tools]
+def sanitizers(*tools: str, parts: int = 1, options: tuple[str, ...] = ()) -> list[Command]:
+    """Each tool, for every part of the cases."""
+    return [
+        module("sanitizer", tool, *options, "--part", str(part), str(parts)) for tool in tools for part in range(parts)
+    ]
 
 
 def stages(rehearse: bool = False) -> dict[str, Stage]:
@@ -109,7 +112,7 @@ def stages(rehearse: bool = False) -> dict[str, Stage]:
             (
                 versions,
                 Step("smoke", 300, parts(module("smoke"))),
-                Step("kernels", 2100, sanitizers("memcheck", "racecheck", "synccheck", "initcheck")),
+                Step("kernels", 2100, sanitizers("memcheck", "racecheck", "synccheck", "initcheck", parts=4)),
             ),
         ),
     }
