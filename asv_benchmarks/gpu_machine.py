@@ -1,8 +1,7 @@
-"""The GPU and the software that drives it, as JSON; no host's name.
+"""The GPU and the software that drives it, as a line of JSON; no host's name.
 
 python asv_benchmarks/gpu_machine.py                  device, driver, versions
 python asv_benchmarks/gpu_machine.py folder           the device as a folder's name
-python asv_benchmarks/gpu_machine.py summary FILE     with the steps in a file: name, exit status, seconds
 """
 
 import json
@@ -11,7 +10,6 @@ import re
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 PACKAGES = (
     "numpy numba torch triton jax cupy-cuda13x cupy-cuda12x nvidia-cuda-nvrtc nvidia-cudnn-cu13 mpi4py ml_dtypes pytest"
@@ -71,17 +69,5 @@ def folder() -> str:
     return re.sub(r"[^a-z0-9]+", "-", query("name").lower()).strip("-")
 
 
-def main(arguments: list[str]) -> None:
-    match arguments:
-        case ["folder"]:
-            print(folder())
-        case ["summary", file]:
-            rows = (line.split() for line in Path(file).read_text(encoding="utf-8").splitlines())
-            steps = {name: {"status": int(status), "seconds": int(seconds)} for name, status, seconds in rows}
-            print(json.dumps(found() | {"steps": steps}, indent=2))
-        case _:
-            print(json.dumps(found(), indent=2))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(folder() if sys.argv[1:] == ["folder"] else json.dumps(found()))

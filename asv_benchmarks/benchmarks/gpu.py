@@ -16,7 +16,7 @@ NAMED = {f"{workload.name} {workload.layout}": workload for workload in LAYERS}
 
 
 class Kernels:
-    """Time over that of copying x to y: 1 is the floor of what reads x once and writes y once."""
+    """Time over that of a copy of as many bytes as must move where a channel stays on chip: 1 is the floor."""
 
     params = (list(NAMED), list(DTYPES), list(OPERATIONS))
     param_names = ("array", "dtype", "operation")
@@ -64,7 +64,7 @@ class DeviceOverhead:
 
 
 class FirstDeviceCall:
-    """The first call in a new process, imports and torch's own start left out; with an empty and a filled cache."""
+    """The first call in a new process, without imports and the device's own start; with an empty and a filled cache."""
 
     params = (["forward", "forward_train", "moments"], ["empty", "filled"])
     param_names = ("operation", "cache")
@@ -83,8 +83,9 @@ def first_call(operation: str, cache: str) -> float:
     """Seconds."""
     argument = "x" if operation == "moments" else "x, cubn.BatchNormState(8, like=x)"
     code = (
-        "import time, torch, cupy, cubn; x = torch.ones(4, 8, 16, 16, device='cuda'); torch.cuda.synchronize(); "
-        f"begin = time.perf_counter(); cubn.{operation}({argument}); torch.cuda.synchronize(); "
+        "import time, cupy, cubn, numpy as np; from cupy.cuda.runtime import deviceSynchronize; "
+        "x = cupy.asarray(np.ones((4, 8, 16, 16), 'f4')); deviceSynchronize(); "
+        f"begin = time.perf_counter(); cubn.{operation}({argument}); deviceSynchronize(); "
         "print(time.perf_counter() - begin)"
     )
     with tempfile.TemporaryDirectory() as folder:

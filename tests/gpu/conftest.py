@@ -1,45 +1,41 @@
-"""Tests that need a CUDA device, CuPy and PyTorch. Without these they are skipped, and the summary says so.
+"""Tests that need a CUDA device and CuPy, some PyTorch or JAX. Without these they are skipped, and the summary says so.
 
 With CUBN_REQUIRE_GPU=1 in the environment they fail instead: a machine that is meant to run them never passes silently.
 """
 
-import functools
 import os
 
 import pytest
 
 from tests.backends import forget_backends
 from tests.gpu import device_arrays
+from tests.gpu.needs import missing, need
 from tests.ops import arrays
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX leaves memory for the others
 
 
-@functools.cache
-def missing():
-    """Why these tests cannot run here; empty if they can."""
-    try:
-        import cupy
-        import torch
-    except ImportError as error:
-        return f"{error.name} is not installed"
-    try:
-        cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"CuPy finds no CUDA device ({error})"
-    return "" if torch.cuda.is_available() else "this PyTorch finds no CUDA device"
-
-
 @pytest.fixture(autouse=True)
-def cuda_device():
-    """Every test here needs one, with all work of the test before done."""
-    if reason := missing():
-        if os.environ.get("CUBN_REQUIRE_GPU") == "1":
-            pytest.fail(f"needs a GPU: {reason}", pytrace=False)
-        pytest.skip(f"needs a GPU: {reason}")
-    import torch
+def cuda_device(request):
+    """What is marked so needs one, with all work of the test before done."""
+    if request.node.get_closest_marker("gpu"):
+        need("cupy")
+        import cupy
 
-    torch.cuda.synchronize()
+        cupy.cuda.runtime.deviceSynchronize()
+
+
+@pytest.fixture
+def torch_device():
+    need("torch")
+
+
+@pytest.fixture(params=["Torch", "Cupy"])
+def library(request):
+    """One of tests.gpu.queues."""
+    from tests.gpu import queues
+
+    return getattr(queues, request.param)()
 
 
 @pytest.fixture
@@ -51,7 +47,8 @@ def on_device(monkeypatch):
 
 
 def pytest_terminal_summary(terminalreporter):
+    reason = missing("cupy") or missing("torch")
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if r.nodeid.startswith("tests/gpu/")]
-    if skipped and missing():
+    if skipped and reason:
         terminalreporter.section("GPU tests")
-        terminalreporter.line(f"NOT RUN, {len(skipped)} of them: {missing()}")
+        terminalreporter.line(f"NOT RUN, {len(skipped)} of them: {reason}")

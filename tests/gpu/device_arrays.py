@@ -5,6 +5,7 @@ import functools
 import numpy as np
 
 from cubn import _arrays, _layout
+from tests.gpu.needs import need
 
 LIBRARIES = {"numpy": "cupy", "torch": "torch", "jax": "jax"}
 """Which library's arrays stand on the device where tests of the CPU have NumPy's, PyTorch's and JAX's."""
@@ -21,9 +22,7 @@ def store_of(array):
         return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
     import cupy
 
-    if isinstance(array, cupy.ndarray) and array.dtype == np.int64:  # a state's counters
-        return array.get()
-    found = _arrays.describe(array, "store_of", "array", (*_arrays.FLOATS, "bool"))
+    found = _arrays.describe(array, "array", (*_arrays.FLOATS, *_arrays.COUNTS))
     dtype = np.dtype("uint16" if found.dtype == "bfloat16" else found.dtype)
     low, high = _layout.span(found.shape, found.strides)
     memory = np.empty((high - low) * dtype.itemsize, np.uint8)
@@ -38,7 +37,7 @@ def store_of(array):
 
 def library_of(array):
     """The library of the CPU that the array's stands for."""
-    of = _arrays.describe(array, "library_of", "array").library.name
+    of = _arrays.describe(array, "array").library.name
     return next(name for name, there in LIBRARIES.items() if there == of)
 
 
@@ -68,6 +67,7 @@ def to_cupy(store):
 
 
 def to_torch(store):
+    need("torch")
     import torch
 
     memory, first = _bytes_of(store)
@@ -79,6 +79,7 @@ def to_torch(store):
 
 @functools.cache
 def _jax():
+    need("jax")
     import jax
 
     jax.config.update("jax_enable_x64", True)

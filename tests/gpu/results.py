@@ -4,8 +4,11 @@ import cubn
 from cubn.sync import threads
 
 
-def run_everything(x, dy, residual):
-    """Training, fine-tuning and inference, plain and with residual and ReLU, with their backwards; the state after."""
+def run_everything(x, dy, residual, mask=None):
+    """Training, fine-tuning and inference, plain and with residual and ReLU, with their backwards; the state after.
+
+    With a mask, training and its backward with that too.
+    """
     state = cubn.BatchNormState(x.shape[1], like=x)
     found = {}
     for name, options in {"plain": {}, "relu": {"relu": True}, "block": {"residual": residual, "relu": True}}.items():
@@ -21,6 +24,10 @@ def run_everything(x, dy, residual):
             second = cubn.double_backward(*given, ddresidual=None if grads.dresidual is None else x)
             found |= {f"{what}: {part} of second": array for part, array in second._asdict().items()}
         found[f"forward, {name}"] = cubn.forward(x, state, **options)
+    if mask is not None:
+        y, saved = cubn.forward_train(x, state, mask=mask)
+        grads = cubn.backward(dy, saved)
+        found |= {"masked: y": y, "masked: dx": grads.dx, "masked: dgamma": grads.dgamma, "masked: dbeta": grads.dbeta}
     (comm,) = threads.communicators(1)
     y, saved = cubn.forward_train(x, state, comm=comm)
     found |= {"one rank: y": y, "one rank: dx": cubn.backward(dy, saved).dx}

@@ -1,54 +1,72 @@
-"""Every kernel once, by small arrays, against the CPU backend: the first thing to run, and what the sanitizers watch.
+"""Every kernel, by small arrays, held to digests of what the CPU backend gives: what runs first, and under sanitizers.
 
-python -m tests.gpu.smoke                 every layout and dtype
-python -m tests.gpu.smoke --small         a few of them: sanitizers are slow
-python -m tests.gpu.smoke --no-pools      every allocation is the driver's own, so that its end is known
+python -m tests.gpu.smoke                   every case
+python -m tests.gpu.smoke --part 3 14       of every fourteen the fourth
+python -m tests.gpu.smoke --launches        one training step on chip in each layout: whether anything works
+python -m tests.gpu.smoke --clusters        three small ones on clusters of blocks
+python -m tests.gpu.smoke --no-pools        every allocation is the driver's own, so that its end is known
 """
 
 import argparse
+import json
+import os
+import sys
+import time
 
 import cupy
-import numpy as np
 
-from tests.gpu import device_arrays
-from tests.gpu.results import run_everything
-from tests.ops import arrays
+import cubn
+from tests.gpu import device_arrays, digests
+from tests.gpu.digests import CASES, CLUSTERS, Case
 
-SHAPES = {
-    "resident": (3, 10, 30),
-    "resident, grouped": (4, 9, 7),
-    "resident, cluster": (4, 3, 5000),
-    "two passes": (2, 2, 600_001),
-    "resident, channels": (30, 12, 6),
-    "resident, 2-d": (70, 24),
-    "resident, 2-d, cluster": (3000, 40),
-    "2-d": (70_000, 16),
-}
-SMALL = ("resident, grouped", "resident, cluster", "two passes", "resident, channels", "resident, 2-d, cluster", "2-d")
+LAUNCHES = (Case("resident", "float32", "dense"), Case("resident, channels", "float32", "channels_last"))
 
 
-def check(name, dtype, layout):
-    rng = np.random.default_rng(0)
-    stores = [arrays.in_memory(arrays.normal(rng, SHAPES[name], dtype, centre=0.5), layout, 1) for _ in range(3)]
-    got = run_everything(*map(device_arrays.to_cupy, stores))
-    for what, expected in run_everything(*(arrays.carry(store, "numpy") for store in stores)).items():
-        arrays.assert_same(device_arrays.store_of(got[what]), arrays.store_of(expected), f"{name} {dtype} {what}")
+def training_step(case):
+    """The digest of y alone: one launch."""
+    x, *_ = map(device_arrays.to_cupy, digests.stores(case))
+    y, _ = cubn.forward_train(x, cubn.BatchNormState(x.shape[1], like=x))
+    return {"forward_train, plain: y": digests.digest(device_arrays.store_of(y))}
+
+
+def everything(case):
+    return digests.computed(case, device_arrays.to_cupy, device_arrays.store_of)
+
+
+def check(case, run):
+    """What differs from the CPU's, or what went wrong."""
+    begin = time.monotonic()
+    record = {"case": str(case)}
+    try:
+        expected = digests.expected(case)
+        wrong = [name for name, digest in run(case).items() if digest != expected[name]]
+        record |= {"differs": wrong} if wrong else {"as_on_the_cpu": True}
+    except Exception as error:  # the other cases are worth having
+        record["error"] = f"{type(error).__name__}: {error}"[:600]
+    return record | {"took": round(time.monotonic() - begin, 2)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("PART", "PARTS"))
+    parser.add_argument("--launches", action="store_true")
+    parser.add_argument("--clusters", action="store_true")
     parser.add_argument("--no-pools", action="store_true")
+    parser.add_argument("--from", type=int, default=0, dest="begin", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.no_pools:
         cupy.cuda.set_allocator(None)
-    print("device:", cupy.cuda.runtime.getDeviceProperties(0)["name"].decode())
-    for name in SMALL if options.small else SHAPES:
-        for dtype in ("bfloat16", "float32") if options.small else arrays.DTYPES:
-            for layout in ("dense", "channels_last", "sliced"):
-                check(name, dtype, layout)
-                print("as on the CPU:", name, dtype, layout, flush=True)
+    part, parts = options.part
+    cases = (LAUNCHES if options.launches else CLUSTERS if options.clusters else CASES)[part::parts]
+    wrong = options.begin > 0
+    for number in range(options.begin, len(cases)):
+        record = check(cases[number], training_step if options.launches else everything)
+        print(json.dumps(record), flush=True)
+        if "error" in record:  # after some, a process can do nothing more on the device: another goes on
+            os.execv(sys.executable, [*sys.orig_argv, "--from", str(number + 1)])
+        wrong |= "differs" in record
+    return int(wrong)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,10 +1,13 @@
 """Several devices in one process, and what is refused or fails: the state is as it was."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import cubn
-from tests.gpu import device_arrays
+from tests.backends import forget_backends
+from tests.gpu import device_arrays, digests
 from tests.gpu.results import run_everything
 from tests.ops import arrays
 
@@ -26,6 +29,7 @@ def unchanged(state):
     return not held["running_mean"].any() and (held["running_var"] == 1).all() and not held["tracked"].any()
 
 
+@pytest.mark.usefixtures("torch_device")
 def test_a_device_that_is_not_current():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
@@ -55,6 +59,31 @@ def test_a_residual_on_the_host():
     with pytest.raises(ValueError, match=r"^forward_train: residual must "):
         cubn.forward_train(x, state, residual=torch.from_numpy(stores()[1]))
     assert unchanged(state)
+
+
+@pytest.fixture
+def other_limits(monkeypatch):
+    """A function that gives the device other limits."""
+    from cubn.backends import cuda
+    from cubn.backends.cuda import cupy_device
+
+    def change(**limits):
+        changed = replace(cupy_device.limits_of(0), **limits)
+        monkeypatch.setattr(cupy_device, "limits_of", lambda index: changed)
+        cuda.backend.cache_clear()
+        forget_backends()
+
+    yield change
+    cuda.backend.cache_clear()
+    forget_backends()
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 4])
+def test_a_device_that_holds_smaller_clusters_gives_the_same_bits(cluster, other_limits):
+    """As a part of one does (MIG)."""
+    other_limits(cluster=cluster)
+    for case in digests.CLUSTERS:
+        assert digests.computed(case, device_arrays.to_cupy, device_arrays.store_of) == digests.expected(case)
 
 
 def test_no_memory_for_the_result():

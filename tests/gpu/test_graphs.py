@@ -10,7 +10,6 @@ from tests.ops import arrays
 pytestmark = pytest.mark.gpu
 
 cupy = pytest.importorskip("cupy")
-torch = pytest.importorskip("torch")
 
 SHAPES = {
     "resident": (8, 16, 28, 28),
@@ -30,17 +29,21 @@ def step(x, dy, state):
     return y, cubn.backward(dy, saved), cubn.forward(x, state)
 
 
-def check_replays(shape, x, dy, state, outputs, replay):
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_graph_computes_what_was_recorded(library, name):
     """Each replay gives what the CPU gives for the batch it finds in x, and moves the state on."""
-    host_dy = device_arrays.store_of(dy)
-    plain = cubn.BatchNormState(shape[1])
+    shape = SHAPES[name]
+    x, dy = (library.carry(store) for store in (np.zeros(shape, np.float32), batches(shape)[0]))
+    state = cubn.BatchNormState(shape[1], like=x)
+    (y, grads, inferred), replay = library.graph_of(lambda: step(x, dy, state), WARM_UPS)
+    host_dy, plain = batches(shape)[0], cubn.BatchNormState(shape[1])
     for _ in range(WARM_UPS):
         step(np.zeros(shape, np.float32), host_dy, plain)
     bystander = cupy.full(1 << 20, 7, np.int32)  # memory the graph must not know of
     for number, batch in enumerate(batches(shape), 1):
-        replay(batch)
-        expected = step(batch, host_dy, plain)
-        (y, grads, inferred), (expected_y, expected_grads, expected_inferred) = outputs, expected
+        library.copy(x, library.carry(batch))
+        replay()
+        expected_y, expected_grads, expected_inferred = step(batch, host_dy, plain)
         for what, got, wanted in (
             ("y", y, expected_y),
             ("inference", inferred, expected_inferred),
@@ -56,49 +59,3 @@ def check_replays(shape, x, dy, state, outputs, replay):
             arrays.assert_same(device_arrays.store_of(got), arrays.store_of(wanted), f"{what} of replay {number}")
         assert device_arrays.store_of(state.tracked).tolist() == [WARM_UPS + number] * shape[1]
     assert (bystander == 7).all()
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_a_graph_of_torch_computes_what_was_recorded(name):
-    shape = SHAPES[name]
-    x, dy = torch.zeros(shape, device="cuda"), device_arrays.to_torch(batches(shape)[0])
-    state = cubn.BatchNormState(shape[1], like=x)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
-            step(x, dy, state)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step(x, dy, state)
-
-    def replay(batch):
-        x.copy_(torch.from_numpy(batch))
-        graph.replay()
-
-    check_replays(shape, x, dy, state, outputs, replay)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_a_graph_of_cupy_computes_what_was_recorded(name):
-    """CuPy's graphs do not own memory: a pool that nothing else uses, warmed up and kept, does."""
-    shape = SHAPES[name]
-    x, dy = cupy.zeros(shape, np.float32), device_arrays.to_cupy(batches(shape)[0])
-    state = cubn.BatchNormState(shape[1], like=x)
-    pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
-    cupy.cuda.runtime.deviceSynchronize()
-    with cupy.cuda.using_allocator(pool.malloc), stream:
-        for _ in range(WARM_UPS):
-            step(x, dy, state)
-        stream.begin_capture()
-        outputs = step(x, dy, state)
-        graph = stream.end_capture()
-
-    def replay(batch):
-        with stream:
-            x.set(batch)
-            graph.launch(stream)
-        stream.synchronize()
-
-    check_replays(shape, x, dy, state, outputs, replay)

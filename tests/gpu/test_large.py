@@ -6,7 +6,7 @@ import cubn
 from tests.gpu import device_arrays
 from tests.ops import arrays
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("torch_device")]
 
 torch = pytest.importorskip("torch")
 

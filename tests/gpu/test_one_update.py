@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 import cubn.torch  # noqa: E402
 from tests.torch.training import assert_same, batches, statistics, step  # noqa: E402
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("torch_device")]
 
 
 def run(device, wrap=lambda layer: layer):

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 
 import cubn
-from tests.gpu import device_arrays
+from tests.gpu import device_arrays, queues
 from tests.gpu.results import run_everything
 from tests.ops import arrays
 
 pytestmark = pytest.mark.gpu
 
 cupy = pytest.importorskip("cupy")
-torch = pytest.importorskip("torch")
 
 SHAPES = {
     "resident": (8, 16, 28, 28),
@@ -19,63 +18,6 @@ SHAPES = {
     "resident, channels": (64, 96),
     "channels": (70001, 8),
 }
-CYCLES = 400_000_000  # of a multiprocessor: some tenths of a second
-
-SPIN = r"""
-extern "C" __global__ void spin(long long cycles) {
-    const long long begin = clock64();
-    while (clock64() - begin < cycles) {}
-}
-"""
-
-
-def spin():
-    """Keep CuPy's current stream busy for a while."""
-    cupy.RawKernel(SPIN, "spin")((1,), (1,), (np.int64(CYCLES),))
-
-
-class Torch:
-    """What these tests need of PyTorch."""
-
-    def __init__(self):
-        self.stream = torch.cuda.Stream()
-
-    def current(self):
-        return torch.cuda.stream(self.stream)
-
-    def busy(self):
-        torch.cuda._sleep(CYCLES)
-        return self.stream.record_event().query  # whether the stream has come this far
-
-    carry = staticmethod(device_arrays.to_torch)
-    copy = staticmethod(lambda to, source: to.copy_(source))
-    zeros_like = staticmethod(torch.zeros_like)
-
-
-class Cupy:
-    """The same of CuPy."""
-
-    def __init__(self):
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-
-    def current(self):
-        return self.stream
-
-    def busy(self):
-        spin()
-        event = self.stream.record()
-        return lambda: event.done
-
-    carry = staticmethod(device_arrays.to_cupy)
-    copy = staticmethod(lambda to, source: cupy.copyto(to, source))
-    zeros_like = staticmethod(cupy.zeros_like)
-
-
-@pytest.fixture(params=[Torch, Cupy], ids=["torch", "cupy"])
-def library(request):
-    found = request.param()
-    cupy.cuda.runtime.deviceSynchronize()
-    return found
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -127,7 +69,7 @@ def test_jax_waits_for_what_cubn_did():
     expected = cubn.forward(store, cubn.BatchNormState(store.shape[1]))
     for _ in range(2):  # the first compiles
         with cupy.cuda.Stream.null:
-            spin()
+            queues.keep_busy()
         with cupy.cuda.Stream(non_blocking=True):
             y = cubn.forward(x, state)
         arrays.assert_same(np.asarray(y), expected)
@@ -135,6 +77,7 @@ def test_jax_waits_for_what_cubn_did():
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_torch_sees_no_synchronisation(name):
+    torch = queues.Torch().torch
     x, dy = (device_arrays.to_torch(arrays.normal(np.random.default_rng(s), SHAPES[name])) for s in range(2))
     state = cubn.BatchNormState(x.shape[1], like=x)
     train(x, dy, state)

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 import cubn.torch  # noqa: E402
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("torch_device")]
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
