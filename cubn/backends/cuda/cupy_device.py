@@ -176,7 +176,12 @@ def limits_of(index: int) -> Limits:
             "needed. Move the arrays to the CPU"
         )
     attributes = device.attributes
-    return Limits(attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"], (major, minor))
+    return Limits(
+        attributes["MultiProcessorCount"],
+        attributes["MaxSharedMemoryPerBlockOptin"],
+        (major, minor),
+        attributes["L2CacheSize"],
+    )
 
 
 def view(
