@@ -14,7 +14,7 @@
 #include "positions.cuh"
 
 constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 1 : 2; // of a multiprocessor: as many as the planner launches
-constexpr int BATCH = READS_G ? 1 : 2; // octets under way
+constexpr int BATCH = READS_G || TILE_DEPTH == 0 ? 1 : 2; // octets under way: registers are scarce
 constexpr int OCTETS = WIDTH / OCTET;
 
 // y, or dx and dresidual, of a piece.

@@ -34,6 +34,7 @@ CACHE_SHARE = 2  # the part of the cache that is counted on: what is written pas
 PIECE_BYTES = 64 << 10  # of x and dy, that a block reduces or applies at a time, or one unit more; to be measured
 RUN_BYTES = 512  # of a sample, from which a group needs no more channels; to be measured
 SLICES = (128, 64)  # bytes of neighbouring channels; memory moves no fewer than 64 well; to be measured
+FEW_POSITIONS = 4  # of a sample, up to which a thread's nodes of wide channels would not fit registers
 MERGED_BYTES = 32 << 10  # the shared memory that merges a group's nodes; to be measured
 
 
@@ -111,16 +112,18 @@ def _ticketed_channels(extents: Extents, dtype: str, vector: int, options: Optio
     item = ITEMSIZE[dtype]
     if C % OCTET or vector * item < WIDE_CHANNELS:
         return None
+    narrow = S <= FEW_POSITIONS and item < WIDE_CHANNELS
+    bytes_a_thread = WIDE_CHANNELS // 2 if narrow else WIDE_CHANNELS
     tile_depth = power_above(min(S, COLUMNS)).bit_length() - 1
     tiles = COLUMNS >> tile_depth  # of a pass
     most = power_above(-(-(N << tree_of(S, dtype).log2_tiles) // tiles))
-    for width in SLICES:
+    for width in SLICES[1:] if narrow else SLICES:
         pass_bytes = read_twice(options) * tiles * min(S, TILE) * width
         passes = min(power_below(max(PIECE_BYTES // pass_bytes, 1)), most)
         specialised = option(
             TILE_ROWS=1 if S <= COLUMNS else 8,
-            VECTOR=vector,
-            DEPTH=(width // WIDE_CHANNELS).bit_length() - 1,
+            VECTOR=bytes_a_thread // item,
+            DEPTH=(width // bytes_a_thread).bit_length() - 1,
             TILE_DEPTH=tile_depth,
         )
         cut = _Cut("ticketed_channels", specialised, width // item, passes * tiles, passes * pass_bytes, passes)
