@@ -34,7 +34,7 @@ from cubn.backends.cuda.plan.launch import power_above
 from cubn.backends.cuda.plan.passes import _divisor
 from cubn.backends.cuda.source import folder
 from tests.cuda import calls, plans
-from tests.cuda.named import NAMED, RESIDENT
+from tests.cuda.named import CACHED, NAMED, RESIDENT
 from tests.cuda.specialisations import ADDRESS, LIMITS, Recorder
 
 PLAIN = NormalizeOptions(False, False)
@@ -166,11 +166,31 @@ def a_relu_mask_in_another_order():
     assert plan.on_chip(Extents(*layer.extents), Operands(x, x, x), "nhwc", gradient, RESIDENT) is None
 
 
+def no_tickets():
+    """Beside those of too much memory for the cache, or too little: torn octets, and vectors that begin elsewhere."""
+    for layer in (
+        calls.Layer((600, 8, 49), layout="nchw, samples apart", offsets=(1,) * 6),
+        calls.Layer((600, 8, 49), layout="nchw, channels apart"),
+        calls.Layer((600, 5, 98)),
+        calls.Layer((2000, 64, 4)),
+        calls.Layer((3, 2, 25000)),
+        calls.Layer((3, 2, 25000), "float64", layout="backwards"),
+        calls.Layer((600, 129, 1)),
+        calls.Layer((600, 264, 1), offsets=(1,) * 6),
+        calls.Layer((8, 200, 49), layout="nhwc, samples apart"),
+        calls.Layer((40000, 8, 8), layout="nhwc"),
+    ):
+        x = operand_of(layer)
+        plan.ticketed(Extents(*layer.extents), Operands(x, y=x), None, PLAIN, CACHED)
+    many = replace(CACHED, l2_bytes=1 << 30)
+    plan.ticketed(Extents(1 << 17, 64, 300), Operands(operand_of(calls.Layer((1 << 17, 64, 300)))), None, PLAIN, many)
+
+
 def nodes_of_ranks():
     plan.root(6, "Moments", (0, 1, 0, 2))
 
 
-OTHERS = [more_than_32_bits_count, nothing_to_plan, a_relu_mask_in_another_order, nodes_of_ranks]
+OTHERS = [more_than_32_bits_count, nothing_to_plan, a_relu_mask_in_another_order, no_tickets, nodes_of_ranks]
 
 
 def test_the_named_layers_reach_every_branch():

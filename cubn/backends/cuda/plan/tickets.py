@@ -30,6 +30,7 @@ from cubn.backends.cuda.plan.layouts import goes_on, layout_of
 from cubn.backends.cuda.plan.reductions import vector_of
 from cubn.backends.cuda.plan.tree import tree_of
 
+BLOCKS = {"float64": 1}  # of a multiprocessor; 2 of the other dtypes
 CACHE_SHARE = 2  # the part of the cache that is counted on: what is written passes through it too; to be measured
 PIECE_BYTES = 64 << 10  # of x and dy, that a block reduces or applies at a time, or one unit more; to be measured
 RUN_BYTES = 512  # of a sample, from which a group needs no more channels; to be measured
@@ -50,8 +51,9 @@ def ticketed(
     if layout == "nchw":
         neighbours = all(o.channel_stride == S for o in given(operands))
         return _ticketed_rows(extents, dtype, neighbours, options, limits)
+    read = Operands(*operands[: read_twice(options)])
     if layout == "nhwc" and all(goes_on(extents, o) for o in given(operands)):
-        return _ticketed_channels(extents, dtype, vector_of(extents, operands), options, limits)
+        return _ticketed_channels(extents, dtype, vector_of(extents, read), options, limits)
     return None
 
 
@@ -68,7 +70,7 @@ class _Cut(NamedTuple):
 
 def blocks_of(dtype: str, limits: Limits) -> int:
     """As many as run at a time; the kernels' BLOCKS."""
-    return limits.multiprocessors * (1 if dtype == "float64" else 2)
+    return limits.multiprocessors * BLOCKS.get(dtype, 2)
 
 
 def _ahead(pieces: int, rows: int, piece_bytes: int, dtype: str, limits: Limits) -> int | None:
@@ -82,22 +84,23 @@ def _ahead(pieces: int, rows: int, piece_bytes: int, dtype: str, limits: Limits)
     return min(rows + blocks, room, pieces)
 
 
-def _group(extents: Extents, dtype: str, neighbours: bool) -> int | None:
+def _group(extents: Extents, dtype: str, neighbours: bool) -> int:
     """Channels of a group: several where a sample has few positions of one, or octets would be torn."""
     _, C, S = extents
     group = 1
-    while group * S % OCTET or (neighbours and group < C and group * S * ITEMSIZE[dtype] < RUN_BYTES):
+    while neighbours and group < C and S <= TILE:
+        run = group * S
+        if run % OCTET == 0 and run * ITEMSIZE[dtype] >= RUN_BYTES:
+            break
         group *= 2
-        if group > C or not neighbours or S > TILE:
-            return None
-    return group if S >= OCTET and C * S % OCTET == 0 else None
+    return group
 
 
 @functools.lru_cache(1024)
 def _ticketed_rows(extents: Extents, dtype: str, neighbours: bool, options: Options, limits: Limits) -> Launch | None:
-    N, _, S = extents
+    N, C, S = extents
     group = _group(extents, dtype, neighbours)
-    if group is None:
+    if S < OCTET or C * S % OCTET or group * S % OCTET:
         return None
     tile_bytes = read_twice(options) * group * min(S, TILE) * ITEMSIZE[dtype]
     span = min(power_below(max(PIECE_BYTES // tile_bytes, 1)), power_above(N << tree_of(S, dtype).log2_tiles))
@@ -139,10 +142,9 @@ def _launch(extents: Extents, dtype: str, cut: _Cut, options: Options, limits: L
     rows = -(-(N << tree.log2_tiles) // cut.span)
     pieces = rows * -(-C // cut.group)
     ahead = _ahead(pieces, rows, cut.piece_bytes, dtype, limits)
-    at_once = min(cut.group, power_below(max(MERGED_BYTES // (NODE_BYTES * power_above(rows)), 1)))
-    shared = NODE_BYTES * max(cut.group * cut.nodes, at_once * power_above(rows))
-    if ahead is None or shared > MERGED_BYTES:
+    if ahead is None or NODE_BYTES * rows > MERGED_BYTES:
         return None
+    at_once = min(cut.group, power_below(MERGED_BYTES // (NODE_BYTES * power_above(rows))))
     fields = {
         **sizes(extents),
         **tree.fields,
@@ -157,7 +159,7 @@ def _launch(extents: Extents, dtype: str, cut: _Cut, options: Options, limits: L
         cut.kernel,
         (*option(ELEMENT=ELEMENTS[dtype], THREADS=THREADS, CLUSTER=1), *cut.options, *flags(options)),
         min(blocks_of(dtype, limits), 2 * pieces),
-        shared,
+        NODE_BYTES * max(cut.group * cut.nodes, at_once * power_above(rows)),
         tuple(fields.items()),
         octets="nchw" if cut.kernel == "ticketed" else "nhwc",
     )
