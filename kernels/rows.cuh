@@ -12,7 +12,7 @@ __device__ __forceinline__ void reduce_span(const Parameters& p, const Span& s, 
         const Item item = item_of(p, s, first + threadIdx.x / TILE_LANES);
         const bool there = item.length > 0;
         const auto reader = reader_at<ELEMENT, GATE>(
-            KIND{}, p, there ? item.sample : 0, there ? item.channel : 0, there ? item.tile : 0
+            KIND{}, p, there ? item.sample : 0, there ? item.channel : s.first_channel, there ? item.tile : 0
         );
         const Node<double> node =
             reduce_tile<KIND, TILE_LANES, TILE_ROWS, Format<ELEMENT>::Acc>(reader, item.length, p.last);

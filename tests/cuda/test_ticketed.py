@@ -4,14 +4,12 @@ import math
 
 import pytest
 
-from cubn._types import ITEMSIZE, Extents, GradientOptions, NormalizeOptions, Operand, Operands
-from cubn.backends.cuda import plan
-from cubn.backends.cuda.plan import Limits
+from cubn._types import ITEMSIZE
 from cubn.backends.cuda.plan import tickets
 from tests.cuda import plans
 from tests.cuda.steps import DTYPES, Case, train_and_back
 from tests.cuda_on_cpu.build import unavailable
-from tests.cuda_on_cpu.runner import Order, shuffled
+from tests.cuda_on_cpu.runner import shuffled
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 

@@ -30,6 +30,7 @@ from cubn._types import (
 from cubn.backends.cuda import parameters, plan
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import OCTET, THREADS
+from cubn.backends.cuda.plan.launch import ELEMENTS as ELEMENT_TYPES
 from cubn.backends.cuda.plan.launch import power_above
 from cubn.backends.cuda.plan.passes import _divisor
 from cubn.backends.cuda.source import folder
@@ -38,6 +39,7 @@ from tests.cuda.named import CACHED, NAMED, RESIDENT
 from tests.cuda.specialisations import ADDRESS, LIMITS, Recorder
 
 PLAIN = NormalizeOptions(False, False)
+DTYPES = {element: dtype for dtype, element in ELEMENT_TYPES.items()}
 
 
 def operand_of(layer):
@@ -260,6 +262,18 @@ def check_launch(launch, extents, limits):
             assert covers(across, fields["lanes"] * OCTET, C) and covers(down, fields["steps"] * at_once, N * S)
         case "apply_strided":
             assert covers(launch.grid, THREADS * OCTET, N * C * S)
+        case "ticketed" | "ticketed_channels":
+            rows, pieces, ahead = (fields[name] for name in ("rows", "pieces", "ahead"))
+            assert pieces % rows == 0 and covers(pieces // rows, group, C) and covers(rows, fields["span"], padded)
+            assert min(rows, pieces) <= ahead <= pieces  # nobody waits for work of a later ticket
+            values = min(group, C) * (fields["span"] * min(S, TILE))
+            assert ahead * values * ITEMSIZE[DTYPES[options["ELEMENT"]]] <= limits.l2_bytes // 2 or ahead == pieces
+            if launch.kernel == "ticketed":
+                assert group * S % OCTET == 0 and 8 * int(options["TILE_LANES"]) >= min(S, COLUMNS)
+            else:
+                assert group == int(options["VECTOR"]) << int(options["DEPTH"]) and C % OCTET == group % OCTET == 0
+                assert 1 << int(options["TILE_DEPTH"]) >= min(S, COLUMNS)
+                static = THREADS * int(options["VECTOR"]) * 16
         case "slab" | "slab_channels":
             tiles = power_above(-(-S // TILE))
             assert launch.cluster * fields["span"] == power_above(N) * tiles

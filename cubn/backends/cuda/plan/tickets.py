@@ -51,7 +51,7 @@ def ticketed(
     if layout == "nchw":
         neighbours = all(o.channel_stride == S for o in given(operands))
         return _ticketed_rows(extents, dtype, neighbours, options, limits)
-    read = Operands(*operands[: read_twice(options)])
+    read = Operands(operands.x, operands.g if read_twice(options) == 2 else None)
     if layout == "nhwc" and all(goes_on(extents, o) for o in given(operands)):
         return _ticketed_channels(extents, dtype, vector_of(extents, read), options, limits)
     return None
