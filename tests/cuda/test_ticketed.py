@@ -50,7 +50,7 @@ GROUPS = (33, 26, 196)  # octets run over the ends of channels; the last group i
         ((9, 20, 64), {"frozen": True, "residual": True}),
         ((21, 96, 49), {"channels_last": True, "residual": True, "relu": True}),
         ((2, 328, 264), {"channels_last": True, "relu": True}),
-        ((600, 72, 1), {"channels_last": True, "relu": True}),
+        ((600, 136, 1), {"channels_last": True, "relu": True}),
         ((130, 200, 3), {"channels_last": True, "frozen": True, "relu": True}),
     ],
     ids=["rows", "tiles", "groups", "frozen", "channels with bits", "channels of rows", "2-d", "few positions"],
