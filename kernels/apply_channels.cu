@@ -1,8 +1,6 @@
 // Elementwise over arrays whose channels lie one after the other, a multiple of 8 of them: a thread keeps the
 // coefficients of 8 channels and goes down `steps` positions, from the end of the array. See elementwise.cuh.
-#include "elementwise.cuh"
-
-using Acc = Format<ELEMENT>::Acc;
+#include "positions.cuh"
 
 // Blocks of a multiprocessor, or more, that registers are left for.
 constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 1 : OPERATION != NORMALIZE ? 2 : WRITES_BITS ? 3 : 4;
@@ -12,27 +10,8 @@ template <bool DENSE> __device__ __forceinline__ void apply(const Parameters& p)
     const int lanes = static_cast<int>(p.lanes), at_once = blockDim.x / lanes;
     const long long c = (across * lanes + threadIdx.x % lanes) * OCTET;
     const long long rows = p.samples * p.positions; // as many as there are (sample, position)
-    if (c >= p.channels) return;
-    Coefficients<Acc> k[OCTET];
-#pragma unroll
-    for (int j = 0; j < OCTET; ++j) k[j] = load_coefficients<Acc>(p, c + j);
-    const long long first = down * p.steps * at_once + threadIdx.x / lanes;
-    for (int step = 0; step < p.steps; ++step) {
-        const long long row = first + static_cast<long long>(step) * at_once;
-        if (row >= rows) return;
-        const long long octet = (row * p.channels + c) / OCTET;
-        const auto offset = [&](const Operand& o) { return row * o.position + c; };
-        const Offsets at{offset(p.x), offset(p.g), offset(p.y), offset(p.r)};
-        Octets<ELEMENT> v;
-        load_octets<DENSE>(p, at, octet, v);
-#pragma unroll
-        for (int j = 0; j < OCTET; ++j) {
-            Element<Acc> element = v.at(j);
-            compute<ELEMENT>(element, k[j]);
-            v.put(j, element);
-        }
-        store_octets<DENSE>(p, at, octet, v);
-    }
+    const long long first = down * p.steps * at_once, end = first + p.steps * at_once;
+    apply_positions<DENSE, 1>(p, c, first + threadIdx.x / lanes, end < rows ? end : rows, at_once);
 }
 
 extern "C" __global__ void __launch_bounds__(256, BLOCKS) apply_channels(const __grid_constant__ Parameters p) {

@@ -110,4 +110,9 @@ struct Parameters {
     Divisor over_positions;
     Divisor over_channels;
     long long slot;          // bytes of shared memory of a staged piece
+    // tickets: unsigned (1 + groups of channels), zeros at first; see tickets.cuh
+    long long tickets;
+    long long pieces;
+    long long ahead;
+    long long at_once; // channels of a group that are merged together
 };

@@ -2,8 +2,7 @@
 // block, TILE_LANES lanes a tile.
 //
 // -DELEMENT=<type> -DKIND=<Moments|Sums> -DGATE=<gate> -DTILE_LANES=<1..32> -DTILE_ROWS=<1|8>
-#include "readers.cuh"
-#include "span.cuh"
+#include "rows.cuh"
 
 // Blocks of a multiprocessor, or more, that registers are left for: fewer where a tile's rows are kept in them, or on
 // their way.
@@ -13,17 +12,6 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) reduce_rows(const __gr
     extern __shared__ __align__(16) unsigned char memory[];
     Node<double>* nodes = reinterpret_cast<Node<double>*>(memory);
     const Span s = span_of(p, blockIdx.x);
-    const int at_once = blockDim.x / TILE_LANES;
-    for (int first = 0; first < s.tiles * s.group; first += at_once) {
-        const Item item = item_of(p, s, first + threadIdx.x / TILE_LANES);
-        const bool there = item.length > 0;
-        const auto reader = reader_at<ELEMENT, GATE>(
-            KIND{}, p, there ? item.sample : 0, there ? item.channel : 0, there ? item.tile : 0
-        );
-        const Node<double> node =
-            reduce_tile<KIND, TILE_LANES, TILE_ROWS, Format<ELEMENT>::Acc>(reader, item.length, p.last);
-        if (there && threadIdx.x % TILE_LANES == 0) nodes[item.place] = node;
-    }
-    merge_span<KIND>(p, s, nodes);
+    reduce_span(p, s, nodes);
     store_row(p, s, nodes, s.tiles, values_between(p, s.base, s.base + s.tiles));
 }

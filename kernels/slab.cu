@@ -10,6 +10,7 @@
 // -DTILE_LANES=<1..32> (1: a thread has all of a tile) -DTILE_ROWS=<1|8>, and what elementwise.cuh asks for.
 #include "resident.cuh"
 #include "staging.cuh"
+#include "walk.cuh"
 
 using Acc = Format<ELEMENT>::Acc;
 
@@ -28,21 +29,6 @@ struct Slab {
     int pieces; // of a sample: its tiles, or one of all the group's
     unsigned char *x, *dy; // slots of the samples, in shared memory
     ELEMENT *x_first, *g_first, *y_first, *r_first; // in global memory
-};
-
-// Goes through (i, j), j < extent, in steps of `stride`; without a division on the way.
-struct Walk {
-    int extent, over, on, i, j;
-    __device__ __forceinline__ Walk(int first, int stride, int extent)
-        : extent(extent), over(stride / extent), on(stride % extent), i(first / extent), j(first % extent) {}
-    __device__ __forceinline__ void step() {
-        i += over;
-        j += on;
-        if (j >= extent) {
-            j -= extent;
-            ++i;
-        }
-    }
 };
 
 __device__ __forceinline__ Slab slab_of(const Parameters& p, int rank, unsigned char* shared) {

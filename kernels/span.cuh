@@ -83,14 +83,19 @@ __device__ void merge_counted_span(Node<double>* nodes, long long* values, int t
 }
 
 // Write the roots of a block's channels, `apart` nodes from one another, into their row.
-__device__ __forceinline__ void store_row(
-    const Parameters& p, const Span& s, const Node<double>* nodes, int apart, long long values
-) {
+__device__ __forceinline__ void store_nodes(const Parameters& p, const Span& s, const Node<double>* nodes, int apart) {
     for (int g = threadIdx.x; g < s.group; g += blockDim.x) {
         const long long c = s.first_channel + g, at = s.row * p.channels + c;
         if (c >= p.channels) break;
         reinterpret_cast<double*>(p.node_first)[at] = nodes[g * apart].first;
         reinterpret_cast<double*>(p.node_second)[at] = nodes[g * apart].second;
     }
+}
+
+// The same, and how many values each stands for.
+__device__ __forceinline__ void store_row(
+    const Parameters& p, const Span& s, const Node<double>* nodes, int apart, long long values
+) {
+    store_nodes(p, s, nodes, apart);
     if (s.first_channel == 0 && threadIdx.x == 0) reinterpret_cast<long long*>(p.node_count)[s.row] = values;
 }

@@ -17,6 +17,7 @@ from tests.cuda_on_cpu.runner import shuffled
 RESIDENT = SMALL
 PASSES = replace(RESIDENT, shared_bytes=0)  # no channel fits on chip: never the resident kernel
 OLD = replace(RESIDENT, capability=(7, 5))  # without clusters
+CACHED = replace(PASSES, l2_bytes=560 << 10)  # nor do all, but some, fit the cache
 LARGE = Limits(multiprocessors=108, shared_bytes=163 << 10, capability=(8, 0))  # likewise: an A100
 
 
@@ -58,7 +59,12 @@ NAMED = {
     "rows, odd, samples apart": Named(Layer((2, 3, 49), layout="nchw, samples apart"), PASSES),
     "rows, odd, large": Named(Layer((2, 17, 2501), "float16", offsets=(1,) * 6)),
     "rows, many samples": Named(Layer((5000, 3, 9), "float64")),
+    "rows, tickets": Named(Layer((20, 6, 784)), CACHED),
+    "rows, tickets, groups": Named(Layer((64, 14, 196), "bfloat16", residual=True, relu=True), CACHED),
     "channels": Named(Layer((8, 64, 49), layout="nhwc"), PASSES),
+    "channels, tickets": Named(Layer((21, 352, 49), "bfloat16", layout="nhwc", residual=True, relu=True), CACHED),
+    "channels, tickets, a tile of rows": Named(Layer((2, 328, 264), layout="nhwc"), CACHED),
+    "values, tickets": Named(Layer((600, 264, 1), "bfloat16"), CACHED),
     "channels, few blocks": Named(Layer((2200, 3, 1)), LARGE),
     "channels, many": Named(Layer((12, 256, 196), "bfloat16", layout="nhwc"), PASSES),
     "channels, two rows": Named(Layer((2, 8, 300), layout="nhwc"), PASSES),

@@ -1,9 +1,9 @@
 """The planner's modules, and forgetting what was planned."""
 
 from cubn.backends.cuda import prepare
-from cubn.backends.cuda.plan import launch, layouts, passes, reductions, resident, tree
+from cubn.backends.cuda.plan import launch, layouts, passes, reductions, resident, tickets, tree
 
-MODULES = (launch, layouts, tree, reductions, passes, resident)
+MODULES = (launch, layouts, tree, reductions, passes, resident, tickets)
 
 
 def forget() -> None:

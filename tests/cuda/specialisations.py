@@ -32,8 +32,9 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 LIMITS = (
     Limits(40, 64 << 10, (7, 5)),  # a T4: no clusters
-    Limits(132, 227 << 10, (9, 0)),  # an H100: clusters, the most shared memory
-    Limits(170, 99 << 10, (12, 0)),  # an RTX 5090: clusters, less of it
+    Limits(108, 163 << 10, (8, 0), 40 << 20),  # an A100: no clusters, a large cache
+    Limits(132, 227 << 10, (9, 0), 50 << 20),  # an H100: clusters, the most shared memory
+    Limits(170, 99 << 10, (12, 0), 96 << 20),  # an RTX 5090: clusters, less of it
     Limits(132, 0, (9, 0)),  # no channel fits on chip: never the resident kernels
 )
 CLUSTERS_FROM = 90  # the first architecture with clusters
@@ -54,6 +55,9 @@ SHAPES = {
     "sixteen octets": (2, 96, 100),
     "7 x 7": (32, 2048, 49),
     "14 x 14": (32, 1024, 196),
+    "14 x 14, many samples": (256, 1024, 196),
+    "many samples": (65536, 1024, 1),
+    "four values, many samples": (16384, 1024, 4),
     "56 x 56": (32, 256, 56 * 56),
     "112 x 112": (256, 64, 112 * 112),
     "volume": (2, 32, 128**3),

@@ -33,6 +33,7 @@ class Case(NamedTuple):
     in_place: bool = False
     order: int = Order.ASCENDING
     multiprocessors: int = 1
+    l2_bytes: int = 0
 
 
 def random(rng, case):
@@ -80,7 +81,7 @@ def start(C):
 def train_and_back(case):
     """What differs from the oracle, by name, and what was launched for the step and for its gradient."""
     rng = np.random.default_rng(sum(case.extents))
-    device = CpuDevice(Limits(case.multiprocessors, case.kilobytes << 10, (9, 0)), case.order)
+    device = CpuDevice(Limits(case.multiprocessors, case.kilobytes << 10, (9, 0), case.l2_bytes), case.order)
     backend = CudaBackend(device)
     extents = Extents(*case.extents)
     values = [random(rng, case) for _ in range(3)]

@@ -290,7 +290,7 @@ def test_another_error_of_the_driver_is_the_driver_s():
 def test_limits_by_default_have_clusters_only_where_the_capability_has():
     assert Limits(132, 0, (9, 0)).clusters == (1, 2, 4, 8)
     assert Limits(108, 0, (8, 9)).clusters == (1,)
-    assert Limits(132, 0, (9, 0), 4).clusters == (1, 2, 4)
+    assert Limits(132, 0, (9, 0), cluster=4).clusters == (1, 2, 4)
 
 
 # --- CuPy itself ----------------------------------------------------------------------------------------------------

@@ -289,6 +289,14 @@ def test_lane_outside_its_mask():
         Module(source, "outside").launch((1,), (32,), [])
 
 
+@pytest.mark.slow
+def test_a_wait_without_end_is_stopped():
+    source = """extern "C" __global__ void lonely(unsigned* y) { while (atomicAdd(y, 0) == 0) __nanosleep(100); }"""
+    y = np.zeros(1, np.uint32)
+    with pytest.raises(LaunchError, match="a wait for other blocks that does not end"):
+        Module(source, "lonely").launch((1,), (32,), pointers(y))
+
+
 def test_shared_declarations():
     source = """
     template <class A, int n> struct Pair { A a[n]; };

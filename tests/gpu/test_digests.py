@@ -86,7 +86,7 @@ class Planned(Recorder):
 
 def test_the_cases_reach_every_kernel(monkeypatch):
     """As planned for an H100, in one dtype: none has kernels of its own."""
-    device = Planned(Limits(132, 227 << 10, (9, 0)))
+    device = Planned(Limits(132, 227 << 10, (9, 0), 50 << 20))
     monkeypatch.setattr("cubn.backends.cpu.backend", lambda: CudaBackend(device))
     forget_backends()
     for case in (case for case in CASES if case.dtype == "bfloat16"):

@@ -30,14 +30,16 @@ from cubn._types import (
 from cubn.backends.cuda import parameters, plan
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import OCTET, THREADS
+from cubn.backends.cuda.plan.launch import ELEMENTS as ELEMENT_TYPES
 from cubn.backends.cuda.plan.launch import power_above
 from cubn.backends.cuda.plan.passes import _divisor
 from cubn.backends.cuda.source import folder
 from tests.cuda import calls, plans
-from tests.cuda.named import NAMED, RESIDENT
+from tests.cuda.named import CACHED, NAMED, RESIDENT
 from tests.cuda.specialisations import ADDRESS, LIMITS, Recorder
 
 PLAIN = NormalizeOptions(False, False)
+DTYPES = {element: dtype for dtype, element in ELEMENT_TYPES.items()}
 
 
 def operand_of(layer):
@@ -170,6 +172,26 @@ def a_relu_mask_in_another_order():
     assert plan.on_chip(Extents(*layer.extents), Operands(x, x, x), "nhwc", gradient, RESIDENT) is None
 
 
+def no_tickets():
+    """Beside those of too much memory for the cache, or too little: torn octets, and vectors that begin elsewhere."""
+    for layer in (
+        calls.Layer((600, 8, 49), layout="nchw, samples apart", offsets=(1,) * 6),
+        calls.Layer((600, 8, 49), layout="nchw, channels apart"),
+        calls.Layer((600, 5, 98)),
+        calls.Layer((2000, 64, 4)),
+        calls.Layer((3, 2, 25000)),
+        calls.Layer((3, 2, 25000), "float64", layout="backwards"),
+        calls.Layer((600, 129, 1)),
+        calls.Layer((600, 264, 1), offsets=(1,) * 6),
+        calls.Layer((8, 200, 49), layout="nhwc, samples apart"),
+        calls.Layer((40000, 8, 8), layout="nhwc"),
+    ):
+        x = operand_of(layer)
+        plan.ticketed(Extents(*layer.extents), Operands(x, y=x), None, PLAIN, CACHED)
+    many = replace(CACHED, l2_bytes=1 << 30)
+    plan.ticketed(Extents(1 << 17, 64, 300), Operands(operand_of(calls.Layer((1 << 17, 64, 300)))), None, PLAIN, many)
+
+
 def nodes_of_ranks():
     plan.root(6, "Moments", (0, 1, 0, 2))
 
@@ -179,6 +201,7 @@ OTHERS = [
     more_rows_than_a_block_merges,
     nothing_to_plan,
     a_relu_mask_in_another_order,
+    no_tickets,
     nodes_of_ranks,
 ]
 
@@ -253,6 +276,18 @@ def check_launch(launch, extents, limits):
             assert covers(across, fields["lanes"] * OCTET, C) and covers(down, fields["steps"] * at_once, N * S)
         case "apply_strided":
             assert covers(launch.grid, THREADS * OCTET, N * C * S)
+        case "ticketed" | "ticketed_channels":
+            rows, pieces, ahead = (fields[name] for name in ("rows", "pieces", "ahead"))
+            assert pieces % rows == 0 and covers(pieces // rows, group, C) and covers(rows, fields["span"], padded)
+            assert min(rows, pieces) <= ahead <= pieces  # nobody waits for work of a later ticket
+            values = min(group, C) * (fields["span"] * min(S, TILE))
+            assert ahead * values * ITEMSIZE[DTYPES[options["ELEMENT"]]] <= limits.l2_bytes // 2 or ahead == pieces
+            if launch.kernel == "ticketed":
+                assert group * S % OCTET == 0 and 8 * int(options["TILE_LANES"]) >= min(S, COLUMNS)
+            else:
+                assert group == int(options["VECTOR"]) << int(options["DEPTH"]) and C % OCTET == group % OCTET == 0
+                assert 1 << int(options["TILE_DEPTH"]) >= min(S, COLUMNS)
+                static = THREADS * int(options["VECTOR"]) * 16
         case "slab" | "slab_channels":
             tiles = power_above(-(-S // TILE))
             assert launch.cluster * fields["span"] == power_above(N) * tiles

@@ -109,9 +109,7 @@ def train(
     known = vector_fields(given)
     names = ("eps", *STATISTICS, *given, *[f"kept_{name}" for name in given])
     series = Series((*OPERANDS, "gamma", "beta", "eps", *UPDATE, *STATISTICS, *KEPT, "bits"))
-    layout = prepare.resident(
-        series, extents, operands, None, options, limits, (*names, *update), {**known, **movement}
-    )
+    layout = prepare.in_one(series, extents, operands, None, options, limits, (*names, *update), {**known, **movement})
     if layout is None:
         dtype = operands.x.dtype
         prepare.reserve_coefficients(series, C, dtype)
@@ -124,7 +122,8 @@ def train(
             prepare.channelwise(series, "update", C, "float32", (*STATISTICS, *update), movement)
     series.compile(device)
     mask_layout = layout if options.keep_mask else None
-    room, new = (series.numbers,), device.zeros if extents.N * extents.S == 0 else device.empty
+    zeros = series.begins_at_zero or extents.N * extents.S == 0
+    room, new = (series.numbers,), device.zeros if zeros else device.empty
     size, has_room = (Statistics.size(C),), series.numbers > 0
     has_gamma, has_beta = affine.gamma is not None, affine.beta is not None
     mean, m2, var, invstd, copy, other = row_offsets(C)
@@ -179,7 +178,7 @@ def backward(
     names = (*STATISTICS, *SUMS, *gradients)
     affine = vector_fields(given)
     if (
-        prepare.resident(series, extents, operands, relu_mask, options, limits, (*names, *given), {**known, **affine})
+        prepare.in_one(series, extents, operands, relu_mask, options, limits, (*names, *given), {**known, **affine})
         is None
     ):
         dtype = operands.x.dtype
@@ -190,7 +189,8 @@ def backward(
         if 0 not in extents:
             prepare.elementwise(series, extents, operands, relu_mask, options, limits)
     series.compile(device)
-    room, new = (series.numbers,), device.zeros if extents.N * extents.S == 0 else device.empty
+    zeros = series.begins_at_zero or extents.N * extents.S == 0
+    room, new = (series.numbers,), device.zeros if zeros else device.empty
     mean, m2, var, invstd, gamma, beta = row_offsets(C)
 
     def call(

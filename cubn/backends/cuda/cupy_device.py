@@ -341,7 +341,12 @@ def limits_of(index: int) -> Limits:
         )
     code = machine_code((major, minor))
     attributes = device.attributes
-    limits = Limits(attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"], (major, minor))
+    limits = Limits(
+        attributes["MultiProcessorCount"],
+        attributes["MaxSharedMemoryPerBlockOptin"],
+        (major, minor),
+        attributes["L2CacheSize"],
+    )
     if len(limits.clusters) > 1:
         with device:
             limits = replace(limits, cluster=loading.largest_cluster(cupy.cuda, code, limits.shared_bytes))

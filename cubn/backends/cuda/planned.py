@@ -13,13 +13,13 @@ from cubn.errors import BackendUnavailable
 USUAL = {
     limits.capability: limits
     for limits in (
-        Limits(40, 64 << 10, (7, 5)),  # T4
-        Limits(108, 163 << 10, (8, 0)),  # A100
-        Limits(84, 99 << 10, (8, 6)),  # A40, RTX A6000
-        Limits(142, 99 << 10, (8, 9)),  # L40S
-        Limits(132, 227 << 10, (9, 0)),  # H100, H200
-        Limits(148, 227 << 10, (10, 0)),  # B200
-        Limits(170, 99 << 10, (12, 0)),  # RTX 5090
+        Limits(40, 64 << 10, (7, 5), 4 << 20),  # T4
+        Limits(108, 163 << 10, (8, 0), 40 << 20),  # A100
+        Limits(84, 99 << 10, (8, 6), 6 << 20),  # A40, RTX A6000
+        Limits(142, 99 << 10, (8, 9), 96 << 20),  # L40S
+        Limits(132, 227 << 10, (9, 0), 50 << 20),  # H100, H200
+        Limits(148, 227 << 10, (10, 0), 126 << 20),  # B200
+        Limits(170, 99 << 10, (12, 0), 96 << 20),  # RTX 5090
     )
 }
 """Devices that stand for all of a compute capability: others differ in multiprocessors, and in few of the kernels."""

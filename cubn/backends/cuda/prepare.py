@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cubn._types import ROWS, Affine, Extents, Operand, Operands, ReluGradient, Running, Vector
+from cubn._types import ROWS, Affine, Extents, GradientOptions, Operand, Operands, ReluGradient, Running, Vector
 from cubn.backends.cuda import plan
 from cubn.backends.cuda.parameters import of_operand, of_scattered, of_vector
 from cubn.backends.cuda.plan import VECTOR_BYTES, Fields, Launch, Layout, Limits, Options, What
@@ -17,6 +17,7 @@ STATISTICS = ("count", *ROWS[:4])
 OPERANDS = Operands._fields
 SUMS = ("first", "second")
 NODE = ("node_count", "node_first", "node_second")
+SHARED = ("coefficients", "node_first", "node_second", "tickets")
 FROM = ("from_count", "from_first", "from_second")
 
 
@@ -88,7 +89,7 @@ def elementwise(
     return layout
 
 
-def resident(
+def in_one(
     series: Series,
     extents: Extents,
     operands: Operands,
@@ -98,15 +99,31 @@ def resident(
     names: tuple[str, ...],
     fields: Fields,
 ) -> Layout | None:
-    """A whole training step or gradient in one launch, which takes values of these names besides, where there is one;
-    how a mask that is kept has its bits.
+    """A whole training step or gradient in one pass over memory, which takes values of these names besides, where there
+    is one; how a mask that is kept has its bits.
     """
     launch = plan.on_chip(extents, operands, relu_mask, options, limits)
     if launch is None:
-        return None
+        launch = plan.ticketed(extents, operands, relu_mask, options, limits)
+        if launch is None:
+            return None
+        _reserve_shared(series, launch, extents.C, operands.x.dtype)
+        if isinstance(options, GradientOptions):
+            channelwise(series, "coefficients", extents.C, operands.x.dtype, (*names, "coefficients"), fields)
+        names = (*names, *SHARED)
     layout = plan.layout_of(extents, operands)
     _over_elements(series, launch, names, extents, operands, layout, options, fields)
     return layout
+
+
+def _reserve_shared(series: Series, launch: Launch, C: int, dtype: str) -> None:
+    """What blocks of a ticketed launch have for one another: coefficients, rows of nodes, and counters from 0 on."""
+    known = dict(launch.fields)
+    rows, groups = int(known["rows"]), int(known["pieces"] // known["rows"])
+    reserve_coefficients(series, C, dtype)
+    for name, numbers in zip(SHARED[1:], (rows * C, rows * C, groups // 2 + 1), strict=True):  # two counters a number
+        series.reserve(name, numbers)
+    series.begins_at_zero = True
 
 
 def _over_elements(

@@ -26,6 +26,8 @@ class Series:
         self._is_compiled = False
         self.numbers = 0
         """Float64 numbers of the memory."""
+        self.begins_at_zero = False
+        """Whether calls must bring zeros."""
 
     def reserve(self, name: str, numbers: int) -> int:
         """Memory for so many float64 numbers; which of all is their first."""

@@ -1,6 +1,8 @@
 #include "barriers.h"
 
 #include <algorithm>
+#include <chrono>
+#include <thread>
 
 #include "sanitizers.h"
 #include "scheduler.h"
@@ -90,6 +92,12 @@ void* cluster_address(const void* address, unsigned rank, Place place) {
     Block& peer = block.of_cluster(rank);
     if (peer.exited) fail(thread, "cluster_map of a block that has exited", place);
     return peer.static_shared + (static_cast<const char*>(address) - block.static_shared);
+}
+
+void pause(Place place) {
+    constexpr unsigned most = 1 << 19;  // of a thread: more than half a minute
+    if (++self().pauses > most) fail(self(), "a wait for other blocks that does not end", place);
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
 }
 
 void trap(Place place) { fail(self(), "__trap", place); }

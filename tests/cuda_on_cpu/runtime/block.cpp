@@ -39,6 +39,7 @@ void Gang::start(const Launch& new_launch, std::uint64_t first) {
             thread.rank = rank;
             thread.block = block.get();
             thread.state = State::ready;
+            thread.pauses = 0;
             thread.memory_order.restart();
             thread.fiber.prepare(block->stacks_.begin() + rank * Fiber::stack_bytes, run_thread, rank);
             if (++thread_index.x == size.x) thread_index.x = 0, ++thread_index.y;

@@ -25,6 +25,7 @@ struct Thread : ThreadContext {
     State state = State::exited;
     Place place;  // where it waits
     const char* failure = nullptr;
+    unsigned pauses = 0;
 
     // Of the barrier it waits at: what it brings and what it takes away.
     WarpOperation operation = WarpOperation::barrier;

@@ -21,6 +21,7 @@ from cubn.backends.cuda.plan.layouts import elementwise_layout, is_dense, layout
 from cubn.backends.cuda.plan.passes import channelwise, elementwise
 from cubn.backends.cuda.plan.reductions import finish, merge_rows, reduction, root, vector_of
 from cubn.backends.cuda.plan.resident import on_chip, slab, slab_channels
+from cubn.backends.cuda.plan.tickets import ticketed
 
 __all__ = [
     "OCTET",
@@ -48,5 +49,6 @@ __all__ = [
     "root",
     "slab",
     "slab_channels",
+    "ticketed",
     "vector_of",
 ]

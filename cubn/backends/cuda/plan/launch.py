@@ -36,6 +36,7 @@ class Limits:
     multiprocessors: int
     shared_bytes: int  # of a block that asks for it
     capability: tuple[int, int]
+    l2_bytes: int = 0
     cluster: int = CLUSTERS[-1]  # blocks of the largest cluster it holds, where the capability has any
 
     @property
@@ -87,6 +88,11 @@ def flags(options: Options) -> tuple[str, ...]:
     if isinstance(options, CombineOptions):
         return option(OPERATION="COMBINE", GATE=gate, THIRD=options.third.upper())
     return option(OPERATION="GRADIENT", RESIDUAL=options.residual, GATE=gate, FROZEN=options.frozen)
+
+
+def read_twice(options: Options) -> int:
+    """Operands that a training step or gradient reads twice: x, and dy."""
+    return 1 if isinstance(options, NormalizeOptions) else 2
 
 
 def has_relu_mask(options: Options) -> bool:

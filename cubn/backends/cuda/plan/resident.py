@@ -27,6 +27,7 @@ from cubn.backends.cuda.plan.launch import (
     has_relu_mask,
     option,
     power_above,
+    read_twice,
     sizes,
 )
 from cubn.backends.cuda.plan.layouts import are_vectors, goes_on, layout_of
@@ -64,7 +65,7 @@ def slab(extents: Extents, operands: Operands, options: Options, limits: Limits)
     torn = (group * S % OCTET and group < C) or (C * S % OCTET and N > 1)
     if keep_mask and torn:  # two blocks would write the same byte
         return None
-    kept = given(operands)[: _staged(options)]
+    kept = given(operands)[: read_twice(options)]
 
     def cut(group: int) -> Launch | None:
         aligned = all(are_vectors(o, (o.sample_stride, group * o.channel_stride)) for o in kept)
@@ -84,11 +85,6 @@ def _saves_a_turn(launch: Launch, wider: Launch, limits: Limits) -> bool:
     """
     before, after = (-(-blocks // limits.multiprocessors) for blocks in (launch.grid, wider.grid))
     return before > 2 >= after and 2 * after <= before and _fits_twice(wider.shared_bytes, limits)
-
-
-def _staged(options: Options) -> int:
-    """Operands that are kept on chip: x, and dy."""
-    return 1 if isinstance(options, NormalizeOptions) else 2
 
 
 def _slab_group(extents: Extents, item: int, neighbours: bool, keep_mask: bool) -> int:
@@ -112,7 +108,7 @@ def _fits_twice(shared: int, limits: Limits) -> bool:
 @functools.lru_cache(1024)
 def _slab(extents: Extents, dtype: str, group: int, aligned: bool, options: Options, limits: Limits) -> Launch | None:
     N, C, S = extents
-    staged = _staged(options)
+    staged = read_twice(options)
     tree = tree_of(S, dtype)
     item = ITEMSIZE[dtype]
     padded = power_above(N) << tree.log2_tiles
@@ -196,7 +192,7 @@ def _slices(extents: Extents, dtype: str, staged: int, limits: Limits) -> Iterat
 
 @functools.lru_cache(1024)
 def _slab_channels(extents: Extents, dtype: str, options: Options, limits: Limits) -> Launch | None:
-    staged = _staged(options)
+    staged = read_twice(options)
     found = list(_slices(extents, dtype, staged, limits))
     if not found:
         return None

@@ -49,6 +49,9 @@ void* cluster_address(const void* address, unsigned rank, Place place);
 // Orders this thread's memory accesses for all threads.
 void fence();
 
+// Lets other OS threads go on: what this thread waits for is up to their blocks.
+void pause(Place place);
+
 // Around each atomic where ThreadSanitizer watches.
 void before_atomic(void* address);
 void after_atomic(void* address);

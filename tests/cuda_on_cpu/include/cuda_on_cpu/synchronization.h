@@ -21,6 +21,8 @@ inline void __threadfence_block() { cuda_on_cpu::fence(); }
 inline void __threadfence() { cuda_on_cpu::fence(); }
 inline void __threadfence_system() { cuda_on_cpu::fence(); }
 
+inline void __nanosleep(unsigned, CUDA_ON_CPU_PLACE) { cuda_on_cpu::pause(place); }
+
 [[noreturn]] inline void __trap(CUDA_ON_CPU_PLACE) { cuda_on_cpu::trap(place); }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_PLACE) {
