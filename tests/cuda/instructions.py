@@ -5,7 +5,7 @@
     python -m tests.cuda.instructions --dtype float32 --layout nhwc --device T4
     python -m tests.cuda.instructions --write              into the pages
 
-Instructions are counted where they are executed: `sass_machine` runs the machine code for compute capability 9.0 of the
+Instructions are counted where they are executed: `machine` runs the machine code for compute capability 9.0 of the
 first blocks (a cluster, where there are clusters) with the parameters that the planner makes for the layer. An
 instruction of a warp counts as 32, however many of its lanes are there; the sum over the blocks is divided by the
 elements that these read. So partial tiles, torn octets, merges and idle lanes are in it. Error: a device may take
@@ -24,7 +24,11 @@ import numpy as np
 from cubn._types import ITEMSIZE
 from cubn.backends.cuda.plan import Launch
 from cubn.backends.cuda.source import translation_unit
-from tests.cuda import nvrtc, sass
+from tests.cuda import nvrtc
+from tests.cuda.machine.listing import Code, disassembled, parsed
+from tests.cuda.machine.machine import Machine
+from tests.cuda.machine.memory import Memory
+from tests.cuda.machine.registers import Unknown
 from tests.cuda.resnet50 import (
     BATCHES,
     DEVICES,
@@ -43,7 +47,6 @@ from tests.cuda.resnet50 import (
     moved,
     over_elements,
 )
-from tests.cuda.sass_machine import Machine, Memory
 
 DOCS = Path(__file__).parents[2] / "docs"
 ARCHITECTURE = 90  # of the code that is executed
@@ -72,8 +75,8 @@ class Cost(NamedTuple):
 
 
 @functools.lru_cache(64)
-def code_of(source: str, kernel: str, options: tuple[str, ...]) -> sass.Code:
-    return sass.parsed(sass.disassembled(nvrtc.cubin(translation_unit(source), options, ARCHITECTURE)), kernel)
+def code_of(source: str, kernel: str, options: tuple[str, ...]) -> Code:
+    return parsed(disassembled(nvrtc.cubin(translation_unit(source), options, ARCHITECTURE)), kernel)
 
 
 def executed(layer: Layer, launched: Launched) -> Cost | None:
@@ -84,7 +87,7 @@ def executed(layer: Layer, launched: Launched) -> Cost | None:
     code = code_of(launch.source, launch.kernel, launch.options)
     try:
         counts = Machine(code, launch, parameters, memory, 0, launch.cluster).run()
-    except (sass.Unknown, RuntimeError):
+    except (Unknown, RuntimeError):
         return None
     phases, double = counts.all.sum(axis=(0, 1)), counts.double.sum()
     elements = len(memory.seen()) / ITEMSIZE[layer.dtype]

@@ -8,9 +8,12 @@ import pytest
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import Launch
 from cubn.backends.cuda.source import translation_unit
-from tests.cuda import calls, nvrtc, sass
+from tests.cuda import calls, nvrtc
+from tests.cuda.machine.listing import disassembled, disassembler, parsed
+from tests.cuda.machine.machine import Machine
+from tests.cuda.machine.memory import Memory, OwnMemory
+from tests.cuda.machine.registers import Unknown
 from tests.cuda.named import NAMED
-from tests.cuda.sass_machine import Machine, Memory, OwnMemory
 from tests.cuda_on_cpu.device import CpuDevice
 
 
@@ -18,14 +21,14 @@ from tests.cuda_on_cpu.device import CpuDevice
 def tools():
     try:
         nvrtc.library(13)
-        sass.disassembler()
+        disassembler()
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
 
 @functools.lru_cache(64)
 def code(source, kernel, options=()):
-    return sass.parsed(sass.disassembled(nvrtc.cubin(source, options, 90)), kernel)
+    return parsed(disassembled(nvrtc.cubin(source, options, 90)), kernel)
 
 
 class MachineDevice(CpuDevice):
@@ -89,6 +92,6 @@ def test_a_lane_counts_as_much_as_a_warp():
 
 
 def test_an_unknown_instruction_is_an_error():
-    of_kernel = sass.parsed("\n.text.f:\n        /*0000*/   FROBNICATE R1, R2 ;\n", "f")
-    with pytest.raises(sass.Unknown, match="FROBNICATE"):
+    of_kernel = parsed("\n.text.f:\n        /*0000*/   FROBNICATE R1, R2 ;\n", "f")
+    with pytest.raises(Unknown, match="FROBNICATE"):
         Machine(of_kernel, Launch("f", (), 1, 0, (), threads=32), b"", None, 0, 1).run()

@@ -2,64 +2,39 @@
 
 An instruction counts once for a warp, however many of its lanes execute it. Of a warp whose lanes part, those that are
 behind in the code go first, until all are together again: a device may take more turns than that, never fewer.
+Copies are done at once.
 """
 
-import ctypes
 from typing import NamedTuple
 
 import numpy as np
 
-from tests.cuda import sass
-from tests.cuda.sass import DO, NOTHING, Code, Registers
+from tests.cuda.machine.addresses import address, bytes_of, put_words, words_of
+from tests.cuda.machine.floats import FLOATS
+from tests.cuda.machine.integers import INTEGERS
+from tests.cuda.machine.listing import Code, target
+from tests.cuda.machine.registers import (
+    LOCAL,
+    PREDICATE,
+    Registers,
+    Unknown,
+    predicate,
+    put_predicate,
+    put_word,
+    register,
+    word,
+)
 
 PARAMETERS = 0x210  # where they are among the constants, for compute capability 9.0
 WARP = 32
 EVERY_LANE = 16  # behind the numbered barriers of lanes: the one of all of a warp
 STATIC = 48 << 10  # bytes of shared memory that a kernel may have besides what is asked for
 MOST_TURNS = 3_000_000
+SHARED_WINDOW = 0x7F00  # high word of a generic address of shared memory
+SHARED_OFFSET = 0x400  # where a block's memory begins in it
 
-
-class Memory:
-    """Global memory that begins at these addresses; each piece repeats what is given for it, and forgets writes."""
-
-    SPACE = 1 << 40
-
-    def __init__(self, pieces: dict[int, np.ndarray], watched: int) -> None:
-        self.watched = watched // self.SPACE
-        self._read: list[np.ndarray] = []
-        self.pieces = {base // self.SPACE: values.view(np.uint8) for base, values in pieces.items()}
-
-    def load(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        loaded = np.empty((len(addresses), size), np.uint8)
-        spaces = addresses // np.uint64(self.SPACE)
-        for space in np.unique(spaces):
-            here, values = spaces == space, self.pieces[int(space)]
-            where = (addresses[here] % np.uint64(self.SPACE)).astype(np.int64)[:, None] + np.arange(size)
-            loaded[here] = values[where % len(values)]
-            if space == self.watched:
-                self._read.append(where.ravel())
-        return loaded
-
-    def seen(self) -> np.ndarray:
-        """Bytes of the watched piece that were read."""
-        return np.unique(np.concatenate(self._read))
-
-    def store(self, addresses: np.ndarray, values: np.ndarray) -> None:
-        for space in np.unique(addresses // np.uint64(self.SPACE)):
-            assert int(space) in self.pieces
-
-
-class OwnMemory:
-    """That of this process."""
-
-    def __init__(self) -> None:
-        self.bytes = np.frombuffer((ctypes.c_uint8 * ((1 << 47) - 4096)).from_address(4096), np.uint8)
-
-    def load(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        return self.bytes[(addresses.astype(np.int64) - 4096)[:, None] + np.arange(size)]
-
-    def store(self, addresses: np.ndarray, values: np.ndarray) -> None:
-        self.bytes[(addresses.astype(np.int64) - 4096)[:, None] + np.arange(values.shape[1])] = values
+NOTHING = {"NOP", "LDGDEPBAR", "DEPBAR", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "UCGABAR_ARV", "ENDCOLLECTIVE"}
+"""Instructions that order what is done in order here."""
 
 
 class Counts(NamedTuple):
@@ -80,7 +55,7 @@ class Machine:
             "SR_TID.X": lanes % np.uint64(launch.threads),
             "SR_CTAID.X": block + np.uint64(first),
             "SR_CgaCtaId": (block + np.uint64(first)) % np.uint64(launch.cluster),
-            "SR_SWINHI": np.full(threads, sass.SHARED_WINDOW, np.uint64),
+            "SR_SWINHI": np.full(threads, SHARED_WINDOW, np.uint64),
             "SR_LANEID": lanes % np.uint64(WARP),
         }
         constants = bytearray(PARAMETERS) + bytes(parameters)
@@ -90,7 +65,7 @@ class Machine:
         self.state = Registers(threads, bytes(constants), special)
         self.block = block.astype(np.int64)
         self.blocks, self.cluster, self.warps = blocks, launch.cluster, launch.threads // WARP
-        self.shared = np.zeros((blocks, sass.SHARED_OFFSET + launch.shared_bytes + STATIC), np.uint8)
+        self.shared = np.zeros((blocks, SHARED_OFFSET + launch.shared_bytes + STATIC), np.uint8)
         self.gone = np.zeros(threads, bool)
         self.at = {0: np.arange(threads)}  # lanes that can go on, by their next instruction
         self.waiting = np.full(threads, -1)  # for a barrier of blocks: behind which instruction
@@ -122,7 +97,7 @@ class Machine:
         self._count(instruction, lanes)
         acting = lanes
         if instruction.guard:
-            acting = lanes[sass.predicate(instruction.guard)(self.state, lanes)]
+            acting = lanes[predicate(instruction.guard)(self.state, lanes)]
         name = instruction.name.partition(".")[0]
         if flow := getattr(self, f"_{name.lower()}", None):
             flow(here, lanes, acting, instruction)
@@ -136,11 +111,11 @@ class Machine:
     def _made(self, instruction, name):
         if name in NOTHING:
             return lambda s, a: None
-        if name in DO:
-            return DO[name](instruction.name, list(instruction.operands))
+        if make := INTEGERS.get(name) or FLOATS.get(name):
+            return make(instruction.name, list(instruction.operands))
         if name in ("LDL", "STL", "LDG", "LDS", "LD", "STG", "STS", "ST", "LDGSTS", "SHFL", "VOTE", "VOTEU"):
             return getattr(self, f"made_{name.lower()}")(instruction.name, list(instruction.operands))
-        raise sass.Unknown(f"{instruction.name} {instruction.operands}")
+        raise Unknown(f"{instruction.name} {instruction.operands}")
 
     def _go(self, there: int, lanes: np.ndarray) -> None:
         if len(lanes):
@@ -162,13 +137,13 @@ class Machine:
 
     def _bra(self, here, lanes, acting, instruction):
         if "DIV" in instruction.name:  # where not all lanes that are expected are together
-            expected = sass.word(instruction.operands[0])(self.state, lanes)
+            expected = word(instruction.operands[0])(self.state, lanes)
             together = np.bincount(lanes // WARP, minlength=self.blocks * self.warps)[lanes // WARP]
             acting = lanes[together != np.array([int(v).bit_count() for v in expected])]
         else:
             for text in instruction.operands[:-1]:
-                acting = acting[sass.predicate(text)(self.state, acting)]
-        self._part(here, lanes, acting, sass.target(self.code, instruction))
+                acting = acting[predicate(text)(self.state, acting)]
+        self._part(here, lanes, acting, target(self.code, instruction))
 
     def _part(self, here, lanes, acting, there):
         if len(acting) == len(lanes):
@@ -180,10 +155,10 @@ class Machine:
             self._go(here + 1, np.setdiff1d(lanes, acting, assume_unique=True))
 
     def _call(self, here, lanes, acting, instruction):
-        self._part(here, lanes, acting, sass.target(self.code, instruction))
+        self._part(here, lanes, acting, target(self.code, instruction))
 
     def _ret(self, here, lanes, acting, instruction):
-        back = sass.word(instruction.operands[0].split()[0])(self.state, acting)
+        back = word(instruction.operands[0].split()[0])(self.state, acting)
         for there in np.unique(back):
             self._go(self.code.addresses[int(there)], acting[back == there])
         self._go(here + 1, np.setdiff1d(lanes, acting, assume_unique=True))
@@ -209,7 +184,7 @@ class Machine:
 
     def _warpsync(self, here, lanes, acting, instruction):
         if "ALL" not in instruction.name:
-            raise sass.Unknown(instruction.name)
+            raise Unknown(instruction.name)
         self._wait_for_lanes(here, lanes, acting, EVERY_LANE)
 
     def _wait_for_lanes(self, here, lanes, acting, barrier):
@@ -228,7 +203,7 @@ class Machine:
 
     def _bar(self, here, lanes, acting, instruction):
         if instruction.operands != ("0x0",):
-            raise sass.Unknown(f"{instruction.name} {instruction.operands}")
+            raise Unknown(f"{instruction.name} {instruction.operands}")
         self.waiting[acting] = here + 1
         self._go(here + 1, np.setdiff1d(lanes, acting, assume_unique=True))
         self._release_blocks()
@@ -249,12 +224,12 @@ class Machine:
     # --- memory, and other lanes ---
 
     def made_ldg(self, name, operands):
-        put, where, size = sass.put_words(operands[0], name), sass.address(operands[1]), sass.bytes_of(name)
+        put, where, size = put_words(operands[0], name), address(operands[1]), bytes_of(name)
         return lambda s, a: put(s, a, self.memory.load(where(s, a), size))
 
     def made_stg(self, name, operands):
-        where, size = sass.address(operands[0]), sass.bytes_of(name)
-        read = sass.words_of(operands[1], size)
+        where, size = address(operands[0]), bytes_of(name)
+        read = words_of(operands[1], size)
         return lambda s, a: self.memory.store(where(s, a), read(s, a))
 
     def _place(self, s, a, addresses, size):
@@ -266,14 +241,14 @@ class Machine:
         )
 
     def made_lds(self, name, operands):
-        put, where, size = sass.put_words(operands[0], name), sass.address(operands[1]), sass.bytes_of(name)
+        put, where, size = put_words(operands[0], name), address(operands[1]), bytes_of(name)
         return lambda s, a: put(s, a, self.shared[self._place(s, a, where(s, a), size)])
 
     made_ld = made_lds  # kernels read memory of other blocks by generic addresses, nothing else
 
     def made_sts(self, name, operands):
-        where, size = sass.address(operands[0]), sass.bytes_of(name)
-        read = sass.words_of(operands[1], size)
+        where, size = address(operands[0]), bytes_of(name)
+        read = words_of(operands[1], size)
 
         def act(s, a):
             self.shared[self._place(s, a, where(s, a), size)] = read(s, a)
@@ -283,15 +258,15 @@ class Machine:
     @staticmethod
     def _of_thread(s, a, addresses, size):
         """Of local memory: whose, and where."""
-        return np.arange(s.threads)[a][:, None], (addresses.astype(np.int64)[:, None] + np.arange(size)) % sass.LOCAL
+        return np.arange(s.threads)[a][:, None], (addresses.astype(np.int64)[:, None] + np.arange(size)) % LOCAL
 
     def made_ldl(self, name, operands):
-        put, where, size = sass.put_words(operands[0], name), sass.address(operands[1]), sass.bytes_of(name)
+        put, where, size = put_words(operands[0], name), address(operands[1]), bytes_of(name)
         return lambda s, a: put(s, a, s.local[self._of_thread(s, a, where(s, a), size)])
 
     def made_stl(self, name, operands):
-        where, size = sass.address(operands[0]), sass.bytes_of(name)
-        read = sass.words_of(operands[1], size)
+        where, size = address(operands[0]), bytes_of(name)
+        read = words_of(operands[1], size)
 
         def act(s, a):
             s.local[self._of_thread(s, a, where(s, a), size)] = read(s, a)
@@ -299,7 +274,7 @@ class Machine:
         return act
 
     def made_ldgsts(self, name, operands):
-        into, where, size = sass.address(operands[0]), sass.address(operands[1]), sass.bytes_of(name)
+        into, where, size = address(operands[0]), address(operands[1]), bytes_of(name)
 
         def act(s, a):
             self.shared[self._place(s, a, into(s, a), size)] = self.memory.load(where(s, a), size)
@@ -307,9 +282,9 @@ class Machine:
         return act
 
     def made_shfl(self, name, operands):
-        inside, put = sass._put_predicate(operands[0]), sass._put(operands[1])
-        file, index = sass.register(operands[2])
-        by, bounds = sass.word(operands[3]), sass.word(operands[4])
+        inside, put = put_predicate(operands[0]), put_word(operands[1])
+        file, index = register(operands[2])
+        by, bounds = word(operands[3]), word(operands[4])
         mode = name.split(".")[1]
 
         def act(s, a):
@@ -331,18 +306,18 @@ class Machine:
 
     def made_vote(self, name, operands):
         mode = name.split(".")[1]
-        given = sass.predicate(operands[-1])
+        given = predicate(operands[-1])
         first = operands[0]
 
         def act(s, a):
             lanes = np.arange(s.threads)[a]
             votes = np.zeros(s.threads, bool)
             votes[lanes] = given(s, a)
-            if mode == "ANY" and sass._PREDICATE.match(first):
-                sass._put_predicate(first)(s, a, votes.reshape(-1, WARP).any(axis=1)[lanes // WARP])
+            if mode == "ANY" and PREDICATE.match(first):
+                put_predicate(first)(s, a, votes.reshape(-1, WARP).any(axis=1)[lanes // WARP])
             else:
                 ballot = (votes.reshape(-1, WARP) << np.arange(WARP, dtype=np.uint64)).sum(axis=1).astype(np.uint64)
-                sass._put(first)(s, a, ballot[lanes // WARP])
+                put_word(first)(s, a, ballot[lanes // WARP])
 
         return act
 
