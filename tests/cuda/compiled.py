@@ -77,7 +77,7 @@ def line_of(specialisation: Specialisation, architecture: int, cuda: int) -> str
     return f"{specialisation} {found} {'; '.join(wrong) or 'fine'}"
 
 
-def lines_of(indices: range, architecture: int, cuda: int) -> list[str]:
+def lines_of(indices: list[int], architecture: int, cuda: int) -> list[str]:
     every = specialisations()
     return [line_of(every[i], architecture, cuda) for i in indices if every[i].fits(architecture)]
 
@@ -89,8 +89,9 @@ def compile_column(cuda: int, architecture: int, folder: Path, pool: ProcessPool
     header = f"# {sources()} CUDA {nvrtc.version(cuda)}"
     known: dict[str, str] = {}
     if log.exists():
-        first, *rest = log.read_text().split("\n")[:-1]  # the last is empty, or was cut
-        known = {line.partition(" ")[0]: line for line in rest} if first == header else {}
+        lines = log.read_text().split("\n")[:-1]  # the last is empty, or was cut
+        if lines[:1] == [header]:
+            known = {line.partition(" ")[0]: line for line in lines[1:]}
     wanted = [(i, str(s)) for i, s in enumerate(specialisations()) if s.fits(architecture)]
     left = [i for i, of in wanted if of not in known]
     begin, done = time.monotonic(), 0
@@ -134,7 +135,12 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.log.mkdir(exist_ok=True)
     specialisations()  # before processes are made, which then have them
-    record = {"specialisations": set_of_names(), "sources": sources(), "columns": {}}
+    record = {
+        "command": "python -m tests.cuda.compiled",
+        "specialisations": set_of_names(),
+        "sources": sources(),
+        "columns": {},
+    }
     if RECORD.exists():
         before = json.loads(RECORD.read_text())
         if all(before[name] == record[name] for name in ("specialisations", "sources")):
