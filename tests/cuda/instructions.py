@@ -45,6 +45,7 @@ from tests.cuda.resnet50 import (
     is_resident,
     launches,
     moved,
+    on_chip,
     over_elements,
 )
 
@@ -147,8 +148,9 @@ def path(layer: Layer, device: Device) -> str:
     found = launches(layer, device.limits)
     grids = ", ".join(f"{each.launch.grid} × {each.launch.threads}" for each in over_elements(found))
     shared = max(each.launch.shared_bytes for each in over_elements(found)) / 1024
-    clusters = over_elements(found)[0].launch.cluster
-    how = f"chip/{clusters}" if is_resident(found) else "passes"
+    first = over_elements(found)[0].launch
+    alone = f"chip/{first.cluster}" if on_chip(found) else first.kernel
+    how = alone if is_resident(found) else "passes"
     return f"{how}: {grids}; {shared:.0f} KiB; {moved(layer, found)} S"
 
 
@@ -218,8 +220,7 @@ def share(layer: Layer, device: Device) -> str:
     cycles = device.limits.multiprocessors * device.gigahertz * 1e9
     of_copy = COPY * device.terabytes * 1e12
     taken, limits = 0.0, []
-    on_chip = over_elements(found)[0].launch.kernel.startswith("slab")
-    of_each = costs(layer._replace(N=BATCHES[0]), on_chip)
+    of_each = costs(layer._replace(N=BATCHES[0]), on_chip(found))
     reads = [FLOOR[layer.operation] - each.launch.kernel.startswith("reduce") for each in over_elements(found)]
     if None in of_each:
         return "?"

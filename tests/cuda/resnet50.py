@@ -149,6 +149,11 @@ def is_resident(found: tuple[Launched, ...]) -> bool:
     return len(over_elements(found)) == 1
 
 
+def on_chip(found: tuple[Launched, ...]) -> bool:
+    """Whether it keeps what it reads in shared memory."""
+    return over_elements(found)[0].launch.kernel.startswith("slab")
+
+
 def apart(parameters: bytes) -> tuple[bytes, dict[str, int]]:
     """The same with addresses that are far apart, by the member that has them."""
     block, bases = bytearray(parameters), {}

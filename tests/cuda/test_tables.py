@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from tests.cuda import compiled, nvrtc
+from cubn.backends.cuda.plan import Launch
+from tests.cuda import compiled, instructions, nvrtc
 from tests.cuda.instructions import TABLES, of_page, parsed_arguments
+from tests.cuda.resnet50 import DEVICES, PASSES, Layer, apart, launches
 
 
 def check(table):
@@ -15,6 +18,31 @@ def check(table):
 
 def test_plans_are_the_planner_s():
     check("plans")
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "shared", "registers", "blocks"),
+    [
+        ("H200", 256, 99 << 10, 64, 2),  # shared memory, with 1 KiB of each block's that is reserved
+        ("H200", 256, 114 << 10, 64, 1),
+        ("T4", 256, 32 << 10, 64, 2),
+        ("H200", 256, 0, 65, 3),  # registers, by eight
+        ("RTX 4090", 512, 0, 32, 3),  # threads
+        ("T4", 32, 0, 16, 16),  # blocks
+    ],
+)
+def test_a_multiprocessor_has_room_for_so_many_blocks(monkeypatch, device, threads, shared, registers, blocks):
+    monkeypatch.setattr(instructions, "compiled", lambda *_: nvrtc.Kernel("", registers, 0, 0))
+    launch = Launch("f", (), 1, shared, (), threads=threads)
+    assert instructions.blocks_at_once(launch, DEVICES[device]) == blocks
+
+
+@pytest.mark.parametrize(("layout", "limits"), [("nchw", PASSES), ("nhwc", PASSES), ("nchw", DEVICES["H200"].limits)])
+def test_addresses_of_a_launch_are_apart_and_nothing_else_changes(layout, limits):
+    for each in launches(Layer(32, 512, 28, layout, operation="backward"), limits):
+        parameters, bases = apart(each.parameters)
+        words, before = (np.frombuffer(block, np.int64) for block in (parameters, each.parameters))
+        assert len(set(bases.values())) == len(bases) == (words != before).sum()
 
 
 @pytest.mark.slow
