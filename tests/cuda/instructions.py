@@ -118,7 +118,7 @@ def instructions(arguments) -> list[str]:
         for dtype in arguments.dtype:
             lines += [
                 "",
-                f"{layout}, {dtype}, batch {BATCHES[0]}:",
+                f"{layout}, {dtype}, batch {BATCHES[0]}, by the compiler of CUDA {nvrtc.version(13)}:",
                 "",
                 "| rows | operation | on chip: reduce | merges | apply | all | float64 | passes: reduce | apply |",
                 "|---|---|---|---|---|---|---|---|---|",

@@ -49,9 +49,11 @@ def test_addresses_of_a_launch_are_apart_and_nothing_else_changes(layout, limits
 @pytest.mark.parametrize("table", ["instructions", "occupancy", "predicted"])
 def test_what_is_compiled_is_the_compiler_s(table):
     try:
-        nvrtc.library(13)
+        compiler = f"CUDA {nvrtc.version(13)}:"
     except FileNotFoundError as error:
         pytest.skip(str(error))
+    if compiler not in of_page("instructions"):
+        pytest.skip(f"the tables are of another compiler than that of {compiler[:-1]}")
     check(table)
 
 
