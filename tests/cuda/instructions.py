@@ -1,161 +1,294 @@
-"""Instructions that a GPU issues for each bfloat16 element, counted in the machine code of the kernels' hot loops.
+"""The tables of docs/gpu.md and docs/gpu_layers.md: what the planner and the compiler make of ResNet-50, as Markdown.
 
-python -m tests.cuda.instructions [ARCHITECTURE]       90 unless told; needs nvidia-cuda-nvrtc and nvidia-cuda-nvdisasm
+    python -m tests.cuda.instructions                      all of them
+    python -m tests.cuda.instructions --table plans        one: instructions, plans, occupancy or predicted
+    python -m tests.cuda.instructions --dtype float32 --layout nhwc --device T4
+    python -m tests.cuda.instructions --write              into the pages
 
-Counted is the way through a loop with most accesses of a kind and, of these, fewest instructions: whole tiles and
-octets. An element that is not there, in a warp's last lanes, costs as much as one that is.
+Instructions are counted where they are executed: `machine` runs the machine code for compute capability 9.0 of the
+first blocks (a cluster, where there are clusters) with the parameters that the planner makes for the layer. An
+instruction of a warp counts as 32, however many of its lanes are there; the sum over the blocks is divided by the
+elements that these read. So partial tiles, torn octets, merges and idle lanes are in it. Error: a device may take
+more turns where lanes of a warp part; other blocks may have fewer elements.
+
+Needs nvidia-cuda-nvrtc and, but for plans, nvidia-cuda-nvdisasm.
 """
 
-import importlib.util
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
+import argparse
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
-from cubn.backends.cuda.plan import option
+import numpy as np
+
+from cubn._types import ITEMSIZE
+from cubn.backends.cuda.plan import Launch
 from cubn.backends.cuda.source import translation_unit
 from tests.cuda import nvrtc
-
-_LABEL = re.compile(r"^(\.L_x_\d+):")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
-
-WIDE = r"(LD[GS]|LDGSTS|ST[GS])\S*\.128"
-READ = r"LDS\S*\.128"  # from shared memory
-READ_ONE = r"LDS\.U16"
-WRITE = r"STG\S*\.128"
-CHANNELS = r"LDS\S*\.64"  # a lane's, from shared memory
-
-NORMALIZE = {"OPERATION": "NORMALIZE", "RESIDUAL": 0, "RELU": 1, "KEEP_BITS": 0}
-GRADIENT = {"OPERATION": "GRADIENT", "RESIDUAL": 0, "GATE": "GATE_NONE", "FROZEN": 0}
-DENSE = {"CROSSING": 0, "INDEX": "unsigned"}
-ODD = {"CROSSING": 2, "INDEX": "unsigned"}
-LARGE = {"THREADS": 256, "CLUSTER": 1, "GROUPED": 0, "TILE_LANES": 32, "TILE_ROWS": 8}
-SMALL = {"THREADS": 256, "CLUSTER": 1, "GROUPED": 1, "TILE_LANES": 1, "TILE_ROWS": 1}
-SLICE = {"THREADS": 256, "CLUSTER": 1, "SLICE": 64, "TILE_ROWS": 1, "DEPTH": 4, "TILE_DEPTH": 8}
-
-OCTET, TILE = 8, 64
-"""Elements of a lane on one way through a loop."""
-ROW = 49
-"""Of a thread that has a row: all are read one by one, and its loop over octets goes round six times."""
-LEAST = 40
-"""Instructions, below which a loop does something else."""
-
-
-class Loop(NamedTuple):
-    """Those with so many accesses of a kind, and how often each goes round, for how many elements."""
-
-    what: str
-    kernel: str
-    options: dict[str, object]
-    access: str
-    rounds: dict[int, int]
-    elements: int
-
-
-LOOPS = (
-    Loop("normalise + ReLU, nchw", "apply_rows", NORMALIZE | DENSE, WIDE, {3: 1}, OCTET),
-    Loop("normalise + ReLU, nchw, odd rows", "apply_rows", NORMALIZE | ODD, WIDE, {4: 1}, OCTET),
-    Loop("input gradient, nchw", "apply_rows", GRADIENT | DENSE, WIDE, {4: 1}, OCTET),
-    Loop("normalise + ReLU, nhwc", "apply_channels", NORMALIZE, WIDE, {2: 1}, OCTET),
-    Loop("input gradient, nhwc", "apply_channels", GRADIENT, WIDE, {3: 1}, OCTET),
-    Loop("training step on chip, reduce", "slab", LARGE | NORMALIZE, READ, {8: 1}, TILE),
-    Loop("training step on chip, normalise", "slab", LARGE | NORMALIZE, WRITE, {1: 1}, OCTET),
-    Loop("gradient on chip, add up", "slab", LARGE | GRADIENT, READ, {8: 1}, TILE // 2),  # four rows; then the merges
-    Loop("gradient on chip, apply", "slab", LARGE | GRADIENT, WRITE, {1: 1}, OCTET),
-    Loop("training step on chip, 7 x 7, reduce", "slab", SMALL | NORMALIZE, READ_ONE, {16: 1, 8: 5}, ROW),
-    Loop("training step on chip, 7 x 7, normalise", "slab", SMALL | NORMALIZE, WRITE, {1: 1}, OCTET),
-    Loop("gradient on chip, 7 x 7, add up", "slab", SMALL | GRADIENT, READ_ONE, {30: 1, 16: 5}, ROW),
-    Loop("gradient on chip, 7 x 7, apply", "slab", SMALL | GRADIENT, WRITE, {1: 1}, OCTET),
-    Loop("training step on chip, nhwc, reduce", "slab_channels", SLICE | NORMALIZE, CHANNELS, {8: 1}, 4 * OCTET),
-    Loop("training step on chip, nhwc, normalise", "slab_channels", SLICE | NORMALIZE, WRITE, {1: 1}, OCTET),
-    Loop("gradient on chip, nhwc, add up", "slab_channels", SLICE | GRADIENT, CHANNELS, {16: 1}, 4 * OCTET),
-    Loop("gradient on chip, nhwc, apply", "slab_channels", SLICE | GRADIENT, WRITE, {1: 1}, OCTET),
+from tests.cuda.machine.listing import Code, disassembled, parsed
+from tests.cuda.machine.machine import Machine
+from tests.cuda.machine.memory import Memory
+from tests.cuda.machine.registers import Unknown
+from tests.cuda.resnet50 import (
+    BATCHES,
+    DEVICES,
+    FLOOR,
+    LAYERS,
+    LAYOUTS,
+    OPERATIONS,
+    PASSES,
+    Device,
+    Launched,
+    Layer,
+    apart,
+    contents,
+    is_resident,
+    launches,
+    moved,
+    on_chip,
+    over_elements,
 )
 
-
-class Code:
-    """Instructions, which can follow which, and which are accesses of a kind."""
-
-    def __init__(self, text: str, access: str) -> None:
-        labels: dict[str, int] = {}
-        lines: list[tuple[bool, str, str]] = []  # predicated, instruction, operands
-        for line in text.splitlines():
-            if label := _LABEL.match(line):
-                labels[label[1]] = len(lines)
-            elif found := _INSTRUCTION.match(line):
-                lines.append((bool(found[1]), found[2], found[3]))
-        self.is_access = [bool(re.match(access, instruction)) for _, instruction, _ in lines]
-        self.next = [list(self._next(lines, labels, i)) for i in range(len(lines))]
-
-    @staticmethod
-    def _next(lines, labels, i):
-        predicated, instruction, operands = lines[i]
-        name = instruction.partition(".")[0]
-        target = re.search(r"\.L_x_\d+", operands)
-        if name == "BRA" and target:
-            yield labels[target[0]]
-            predicated = predicated or bool(re.match(r"\s*!?U?P\d", operands))
-        if name not in ("BRA", "EXIT", "RET") or predicated:
-            yield i + 1
-
-    def loops(self):
-        """(accesses, instructions) of the hottest way through each loop."""
-        order, back = self._depth_first()
-        for last, first in back:
-            best: dict[int, tuple[int, int]] = {}
-            for i in order:  # what follows comes before
-                ahead = [best[j] for j in self.next[i] if (i, j) not in back and j in best]
-                if i == last or ahead:
-                    most, fewest = (0, 0) if i == last else max(ahead)
-                    best[i] = (most + self.is_access[i], fewest - 1)
-            if first in best:
-                yield best[first][0], -best[first][1]
-
-    def _depth_first(self):
-        """Instructions in the order in which they are left, and the steps that lead back into a loop."""
-        order, back, state = [], set(), [""] * len(self.next)
-        path = [(0, iter(self.next[0]))]
-        state[0] = "on the path"
-        while path:
-            i, following = path[-1]
-            for j in following:
-                if not state[j]:
-                    state[j] = "on the path"
-                    path.append((j, iter(self.next[j])))
-                    break
-                if state[j] == "on the path":
-                    back.add((i, j))
-            else:
-                state[i] = "left"
-                order.append(i)
-                path.pop()
-        return order, back
+DOCS = Path(__file__).parents[2] / "docs"
+ARCHITECTURE = 90  # of the code that is executed
+ROWS = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
+DTYPES = ("bfloat16", "float32")
+COPY = 0.9  # of a data sheet's bandwidth that a copy reaches
+ISSUED = 128  # lanes of instructions that a multiprocessor begins in a cycle
+REGISTERS = 65536  # of a multiprocessor
+SMALL = 0.1  # of a kernel's instructions, below which a phase is not one of its main ones
 
 
-def disassembled(image: bytes) -> str:
-    spec = importlib.util.find_spec("nvidia")
-    places = [Path(folder, "cu13/bin/nvdisasm") for folder in (spec.submodule_search_locations if spec else ())]
-    tool = next((str(place) for place in places if place.exists()), None) or shutil.which("nvdisasm")
-    if tool is None:
-        raise SystemExit("no nvdisasm: pip install nvidia-cuda-nvdisasm")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(image)
-        file.flush()
-        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+# --- instructions -----------------------------------------------------------------------------------------------------
 
 
-def instructions(loop: Loop, architecture: int) -> float:
-    """For each element."""
-    options = option(ELEMENT="bfloat16", **loop.options)
-    code = Code(disassembled(nvrtc.cubin(translation_unit(loop.kernel), options, architecture)), loop.access)
-    found = [(most, count) for most, count in code.loops() if count >= LEAST]
-    rounds = (times * min(count for most, count in found if most == n) for n, times in loop.rounds.items())
-    return sum(rounds) / loop.elements
+class Cost(NamedTuple):
+    """Instructions of a lane for an element."""
+
+    reduce: float  # to the end of the phase with most of them, but for the last
+    rest: float  # merges, coefficients
+    apply: float
+    double: float  # of all
+
+    @property
+    def all(self) -> float:
+        return self.reduce + self.rest + self.apply
+
+
+@functools.lru_cache(64)
+def code_of(source: str, kernel: str, options: tuple[str, ...]) -> Code:
+    return parsed(disassembled(nvrtc.cubin(translation_unit(source), options, ARCHITECTURE)), kernel)
+
+
+def executed(layer: Layer, launched: Launched) -> Cost | None:
+    """Of the first blocks; None where the machine does not know an instruction."""
+    launch = launched.launch
+    parameters, bases = apart(launched.parameters)
+    memory = Memory(contents(layer, bases), watched=bases["x.pointer"])
+    code = code_of(launch.source, launch.kernel, launch.options)
+    try:
+        counts = Machine(code, launch, parameters, memory, 0, launch.cluster).run()
+    except (Unknown, RuntimeError):
+        return None
+    phases, double = counts.all.sum(axis=(0, 1)), counts.double.sum()
+    elements = len(memory.seen()) / ITEMSIZE[layer.dtype]
+    of_element = 32 / elements
+    main = np.flatnonzero(phases >= SMALL * phases.sum())
+    last = main[-1] if applies(launch) and main[-1] else len(phases)
+    most = int(np.argmax(phases[:last])) + 1
+    return Cost(*(of_element * n for n in (phases[:most].sum(), phases[most:last].sum(), phases[last:].sum(), double)))
+
+
+def applies(launch: Launch) -> bool:
+    """Whether a kernel reduces first and writes elements then."""
+    return any(option.startswith("-DOPERATION=") for option in launch.options)
+
+
+@functools.lru_cache(256)
+def costs(layer: Layer, resident: bool) -> tuple[Cost | None, ...]:
+    """Of the launches that go over all elements, as planned for the first device, or of several passes."""
+    limits = next(iter(DEVICES.values())).limits if resident else PASSES
+    return tuple(executed(layer, each) for each in over_elements(launches(layer, limits)))
+
+
+def instructions(arguments) -> list[str]:
+    """For each layout and dtype."""
+    lines = []
+    for layout in arguments.layout:
+        for dtype in arguments.dtype:
+            lines += [
+                "",
+                f"{layout}, {dtype}, batch {BATCHES[0]}, by the compiler of CUDA {nvrtc.version(13)}:",
+                "",
+                "| rows | operation | on chip: reduce | merges | apply | all | float64 | passes: reduce | apply |",
+                "|---|---|---|---|---|---|---|---|---|",
+            ]
+            for C, side in ROWS:
+                for operation in OPERATIONS:
+                    layer = Layer(BATCHES[0], C, side, layout, dtype, operation)
+                    chip = costs(layer, True)
+                    of_chip = figures(*chip) if len(chip) == 1 else "– | – | – | – | –"
+                    passes = costs(layer, False)
+                    of_passes = " | ".join(f"{cost.all:.1f}" if cost else "?" for cost in passes)
+                    lines.append(f"| {side}² | {operation} | {of_chip} | {of_passes} |")
+    return lines[1:]
+
+
+def figures(cost: Cost | None) -> str:
+    if cost is None:
+        return "? | ? | ? | ? | ?"
+    return f"{cost.reduce:.1f} | {cost.rest:.1f} | {cost.apply:.1f} | {cost.all:.1f} | {cost.double:.1f}"
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def path(layer: Layer, device: Device) -> str:
+    """On chip or in passes; blocks and threads of each launch over all elements; bytes moved."""
+    found = launches(layer, device.limits)
+    grids = ", ".join(f"{each.launch.grid} × {each.launch.threads}" for each in over_elements(found))
+    shared = max(each.launch.shared_bytes for each in over_elements(found)) / 1024
+    first = over_elements(found)[0].launch
+    alone = f"chip/{first.cluster}" if on_chip(found) else first.kernel
+    how = alone if is_resident(found) else "passes"
+    return f"{how}: {grids}; {shared:.0f} KiB; {moved(layer, found)} S"
+
+
+def layers_table(arguments, cell) -> list[str]:
+    """A table for each layout and operation: a row for each layer, a column for each device."""
+    lines = []
+    for layout in arguments.layout:
+        for operation in OPERATIONS:
+            lines += [
+                "",
+                f"{operation}, {layout}, {arguments.dtype[0]}; at least {FLOOR[operation]} S move:",
+                "",
+                f"| layer | {' | '.join(arguments.device)} |",
+                f"|---|{'---|' * len(arguments.device)}",
+            ]
+            for C, side in LAYERS:
+                for N in BATCHES:
+                    layer = Layer(N, C, side, layout, arguments.dtype[0], operation)
+                    cells = " | ".join(cell(layer, DEVICES[name]) for name in arguments.device)
+                    lines.append(f"| {C} @ {side}² × {N} | {cells} |")
+    return lines[1:]
+
+
+def plans(arguments) -> list[str]:
+    return layers_table(arguments, path)
+
+
+# --- what a multiprocessor has room for -------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled(source: str, kernel: str, options: tuple[str, ...], architecture: int) -> nvrtc.Kernel:
+    return nvrtc.compile(translation_unit(source), options, architecture)[kernel]
+
+
+def blocks_at_once(launch: Launch, device: Device) -> int:
+    """Of a multiprocessor."""
+    kernel = compiled(launch.source, launch.kernel, launch.options, device.architecture)
+    registers = -(-kernel.registers // 8) * 8 * launch.threads
+    shared = launch.shared_bytes + kernel.shared_bytes + device.reserved_bytes
+    of_threads = device.threads // launch.threads
+    return min(REGISTERS // registers, of_threads, device.blocks, device.shared_bytes // max(shared, 1))
+
+
+def room(layer: Layer, device: Device) -> str:
+    """Blocks of a multiprocessor, and waves, of each launch over all elements."""
+    found = []
+    for each in over_elements(launches(layer, device.limits)):
+        blocks = blocks_at_once(each.launch, device)
+        waves = each.launch.grid / (blocks * device.limits.multiprocessors)
+        found.append(f"{blocks} ({waves:.1f})")
+    return ", ".join(found)
+
+
+def occupancy(arguments) -> list[str]:
+    return layers_table(arguments, room)
+
+
+# --- predicted --------------------------------------------------------------------------------------------------------
+
+
+def share(layer: Layer, device: Device) -> str:
+    """Of a copy's speed on the bytes that must move, and what limits it."""
+    found = launches(layer, device.limits)
+    N, C, S = layer.extents
+    elements, item = N * C * S, ITEMSIZE[layer.dtype]
+    cycles = device.limits.multiprocessors * device.gigahertz * 1e9
+    of_copy = COPY * device.terabytes * 1e12
+    taken, limits = 0.0, []
+    of_each = costs(layer._replace(N=BATCHES[0]), on_chip(found))
+    reads = [FLOOR[layer.operation] - each.launch.kernel.startswith("reduce") for each in over_elements(found)]
+    if None in of_each:
+        return "?"
+    if len(of_each) != len(reads):  # one kernel does what several do there
+        of_each = (Cost(*map(sum, zip(*of_each, strict=True))),)
+    for cost, arrays in zip(of_each, reads, strict=True):
+        times = {
+            "memory": arrays * elements * item / of_copy,
+            "instructions": cost.all * elements / (cycles * ISSUED),
+            "float64": cost.double * elements / (cycles * device.doubles),
+        }
+        limits.append(max(times, key=times.__getitem__))
+        taken += max(times.values())
+    least = FLOOR[layer.operation] * elements * item / of_copy
+    return f"{100 * least / taken:.0f} % {'/'.join(dict.fromkeys(limits))}"
+
+
+def predicted(arguments) -> list[str]:
+    return layers_table(arguments, share)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+TABLES = {"instructions": instructions, "plans": plans, "occupancy": occupancy, "predicted": predicted}
+
+
+def marks(table: str) -> tuple[str, str]:
+    """What a table is between, in the page."""
+    return f"<!-- table: {table} -->\n", "<!-- end of table -->\n"
+
+
+def page(table: str) -> Path:
+    return DOCS / ("gpu.md" if table == "instructions" else "gpu_layers.md")
+
+
+def of_page(table: str) -> str:
+    begin, end = marks(table)
+    _, _, rest = page(table).read_text(encoding="utf-8").partition(begin)
+    return rest.partition(end)[0].strip("\n")
+
+
+def put_into_page(table: str, text: str) -> None:
+    begin, end = marks(table)
+    before, _, rest = page(table).read_text(encoding="utf-8").partition(begin)
+    assert rest, f"{page(table).name} has no place for {table}"
+    after = rest.partition(end)[2]
+    page(table).write_text(f"{before}{begin}\n{text}\n\n{end}{after}", encoding="utf-8")
+
+
+def parsed_arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--table", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--device", nargs="+", choices=DEVICES, default=["H200", "A100", "RTX 4090", "T4"])
+    parser.add_argument("--write", action="store_true", help="into the pages")
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    arguments = parsed_arguments()
+    for table in arguments.table:
+        text = "\n".join(TABLES[table](arguments))
+        if arguments.write:
+            put_into_page(table, text)
+        else:
+            print(f"\n{table}\n\n{text}", flush=True)
 
 
 if __name__ == "__main__":
-    for loop in LOOPS:
-        print(f"| {loop.what} | {instructions(loop, int(sys.argv[1]) if sys.argv[1:] else 90):.1f} |")
+    main()

@@ -21,7 +21,7 @@ OPTIONS = ("-std=c++17", "-ftz=true", "--ptxas-options=-v")
 _REPORT = re.compile(
     r"Compiling entry function '(\w+)'.*?"
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-    r"Used (\d+) registers",
+    r"Used (\d+) registers(?:[^\n]*?, (\d+) bytes smem)?",
     re.DOTALL,
 )
 _ENTRY = re.compile(r"^\.visible \.entry (\w+)\(.*?^\}", re.MULTILINE | re.DOTALL)
@@ -34,6 +34,7 @@ class Kernel(NamedTuple):
     registers: int
     stack_bytes: int  # of local memory
     spill_bytes: int
+    shared_bytes: int = 0  # besides what a launch asks for
 
 
 class CompileError(Exception):
@@ -56,6 +57,13 @@ def library(cuda: int) -> ctypes.CDLL:
     raise FileNotFoundError(f"no compiler of CUDA {cuda}: pip install {wheel}")
 
 
+def version(cuda: int) -> str:
+    """Of the compiler, as "13.0"."""
+    nvrtc, major, minor = library(cuda), ctypes.c_int(), ctypes.c_int()
+    _check(nvrtc, nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return f"{major.value}.{minor.value}"
+
+
 def architectures(cuda: int) -> list[int]:
     """The compute capabilities the compiler makes code for, as 75, 90, 120."""
     nvrtc, count = library(cuda), ctypes.c_int()
@@ -70,11 +78,11 @@ def compile(source: str, options: tuple[str, ...], architecture: int, cuda: int 
     with _compiled(source, options, architecture, cuda) as (nvrtc, program):
         log, ptx = (_bytes(nvrtc, program, what)[:-1].decode() for what in ("ProgramLog", "PTX"))
     entries = {match[1]: match[0] for match in _ENTRY.finditer(ptx)}
-    reports = {name: tuple(map(int, numbers)) for name, *numbers in _REPORT.findall(log)}
+    reports = {name: tuple(int(number or 0) for number in numbers) for name, *numbers in _REPORT.findall(log)}
     assert entries.keys() == reports.keys(), log
     return {
-        name: Kernel(entries[name], registers, stack, stores + loads)
-        for name, (stack, stores, loads, registers) in reports.items()
+        name: Kernel(entries[name], registers, stack, stores + loads, shared)
+        for name, (stack, stores, loads, registers, shared) in reports.items()
     }
 
 

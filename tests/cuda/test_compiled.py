@@ -1,0 +1,70 @@
+"""The program that compiles everything: it goes on where it was stopped, and no old log passes for a new one."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.cuda import compiled, nvrtc
+from tests.cuda.specialisations import Specialisation
+
+ALL = tuple(Specialisation("f", "f", (f"-DI={i}", f"-DCLUSTER={1 + i % 2}")) for i in range(20))
+OLD, NEW = 80, 90  # of architectures without and with clusters
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """What is compiled, in turn."""
+    found = []
+
+    def line_of(specialisation, architecture, cuda):
+        found.append((str(specialisation), architecture, cuda))
+        return f"{specialisation} 32 registers 0 stack 0 spills {'spilt' if specialisation == ALL[6] else 'fine'}"
+
+    monkeypatch.setattr(compiled, "specialisations", lambda: ALL)
+    monkeypatch.setattr(compiled, "line_of", line_of)
+    monkeypatch.setattr(compiled, "sources", lambda: "these")
+    monkeypatch.setattr(nvrtc, "version", lambda cuda: f"{cuda}.0")
+    return found
+
+
+def column(folder, architecture=NEW):
+    with ThreadPoolExecutor(1) as pool:
+        return compiled.compile_column(13, architecture, folder, pool)
+
+
+def test_every_specialisation_has_a_line_and_what_is_wrong_is_counted(tmp_path, done, capsys):
+    lines = column(tmp_path)
+    assert [line.partition(" ")[0] for line in lines] == list(map(str, ALL))
+    assert compiled.recorded(13, lines)["wrong"] == 1
+    assert str(ALL[6]) in capsys.readouterr().out
+    assert len(column(tmp_path, OLD)) == 10
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, done):
+    lines = column(tmp_path)
+    (log,) = tmp_path.iterdir()
+    whole = log.read_text()
+    for kept in (0, 3, len(whole) // 2, len(whole) - 2):
+        log.write_text(whole[:kept])
+        done.clear()
+        assert column(tmp_path) == lines
+        assert 0 < len(done) <= (len(ALL) - kept * len(ALL) // len(whole) + 1)
+    done.clear()
+    assert column(tmp_path) == lines
+    assert done == []
+
+
+def test_a_log_of_other_sources_is_not_gone_on_with(tmp_path, done, monkeypatch):
+    column(tmp_path)
+    done.clear()
+    monkeypatch.setattr(compiled, "sources", lambda: "others")
+    column(tmp_path)
+    assert len(done) == len(ALL)
+
+
+def test_the_digest_is_of_what_came_out_not_of_the_order_in_which_it_did(tmp_path, done):
+    lines = column(tmp_path)
+    (log,) = tmp_path.iterdir()
+    header, *rest = log.read_text().splitlines(keepends=True)
+    log.write_text(header + "".join(reversed(rest)))
+    assert compiled.recorded(13, column(tmp_path)) == compiled.recorded(13, lines)

@@ -1,0 +1,71 @@
+"""The tables of the documents are what the planner and the compiler give today."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cubn.backends.cuda.plan import Launch
+from tests.cuda import compiled, instructions, nvrtc
+from tests.cuda.instructions import TABLES, of_page, parsed_arguments
+from tests.cuda.resnet50 import DEVICES, PASSES, Layer, apart, launches
+
+
+def check(table):
+    given = "\n".join(TABLES[table](parsed_arguments([])))
+    assert of_page(table) == given, f"python -m tests.cuda.instructions --write --table {table}"
+
+
+def test_plans_are_the_planner_s():
+    check("plans")
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "shared", "registers", "blocks"),
+    [
+        ("H200", 256, 99 << 10, 64, 2),  # shared memory, with 1 KiB of each block's that is reserved
+        ("H200", 256, 114 << 10, 64, 1),
+        ("T4", 256, 32 << 10, 64, 2),
+        ("H200", 256, 0, 65, 3),  # registers, by eight
+        ("RTX 4090", 512, 0, 32, 3),  # threads
+        ("T4", 32, 0, 16, 16),  # blocks
+    ],
+)
+def test_a_multiprocessor_has_room_for_so_many_blocks(monkeypatch, device, threads, shared, registers, blocks):
+    monkeypatch.setattr(instructions, "compiled", lambda *_: nvrtc.Kernel("", registers, 0, 0))
+    launch = Launch("f", (), 1, shared, (), threads=threads)
+    assert instructions.blocks_at_once(launch, DEVICES[device]) == blocks
+
+
+@pytest.mark.parametrize(("layout", "limits"), [("nchw", PASSES), ("nhwc", PASSES), ("nchw", DEVICES["H200"].limits)])
+def test_addresses_of_a_launch_are_apart_and_nothing_else_changes(layout, limits):
+    for each in launches(Layer(32, 512, 28, layout, operation="backward"), limits):
+        parameters, bases = apart(each.parameters)
+        words, before = (np.frombuffer(block, np.int64) for block in (parameters, each.parameters))
+        assert len(set(bases.values())) == len(bases) == (words != before).sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["instructions", "occupancy", "predicted"])
+def test_what_is_compiled_is_the_compiler_s(table):
+    try:
+        compiler = f"CUDA {nvrtc.version(13)}:"
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    if compiler not in of_page("instructions"):
+        pytest.skip(f"the tables are of another compiler than that of {compiler[:-1]}")
+    check(table)
+
+
+def test_the_record_of_compiled_kernels_has_nothing_wrong():
+    if not compiled.RECORD.exists():
+        pytest.skip("there is no record of compiled kernels: python -m tests.cuda.compiled")
+    record = json.loads(compiled.RECORD.read_text())
+    assert {name: column["wrong"] for name, column in record["columns"].items() if column["wrong"]} == {}
+    if reason := compiled.stale():  # a nuisance at every change, if it failed
+        pytest.skip(f"{reason}: python -m tests.cuda.compiled")
+
+
+@pytest.mark.slow
+def test_the_record_of_compiled_kernels_is_of_the_present_ones():
+    assert compiled.stale() == ""
