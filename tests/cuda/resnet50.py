@@ -70,11 +70,11 @@ class Device:
 
 KIB = 1 << 10
 DEVICES = {
-    "H200": Device(Limits(132, 227 * KIB, (9, 0)), 228 * KIB, KIB, 2048, 32, 1.98, 4.8, 64),
-    "H100": Device(Limits(132, 227 * KIB, (9, 0)), 228 * KIB, KIB, 2048, 32, 1.98, 3.35, 64),
-    "A100": Device(Limits(108, 163 * KIB, (8, 0)), 164 * KIB, KIB, 2048, 32, 1.41, 2.04, 32),
-    "RTX 4090": Device(Limits(128, 99 * KIB, (8, 9)), 100 * KIB, KIB, 1536, 24, 2.52, 1.01, 2),
-    "T4": Device(Limits(40, 64 * KIB, (7, 5)), 64 * KIB, 0, 1024, 16, 1.59, 0.32, 2),
+    "H200": Device(Limits(132, 227 * KIB, (9, 0), 50 << 20), 228 * KIB, KIB, 2048, 32, 1.98, 4.8, 64),
+    "H100": Device(Limits(132, 227 * KIB, (9, 0), 50 << 20), 228 * KIB, KIB, 2048, 32, 1.98, 3.35, 64),
+    "A100": Device(Limits(108, 163 * KIB, (8, 0), 40 << 20), 164 * KIB, KIB, 2048, 32, 1.41, 2.04, 32),
+    "RTX 4090": Device(Limits(128, 99 * KIB, (8, 9), 72 << 20), 100 * KIB, KIB, 1536, 24, 2.52, 1.01, 2),
+    "T4": Device(Limits(40, 64 * KIB, (7, 5), 4 << 20), 64 * KIB, 0, 1024, 16, 1.59, 0.32, 2),
 }
 PASSES = Limits(132, 0, (9, 0))
 """A device like the first where no channel fits on chip."""
