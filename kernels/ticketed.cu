@@ -17,7 +17,7 @@
 using Acc = Format<ELEMENT>::Acc;
 
 constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 1 : 2; // of a multiprocessor: as many as the planner launches
-constexpr int BATCH = sizeof(ELEMENT) == 8 ? 1 : (READS_G ? 4 : 8) / sizeof(ELEMENT); // octets under way
+constexpr int BATCH = sizeof(ELEMENT) == 8 || WRITES_BITS ? 1 : (READS_G ? 4 : 8) / sizeof(ELEMENT); // octets under way
 
 // The coefficients of an octet: a row has eight positions or more, so it touches two channels at most.
 struct Channels {

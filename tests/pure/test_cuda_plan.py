@@ -173,8 +173,9 @@ def a_relu_mask_in_another_order():
 
 
 def no_tickets():
-    """Beside those of too much memory for the cache, or too little: torn octets, and vectors that begin elsewhere."""
+    """Beside those of too many channels for the cache, or too few: torn octets, and vectors that begin elsewhere."""
     for layer in (
+        calls.Layer((4, 8, 49)),
         calls.Layer((600, 8, 49), layout="nchw, samples apart", offsets=(1,) * 6),
         calls.Layer((600, 8, 49), layout="nchw, channels apart"),
         calls.Layer((600, 5, 98)),

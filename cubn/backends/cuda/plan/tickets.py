@@ -30,7 +30,7 @@ from cubn.backends.cuda.plan.layouts import goes_on, layout_of
 from cubn.backends.cuda.plan.reductions import vector_of
 from cubn.backends.cuda.plan.tree import tree_of
 
-BLOCKS = {"float64": 1}  # of a multiprocessor; 2 of the other dtypes
+BLOCKS = {"float64": 1}  # of a multiprocessor, that registers are left for; 2 of the other dtypes
 CACHE_SHARE = 2  # the part of the cache that is counted on: what is written passes through it too; to be measured
 PIECE_BYTES = 64 << 10  # of x and dy, that a block reduces or applies at a time, or one unit more; to be measured
 RUN_BYTES = 512  # of a sample, from which a group needs no more channels; to be measured
@@ -45,14 +45,14 @@ def ticketed(
     """One kernel for a whole training step or gradient whose channels fit the cache, where all of it does not."""
     N, C, S = extents
     dtype = operands.x.dtype
-    if read_twice(options) * N * C * S * ITEMSIZE[dtype] <= limits.l2_bytes // CACHE_SHARE or not limits.l2_bytes:
+    if read_twice(options) * N * C * S * ITEMSIZE[dtype] <= limits.l2_bytes // CACHE_SHARE:
         return None
     layout = layout_of(extents, operands, relu_mask)
     if layout == "nchw":
         neighbours = all(o.channel_stride == S for o in given(operands))
         return _ticketed_rows(extents, dtype, neighbours, options, limits)
-    read = Operands(operands.x, operands.g if read_twice(options) == 2 else None)
     if layout == "nhwc" and all(goes_on(extents, o) for o in given(operands)):
+        read = Operands(operands.x, operands.g if read_twice(options) == 2 else None)
         return _ticketed_channels(extents, dtype, vector_of(extents, read), options, limits)
     return None
 
