@@ -7,15 +7,16 @@
 //
 // Shared memory: `slot` bytes of x for each sample of the block, as many of dy, nodes, roots of the cluster's blocks,
 // coefficients. -DELEMENT=<type> -DTHREADS=<256|512> -DCLUSTER=<1|2|4|8> -DGROUPED=<0|1> (more than one channel)
-// -DTILE_LANES=<1..32> (1: a thread has all of a tile) -DTILE_ROWS=<1|8>, and what elementwise.cuh asks for.
+// -DTILE_ROWS=<0..8> -DTALL=<0|1>: see tile.cuh. -DTILE_LANES=<1..32>: of a tile of one row. And what elementwise.cuh
+// asks for.
 #include "resident.cuh"
 #include "staging.cuh"
 
 using Acc = Format<ELEMENT>::Acc;
 
-constexpr bool BY_ROWS = TILE_LANES == 1;  // threads reduce rows of positions, whichever warp has copied them
-constexpr int KEPT = GROUPED ? OCTET : 1; // coefficients that a thread keeps: of its octet's elements, or of the channel
-constexpr int WARPS = THREADS / 32;
+constexpr bool BY_ROWS = TILE_ROWS == 1 && !TALL; // lanes reduce rows of positions, whichever warp has copied them
+constexpr int KEPT = GROUPED ? OCTET : 1;         // coefficients that a thread keeps: of its octet's elements, or of the channel
+constexpr int WARPS = THREADS / WARP;
 constexpr int AHEAD = 4; // pieces of a warp whose copies are under way
 constexpr int BATCH = OPERATION == NORMALIZE && RESIDUAL ? 8 / sizeof(ELEMENT) : 1; // octets of residual under way
 constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 1 : 512 / THREADS; // of a multiprocessor, that registers must be left for
@@ -139,25 +140,26 @@ __device__ __forceinline__ void reduce_piece(
     const int positions = GROUPED ? static_cast<int>(p.positions) : length_of(b, piece);
     Node<double>* of_piece = nodes + (i << p.log2_tiles) + piece;
 #pragma unroll 1
-    for (int g0 = 0; g0 < b.channels; g0 += 32 / TILE_LANES) {
-        const int g = g0 + threadIdx.x % 32 / TILE_LANES;
-        const bool there = g < b.channels;
-        const int first = !there ? 0 : GROUPED ? g * positions : piece * TILE;
-        const auto reader = reader_of(KIND{}, p, run, first, coefficients[there ? g : 0]);
-        const Node<double> node =
-            reduce_tile<KIND, TILE_LANES, TILE_ROWS, Acc>(reader, positions, p.last);
-        if (there && threadIdx.x % TILE_LANES == 0) of_piece[g * b.span.tiles] = node;
+    for (int g = 0; g < b.channels; ++g) {
+        const auto reader = reader_of(KIND{}, p, run, GROUPED ? g * positions : piece * TILE, coefficients[g]);
+        const Node<double> node = reduce_tile<KIND, WARP, TILE_ROWS, TALL, Acc>(reader, positions, p.last);
+        if (threadIdx.x % WARP == 0) of_piece[g * b.span.tiles] = node;
     }
 }
 
-// The nodes of all rows of a block, of positions of one tile.
+// The nodes of all rows of a block, of positions of one tile of one row.
 __device__ __forceinline__ void reduce_rows(
     const Parameters& p, const Slab& b, const Coefficients<Acc>* coefficients, Node<double>* nodes
 ) {
-    const int positions = static_cast<int>(p.positions);
-    for (Walk at(threadIdx.x, THREADS, b.channels); at.i < b.samples; at.step()) {
-        const auto reader = reader_of(KIND{}, p, run_of(p, b, at.i), at.j * positions, coefficients[at.j]);
-        nodes[at.j * b.span.tiles + at.i] = reduce_tile<KIND, TILE_LANES, TILE_ROWS, Acc>(reader, positions, p.last);
+    constexpr int AT_ONCE = THREADS / TILE_LANES;
+    Walk at(threadIdx.x / TILE_LANES, AT_ONCE, b.channels);
+#pragma unroll 1
+    for (int first = 0; first < b.samples * b.channels; first += AT_ONCE, at.step()) { // for all lanes of a warp alike
+        const bool there = at.i < b.samples;
+        const int i = there ? at.i : 0, positions = there ? static_cast<int>(p.positions) : 0;
+        const auto reader = reader_of(KIND{}, p, run_of(p, b, i), at.j * positions, coefficients[at.j]);
+        const Node<double> node = reduce_tile<KIND, TILE_LANES, TILE_ROWS, TALL, Acc>(reader, positions, p.last);
+        if (there && threadIdx.x % TILE_LANES == 0) nodes[at.j * b.span.tiles + i] = node;
     }
 }
 
@@ -261,7 +263,7 @@ __device__ __forceinline__ void apply(const Parameters& p, const Slab& b, const 
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
-    const int rank = CLUSTER > 1 ? static_cast<int>(blockIdx.x % CLUSTER) : 0, warp = threadIdx.x / 32;
+    const int rank = CLUSTER > 1 ? static_cast<int>(blockIdx.x % CLUSTER) : 0, warp = threadIdx.x / WARP;
     const Slab b = slab_of(p, rank, memory);
     Node<double>* nodes = reinterpret_cast<Node<double>*>(b.x + STAGED * (b.dy - b.x));
     Node<double>* roots = CLUSTER > 1 ? nodes + p.span * p.group : nodes;

@@ -27,6 +27,7 @@ from cubn.backends.cuda.plan.launch import (
     has_relu_mask,
     option,
     power_above,
+    power_below,
     sizes,
 )
 from cubn.backends.cuda.plan.layouts import are_vectors, goes_on, layout_of
@@ -121,18 +122,17 @@ def _slab(extents: Extents, dtype: str, group: int, aligned: bool, options: Opti
     )
     threads = THREADS if _fits_twice(shared, limits) or dtype == "float64" else 2 * THREADS
     rows = min(N, max(span >> tree.log2_tiles, 1)) * group  # of a block
-    lanes = WARP if S > COLUMNS else 1 if rows >= WARP else power_above(-(-S // OCTET))
+    lanes = WARP if S > COLUMNS else min(power_above(-(-S // OCTET)), power_below(max(threads // rows, 1)))
     specialised = option(
         ELEMENT=ELEMENTS[dtype],
         THREADS=threads,
         CLUSTER=cluster,
         GROUPED=group > 1,
         TILE_LANES=lanes,
-        TILE_ROWS=1 if S <= COLUMNS else 8,
     )
     fields = tuple({**sizes(extents), **tree.fields, "span": span, "group": group, "slot": slot}.items())
     return Launch(
-        "slab", (*specialised, *flags(options)), across * cluster, shared, fields, "", "nchw", threads, cluster
+        "slab", (*specialised, *tree.options, *flags(options)), across * cluster, shared, fields, "", "nchw", threads, cluster
     )
 
 
