@@ -7,6 +7,7 @@
 //
 // Shared memory: `slot` bytes of x for each sample of the block, as many of dy, nodes, roots of the cluster's blocks,
 // coefficients. -DELEMENT=<type> -DTHREADS=<256|512> -DCLUSTER=<1|2|4|8> -DGROUPED=<0|1> (more than one channel)
+// -DALIGNED=<0|1>: whether octets of x and dy are whole, and begin at multiples of 16 bytes.
 // -DTILE_ROWS=<0..8> -DTALL=<0|1>: see tile.cuh. -DTILE_LANES=<1..32>: of a tile of one row. And what elementwise.cuh
 // asks for.
 #include "resident.cuh"
@@ -83,7 +84,7 @@ struct Run {
 
 // Where a slot has the element that is at `from`: equally far past a multiple of 16 bytes.
 __device__ __forceinline__ ELEMENT* staged(unsigned char* slot, const ELEMENT* from) {
-    return reinterpret_cast<ELEMENT*>(slot + bytes_past_vector(from));
+    return reinterpret_cast<ELEMENT*>(ALIGNED ? slot : slot + bytes_past_vector(from));
 }
 
 __device__ __forceinline__ Run run_of(const Parameters& p, const Slab& b, int i) {
@@ -119,7 +120,7 @@ __device__ __forceinline__ Contiguous<ELEMENT> reader_of(
     Moments, const Parameters& p, const Run& run, int first, const Coefficients<Acc>&
 ) {
     const ELEMENT* x = run.x + first;
-    return {x, GROUPED ? p.x.vectors != 0 : is_vector(x), has_fours(x, p.positions)};
+    return {x, ALIGNED, has_fours(x, p.positions)};
 }
 
 __device__ __forceinline__ ContiguousPair<ELEMENT, GATE> reader_of(
@@ -128,8 +129,7 @@ __device__ __forceinline__ ContiguousPair<ELEMENT, GATE> reader_of(
     const ELEMENT *x = run.x + first, *dy = run.g + first;
     const unsigned char* bits = reinterpret_cast<const unsigned char*>(p.bits);
     const bool fours = has_fours(x, p.positions) && has_fours(dy, p.positions);
-    const bool vectors = GROUPED ? p.x.vectors != 0 && p.g.vectors != 0 : is_vector(x) && is_vector(dy);
-    return {x, dy, vectors, fours, bits, run.bit + first, c};
+    return {x, dy, ALIGNED, fours, bits, run.bit + first, c};
 }
 
 // The nodes of a piece of sample i: of one tile, or of one for each channel of a group.
@@ -137,12 +137,13 @@ __device__ __forceinline__ void reduce_piece(
     const Parameters& p, const Slab& b, const Run& run, int i, int piece, const Coefficients<Acc>* coefficients,
     Node<double>* nodes
 ) {
-    const int positions = GROUPED ? static_cast<int>(p.positions) : length_of(b, piece);
+    const int positions = static_cast<int>(p.positions), length = (positions - 1) % TILE + 1;
     Node<double>* of_piece = nodes + (i << p.log2_tiles) + piece;
 #pragma unroll 1
     for (int g = 0; g < b.channels; ++g) {
         const auto reader = reader_of(KIND{}, p, run, GROUPED ? g * positions : piece * TILE, coefficients[g]);
-        const Node<double> node = reduce_tile<KIND, WARP, TILE_ROWS, TALL, Acc>(reader, positions, p.last);
+        const bool whole = GROUPED ? positions == TILE : b.run - piece * TILE >= TILE;
+        const Node<double> node = reduce_tile<KIND, WARP, TILE_ROWS, TALL, Acc>(reader, whole, length, p.last);
         if (threadIdx.x % WARP == 0) of_piece[g * b.span.tiles] = node;
     }
 }
@@ -152,14 +153,15 @@ __device__ __forceinline__ void reduce_rows(
     const Parameters& p, const Slab& b, const Coefficients<Acc>* coefficients, Node<double>* nodes
 ) {
     constexpr int AT_ONCE = THREADS / TILE_LANES;
+    const int positions = static_cast<int>(p.positions), rows = b.samples * b.channels;
     Walk at(threadIdx.x / TILE_LANES, AT_ONCE, b.channels);
 #pragma unroll 1
-    for (int first = 0; first < b.samples * b.channels; first += AT_ONCE, at.step()) { // for all lanes of a warp alike
+    for (int first = 0; first < rows; first += AT_ONCE, at.step()) { // as often for all lanes of a warp
         const bool there = at.i < b.samples;
-        const int i = there ? at.i : 0, positions = there ? static_cast<int>(p.positions) : 0;
-        const auto reader = reader_of(KIND{}, p, run_of(p, b, i), at.j * positions, coefficients[at.j]);
-        const Node<double> node = reduce_tile<KIND, TILE_LANES, TILE_ROWS, TALL, Acc>(reader, positions, p.last);
-        if (there && threadIdx.x % TILE_LANES == 0) nodes[at.j * b.span.tiles + i] = node;
+        const Run run = run_of(p, b, there ? at.i : 0);
+        const auto reader = reader_of(KIND{}, p, run, at.j * positions, coefficients[at.j]);
+        const Node<double> node = reduce_tile<KIND, TILE_LANES, TILE_ROWS, TALL, Acc>(reader, false, positions, p.last);
+        if (there && threadIdx.x % TILE_LANES == 0) nodes[at.j * b.span.tiles + at.i] = node;
     }
 }
 

@@ -2,7 +2,7 @@
 // each; one of a row by some of its lanes, or one, that own 8 or more.
 //
 // A reader knows where the tile's values are:
-//     reader.is_aligned()                    whether its octets begin at multiples of 16 bytes
+//     reader.is_aligned()                    whether its octets are whole, and begin at multiples of 16 bytes
 //     reader.read<WHOLE>(position, valid, terms)
 //         the terms of positions [position, position + min(valid, 8)) of the tile; WHOLE: 8 are valid, and aligned
 // with terms.v[j] = x for moments; for sums the pair of dy behind its gate and dy * (x - mean).
@@ -126,11 +126,11 @@ template <bool MIXED, class Acc, int LIMIT> EXACT Node<Acc> column_moments(const
 }
 
 // Where a tile of LIMIT rows ends: nowhere before a whole tile does, between octets, or anywhere in its last row.
-enum End { WHOLE, OCTETS, ANYWHERE };
+enum class End { NONE, AT_OCTET, ANYWHERE };
 
 // A tile of two rows and more by a warp; its octets are aligned unless it ends anywhere.
 template <class Kind, int LIMIT, End END> struct Tile {
-    static_assert(LIMIT > 1 && (END != WHOLE || LIMIT == ROWS), "one row is a Row's");
+    static_assert(LIMIT > 1 && (END != End::NONE || LIMIT == ROWS), "one row is a Row's");
     static constexpr int LAST = LIMIT - 1;
     const LastTile& last;
     int column; // the lane's first
@@ -141,13 +141,13 @@ template <class Kind, int LIMIT, End END> struct Tile {
 
     // Whether the lane's column j has LIMIT values.
     __device__ __forceinline__ bool has_all(int j) const {
-        return END == WHOLE || column + (END == ANYWHERE ? j : 0) < full;
+        return END == End::NONE || column + (END == End::ANYWHERE ? j : 0) < full;
     }
 
     template <class Reader, class Terms>
     __device__ __forceinline__ void read(const Reader& reader, int r, Terms& terms) const {
         const int position = r * COLUMNS + column;
-        if (END == ANYWHERE) reader.template read<false>(position, r < LAST ? OCTET : full - column, terms);
+        if (END == End::ANYWHERE) reader.template read<false>(position, r < LAST ? OCTET : full - column, terms);
         else if (r < LAST || has_all(0)) reader.template read<true>(position, OCTET, terms);
     }
 
@@ -155,11 +155,11 @@ template <class Kind, int LIMIT, End END> struct Tile {
     template <int LEVEL, class Acc>
     __device__ __forceinline__ Node<Acc> merge(Node<Acc> a, Node<Acc> b, Level<LEVEL>, int low) const {
         constexpr int SIZE = 1 << LEVEL;
-        constexpr bool ONE_OCTET = LEVEL < OCTET_LEVELS && END == OCTETS;
+        constexpr bool ONE_OCTET = LEVEL < OCTET_LEVELS && END == End::AT_OCTET;
         constexpr Acc of_all = Acc(LIMIT * SIZE) / 2, of_fewer = Acc(LAST * SIZE) / 2;
-        const bool all = ONE_OCTET ? has_all(0) : END == WHOLE || low + 2 * SIZE <= full;
+        const bool all = ONE_OCTET ? has_all(0) : END == End::NONE || low + 2 * SIZE <= full;
         const Acc weight = all ? of_all : of_fewer;
-        if (ONE_OCTET || END == WHOLE) return Kind::merge(a, b, Acc(0.5), weight);
+        if (ONE_OCTET || END == End::NONE) return Kind::merge(a, b, Acc(0.5), weight);
         const bool uniform = all || full <= low;
         const Ratio<Acc> ratio = unequal<Acc>(last, LEVEL);
         return Kind::merge(a, b, uniform ? Acc(0.5) : ratio.share, uniform ? weight : ratio.weight);
@@ -181,7 +181,7 @@ template <class Kind, int LIMIT, End END> struct Tile {
             Acc v[LIMIT];
 #pragma unroll
             for (int r = 0; r < LIMIT; ++r) v[r] = subtract(rows[r].v[j], pivot);
-            n[j] = column_moments<END != WHOLE>(v, has_all(j));
+            n[j] = column_moments<END != End::NONE>(v, has_all(j));
         }
         const Node<Acc> node = merged(n);
         return {add(to_double(pivot), to_double(node.first)), to_double(node.second)};
@@ -198,7 +198,7 @@ template <class Kind, int LIMIT, End END> struct Tile {
             read(reader, r, row);
 #pragma unroll
             for (int j = 0; j < OCTET; ++j)
-                n[j] = r < LAST || END == WHOLE ? add(n[j], row.v[j]) : add_where(has_all(j), n[j], row.v[j]);
+                n[j] = r < LAST || END == End::NONE ? add(n[j], row.v[j]) : add_where(has_all(j), n[j], row.v[j]);
         }
         const Node<Acc> node = merged(n);
         return {to_double(node.first), to_double(node.second)};
@@ -213,7 +213,7 @@ template <class Kind, int WIDTH> struct Row {
     int length, level;
 
     __device__ __forceinline__ Row(int length, const LastTile& last) : last(last), length(length), level(OCTET_LEVELS) {
-        while (WIDTH << level < length) ++level;
+        while (WIDTH > 1 && WIDTH << level < length) ++level;
     }
 
     // Add a node of 8 << I columns to those that wait for a right neighbour, one for each bit of `octets`.
@@ -255,6 +255,7 @@ template <class Kind, int WIDTH> struct Row {
     }
 
     template <class Acc, class Read> __device__ __forceinline__ Node<Acc> merged(const Read& read) const {
+        if (WIDTH == 1) return of_lane<Acc>(0, length, read);
         const int columns = 1 << level, first = static_cast<int>(threadIdx.x % WIDTH) << level, left = length - first;
         Node<Acc> node = of_lane<Acc>(first, left < 0 ? 0 : left < columns ? left : columns, read);
 #pragma unroll
@@ -286,20 +287,20 @@ template <class Kind, int WIDTH> struct Row {
     }
 };
 
-// The node of a tile of a sample: of `length` values, all of a whole one or the last's. ROW_LIMIT: the rows that has, 0
-// if it is whole; IS_TALL: whether a sample has a whole tile.
+// The node of a tile of a sample: of a whole one, or of the last, which has `length` values in ROW_LIMIT rows; 0 if that
+// is whole as well.
 template <class Kind, int WIDTH, int ROW_LIMIT, bool IS_TALL, class Acc, class Reader>
-__device__ __forceinline__ Node<double> reduce_tile(const Reader& reader, int length, const LastTile& last) {
+__device__ __forceinline__ Node<double> reduce_tile(const Reader& reader, bool whole, int length, const LastTile& last) {
     if constexpr (IS_TALL)
-        if (ROW_LIMIT == 0 || length == TILE) {
-            if (reader.is_aligned()) return Tile<Kind, ROWS, WHOLE>(TILE, last).template reduce<Acc>(Kind{}, reader);
-            return Tile<Kind, ROWS, ANYWHERE>(TILE, last).template reduce<Acc>(Kind{}, reader);
+        if (ROW_LIMIT == 0 || whole) {
+            if (reader.is_aligned()) return Tile<Kind, ROWS, End::NONE>(TILE, last).template reduce<Acc>(Kind{}, reader);
+            return Tile<Kind, ROWS, End::ANYWHERE>(TILE, last).template reduce<Acc>(Kind{}, reader);
         }
     if constexpr (ROW_LIMIT == 1) {
         return Row<Kind, WIDTH>(length, last).template reduce<Acc>(Kind{}, reader);
     } else if constexpr (ROW_LIMIT) {
-        if (reader.is_aligned() && length % OCTET == 0)
-            return Tile<Kind, ROW_LIMIT, OCTETS>(length, last).template reduce<Acc>(Kind{}, reader);
-        return Tile<Kind, ROW_LIMIT, ANYWHERE>(length, last).template reduce<Acc>(Kind{}, reader);
+        if (reader.is_aligned())
+            return Tile<Kind, ROW_LIMIT, End::AT_OCTET>(length, last).template reduce<Acc>(Kind{}, reader);
+        return Tile<Kind, ROW_LIMIT, End::ANYWHERE>(length, last).template reduce<Acc>(Kind{}, reader);
     }
 }

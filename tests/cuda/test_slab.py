@@ -1,5 +1,7 @@
 """The resident path: one kernel for a training step, one for its gradient, with the bits of the oracle."""
 
+import re
+
 import pytest
 
 from cubn._types import Extents, NormalizeOptions, Operand, Operands
@@ -36,11 +38,47 @@ def test_every_dtype_gives_the_oracle_s_bits(dtype, extents, options):
 
 
 @pytest.mark.parametrize("S", [2, 8, 9, 15, 16, 17, 23, 24, 49, 64, 65, 100, 127, 129, 196, 225, 248, 255, 256])
-def test_a_row_a_thread_gives_the_oracle_s_bits(S):
-    different, *launched = train_and_back(Case((33, 1, S), "float16", 227, relu=True))
+@pytest.mark.parametrize("N", [150, 33, 3])
+def test_lanes_of_a_row_give_the_oracle_s_bits(N, S):
+    different, *launched = train_and_back(Case((N, 1, S), "float16", 227, relu=True))
     assert different == []
-    assert clusters("slab", *launched) == ((1, 1), (1, 1))
-    pass
+    clusters("slab", *launched)
+    for (launch,) in launched:
+        lanes = int(re.search(r"-DTILE_LANES=(\d+)", " ".join(launch.options))[1])
+        samples = min(N, dict(launch.fields)["span"])
+        assert 8 * lanes < 2 * S or lanes == 1  # none has nothing to do
+        assert lanes == 1 or samples * lanes <= launch.threads
+        assert 8 * lanes >= S or 2 * samples * lanes > launch.threads
+
+
+def last_rows(*launched):
+    """What is told the compiler of the tiles' rows: TILE_ROWS, TALL, ALIGNED."""
+    names = ("TILE_ROWS", "TALL", "ALIGNED")
+    return {
+        tuple(int(value) for name in names for value in re.findall(rf"-D{name}=(\d)", " ".join(launch.options)))
+        for (launch,) in launched
+    }
+
+
+@pytest.mark.every_value
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("S", "rows"),
+    [
+        *((256 * rows - less, (rows, 0, less % 8 == 0)) for rows in range(2, 8) for less in (0, 8, 240, 255)),
+        (2047, (8, 0, 0)),
+        (2040, (8, 0, 1)),
+        (2048, (0, 1, 1)),
+        (2049, (1, 1, 0)),
+        (2048 + 256, (1, 1, 1)),
+        *((4096 - less, (8, 1, less % 8 == 0)) for less in (16, 99)),
+        *((2048 + 256 * rows - less, (rows, 1, less % 8 == 0)) for rows in range(2, 8) for less in (0, 48, 77)),
+    ],
+)
+def test_tiles_of_any_rows_give_the_oracle_s_bits(S, rows, dtype):
+    different, *launched = train_and_back(Case((3, 2, S), dtype, 227, residual=True))
+    assert different == []
+    assert last_rows(*launched) == {rows}
 
 
 @pytest.mark.every_value

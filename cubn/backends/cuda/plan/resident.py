@@ -129,6 +129,7 @@ def _slab(extents: Extents, dtype: str, group: int, aligned: bool, options: Opti
         CLUSTER=cluster,
         GROUPED=group > 1,
         TILE_LANES=lanes,
+        ALIGNED=aligned and S % OCTET == 0,
     )
     fields = tuple({**sizes(extents), **tree.fields, "span": span, "group": group, "slot": slot}.items())
     return Launch(
