@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) reduce_rows(const __gr
             KIND{}, p, there ? item.sample : 0, there ? item.channel : 0, there ? item.tile : 0
         );
         const Node<double> node =
-            reduce_tile<KIND, TILE_LANES, TILE_ROWS, TALL, Format<ELEMENT>::Acc>(reader, item.length == TILE, item.length, p.last);
+            reduce_tile<KIND, TILE_LANES, TILE_ROWS, TALL, Format<ELEMENT>::Acc>(reader, item.length, p.last);
         if (there && threadIdx.x % TILE_LANES == 0) nodes[item.place] = node;
     }
     merge_span<KIND>(p, s, nodes);

@@ -108,7 +108,7 @@ __device__ __forceinline__ int length_of(const Slab& b, int piece) {
 __device__ __forceinline__ void begin_piece(const Parameters& p, const Slab& b, int i, int piece) {
     if (i < b.samples) {
         const auto copy = [&](const ELEMENT* from, unsigned char* slot) {
-            begin_copies(staged(slot, from) + piece * TILE, from + piece * TILE, length_of(b, piece));
+            begin_copies<ALIGNED>(staged(slot, from) + piece * TILE, from + piece * TILE, length_of(b, piece));
         };
         copy(b.x_first + i * p.x.sample, b.x + i * p.slot);
         if (STAGED == 2) copy(b.g_first + i * p.g.sample, b.dy + i * p.slot);
@@ -137,13 +137,13 @@ __device__ __forceinline__ void reduce_piece(
     const Parameters& p, const Slab& b, const Run& run, int i, int piece, const Coefficients<Acc>* coefficients,
     Node<double>* nodes
 ) {
-    const int positions = static_cast<int>(p.positions), length = (positions - 1) % TILE + 1;
+    const int positions = static_cast<int>(p.positions);
+    const int length = TALL && !GROUPED ? length_of(b, piece) : positions; // the same for all where it can be
     Node<double>* of_piece = nodes + (i << p.log2_tiles) + piece;
 #pragma unroll 1
     for (int g = 0; g < b.channels; ++g) {
         const auto reader = reader_of(KIND{}, p, run, GROUPED ? g * positions : piece * TILE, coefficients[g]);
-        const bool whole = GROUPED ? positions == TILE : b.run - piece * TILE >= TILE;
-        const Node<double> node = reduce_tile<KIND, WARP, TILE_ROWS, TALL, Acc>(reader, whole, length, p.last);
+        const Node<double> node = reduce_tile<KIND, WARP, TILE_ROWS, TALL, Acc>(reader, length, p.last);
         if (threadIdx.x % WARP == 0) of_piece[g * b.span.tiles] = node;
     }
 }
@@ -160,7 +160,7 @@ __device__ __forceinline__ void reduce_rows(
         const bool there = at.i < b.samples;
         const Run run = run_of(p, b, there ? at.i : 0);
         const auto reader = reader_of(KIND{}, p, run, at.j * positions, coefficients[at.j]);
-        const Node<double> node = reduce_tile<KIND, TILE_LANES, TILE_ROWS, TALL, Acc>(reader, false, positions, p.last);
+        const Node<double> node = reduce_tile<KIND, TILE_LANES, TILE_ROWS, TALL, Acc>(reader, positions, p.last);
         if (there && threadIdx.x % TILE_LANES == 0) nodes[at.j * b.span.tiles + at.i] = node;
     }
 }

@@ -287,12 +287,12 @@ template <class Kind, int WIDTH> struct Row {
     }
 };
 
-// The node of a tile of a sample: of a whole one, or of the last, which has `length` values in ROW_LIMIT rows; 0 if that
-// is whole as well.
+// The node of a tile of `length` values, a whole one or a sample's last: in ROW_LIMIT rows, 0 if that is whole as well.
+// IS_TALL: whether there are whole ones.
 template <class Kind, int WIDTH, int ROW_LIMIT, bool IS_TALL, class Acc, class Reader>
-__device__ __forceinline__ Node<double> reduce_tile(const Reader& reader, bool whole, int length, const LastTile& last) {
+__device__ __forceinline__ Node<double> reduce_tile(const Reader& reader, int length, const LastTile& last) {
     if constexpr (IS_TALL)
-        if (ROW_LIMIT == 0 || whole) {
+        if (ROW_LIMIT == 0 || length == TILE) {
             if (reader.is_aligned()) return Tile<Kind, ROWS, End::NONE>(TILE, last).template reduce<Acc>(Kind{}, reader);
             return Tile<Kind, ROWS, End::ANYWHERE>(TILE, last).template reduce<Acc>(Kind{}, reader);
         }
