@@ -29,8 +29,8 @@ template <int GROUPS> __device__ __forceinline__ void wait_for_groups() {}
 #endif
 
 // `length` elements by the lanes of a warp. Both begin equally far past a multiple of 16 bytes; what lies before the
-// first whole vector and after the last goes element by element, so that nothing else is touched;
-// with ALL_VECTORS nothing does.
+// first whole vector and after the last goes element by element, so that nothing else is touched; with
+// ALL_VECTORS nothing does.
 template <bool ALL_VECTORS, class T>
 __device__ __forceinline__ void begin_copies(T* to, const T* from, int length) {
     constexpr int ITEMS = VECTOR_BYTES / sizeof(T);

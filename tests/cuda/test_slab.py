@@ -2,12 +2,14 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from cubn._types import Extents, NormalizeOptions, Operand, Operands
 from cubn.backends.cuda import plan
 from cubn.backends.cuda.plan import Limits
-from tests.cuda.steps import DTYPES, Case, clusters, train_and_back
+from tests.cuda import steps
+from tests.cuda.steps import DTYPES, Case, clusters, random, train_and_back
 from tests.cuda_on_cpu.build import unavailable
 from tests.cuda_on_cpu.runner import Order, shuffled
 
@@ -79,6 +81,19 @@ def test_tiles_of_any_rows_give_the_oracle_s_bits(S, rows, dtype):
     different, *launched = train_and_back(Case((3, 2, S), dtype, 227, residual=True))
     assert different == []
     assert last_rows(*launched) == {rows}
+
+
+@pytest.mark.parametrize("S", [300, 304])
+def test_an_infinity_in_a_column_of_one_value_gives_the_oracle_s_bits(S, monkeypatch):
+    def infinite(rng, case):
+        values = random(rng, case)
+        values[0, 0, 255] = np.inf  # the second row ends before
+        return values
+
+    monkeypatch.setattr(steps, "random", infinite)
+    different, *launched = train_and_back(Case((2, 1, S)))
+    assert different == []
+    assert last_rows(*launched) == {(2, 0, S % 8 == 0)}
 
 
 @pytest.mark.every_value
