@@ -4,8 +4,9 @@
 // subnormals in +, *, comparisons and conversions alike. So everything done to data goes through these functions, whose
 // PTX says what is meant. The other branch is the same arithmetic for a host compiler with -ffp-contract=off.
 //
-// The one function that fuses is `quotient`, a / count for counts from 1 to 8 but 6: the bits of a division, but for the
-// sign of a zero, in four instructions. With Q = a / count, u the unit in the last place of q, and p the bits of a significand:
+// The one function that fuses is `quotient`, a / count for counts from 1 to 8 but 6: the bits of a division, but for
+// the sign of a zero, in four instructions. With Q = a / count, u the unit in the last place of q, and p the bits of a
+// significand:
 // - q = a * reciprocal is within 1.5 u of Q, for `reciprocal` is rounded to nearest, and so is the product.
 // - rest = a - q * count is a multiple of u and at most 12 u: fused, it has no error, among subnormals neither.
 // - q + rest * reciprocal is off Q by at most 1.5 u / 2^p, before it is rounded once. Between two results are multiples

@@ -1,7 +1,7 @@
 // Nodes of rows of the tree from arrays whose positions lie one after the other: `span` tiles of `group` channels a
 // block, TILE_LANES lanes a tile.
 //
-// -DELEMENT=<type> -DKIND=<Moments|Sums> -DGATE=<gate> -DTILE_LANES=<1..32> -DTILE_ROWS=<0..8> -DTALL=<0|1>; see tile.cuh
+// -DELEMENT=<type> -DKIND=<Moments|Sums> -DGATE=<gate> -DTILE_LANES=<1..32> -DTILE_ROWS=<0..8> -DTALL=<0|1>
 #include "readers.cuh"
 #include "span.cuh"
 

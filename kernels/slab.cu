@@ -8,15 +8,15 @@
 // Shared memory: `slot` bytes of x for each sample of the block, as many of dy, nodes, roots of the cluster's blocks,
 // coefficients. -DELEMENT=<type> -DTHREADS=<256|512> -DCLUSTER=<1|2|4|8> -DGROUPED=<0|1> (more than one channel)
 // -DALIGNED=<0|1>: whether octets of x and dy are whole, and begin at multiples of 16 bytes.
-// -DTILE_ROWS=<0..8> -DTALL=<0|1>: see tile.cuh. -DTILE_LANES=<1..32>: of a tile of one row. And what elementwise.cuh
-// asks for.
+// -DTILE_ROWS=<0..8> -DTALL=<0|1>: ROW_LIMIT and IS_TALL of reduce_tile. -DTILE_LANES=<1..32>: of a tile of one row.
+// And what elementwise.cuh asks for.
 #include "resident.cuh"
 #include "staging.cuh"
 
 using Acc = Format<ELEMENT>::Acc;
 
 constexpr bool BY_ROWS = TILE_ROWS == 1 && !TALL; // lanes reduce rows of positions, whichever warp has copied them
-constexpr int KEPT = GROUPED ? OCTET : 1;         // coefficients that a thread keeps: of its octet's elements, or of the channel
+constexpr int KEPT = GROUPED ? OCTET : 1; // coefficients that a thread keeps: of its octet's elements, or of the channel
 constexpr int WARPS = THREADS / WARP;
 constexpr int AHEAD = 4; // pieces of a warp whose copies are under way
 constexpr int BATCH = OPERATION == NORMALIZE && RESIDUAL ? 8 / sizeof(ELEMENT) : 1; // octets of residual under way
