@@ -24,6 +24,24 @@ template <class A> struct Nodes {
     Node<A> v[VECTOR];
 };
 
+// Mean and m2 of the `values` values of a column about the pivot; one value has m2 = 0, whatever it is.
+template <class Acc, int LIMIT>
+__device__ __forceinline__ Node<Acc> column_moments(const Acc (&v)[LIMIT], int values) {
+    if (values < 2) return {v[0], Acc(0)};
+    Acc sum = v[0];
+#pragma unroll
+    for (int r = 1; r < LIMIT; ++r)
+        if (r < values) sum = add(sum, v[r]);
+    const Acc mean = values == ROWS ? multiply(sum, Acc(0.125)) : divide(sum, Acc(values));
+    Acc d = subtract(v[0], mean), m2 = multiply(d, d);
+#pragma unroll
+    for (int r = 1; r < LIMIT; ++r) {
+        d = subtract(v[r], mean);
+        if (r < values) m2 = add(m2, multiply(d, d));
+    }
+    return {mean, m2};
+}
+
 template <class Memory> struct Worker {
     using Rows = typename Memory::Rows;
 

@@ -30,13 +30,11 @@ struct Vector {
     long long stride;
 };
 
-// What holds of the last tile of a sample: columns before `full` have rows + 1 values, the others rows. Of the merges
-// of a level of the column tree at most one has unequal sides; it takes this share and weight.
+// Of the merges of a level of the column tree of a sample's last tile at most one has unequal sides; it takes this share
+// and weight: the bits of numbers of the type that is computed with.
 struct LastTile {
-    long long rows;
-    long long full;
-    double share[LEVELS];
-    double weight[LEVELS];
+    long long share[LEVELS];
+    long long weight[LEVELS];
 };
 
 struct Parameters {

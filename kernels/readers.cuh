@@ -49,12 +49,12 @@ __device__ __forceinline__ void read_valid(const T* p, int valid, bool fours, ty
 template <class T> struct Contiguous {
     using Acc = typename Format<T>::Acc;
     const T* x;
-    bool vectors, fours;
+    bool aligned, fours;
 
-    __device__ __forceinline__ bool is_aligned() const { return vectors; }
+    __device__ __forceinline__ bool is_aligned() const { return aligned; }
 
     template <bool WHOLE> __device__ __forceinline__ void read(int position, int valid, MomentTerms<Acc>& terms) const {
-        if (WHOLE || (vectors && valid >= OCTET)) {
+        if (WHOLE || (aligned && valid == OCTET)) {
             to_numbers(load_octet(x + position, true), terms.v);
         } else {
             read_valid(x + position, valid, fours, terms.v);
@@ -66,18 +66,18 @@ template <class T, int Gate> struct ContiguousPair {
     using Acc = typename Format<T>::Acc;
     const T* x;
     const T* dy;
-    bool vectors, fours; // both
+    bool aligned, fours; // both
     const unsigned char* bits;
     long long first_bit; // of the tile
     Coefficients<Acc> c;
 
-    __device__ __forceinline__ bool is_aligned() const { return vectors; }
+    __device__ __forceinline__ bool is_aligned() const { return aligned; }
 
     template <bool WHOLE> __device__ __forceinline__ void read(int position, int valid, SumTerms<Acc>& terms) const {
         const int count = WHOLE || valid > OCTET ? OCTET : valid;
         const unsigned passed = Gate == GATE_BITS && count > 0 ? load_bits(bits, first_bit + position, count) : 0;
         Acc xs[OCTET], dys[OCTET];
-        if (WHOLE || (vectors && valid >= OCTET)) {
+        if (WHOLE || (aligned && valid == OCTET)) {
             to_numbers(load_octet(x + position, true), xs);
             to_numbers(load_octet(dy + position, true), dys);
         } else {
@@ -100,7 +100,7 @@ template <class T> __device__ __forceinline__ const T* tile_at(const Operand& o,
 template <class T, int Gate>
 __device__ __forceinline__ Contiguous<T> reader_at(Moments, const Parameters& p, long long n, long long c, long long t) {
     const T* x = tile_at<T>(p.x, n, c, t);
-    return {x, p.x.vectors != 0, has_fours(x, p.positions)};
+    return {x, p.x.vectors && p.positions % OCTET == 0, has_fours(x, p.positions)};
 }
 
 template <class T, int Gate>
@@ -111,7 +111,7 @@ __device__ __forceinline__ ContiguousPair<T, Gate> reader_at(
     const T *x = tile_at<T>(p.x, n, c, t), *dy = tile_at<T>(p.g, n, c, t);
     return {x,
             dy,
-            p.x.vectors != 0 && p.g.vectors != 0,
+            p.x.vectors && p.g.vectors && p.positions % OCTET == 0,
             has_fours(x, p.positions) && has_fours(dy, p.positions),
             reinterpret_cast<const unsigned char*>(p.bits),
             p.bits_first + n * p.bits_sample + c * p.bits_channel + t * TILE,

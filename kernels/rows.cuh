@@ -1,6 +1,6 @@
 // Nodes of a span where positions lie one after the other, TILE_LANES lanes a tile.
 //
-// ELEMENT, KIND, GATE, TILE_LANES (1 to 32) and TILE_ROWS (1 or 8) are macros or constants.
+// ELEMENT, KIND, GATE, TILE_LANES (1 to 32), TILE_ROWS and TALL (as reduce_tile has them) are macros or constants.
 #pragma once
 #include "readers.cuh"
 #include "span.cuh"
@@ -15,7 +15,7 @@ __device__ __forceinline__ void reduce_span(const Parameters& p, const Span& s, 
             KIND{}, p, there ? item.sample : 0, there ? item.channel : s.first_channel, there ? item.tile : 0
         );
         const Node<double> node =
-            reduce_tile<KIND, TILE_LANES, TILE_ROWS, Format<ELEMENT>::Acc>(reader, item.length, p.last);
+            reduce_tile<KIND, TILE_LANES, TILE_ROWS, TALL, Format<ELEMENT>::Acc>(reader, item.length, p.last);
         if (there && threadIdx.x % TILE_LANES == 0) nodes[item.place] = node;
     }
     merge_span<KIND>(p, s, nodes);

@@ -7,16 +7,18 @@
 //
 // Shared memory: `slot` bytes of x for each sample of the block, as many of dy, nodes, roots of the cluster's blocks,
 // coefficients. -DELEMENT=<type> -DTHREADS=<256|512> -DCLUSTER=<1|2|4|8> -DGROUPED=<0|1> (more than one channel)
-// -DTILE_LANES=<1..32> (1: a thread has all of a tile) -DTILE_ROWS=<1|8>, and what elementwise.cuh asks for.
+// -DALIGNED=<0|1>: whether octets of x and dy are whole, and begin at multiples of 16 bytes.
+// -DTILE_ROWS=<0..8> -DTALL=<0|1>: ROW_LIMIT and IS_TALL of reduce_tile. -DTILE_LANES=<1..32>: of a tile of one row.
+// And what elementwise.cuh asks for.
 #include "resident.cuh"
 #include "staging.cuh"
 #include "walk.cuh"
 
 using Acc = Format<ELEMENT>::Acc;
 
-constexpr bool BY_ROWS = TILE_LANES == 1;  // threads reduce rows of positions, whichever warp has copied them
+constexpr bool BY_ROWS = TILE_ROWS == 1 && !TALL; // lanes reduce rows of positions, whichever warp has copied them
 constexpr int KEPT = GROUPED ? OCTET : 1; // coefficients that a thread keeps: of its octet's elements, or of the channel
-constexpr int WARPS = THREADS / 32;
+constexpr int WARPS = THREADS / WARP;
 constexpr int AHEAD = 4; // pieces of a warp whose copies are under way
 constexpr int BATCH = OPERATION == NORMALIZE && RESIDUAL ? 8 / sizeof(ELEMENT) : 1; // octets of residual under way
 constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 1 : 512 / THREADS; // of a multiprocessor, that registers must be left for
@@ -68,7 +70,7 @@ struct Run {
 
 // Where a slot has the element that is at `from`: equally far past a multiple of 16 bytes.
 __device__ __forceinline__ ELEMENT* staged(unsigned char* slot, const ELEMENT* from) {
-    return reinterpret_cast<ELEMENT*>(slot + bytes_past_vector(from));
+    return reinterpret_cast<ELEMENT*>(ALIGNED ? slot : slot + bytes_past_vector(from));
 }
 
 __device__ __forceinline__ Run run_of(const Parameters& p, const Slab& b, int i) {
@@ -92,7 +94,7 @@ __device__ __forceinline__ int length_of(const Slab& b, int piece) {
 __device__ __forceinline__ void begin_piece(const Parameters& p, const Slab& b, int i, int piece) {
     if (i < b.samples) {
         const auto copy = [&](const ELEMENT* from, unsigned char* slot) {
-            begin_copies(staged(slot, from) + piece * TILE, from + piece * TILE, length_of(b, piece));
+            begin_copies<ALIGNED>(staged(slot, from) + piece * TILE, from + piece * TILE, length_of(b, piece));
         };
         copy(b.x_first + i * p.x.sample, b.x + i * p.slot);
         if (STAGED == 2) copy(b.g_first + i * p.g.sample, b.dy + i * p.slot);
@@ -104,7 +106,7 @@ __device__ __forceinline__ Contiguous<ELEMENT> reader_of(
     Moments, const Parameters& p, const Run& run, int first, const Coefficients<Acc>&
 ) {
     const ELEMENT* x = run.x + first;
-    return {x, GROUPED ? p.x.vectors != 0 : is_vector(x), has_fours(x, p.positions)};
+    return {x, ALIGNED, has_fours(x, p.positions)};
 }
 
 __device__ __forceinline__ ContiguousPair<ELEMENT, GATE> reader_of(
@@ -113,8 +115,7 @@ __device__ __forceinline__ ContiguousPair<ELEMENT, GATE> reader_of(
     const ELEMENT *x = run.x + first, *dy = run.g + first;
     const unsigned char* bits = reinterpret_cast<const unsigned char*>(p.bits);
     const bool fours = has_fours(x, p.positions) && has_fours(dy, p.positions);
-    const bool vectors = GROUPED ? p.x.vectors != 0 && p.g.vectors != 0 : is_vector(x) && is_vector(dy);
-    return {x, dy, vectors, fours, bits, run.bit + first, c};
+    return {x, dy, ALIGNED, fours, bits, run.bit + first, c};
 }
 
 // The nodes of a piece of sample i: of one tile, or of one for each channel of a group.
@@ -122,28 +123,31 @@ __device__ __forceinline__ void reduce_piece(
     const Parameters& p, const Slab& b, const Run& run, int i, int piece, const Coefficients<Acc>* coefficients,
     Node<double>* nodes
 ) {
-    const int positions = GROUPED ? static_cast<int>(p.positions) : length_of(b, piece);
+    const int positions = static_cast<int>(p.positions);
+    const int length = TALL && !GROUPED ? length_of(b, piece) : positions; // the same for all where it can be
     Node<double>* of_piece = nodes + (i << p.log2_tiles) + piece;
 #pragma unroll 1
-    for (int g0 = 0; g0 < b.channels; g0 += 32 / TILE_LANES) {
-        const int g = g0 + threadIdx.x % 32 / TILE_LANES;
-        const bool there = g < b.channels;
-        const int first = !there ? 0 : GROUPED ? g * positions : piece * TILE;
-        const auto reader = reader_of(KIND{}, p, run, first, coefficients[there ? g : 0]);
-        const Node<double> node =
-            reduce_tile<KIND, TILE_LANES, TILE_ROWS, Acc>(reader, positions, p.last);
-        if (there && threadIdx.x % TILE_LANES == 0) of_piece[g * b.span.tiles] = node;
+    for (int g = 0; g < b.channels; ++g) {
+        const auto reader = reader_of(KIND{}, p, run, GROUPED ? g * positions : piece * TILE, coefficients[g]);
+        const Node<double> node = reduce_tile<KIND, WARP, TILE_ROWS, TALL, Acc>(reader, length, p.last);
+        if (threadIdx.x % WARP == 0) of_piece[g * b.span.tiles] = node;
     }
 }
 
-// The nodes of all rows of a block, of positions of one tile.
+// The nodes of all rows of a block, of positions of one tile of one row.
 __device__ __forceinline__ void reduce_rows(
     const Parameters& p, const Slab& b, const Coefficients<Acc>* coefficients, Node<double>* nodes
 ) {
-    const int positions = static_cast<int>(p.positions);
-    for (Walk at(threadIdx.x, THREADS, b.channels); at.i < b.samples; at.step()) {
-        const auto reader = reader_of(KIND{}, p, run_of(p, b, at.i), at.j * positions, coefficients[at.j]);
-        nodes[at.j * b.span.tiles + at.i] = reduce_tile<KIND, TILE_LANES, TILE_ROWS, Acc>(reader, positions, p.last);
+    constexpr int AT_ONCE = THREADS / TILE_LANES;
+    const int positions = static_cast<int>(p.positions), rows = b.samples * b.channels;
+    Walk at(threadIdx.x / TILE_LANES, AT_ONCE, b.channels);
+#pragma unroll 1
+    for (int first = 0; first < rows; first += AT_ONCE, at.step()) { // as often for all lanes of a warp
+        const bool there = at.i < b.samples;
+        const Run run = run_of(p, b, there ? at.i : 0);
+        const auto reader = reader_of(KIND{}, p, run, at.j * positions, coefficients[at.j]);
+        const Node<double> node = reduce_tile<KIND, TILE_LANES, TILE_ROWS, TALL, Acc>(reader, positions, p.last);
+        if (there && threadIdx.x % TILE_LANES == 0) nodes[at.j * b.span.tiles + at.i] = node;
     }
 }
 
@@ -247,7 +251,7 @@ __device__ __forceinline__ void apply(const Parameters& p, const Slab& b, const 
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) slab(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
-    const int rank = static_cast<int>(cluster_rank()), warp = threadIdx.x / 32;
+    const int rank = static_cast<int>(cluster_rank()), warp = threadIdx.x / WARP;
     const Slab b = slab_of(p, rank, memory);
     Node<double>* nodes = reinterpret_cast<Node<double>*>(b.x + STAGED * (b.dy - b.x));
     Node<double>* roots = CLUSTER > 1 ? nodes + p.span * p.group : nodes;

@@ -29,15 +29,18 @@ template <int GROUPS> __device__ __forceinline__ void wait_for_groups() {}
 #endif
 
 // `length` elements by the lanes of a warp. Both begin equally far past a multiple of 16 bytes; what lies before the
-// first whole vector and after the last goes element by element, so that nothing else is touched.
-template <class T> __device__ __forceinline__ void begin_copies(T* to, const T* from, int length) {
+// first whole vector and after the last goes element by element, so that nothing else is touched; with
+// ALL_VECTORS nothing does.
+template <bool ALL_VECTORS, class T>
+__device__ __forceinline__ void begin_copies(T* to, const T* from, int length) {
     constexpr int ITEMS = VECTOR_BYTES / sizeof(T);
-    const int lane = threadIdx.x % 32, past = bytes_past_vector(from) / sizeof(T);
+    const int lane = threadIdx.x % 32, past = ALL_VECTORS ? 0 : bytes_past_vector(from) / sizeof(T);
     int head = past ? ITEMS - past : 0;
     head = head < length ? head : length;
     const int vectors = (length - head) / ITEMS, tail = head + vectors * ITEMS;
     for (int i = lane; i < vectors; i += 32)
         begin_copy(reinterpret_cast<uint4*>(to + head) + i, reinterpret_cast<const uint4*>(from + head) + i);
+    if (ALL_VECTORS) return;
     const int rest = lane < head ? lane : tail + lane - head; // fewer than 32 elements in all
     if (rest < length) to[rest] = from[rest];
 }

@@ -8,7 +8,7 @@
 //
 // Shared memory: nodes of a span, or of all rows of a group. Bytes moved: x (and dy) once from memory and once from the
 // cache, y (or dx, dresidual) once. -DELEMENT=<type> -DTHREADS=256 -DCLUSTER=1 -DGROUPED=<0|1> (more than one channel)
-// -DTILE_LANES=<1..32> -DTILE_ROWS=<1|8>, and what elementwise.cuh asks for. Planned by `plan.ticketed`.
+// -DTILE_LANES=<1..32> -DTILE_ROWS=<0..8> -DTALL=<0|1>, and what elementwise.cuh asks for. Planned by `plan.ticketed`.
 #include "tickets.cuh"
 #include "rows.cuh"
 #include "staging.cuh"

@@ -1,8 +1,8 @@
-// One tile of a sample by WIDTH neighbouring lanes of a warp: a lane owns 8 neighbouring columns of up to 8 rows; or, if
-// WIDTH is 1, all of a tile of one row.
+// Tiles of a sample of neighbouring positions: one of several rows by a warp, whose lanes own 8 neighbouring columns
+// each; one of a row by some of its lanes, or one, that own 8 or more.
 //
 // A reader knows where the tile's values are:
-//     reader.is_aligned()                    whether its octets begin at multiples of 16 bytes
+//     reader.is_aligned()                    whether its octets are whole, and begin at multiples of 16 bytes
 //     reader.read<WHOLE>(position, valid, terms)
 //         the terms of positions [position, position + min(valid, 8)) of the tile; WHOLE: 8 are valid, and aligned
 // with terms.v[j] = x for moments; for sums the pair of dy behind its gate and dy * (x - mean).
@@ -11,6 +11,7 @@
 #include "tree.cuh"
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int WARP = 32;
 
 // How many values the columns of a tile have: those before `full` rows + 1, the others rows.
 struct Shape {
@@ -32,7 +33,8 @@ __device__ __forceinline__ Node<Acc> merge_columns(
     const bool uniform = shape.full <= low || shape.full >= low + 2 * size;
     if (!uniform) {
         if (shape.rows == 0 && shape.full <= low + size) return a; // b has no values
-        return Kind::merge(a, b, Rounded<Acc>::from(last.share[level]), Rounded<Acc>::from(last.weight[level]));
+        const Ratio<Acc> ratio = unequal<Acc>(last, level);
+        return Kind::merge(a, b, ratio.share, ratio.weight);
     }
     if (shape.rows == 0 && shape.full <= low) return a; // neither has
     return Kind::merge(a, b, Acc(0.5), multiply(Acc(size * shape.values(low)), Acc(0.5)));
@@ -44,8 +46,9 @@ template <class Kind, class Acc>
 __device__ __forceinline__ Node<Acc> merge_row(Node<Acc> a, Node<Acc> b, int level, int left, const LastTile& last) {
     const int size = 1 << level;
     const bool whole = level == 0 || left >= 2 * size; // two values, or a alone
-    const Acc share = whole ? Acc(0.5) : Rounded<Acc>::from(last.share[level]);
-    const Acc weight = whole ? Acc(0.5 * size) : Rounded<Acc>::from(last.weight[level]);
+    const Ratio<Acc> ratio = unequal<Acc>(last, level);
+    const Acc share = whole ? Acc(0.5) : ratio.share;
+    const Acc weight = !whole ? ratio.weight : level ? Acc(size / 2) : Acc(0.5);
     const Node<Acc> n = level ? Kind::merge(a, b, share, weight) : Kind::merge_values(a, b, share, weight);
     const bool alone = left <= size; // b has no values
     return {alone ? a.first : n.first, alone ? a.second : n.second};
@@ -57,32 +60,33 @@ template <class Acc> __device__ __forceinline__ Node<Acc> shuffle_node(Node<Acc>
 
 constexpr int OCTET_LEVELS = 3; // of the tree over the 8 columns of an octet
 
+// A level of the tree that is known to the compiler.
+template <int LEVEL> struct Level {
+    __device__ __forceinline__ constexpr operator int() const { return LEVEL; }
+};
+
 // Merge the 8 columns from `column` on, by merge(a, b, level, low).
-template <class Acc, class Merge>
+template <int LEVEL = 0, class Acc, class Merge>
 __device__ __forceinline__ Node<Acc> merge_octet(Node<Acc> (&n)[OCTET], int column, const Merge& merge) {
+    constexpr int SIZE = 1 << LEVEL;
 #pragma unroll
-    for (int level = 0; level < OCTET_LEVELS; ++level) {
-        const int size = 1 << level;
-#pragma unroll
-        for (int j = 0; j < OCTET; j += 2 * size) n[j] = merge(n[j], n[j + size], level, column + j);
-    }
+    for (int j = 0; j < OCTET; j += 2 * SIZE) n[j] = merge(n[j], n[j + SIZE], Level<LEVEL>{}, column + j);
+    if constexpr (LEVEL + 1 < OCTET_LEVELS) merge_octet<LEVEL + 1>(n, column, merge);
     return n[0];
 }
 
-// Merge the 8 columns of every lane, then the lanes; every lane ends with the tile's node.
-template <int WIDTH, class Acc, class Merge>
-__device__ __forceinline__ Node<Acc> merge_all(Node<Acc> (&n)[OCTET], const Merge& merge) {
-    const int lane = threadIdx.x % WIDTH, column = OCTET * lane;
-    Node<Acc> node = merge_octet(n, column, merge);
-#pragma unroll
-    for (int level = OCTET_LEVELS; (OCTET * WIDTH) >> (level + 1); ++level) {
-        const int offset = 1 << (level - OCTET_LEVELS);
-        const Node<Acc> other = shuffle_node(node, offset);
-        const bool right = lane & offset;
-        const int low = column & ~(2 * (1 << level) - 1);
-        node = merge(right ? other : node, right ? node : other, level, low);
-    }
-    return node;
+// The node of the lane that is `offset` lanes to the right, of `width` lanes.
+template <class Acc> __device__ __forceinline__ Node<Acc> node_to_the_right(Node<Acc> n, int offset, int width) {
+    return {__shfl_down_sync(ALL_LANES, n.first, offset, width), __shfl_down_sync(ALL_LANES, n.second, offset, width)};
+}
+
+// Merge the nodes of the octets of a warp's lanes, in the same way; the first lane ends with the root, the others with
+// what nobody asks for.
+template <int LEVEL = OCTET_LEVELS, class Acc, class Merge>
+__device__ __forceinline__ Node<Acc> merge_warp(Node<Acc> n, int column, const Merge& merge) {
+    n = merge(n, node_to_the_right(n, 1 << (LEVEL - OCTET_LEVELS), WARP), Level<LEVEL>{}, column);
+    if constexpr (LEVEL + 1 < LEVELS) return merge_warp<LEVEL + 1>(n, column, merge);
+    return n;
 }
 
 template <class Acc> struct MomentTerms {
@@ -93,86 +97,124 @@ template <class Acc> struct SumTerms {
     Node<Acc> v[OCTET];
 };
 
-// Mean and m2 of the `values` values of a column about the pivot; one value has m2 = 0, whatever it is.
-template <class Acc, int LIMIT>
-__device__ __forceinline__ Node<Acc> column_moments(const Acc (&v)[LIMIT], int values) {
-    if (values < 2) return {v[0], Acc(0)};
-    Acc sum = v[0];
-#pragma unroll
-    for (int r = 1; r < LIMIT; ++r)
-        if (r < values) sum = add(sum, v[r]);
-    const Acc mean = values == ROWS ? multiply(sum, Acc(0.125)) : divide(sum, Acc(values));
-    Acc d = subtract(v[0], mean), m2 = multiply(d, d);
-#pragma unroll
-    for (int r = 1; r < LIMIT; ++r) {
-        d = subtract(v[r], mean);
-        if (r < values) m2 = add(m2, multiply(d, d));
-    }
-    return {mean, m2};
+template <class Acc> EXACT Acc square(Acc a) { return multiply(a, a); }
+
+// a / LIMIT where `all`, else a / (LIMIT - 1).
+template <int LIMIT, class Acc> EXACT Acc divide_by_rows(Acc a, bool all) {
+    constexpr Acc of_all = Acc(1) / Acc(LIMIT), of_fewer = Acc(1) / Acc(LIMIT - 1);
+    const Acc count = all ? Acc(LIMIT) : Acc(LIMIT - 1), reciprocal = all ? of_all : of_fewer;
+    if (LIMIT == 2) return multiply(a, reciprocal);
+    if (LIMIT == 6 || LIMIT == 7) return divide(a, count); // by 6 a `quotient` could be another
+    return quotient(a, count, reciprocal);
 }
 
-// A tile of `length` values, in up to ROW_LIMIT rows; WHOLE says that all are there, and aligned.
-template <class Kind, int WIDTH, int ROW_LIMIT, bool WHOLE> struct Tile {
+// Mean and m2 about the pivot of a column of LIMIT values, the last of which is there where `all` are: everywhere,
+// unless the tile is MIXED.
+template <bool MIXED, class Acc, int LIMIT> EXACT Node<Acc> column_moments(const Acc (&v)[LIMIT], bool all) {
+    constexpr int LAST = LIMIT - 1;
+    Acc sum = v[0];
+#pragma unroll
+    for (int r = 1; r < LAST; ++r) sum = add(sum, v[r]);
+    const Acc mean = MIXED ? divide_by_rows<LIMIT>(add_where(all, sum, v[LAST]), all)
+                           : multiply(add(sum, v[LAST]), Acc(1) / Acc(LIMIT));
+    Acc m2 = square(subtract(v[0], mean));
+#pragma unroll
+    for (int r = 1; r < LAST; ++r) m2 = add(m2, square(subtract(v[r], mean)));
+    if (LAST == 1 && !all) m2 = Acc(0); // one value has m2 = 0, whatever it is
+    const Acc of_last = square(subtract(v[LAST], mean));
+    return {mean, MIXED ? add_where(all, m2, of_last) : add(m2, of_last)};
+}
+
+// Where a tile of LIMIT rows ends: nowhere before a whole tile does, between octets, or anywhere in its last row.
+enum class End { NONE, AT_OCTET, ANYWHERE };
+
+// A tile of two rows and more by a warp; its octets are aligned unless it ends anywhere.
+template <class Kind, int LIMIT, End END> struct Tile {
+    static_assert(LIMIT > 1 && (END != End::NONE || LIMIT == ROWS), "one row is a Row's");
+    static constexpr int LAST = LIMIT - 1;
     const LastTile& last;
-    int length, column; // the lane's first
+    int column; // the lane's first
+    int full;   // columns before this one have LIMIT values, the others LAST
 
     __device__ __forceinline__ Tile(int length, const LastTile& last)
-        : last(last), length(length), column(OCTET * (threadIdx.x % WIDTH)) {}
+        : last(last), column(OCTET * (threadIdx.x % WARP)), full(length - LAST * COLUMNS) {}
 
-    __device__ __forceinline__ Shape shape() const {
-        return WHOLE || length == TILE ? Shape{ROWS, 0} : shape_of(length);
+    // Whether the lane's column j has LIMIT values.
+    __device__ __forceinline__ bool has_all(int j) const {
+        return END == End::NONE || column + (END == End::ANYWHERE ? j : 0) < full;
     }
+
     template <class Reader, class Terms>
     __device__ __forceinline__ void read(const Reader& reader, int r, Terms& terms) const {
-        reader.template read<WHOLE>(r * COLUMNS + column, length - r * COLUMNS - column, terms);
+        const int position = r * COLUMNS + column;
+        if (END == End::ANYWHERE) reader.template read<false>(position, r < LAST ? OCTET : full - column, terms);
+        else if (r < LAST || has_all(0)) reader.template read<true>(position, OCTET, terms);
     }
-    template <class Acc> __device__ __forceinline__ Node<Acc> merged(Node<Acc> (&n)[OCTET], Shape shape) const {
-        return merge_all<WIDTH>(n, [&](Node<Acc> a, Node<Acc> b, int level, int low) {
-            if (ROW_LIMIT == 1) return merge_row<Kind>(a, b, level, length - low, last);
-            return merge_columns<Kind>(a, b, level, low, shape, last);
-        });
+
+    // Of the columns from `low` on and their right neighbours, 2^LEVEL each.
+    template <int LEVEL, class Acc>
+    __device__ __forceinline__ Node<Acc> merge(Node<Acc> a, Node<Acc> b, Level<LEVEL>, int low) const {
+        constexpr int SIZE = 1 << LEVEL;
+        constexpr bool ONE_OCTET = LEVEL < OCTET_LEVELS && END == End::AT_OCTET;
+        constexpr Acc of_all = Acc(LIMIT * SIZE) / 2, of_fewer = Acc(LAST * SIZE) / 2;
+        const bool all = ONE_OCTET ? has_all(0) : END == End::NONE || low + 2 * SIZE <= full;
+        const Acc weight = all ? of_all : of_fewer;
+        if (ONE_OCTET || END == End::NONE) return Kind::merge(a, b, Acc(0.5), weight);
+        const bool uniform = all || full <= low;
+        const Ratio<Acc> ratio = unequal<Acc>(last, LEVEL);
+        return Kind::merge(a, b, uniform ? Acc(0.5) : ratio.share, uniform ? weight : ratio.weight);
+    }
+
+    template <class Acc> __device__ __forceinline__ Node<Acc> merged(Node<Acc> (&n)[OCTET]) const {
+        const auto pair = [&](Node<Acc> a, Node<Acc> b, auto level, int low) { return merge(a, b, level, low); };
+        return merge_warp(merge_octet(n, column, pair), column, pair);
     }
 
     template <class Acc, class Reader> __device__ __forceinline__ Node<double> reduce(Moments, const Reader& reader) const {
-        MomentTerms<Acc> rows[ROW_LIMIT];
+        MomentTerms<Acc> rows[LIMIT] = {};
 #pragma unroll
-        for (int r = 0; r < ROW_LIMIT; ++r) read(reader, r, rows[r]);
-        const Acc pivot = __shfl_sync(ALL_LANES, rows[0].v[0], 0, WIDTH);
-        const Shape s = shape();
+        for (int r = 0; r < LIMIT; ++r) read(reader, r, rows[r]);
+        const Acc pivot = __shfl_sync(ALL_LANES, rows[0].v[0], 0);
         Node<Acc> n[OCTET];
 #pragma unroll
         for (int j = 0; j < OCTET; ++j) {
-            Acc v[ROW_LIMIT];
+            Acc v[LIMIT];
 #pragma unroll
-            for (int r = 0; r < ROW_LIMIT; ++r) v[r] = subtract(rows[r].v[j], pivot);
-            if (ROW_LIMIT == 1) n[j] = {v[0], Acc(0)};
-            else n[j] = column_moments(v, s.values(column + j));
+            for (int r = 0; r < LIMIT; ++r) v[r] = subtract(rows[r].v[j], pivot);
+            n[j] = column_moments<END != End::NONE>(v, has_all(j));
         }
-        const Node<Acc> node = merged(n, s);
+        const Node<Acc> node = merged(n);
         return {add(to_double(pivot), to_double(node.first)), to_double(node.second)};
     }
 
     template <class Acc, class Reader> __device__ __forceinline__ Node<double> reduce(Sums, const Reader& reader) const {
-        Node<Acc> n[OCTET] = {};
-#pragma unroll 4 // all of them on their way would not fit the registers
-        for (int r = 0; r < ROW_LIMIT; ++r) {
-            SumTerms<Acc> row;
+        SumTerms<Acc> row;
+        read(reader, 0, row);
+        Node<Acc> n[OCTET];
+#pragma unroll
+        for (int j = 0; j < OCTET; ++j) n[j] = row.v[j];
+#pragma unroll (LIMIT > 5 ? 4 : LIMIT) // all of them on their way would not fit the registers
+        for (int r = 1; r < LIMIT; ++r) {
             read(reader, r, row);
 #pragma unroll
             for (int j = 0; j < OCTET; ++j)
-                if (WHOLE || j < length - r * COLUMNS - column)
-                    n[j] = {add(n[j].first, row.v[j].first), add(n[j].second, row.v[j].second)};
+                n[j] = r < LAST || END == End::NONE ? add(n[j], row.v[j]) : add_where(has_all(j), n[j], row.v[j]);
         }
-        const Node<Acc> node = merged(n, shape());
+        const Node<Acc> node = merged(n);
         return {to_double(node.first), to_double(node.second)};
     }
 };
 
-// A tile of one row by one thread, its octets from left to right.
-template <class Kind> struct Row {
+// A tile of one row by WIDTH lanes, or one: each has 2^level columns, three levels or more, and goes through its octets
+// from left to right.
+template <class Kind, int WIDTH> struct Row {
     static constexpr int TOP = LEVELS - OCTET_LEVELS;
     const LastTile& last;
-    int length;
+    int length, level;
+
+    __device__ __forceinline__ Row(int length, const LastTile& last) : last(last), length(length), level(OCTET_LEVELS) {
+        while (WIDTH > 1 && WIDTH << level < length) ++level;
+    }
 
     // Add a node of 8 << I columns to those that wait for a right neighbour, one for each bit of `octets`.
     template <int I, class Acc>
@@ -185,8 +227,9 @@ template <class Kind> struct Row {
         waiting[I] = node;
     }
 
-    // read(position, valid, columns)
-    template <class Acc, class Read> __device__ __forceinline__ Node<Acc> merged(const Read& read) const {
+    // Of the `valid` columns from `first` on; read(position, valid, columns).
+    template <class Acc, class Read>
+    __device__ __forceinline__ Node<Acc> of_lane(int first, int valid, const Read& read) const {
         const auto octet = [&](int position, int valid) {
             Node<Acc> n[OCTET];
             read(position, valid, n);
@@ -197,19 +240,28 @@ template <class Kind> struct Row {
         Node<Acc> waiting[TOP + 1] = {};
         int octets = 0;
 #pragma unroll 1
-        for (; octets < length / OCTET; ++octets) push<0>(octet(octets * OCTET, OCTET), octets, waiting);
-        const int rest = length % OCTET;
+        for (; octets < valid / OCTET; ++octets) push<0>(octet(first + octets * OCTET, OCTET), octets, waiting);
+        const int rest = valid % OCTET;
         bool any = rest > 0; // right of those that wait: fewer columns than theirs
-        Node<Acc> node = any ? octet(octets * OCTET, rest) : waiting[TOP];
+        Node<Acc> node = any ? octet(first + octets * OCTET, rest) : waiting[TOP];
 #pragma unroll
         for (int i = 0; i < TOP; ++i) {
             if (!(octets >> i & 1)) continue;
-            const Acc share = Rounded<Acc>::from(last.share[OCTET_LEVELS + i]);
-            const Acc weight = Rounded<Acc>::from(last.weight[OCTET_LEVELS + i]);
-            node = any ? Kind::merge(waiting[i], node, share, weight) : waiting[i];
+            const Ratio<Acc> ratio = unequal<Acc>(last, OCTET_LEVELS + i);
+            node = any ? Kind::merge(waiting[i], node, ratio.share, ratio.weight) : waiting[i];
             any = true;
         }
         return node;
+    }
+
+    template <class Acc, class Read> __device__ __forceinline__ Node<Acc> merged(const Read& read) const {
+        if (WIDTH == 1) return of_lane<Acc>(0, length, read);
+        const int columns = 1 << level, first = static_cast<int>(threadIdx.x % WIDTH) << level, left = length - first;
+        Node<Acc> node = of_lane<Acc>(first, left < 0 ? 0 : left < columns ? left : columns, read);
+#pragma unroll
+        for (int offset = 1, i = level; offset < WIDTH; offset *= 2, ++i)
+            node = merge_row<Kind>(node, node_to_the_right(node, offset, WIDTH), i, left, last);
+        return node; // in the first lane
     }
 
     template <class Acc, class Reader> __device__ __forceinline__ Node<double> reduce(Moments, const Reader& reader) const {
@@ -235,14 +287,20 @@ template <class Kind> struct Row {
     }
 };
 
-// The node of a tile of `length` values. ROW_LIMIT is 1 where tiles have at most 256 values, else 8, and WIDTH 32.
-template <class Kind, int WIDTH, int ROW_LIMIT, class Acc, class Reader>
+// The node of a tile of `length` values, a whole one or a sample's last: in ROW_LIMIT rows, 0 if that is whole as well.
+// IS_TALL: whether there are whole ones.
+template <class Kind, int WIDTH, int ROW_LIMIT, bool IS_TALL, class Acc, class Reader>
 __device__ __forceinline__ Node<double> reduce_tile(const Reader& reader, int length, const LastTile& last) {
-    if constexpr (WIDTH == 1) {
-        return Row<Kind>{last, length}.template reduce<Acc>(Kind{}, reader);
-    } else {
-        if (ROW_LIMIT == ROWS && length == TILE && reader.is_aligned())
-            return Tile<Kind, WIDTH, ROW_LIMIT, true>(TILE, last).template reduce<Acc>(Kind{}, reader);
-        return Tile<Kind, WIDTH, ROW_LIMIT, false>(length, last).template reduce<Acc>(Kind{}, reader);
+    if constexpr (IS_TALL)
+        if (ROW_LIMIT == 0 || length == TILE) {
+            if (reader.is_aligned()) return Tile<Kind, ROWS, End::NONE>(TILE, last).template reduce<Acc>(Kind{}, reader);
+            return Tile<Kind, ROWS, End::ANYWHERE>(TILE, last).template reduce<Acc>(Kind{}, reader);
+        }
+    if constexpr (ROW_LIMIT == 1) {
+        return Row<Kind, WIDTH>(length, last).template reduce<Acc>(Kind{}, reader);
+    } else if constexpr (ROW_LIMIT) {
+        if (reader.is_aligned())
+            return Tile<Kind, ROW_LIMIT, End::AT_OCTET>(length, last).template reduce<Acc>(Kind{}, reader);
+        return Tile<Kind, ROW_LIMIT, End::ANYWHERE>(length, last).template reduce<Acc>(Kind{}, reader);
     }
 }

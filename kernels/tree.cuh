@@ -12,6 +12,13 @@ template <class Acc> struct Node {
     Acc first, second;
 };
 
+template <class Acc> EXACT Node<Acc> add(Node<Acc> a, Node<Acc> b) {
+    return {add(a.first, b.first), add(a.second, b.second)};
+}
+template <class Acc> EXACT Node<Acc> add_where(bool wanted, Node<Acc> a, Node<Acc> b) {
+    return {add_where(wanted, a.first, b.first), add_where(wanted, a.second, b.second)};
+}
+
 struct Moments {
     static constexpr bool NEEDS_COEFFICIENTS = false;
     // share = count_b / count, weight = count_a * share
@@ -29,12 +36,22 @@ struct Moments {
 struct Sums {
     static constexpr bool NEEDS_COEFFICIENTS = true;
     template <class Acc> static EXACT Node<Acc> merge(Node<Acc> a, Node<Acc> b, Acc, Acc) {
-        return {add(a.first, b.first), add(a.second, b.second)};
+        return add(a, b);
     }
     template <class Acc> static EXACT Node<Acc> merge_values(Node<Acc> a, Node<Acc> b, Acc share, Acc weight) {
         return merge(a, b, share, weight);
     }
 };
+
+// The share and the weight of a merge.
+template <class Acc> struct Ratio {
+    Acc share, weight;
+};
+
+// That of the one merge of a level of the last tile whose sides are unequal.
+template <class Acc> EXACT Ratio<Acc> unequal(const LastTile& last, int level) {
+    return {Rounded<Acc>::of_bits(last.share[level]), Rounded<Acc>::of_bits(last.weight[level])};
+}
 
 // Any two nodes; one without values is the identity.
 template <class Kind, class Acc>

@@ -9,6 +9,8 @@ from tests.cuda_on_cpu.build import ADDRESS, THREAD
 SOME = {
     ADDRESS: [
         "resident, a cluster",
+        "resident, four rows",
+        "resident, a row by lanes",
         "resident, torn channels",
         "resident, a row a thread",
         "resident, bits of all channels",
@@ -30,6 +32,8 @@ SOME = {
     ],
     THREAD: [
         "resident, a cluster",
+        "resident, four rows",
+        "resident, a row by lanes",
         "resident, torn channels",
         "resident, a row a thread",
         "resident, values",

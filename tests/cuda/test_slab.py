@@ -1,11 +1,15 @@
 """The resident path: one kernel for a training step, one for its gradient, with the bits of the oracle."""
 
+import re
+
+import numpy as np
 import pytest
 
 from cubn._types import Extents, NormalizeOptions, Operand, Operands
 from cubn.backends.cuda import plan
 from cubn.backends.cuda.plan import Limits
-from tests.cuda.steps import DTYPES, Case, clusters, train_and_back
+from tests.cuda import steps
+from tests.cuda.steps import DTYPES, Case, clusters, random, train_and_back
 from tests.cuda_on_cpu.build import unavailable
 from tests.cuda_on_cpu.runner import Order, shuffled
 
@@ -36,11 +40,60 @@ def test_every_dtype_gives_the_oracle_s_bits(dtype, extents, options):
 
 
 @pytest.mark.parametrize("S", [2, 8, 9, 15, 16, 17, 23, 24, 49, 64, 65, 100, 127, 129, 196, 225, 248, 255, 256])
-def test_a_row_a_thread_gives_the_oracle_s_bits(S):
-    different, *launched = train_and_back(Case((33, 1, S), "float16", 227, relu=True))
+@pytest.mark.parametrize("N", [150, 33, 3])
+def test_lanes_of_a_row_give_the_oracle_s_bits(N, S):
+    different, *launched = train_and_back(Case((N, 1, S), "float16", 227, relu=True))
     assert different == []
-    assert clusters("slab", *launched) == ((1, 1), (1, 1))
-    assert all("-DTILE_LANES=1" in launch.options for (launch,) in launched)
+    clusters("slab", *launched)
+    for (launch,) in launched:
+        lanes = int(re.search(r"-DTILE_LANES=(\d+)", " ".join(launch.options))[1])
+        samples = min(N, dict(launch.fields)["span"])
+        assert 8 * lanes < 2 * S or lanes == 1  # none has nothing to do
+        assert lanes == 1 or samples * lanes <= launch.threads
+        assert 8 * lanes >= S or 2 * samples * lanes > launch.threads
+
+
+def last_rows(*launched):
+    """What is told the compiler of the tiles' rows: TILE_ROWS, TALL, ALIGNED."""
+    names = ("TILE_ROWS", "TALL", "ALIGNED")
+    return {
+        tuple(int(value) for name in names for value in re.findall(rf"-D{name}=(\d)", " ".join(launch.options)))
+        for (launch,) in launched
+    }
+
+
+@pytest.mark.every_value
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("S", "rows"),
+    [
+        *((256 * rows - less, (rows, 0, less % 8 == 0)) for rows in range(2, 8) for less in (0, 8, 240, 255)),
+        (2047, (8, 0, 0)),
+        (2040, (8, 0, 1)),
+        (2048, (0, 1, 1)),
+        (2049, (1, 1, 0)),
+        (2048 + 256, (1, 1, 1)),
+        *((4096 - less, (8, 1, less % 8 == 0)) for less in (16, 99)),
+        *((2048 + 256 * rows - less, (rows, 1, less % 8 == 0)) for rows in range(2, 8) for less in (0, 48, 77)),
+    ],
+)
+def test_tiles_of_any_rows_give_the_oracle_s_bits(S, rows, dtype):
+    different, *launched = train_and_back(Case((3, 2, S), dtype, 227, residual=True))
+    assert different == []
+    assert last_rows(*launched) == {rows}
+
+
+@pytest.mark.parametrize("S", [300, 304])
+def test_an_infinity_in_a_column_of_one_value_gives_the_oracle_s_bits(S, monkeypatch):
+    def infinite(rng, case):
+        values = random(rng, case)
+        values[0, 0, 255] = np.inf  # the second row ends before
+        return values
+
+    monkeypatch.setattr(steps, "random", infinite)
+    different, *launched = train_and_back(Case((2, 1, S)))
+    assert different == []
+    assert last_rows(*launched) == {(2, 0, S % 8 == 0)}
 
 
 @pytest.mark.every_value

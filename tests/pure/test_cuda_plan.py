@@ -404,7 +404,7 @@ def test_members_are_where_the_compiler_has_them(tmp_path):
 
 
 def test_a_template_is_filled_with_the_values_of_a_call():
-    fields = {"samples": 2**40, "x.sample": 7, "last.share.7": 0.1, "slot": 3}
+    fields = {"samples": 2**40, "x.sample": 7, "last.share.7": 5, "momentum": 0.1, "slot": 3}
     places = {"x.pointer": 2, "eps": 0, "y.pointer": 2, "g.pointer": 1, "first": 3, "second": 4, "samples": 1}
     values = (1e-5, 2**63 - 1, -8, 5, 6)
     filled = parameters.Template(fields, places).filled(values)
@@ -412,7 +412,7 @@ def test_a_template_is_filled_with_the_values_of_a_call():
 
 
 def test_fields_are_packed_where_the_struct_has_them():
-    fields = {"samples": 2**40, "x.pointer": 2**63 - 1, "last.share.7": 0.1, "eps": 1e-5, "momentum": -0.0}
+    fields = {"samples": 2**40, "x.pointer": 2**63 - 1, "last.share.7": 5, "eps": 1e-5, "momentum": -0.0}
     block = parameters.pack(fields)
     members = parameters.members()
     assert len(block) == 8 * len(members)

@@ -113,7 +113,7 @@ def _cut_tiles(
     shared = span * group * NODE_BYTES
     options = (*common, *option(TILE_LANES=lanes))
     if layout == "nchw":
-        options += option(TILE_ROWS=1 if S <= COLUMNS else 8)
+        options += tree.options
     else:
         shared += span * 8
     fields = {**sizes(extents), **tree.fields, "span": span, "group": group, "blocks_across": across}

@@ -27,6 +27,7 @@ from cubn.backends.cuda.plan.launch import (
     has_relu_mask,
     option,
     power_above,
+    power_below,
     read_twice,
     sizes,
 )
@@ -132,19 +133,19 @@ def _slab(extents: Extents, dtype: str, group: int, aligned: bool, options: Opti
     )
     threads = THREADS if _fits_twice(shared, limits) or dtype == "float64" else 2 * THREADS
     rows = min(N, max(span >> tree.log2_tiles, 1)) * group  # of a block
-    lanes = WARP if S > COLUMNS else 1 if rows >= WARP else power_above(-(-S // OCTET))
+    # Lanes enough for all threads, unless some would have no octet.
+    lanes = WARP if S > COLUMNS else min(power_above(-(-S // OCTET)), power_below(max(threads // rows, 1)))
     specialised = option(
         ELEMENT=ELEMENTS[dtype],
         THREADS=threads,
         CLUSTER=cluster,
         GROUPED=group > 1,
+        ALIGNED=aligned and S % OCTET == 0,
         TILE_LANES=lanes,
-        TILE_ROWS=1 if S <= COLUMNS else 8,
     )
+    options_of_all = (*specialised, *tree.options, *flags(options))
     fields = tuple({**sizes(extents), **tree.fields, "span": span, "group": group, "slot": slot}.items())
-    return Launch(
-        "slab", (*specialised, *flags(options)), across * cluster, shared, fields, "", "nchw", threads, cluster
-    )
+    return Launch("slab", options_of_all, across * cluster, shared, fields, "", "nchw", threads, cluster)
 
 
 def slab_channels(extents: Extents, operands: Operands, options: Options, limits: Limits) -> Launch | None:

@@ -103,9 +103,10 @@ def _ticketed_rows(extents: Extents, dtype: str, neighbours: bool, options: Opti
     if S < OCTET or C * S % OCTET or group * S % OCTET:
         return None
     tile_bytes = read_twice(options) * group * min(S, TILE) * ITEMSIZE[dtype]
-    span = min(power_below(max(PIECE_BYTES // tile_bytes, 1)), power_above(N << tree_of(S, dtype).log2_tiles))
+    tree = tree_of(S, dtype)
+    span = min(power_below(max(PIECE_BYTES // tile_bytes, 1)), power_above(N << tree.log2_tiles))
     lanes = WARP if S > COLUMNS else power_above(-(-S // OCTET))
-    specialised = option(GROUPED=group > 1, TILE_LANES=lanes, TILE_ROWS=1 if S <= COLUMNS else 8)
+    specialised = (*option(GROUPED=group > 1, TILE_LANES=lanes), *tree.options)
     return _launch(extents, dtype, _Cut("ticketed", specialised, group, span, span * tile_bytes, span), options, limits)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cubn._floating_point import default_floating_point
 from cubn._tree import COLUMNS, TILE
-from cubn.backends.cuda.plan.launch import Fields, power_above
+from cubn.backends.cuda.plan.launch import Fields, option, power_above
 
 LEVELS = 8
 
@@ -20,30 +20,34 @@ class Tree:
 
     tiles: int
     log2_tiles: int
-    rows: int
-    full: int
-    share: tuple[float, ...]
-    weight: tuple[float, ...]
+    rows: int  # of the last tile, the last of them maybe short; 0 if it is whole
+    is_tall: bool  # whether there is a whole tile
+    share: tuple[int, ...]  # the bits of numbers
+    weight: tuple[int, ...]
 
     @property
     def fields(self) -> Fields:
         return {
             "tiles": self.tiles,
             "log2_tiles": self.log2_tiles,
-            "last.rows": self.rows,
-            "last.full": self.full,
             **{f"last.share.{i}": value for i, value in enumerate(self.share)},
             **{f"last.weight.{i}": value for i, value in enumerate(self.weight)},
         }
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of a kernel whose tiles have neighbouring positions; see kernels/tile.cuh."""
+        return option(TILE_ROWS=self.rows, TALL=self.is_tall)
 
 
 @functools.lru_cache(1024)
 @default_floating_point
 def tree_of(S: int, dtype: str) -> Tree:
     """The tree of samples of S positions. Shares are computed in the type that merges them."""
-    acc = np.float64 if dtype == "float64" else np.float32
+    acc, bits = (np.float64, np.int64) if dtype == "float64" else (np.float32, np.uint32)
     tiles = -(-S // TILE)
-    rows, full = divmod(S - (tiles - 1) * TILE, COLUMNS)
+    length = S - (tiles - 1) * TILE
+    rows, full = divmod(length, COLUMNS)  # columns before `full` have one more value
     share, weight = [], []
     for level in range(LEVELS):
         size = 1 << level
@@ -51,6 +55,8 @@ def tree_of(S: int, dtype: str) -> Tree:
         left = rows * size + min(inside, size)
         right = rows * size + max(inside - size, 0)
         ratio = acc(right) / acc(left + right) if left + right else acc(0)
-        share.append(float(ratio))
-        weight.append(float(acc(left) * ratio))
-    return Tree(tiles, power_above(tiles).bit_length() - 1, rows, full, tuple(share), tuple(weight))
+        share.append(int(ratio.view(bits)))
+        weight.append(int((acc(left) * ratio).view(bits)))
+    last_rows = 0 if length == TILE else -(-length // COLUMNS)
+    log2_tiles = power_above(tiles).bit_length() - 1
+    return Tree(tiles, log2_tiles, last_rows, S >= TILE, tuple(share), tuple(weight))
