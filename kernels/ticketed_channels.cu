@@ -14,7 +14,8 @@
 #include "positions.cuh"
 
 constexpr int BLOCKS = sizeof(ELEMENT) == 8 ? 1 : 2; // of a multiprocessor: as many as the planner launches
-constexpr int BATCH = READS_G || TILE_DEPTH == 0 ? 1 : 2; // octets under way: registers are scarce
+constexpr bool SCARCE = TILE_DEPTH == 0 || (TILE_ROWS > 1 && DEPTH > 3); // registers, in the reduction
+constexpr int BATCH = READS_G || SCARCE ? 1 : 2;                      // octets under way
 constexpr int OCTETS = WIDTH / OCTET;
 
 // y, or dx and dresidual, of a piece.

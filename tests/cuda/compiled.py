@@ -4,9 +4,9 @@
     python -m tests.cuda.compiled --cuda 13 --architectures 75 90     some columns of it
     python -m tests.cuda.compiled --processes 16 --log FOLDER
 
-A column is a CUDA version and an architecture. Its log has a line for each specialisation: registers, bytes of stack
-and of spills, and "fine", or what is wrong. A run that was stopped goes on where it was: what is in the logs, of the
-same sources and compilers, is not compiled again. A finished column is recorded by the digest of its log.
+A column is a CUDA version and an architecture. Its log has a line for each specialisation: its source's digest,
+registers, bytes of stack and of spills, and "fine", or what is wrong. A run that was stopped goes on where it was: what
+is in the logs, of the same source and compiler, is not compiled again. A finished column is recorded by the digest of its log.
 """
 
 import argparse
@@ -33,9 +33,20 @@ def digest(lines) -> str:
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
 
+@functools.cache
+def source_of(name: str) -> str:
+    """A digest of a kernel's text."""
+    return digest([translation_unit(name)])[:12]
+
+
 def sources() -> str:
     """A digest of what is compiled."""
-    return digest(translation_unit(name) for name in sorted({s.source for s in specialisations()}))
+    return digest(map(source_of, sorted({s.source for s in specialisations()})))
+
+
+def start_of(specialisation: Specialisation) -> str:
+    """Of its line in a log."""
+    return f"{specialisation} {source_of(specialisation.source)}"
 
 
 def set_of_names() -> str:
@@ -66,7 +77,7 @@ def line_of(specialisation: Specialisation, architecture: int, cuda: int) -> str
         source = translation_unit(specialisation.source)
         kernel = nvrtc.compile(source, specialisation.options, architecture, cuda)[specialisation.kernel]
     except nvrtc.CompileError as error:
-        return f"{specialisation} not compiled: {' '.join(str(error).split())}"
+        return f"{start_of(specialisation)} not compiled: {' '.join(str(error).split())}"
     wrong = []
     for check in (check_exact, check_registers, functools.partial(check_vectors, specialisation)):
         try:
@@ -74,7 +85,7 @@ def line_of(specialisation: Specialisation, architecture: int, cuda: int) -> str
         except AssertionError as error:
             wrong.append(str(error).partition("\n")[0])
     found = f"{kernel.registers} registers {kernel.stack_bytes} stack {kernel.spill_bytes} spills"
-    return f"{specialisation} {found} {'; '.join(wrong) or 'fine'}"
+    return f"{start_of(specialisation)} {found} {'; '.join(wrong) or 'fine'}"
 
 
 def lines_of(indices: list[int], architecture: int, cuda: int) -> list[str]:
@@ -82,17 +93,22 @@ def lines_of(indices: list[int], architecture: int, cuda: int) -> list[str]:
     return [line_of(every[i], architecture, cuda) for i in indices if every[i].fits(architecture)]
 
 
+def by_start(lines: list[str]) -> dict[str, str]:
+    return {" ".join(line.split(" ", 2)[:2]): line for line in lines}
+
+
 def compile_column(cuda: int, architecture: int, folder: Path, pool: ProcessPoolExecutor) -> list[str]:
     """The log, in order; kept as it grows."""
     name = column_name(cuda, architecture)
     log = folder / f"cuda{cuda}_sm{architecture}.log"
-    header = f"# {sources()} CUDA {nvrtc.version(cuda)}"
+    header = f"# CUDA {nvrtc.version(cuda)}"
+    wanted = [(i, start_of(s)) for i, s in enumerate(specialisations()) if s.fits(architecture)]
     known: dict[str, str] = {}
     if log.exists():
         lines = log.read_text().split("\n")[:-1]  # the last is empty, or was cut
         if lines[:1] == [header]:
-            known = {line.partition(" ")[0]: line for line in lines[1:]}
-    wanted = [(i, str(s)) for i, s in enumerate(specialisations()) if s.fits(architecture)]
+            known = by_start(lines[1:])
+            known = {start: known[start] for _, start in wanted if start in known}
     left = [i for i, of in wanted if of not in known]
     begin, done = time.monotonic(), 0
     with log.open("w") as file:
@@ -103,7 +119,7 @@ def compile_column(cuda: int, architecture: int, folder: Path, pool: ProcessPool
             found = future.result()
             file.write("".join(f"{line}\n" for line in found))
             file.flush()
-            known |= {line.partition(" ")[0]: line for line in found}
+            known |= by_start(found)
             done += len(found)
             minutes = (time.monotonic() - begin) / 60 * (len(left) - done) / done
             print(f"\r{name}: {len(known)} of {len(wanted)}, {minutes:.0f} min ", end="", flush=True)

@@ -18,11 +18,11 @@ def done(monkeypatch):
 
     def line_of(specialisation, architecture, cuda):
         found.append((str(specialisation), architecture, cuda))
-        return f"{specialisation} 32 registers 0 stack 0 spills {'spilt' if specialisation == ALL[6] else 'fine'}"
+        return f"{compiled.start_of(specialisation)} 32 registers 0 stack 0 spills {'spilt' if specialisation == ALL[6] else 'fine'}"
 
     monkeypatch.setattr(compiled, "specialisations", lambda: ALL)
     monkeypatch.setattr(compiled, "line_of", line_of)
-    monkeypatch.setattr(compiled, "sources", lambda: "these")
+    monkeypatch.setattr(compiled, "source_of", lambda name: "these")
     monkeypatch.setattr(nvrtc, "version", lambda cuda: f"{cuda}.0")
     return found
 
@@ -57,7 +57,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, done):
 def test_a_log_of_other_sources_is_not_gone_on_with(tmp_path, done, monkeypatch):
     column(tmp_path)
     done.clear()
-    monkeypatch.setattr(compiled, "sources", lambda: "others")
+    monkeypatch.setattr(compiled, "source_of", lambda name: "others")
     column(tmp_path)
     assert len(done) == len(ALL)
 
