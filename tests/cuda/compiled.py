@@ -6,7 +6,8 @@
 
 A column is a CUDA version and an architecture. Its log has a line for each specialisation: its source's digest,
 registers, bytes of stack and of spills, and "fine", or what is wrong. A run that was stopped goes on where it was: what
-is in the logs, of the same source and compiler, is not compiled again. A finished column is recorded by the digest of its log.
+is in the logs, of the same source and compiler, is not compiled again. A finished column is recorded by the digest of
+its log.
 """
 
 import argparse

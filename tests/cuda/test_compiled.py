@@ -18,7 +18,8 @@ def done(monkeypatch):
 
     def line_of(specialisation, architecture, cuda):
         found.append((str(specialisation), architecture, cuda))
-        return f"{compiled.start_of(specialisation)} 32 registers 0 stack 0 spills {'spilt' if specialisation == ALL[6] else 'fine'}"
+        said = "spilt" if specialisation == ALL[6] else "fine"
+        return f"{compiled.start_of(specialisation)} 32 registers 0 stack 0 spills {said}"
 
     monkeypatch.setattr(compiled, "specialisations", lambda: ALL)
     monkeypatch.setattr(compiled, "line_of", line_of)
