@@ -280,6 +280,33 @@ def test_a_graph_keeps_what_it_copies(cupy):
             assert (device.to_host(found) == np.arange(float(C))).all()
 
 
+def test_a_capture_that_forbids_threads_much_goes_on(cupy):
+    """PyTorch's graphs are captured in the mode "global": allocating pinned memory, asking whether an event is done and
+    loading a kernel are errors then, in every thread.
+    """
+    device, stream, other, errors = new_device(), new_stream(cupy), new_stream(cupy), []
+    device.from_host(np.zeros(C))  # of which there is an event to be asked
+
+    def stage(size):
+        try:
+            with cupy.cuda.Device(0), other:
+                device.from_host(np.zeros(size))
+        except Exception as error:
+            errors.append(error)
+
+    with stream:
+        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeGlobal)
+        found = device.from_host(np.arange(5000.0))
+        device.compile([plan.channelwise("keep", C)])
+        thread = threading.Thread(target=stage, args=(70000,))
+        thread.start()
+        thread.join()
+        graph = stream.end_capture()
+        graph.launch(stream)
+        assert not errors
+        assert (device.to_host(found) == np.arange(5000.0)).all()
+
+
 # --- JAX --------------------------------------------------------------------------------------------------------------
 
 SHAPE = (3, 10, 30)

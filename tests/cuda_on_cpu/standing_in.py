@@ -12,6 +12,7 @@ import numpy as np
 from cubn import _arrays
 from cubn._arrays import capsules
 from cubn.backends import cuda
+from cubn.backends.cuda import capture
 from tests.backends import forget_backends
 
 FOLDER = str(Path(__file__).parent / "stand_in")
@@ -21,13 +22,15 @@ DEVICE = "cubn.backends.cuda.cupy_device"
 @contextlib.contextmanager
 def cupy_stand_in(devices=1):
     """The stand-in as `cupy`, and cubn as in a process that has met no CUDA array yet."""
-    before = _forget()
+    before, driver = _forget(), capture.driver
     sys.path.insert(0, FOLDER)
     try:
         cupy = importlib.import_module("cupy")
         cupy._machine.become(devices)
+        capture.driver = cupy._machine.Libcuda
         yield cupy
     finally:
+        capture.driver = driver
         sys.path.remove(FOLDER)
         _GONE.append(_forget())
         sys.modules.update(before)
@@ -46,6 +49,8 @@ def _forget():
     cuda.backend.cache_clear()
     capsules._read_on.clear()
     forget_backends()
+    if device := sys.modules.get(DEVICE):
+        device._IN_FLIGHT.clear()  # the capsules among it have finalizers in Python, which must run before it ends
     return {name: sys.modules.pop(name) for name in names}
 
 

@@ -17,6 +17,7 @@ from cubn._types import ITEMSIZE
 from cubn._weak import WeakValues
 from cubn.backends.cuda import loading
 from cubn.backends.cuda.arguments import Slot
+from cubn.backends.cuda.capture import relaxed
 from cubn.backends.cuda.compile import compiler
 from cubn.backends.cuda.device import Stream
 from cubn.backends.cuda.in_flight import InFlight
@@ -35,6 +36,10 @@ except ImportError as error:
 
 OLDEST = (7, 5)
 """Compute capability of the oldest supported devices."""
+
+
+CAPTURE_IMPLICIT = 906
+"""cudaErrorStreamCaptureImplicit, of which CuPy has no name."""
 
 
 class _Pinned(np.ndarray[Any, Any]):
@@ -99,8 +104,10 @@ class CupyDevice:
         with self._as_current():
             try:
                 return bool(stream.cupys.is_capturing())
-            except cupy.cuda.runtime.CUDARuntimeError:  # the legacy default stream, where one is that it waits for
-                return True
+            except cupy.cuda.runtime.CUDARuntimeError as error:
+                if error.status != CAPTURE_IMPLICIT:
+                    raise
+                return True  # the legacy default stream, where one is that it waits for
 
     def wait_for(self, other: Stream) -> None:
         stream = self.stream()
@@ -116,7 +123,7 @@ class CupyDevice:
         if self._is_captured(stream):
             self._in_flight.hold_for_good(memory)
         else:
-            with self._as_current():
+            with self._as_current(), relaxed():
                 self._in_flight.hold(stream.cupys, memory)
 
     def synchronize(self) -> None:
@@ -180,7 +187,8 @@ class CupyDevice:
 
     def staging(self, shape: tuple[int, ...], dtype: str) -> Any:
         """From CuPy's pool of pinned memory, which takes it back."""
-        memory = cupy.cuda.alloc_pinned_memory(math.prod(shape) * ITEMSIZE[dtype] or 1)
+        with relaxed():
+            memory = cupy.cuda.alloc_pinned_memory(math.prod(shape) * ITEMSIZE[dtype] or 1)
         return _Pinned(shape, dtype, memory)
 
     def beside(self, tables: Sequence[Any]) -> Any:
@@ -239,7 +247,7 @@ class CupyDevice:
     def _loaded(self, launch: Launch) -> Any:
         """The kernel, compiled or from the cache."""
         code = self._code.of(launch)
-        with self._as_current():  # for whose device it is loaded
+        with self._as_current(), relaxed():  # for which device it is loaded
             function = loading.function(cupy.cuda, self._code, code, launch.kernel, self.limits.shared_bytes)
         self._functions[launch.kernel, launch.options] = function
         return function
@@ -305,7 +313,7 @@ def _context(index: int) -> int:
 def hold(things: tuple[object, ...], index: int) -> None:
     """Keep things until the legacy default stream has done what it has so far, if it has ever had anything."""
     if index in _IN_FLIGHT:
-        with cupy.cuda.Device(index):
+        with cupy.cuda.Device(index), relaxed():
             _IN_FLIGHT[index].hold(cupy.cuda.Stream.null, things)
 
 

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 
 LEGACY, PER_THREAD = 1, 2  # CUDA's handles for them; 0 is the first, too
+RELAXED = 2  # a mode of capture
 
 SUCCESS, INVALID_HANDLE, NOT_READY, CAPTURE_UNSUPPORTED, CAPTURE_IMPLICIT = 0, 400, 600, 900, 906
 
@@ -135,6 +136,24 @@ def refuse_capture(found):
         raise CUDARuntimeError(CAPTURE_UNSUPPORTED, "waiting for a stream that is captured")
 
 
+def refuse_unsafe(what):
+    """What no thread may do while a stream is captured in the mode "global", unless its own mode is relaxed."""
+    is_captured = any(found.captured is not None and found.mode == 0 for found in list(queues.values()))
+    if is_captured and getattr(thread, "capture_mode", 0) != RELAXED:
+        raise CUDARuntimeError(CAPTURE_UNSUPPORTED, f"{what} while a stream is captured, mode global")
+
+
+class Libcuda:
+    """The driver's own library, as far as CuPy does not have it."""
+
+    @staticmethod
+    def cuThreadExchangeStreamCaptureMode(mode):
+        value = mode._obj
+        before, thread.capture_mode = getattr(thread, "capture_mode", 0), value.value
+        value.value = before
+        return 0
+
+
 class Event:
     """A place in a stream."""
 
@@ -146,8 +165,7 @@ class Event:
             self.queue, self.position, self.is_captured = found, found.given, found.captured is not None
 
     def query(self):
-        if any(found.captured is not None and found.mode == 0 for found in list(queues.values())):
-            raise CUDARuntimeError(CAPTURE_UNSUPPORTED, "an event was queried while a stream is captured, mode global")
+        refuse_unsafe("an event was queried")
         if self.is_captured:
             return CAPTURE_UNSUPPORTED
         with lock:  # which whoever is about to do the work has

@@ -150,6 +150,7 @@ def alloc_pinned_memory(size):
     try:
         memory = _free_pinned[size].pop()
     except LookupError:
+        _machine.refuse_unsafe("pinned memory was allocated")
         memory = ctypes.create_string_buffer(size)
     buffer = (ctypes.c_char * size).from_buffer(memory)
     weakref.finalize(buffer, _give_back, memory, size).atexit = False

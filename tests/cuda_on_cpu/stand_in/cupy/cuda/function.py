@@ -19,6 +19,7 @@ class Module:
 
     def load(self, cubin):
         _machine.bind()
+        _machine.refuse_unsafe("a module was loaded")
         self.source, options = pickle.loads(cubin)
         self.options = without_flags(options)
 
