@@ -25,7 +25,7 @@ from cubn.sync.transport import Communicator
 from tests.backends import forget_backends
 from tests.cuda.named import PASSES, RESIDENT
 from tests.cuda_on_cpu.build import unavailable
-from tests.cuda_on_cpu.device import CaptureError, CpuDevice
+from tests.cuda_on_cpu.device import CpuDevice
 from tests.cuda_on_cpu.devices import Devices
 from tests.cuda_on_cpu.ordering import CpuStream
 from tests.ops import arrays
@@ -408,9 +408,3 @@ def test_what_is_missing_is_found(devices, monkeypatch, name):
     scenario, where, attribute, plant = PLANTS[name]
     monkeypatch.setattr(*((where, plant) if attribute is None else (where, attribute, plant)))
     assert faults(devices, SCENARIOS[scenario])
-
-
-def test_a_pageable_copy_in_a_graph_is_refused(devices, monkeypatch):
-    monkeypatch.setattr(CudaBackend, "from_host", lambda self, array: self.device.from_host(array))
-    with pytest.raises(CaptureError, match="a copy of memory that is not pinned"):
-        faults(devices, graphs)

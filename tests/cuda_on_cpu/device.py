@@ -98,16 +98,16 @@ class CpuDevice:
         return array
 
     def from_host(self, values):
-        is_pinned = self.ordering is not None and self.ordering.is_own(np.asarray(values))
-        if not is_pinned:
-            self._refuse_captured("a copy of memory that is not pinned")
-        array = self.empty(np.shape(values), np.asarray(values).dtype)
-        array[...] = values
+        source = np.asarray(values)
+        if self.ordering is not None and not self.ordering.is_own(source):
+            source = self.staging(source.shape, source.dtype)
+            source[...] = values
+        array = self.empty(source.shape, source.dtype)
+        array[...] = source
         if self.ordering is not None:
             self.ordering.copies += 1
-        self._does("copy from the host", reads=(values,) if is_pinned else (), writes=(array,))
-        if is_pinned:
-            self.hold(values)
+        self._does("copy from the host", reads=(source,), writes=(array,))
+        self.hold(source)
         return array
 
     def to_host(self, array, out=None):

@@ -46,7 +46,9 @@ class Device(Protocol):
         """The same, of zeros."""
 
     def from_host(self, values: Any) -> BackendArray:
-        """A copy of a NumPy array of any strides; one of `staging` is kept until it is copied."""
+        """A copy of a NumPy array of any strides, by way of `staging` unless it is from there, which is kept until it
+        is copied: every replay of a graph does so again.
+        """
 
     def to_host(self, array: BackendArray, out: Any = None) -> Any:
         """A copy in NumPy; waits for the work before it."""
