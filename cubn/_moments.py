@@ -205,11 +205,14 @@ class Moments:
         if made is None or made[0] != eps:
             made = eps, _nodes.statistics(self._count, self.mean, self.m2, eps).tobytes(), {}
             _KEEP[-1](self, made)
-        placed = made[2].get(place)
+        placed, device = made[2].get(place), place.device
+        is_captured = device is not None and device.capturing()
         if placed is None:
             placed = place.place_statistics(np.frombuffer(made[1]), self.num_features)
-            if place.device is None or not place.device.capturing():  # what a graph copies belongs to the graph
+            if not is_captured:  # what a graph copies belongs to the graph
                 made[2][place] = placed
+        elif device is not None and is_captured:  # replays read it, and these may be gone by then
+            device.hold(placed.memory)
         return placed
 
     @property

@@ -20,6 +20,11 @@ from tests.ops import arrays
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 
 C = 40
+SHAPE = (3, 10, 30)
+
+
+def store(seed=0):
+    return arrays.normal(np.random.default_rng(seed), SHAPE, "float32", centre=0.5)
 
 
 @pytest.fixture
@@ -307,13 +312,25 @@ def test_a_capture_that_forbids_threads_much_goes_on(cupy):
         assert (device.to_host(found) == np.arange(5000.0)).all()
 
 
+def test_a_graph_keeps_the_copy_of_moments(cupy):
+    """Whoever drops them, and though nothing but this one stream has to do with them."""
+    x, stream, pool = cupy.array(store()), new_stream(cupy), cupy.cuda.MemoryPool()
+    with stream:
+        taken = cubn.moments(x)
+        expected = cubn.normalize(x, taken).get()
+        with cupy.cuda.using_allocator(pool.malloc):
+            stream.begin_capture()
+            y = cubn.normalize(x, taken)
+            graph = stream.end_capture()
+        del taken
+        gc.collect()
+        others = [cupy.empty((n,), np.float64) for n in range(1, 1000, 64)]
+        graph.launch(stream)
+        assert (y.get() == expected).all()
+        del others
+
+
 # --- JAX --------------------------------------------------------------------------------------------------------------
-
-SHAPE = (3, 10, 30)
-
-
-def store(seed=0):
-    return arrays.normal(np.random.default_rng(seed), SHAPE, "float32", centre=0.5)
 
 
 def test_memory_of_jax_that_is_read_late_is_not_dropped_meanwhile(cupy, jax):
@@ -494,3 +511,20 @@ def test_arrays_without_elements(cupy, torch, library):
         for made in (device.empty(shape, "float64"), device.zeros(shape, "uint8"), device.from_host(np.empty(shape))):
             assert made.shape == shape
             assert device.to_host(made).shape == shape
+
+
+def test_info_tells_of_the_other_devices_where_one_cannot_be_used(two, monkeypatch):
+    from cubn.backends.cuda import cupy_device
+
+    honest = cupy_device.limits_of
+
+    def limits_of(index):
+        if index:
+            raise cubn.BackendUnavailable("cubn: CUDA device 1 has compute capability 7.0")
+        return honest(index)
+
+    monkeypatch.setattr(cupy_device, "limits_of", limits_of)
+    found = cupy_device.settings()
+    assert found["device 0"].startswith("stand-in, compute capability 9.0")
+    assert found["device 1"] == "stand-in, not used: cubn: CUDA device 1 has compute capability 7.0"
+    assert "kernels of device 1" not in found

@@ -419,10 +419,14 @@ def host_copy(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dt
 
 def settings() -> dict[str, str]:
     """What `python -m cubn info` says of the devices."""
-    found = {}
+    found: dict[str, str] = {}
     for index in range(cupy.cuda.runtime.getDeviceCount()):
         name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
-        limits = limits_of(index)
+        try:
+            limits = limits_of(index)
+        except BackendUnavailable as error:
+            found[f"device {index}"] = f"{name}, not used: {error}"
+            continue
         found[f"device {index}"] = (
             f"{name}, compute capability {limits.capability[0]}.{limits.capability[1]}, "
             f"{limits.multiprocessors} multiprocessors, {limits.shared_bytes >> 10} KB shared memory a block, "
