@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -61,7 +60,7 @@ class _Reader:
     """While it is there, what a capsule tells of may be given to a device."""
 
 
-_read_on: defaultdict[int, Leases[object]] = defaultdict(Leases)
+_read_on: dict[int, Leases[object]] = {}
 """Capsules of arrays on each CUDA device. Without them memory is its library's to use again, which knows nothing of
 work of ours that is under way.
 """
@@ -69,7 +68,7 @@ work of ours that is under way.
 
 def _kept_on(index: int, capsule: object) -> object:
     """What stands for a capsule of a device, which is kept until the work is done that its readers have launched."""
-    readers = _read_on[index]
+    readers = _read_on.get(index) or _read_on.setdefault(index, Leases())  # the same for all threads
     if ended := readers.ended():
         _memory_of[CUDA]().hold(ended, index)
     reader = _Reader()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -31,7 +30,7 @@ class Jax(Library):
 
     def __init__(self, jax: Any) -> None:
         self._jax = jax
-        self._lent: defaultdict[Any, Leases[Any]] = defaultdict(Leases)  # memory of GPUs, by JAX's device
+        self._lent: dict[Any, Leases[Any]] = {}  # memory of GPUs, by JAX's device
         self._tick = functools.lru_cache(self._new_tick)
 
     def describe(self, x: Any, argument: str, dtypes: tuple[str, ...], detach: bool) -> Array:
@@ -75,8 +74,11 @@ class Jax(Library):
         with self._jax.enable_x64(True) if is_wide else contextlib.nullcontext():
             y = self._jax.dlpack.from_dlpack(exporter)
         if exporter.__dlpack_device__() != HOST:
-            self._lent[y.device].lend(exporter.buffer.data, exporter.buffer)
+            self._lent_on(y.device).lend(exporter.buffer.data, exporter.buffer)
         return y
+
+    def _lent_on(self, device: Any) -> Leases[Any]:
+        return self._lent.get(device) or self._lent.setdefault(device, Leases())  # the same for all threads
 
     def _take_back(self, device: Any) -> None:
         """Let go of memory that JAX has dropped, behind what it had XLA do with it.
@@ -85,7 +87,7 @@ class Jax(Library):
         else knows. An array that it is told to make now is behind all of that, and the legacy default stream, where
         the memory is used next, waits for the array. See docs/decisions/0015-memory-that-jax-drops.md.
         """
-        if ended := self._lent[device].ended():
+        if ended := self._lent_on(device).ended():
             dlpack.export(self._tick(device)(), LEGACY_STREAM)
             del ended  # not before
 

@@ -5,11 +5,14 @@ import gc
 import sys
 import threading
 import warnings
+import weakref
 
 import numpy as np
 import pytest
 
 import cubn
+from cubn import _weak
+from cubn._arrays import capsules
 from cubn.backends.cuda import parameters, plan
 from tests.cuda_on_cpu import standing_in
 from tests.cuda_on_cpu.build import unavailable
@@ -356,6 +359,29 @@ def test_memory_of_jax_is_dropped_once_it_was_read(cupy, jax):
     for _ in range(9):
         cubn.forward(jax.device_put(store()), state)
     assert exporter.alive() - before < 12
+
+
+def test_capsules_that_two_threads_read_first_of_all_are_both_kept(monkeypatch):
+    barrier, honest, there, readers = threading.Barrier(2), _weak.Leases.__init__, [], []
+
+    def slow(self):
+        honest(self)
+        barrier.wait(60)  # both threads make one
+
+    def read():
+        capsule = _weak.Leases.__new__(_weak.Leases)  # or whatever else can be referred to
+        there.append(weakref.ref(capsule))
+        readers.append(capsules._kept_on(3, capsule))
+
+    monkeypatch.setattr(_weak.Leases, "__init__", slow)
+    both = [threading.Thread(target=read) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    gc.collect()
+    assert all(reference() is not None for reference in there)
+    del capsules._read_on[3]
 
 
 def test_memory_that_xla_reads_late_is_not_used_again_meanwhile(cupy, jax):

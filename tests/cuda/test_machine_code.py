@@ -226,10 +226,11 @@ def test_an_architecture_that_the_compiler_does_not_know():
 
 
 @pytest.mark.parametrize(
-    ("capability", "architecture"), [((8, 6), 86), ((8, 9), 86), ((10, 3), 100), ((12, 1), 120), ((9, 0), 90)]
+    ("capability", "architecture"), [((8, 6), 86), ((8, 9), 80), ((10, 3), 100), ((12, 1), 120), ((9, 0), 90)]
 )
-def test_a_newer_device_of_a_generation_runs_the_code_of_an_older_one(capability, architecture):
-    compiling = Nvrtc(architectures=(75, 80, 86, 90, 100, 120))
+def test_a_newer_device_of_a_generation_runs_the_code_of_its_first(capability, architecture):
+    """No other's: 8.7 and 10.1 are devices whose code runs on no other."""
+    compiling = Nvrtc(architectures=(75, 80, 86, 87, 90, 100, 101, 120))
     assert code(compiling, capability).compiler.options[-1] == f"-arch=sm_{architecture}"
 
 

@@ -79,12 +79,12 @@ def compiler(nvrtc: Any, capability: tuple[int, int]) -> Compiler:
     named = "NVRTC {}.{}".format(*version)
     if version < OLDEST:
         raise BackendUnavailable(f"cubn: {named} is too old; {OLDEST[0]}.{OLDEST[1]} is needed. {INSTALL}")
-    wanted = 10 * capability[0] + capability[1]
+    first = 10 * capability[0]
     known = sorted(nvrtc.getSupportedArchs())
-    fitting = [found for found in known if found // 10 == capability[0] and found <= wanted]
+    fitting = [found for found in (first + capability[1], first) if found in known]
     if not fitting:
         raise BackendUnavailable(
             f"cubn: {named} makes no code for compute capability {capability[0]}.{capability[1]}, only for "
             f"{', '.join(f'{found // 10}.{found % 10}' for found in known)}. {INSTALL}"
         )
-    return Compiler(nvrtc, version, fitting[-1])  # devices run what was made for an earlier one of their generation
+    return Compiler(nvrtc, version, fitting[0])  # devices run what was made for the first of their generation

@@ -229,19 +229,18 @@ class CupyDevice:
             self._loaded(launch)
 
     def launch(self, launch: Launch, parameters: bytearray, stream: Stream) -> None:
+        if self._context_now() != self._context:
+            with self._as_current():
+                self.launch(launch, parameters, stream)
+            return
         function = self._functions.get((launch.kernel, launch.options)) or self._loaded(launch)
         try:
             slot = self._slots.pop()
         except IndexError:
             slot = Slot(len(parameters))
         slot.bytes[:] = parameters
-        block, shared = (launch.threads, 1, 1), launch.shared_bytes
-        arguments = (function.ptr, launch.grid, 1, 1, *block, shared, stream.handle, slot.pointers, 0)
-        if self._context_now() == self._context:
-            self._launch(*arguments)
-        else:
-            with self._as_current():
-                self._launch(*arguments)
+        threads, shared, arguments = launch.threads, launch.shared_bytes, slot.pointers
+        self._launch(function.ptr, launch.grid, 1, 1, threads, 1, 1, shared, stream.handle, arguments, 0)
         self._slots.append(slot)  # the driver has read it
 
     def _loaded(self, launch: Launch) -> Any:
