@@ -13,6 +13,8 @@ import pytest
 import cubn
 from cubn import _weak
 from cubn._arrays import capsules
+from cubn._types import CUDA
+from cubn.backends import backend_for
 from cubn.backends.cuda import parameters, plan
 from tests.cuda_on_cpu import standing_in
 from tests.cuda_on_cpu.build import unavailable
@@ -473,6 +475,26 @@ def test_a_device_that_is_not_the_current_one(two, library):
         assert found.data.device_id == 1
     assert len(streams) == 1
     assert device.stream() is not new_device(library, 0).stream()
+
+
+def test_threads_that_begin_at_once_have_one_device(cupy, monkeypatch):
+    """With two of them, whose streams are not the same objects, no later call would be a short one."""
+    from cubn.backends.cuda import cupy_device
+
+    barrier, honest, found = threading.Barrier(2), cupy_device.limits_of, []
+
+    def limits_of(index):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            barrier.wait(0.5)  # for the other one, if it may come here too
+        return honest(index)
+
+    monkeypatch.setattr(cupy_device, "limits_of", limits_of)
+    both = [threading.Thread(target=lambda: found.append(backend_for((CUDA, 0), "cupy"))) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert found[0] is found[1]
 
 
 def test_a_launch_makes_no_array_and_switches_nothing(cupy, monkeypatch):

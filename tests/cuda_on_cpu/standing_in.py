@@ -46,7 +46,7 @@ def _forget():
         for kind in [kind for kind in known if kind.__module__ == "cupy"]:
             del known[kind]
     cuda.__dict__.pop("cupy_device", None)
-    cuda.backend.cache_clear()
+    cuda._backend.cache_clear()
     capsules._read_on.clear()
     forget_backends()
     if device := sys.modules.get(DEVICE):

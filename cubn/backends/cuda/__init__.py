@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from typing import Any
 
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.shared import among
 
 
-@functools.cache
+_making = threading.RLock()
+
+
 def backend(index: int, library: str = "", *others: str) -> CudaBackend:
     """The backend of a device, for arrays of a library: on that library's stream, in its memory where it says so.
 
@@ -23,6 +26,12 @@ def backend(index: int, library: str = "", *others: str) -> CudaBackend:
     BackendUnavailable
         Without a driver or such a device, or on one that is too old.
     """
+    with _making:  # one for all threads, which know it and its streams by their identity
+        return _backend(index, library, *others)
+
+
+@functools.cache
+def _backend(index: int, library: str, *others: str) -> CudaBackend:
     if others:
         return among(*(backend(index, name) for name in (library, *others)))
     from cubn.backends.cuda.cupy_device import CupyDevice
