@@ -10,7 +10,6 @@ from typing import Any
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.shared import among
 
-
 _making = threading.RLock()
 
 
