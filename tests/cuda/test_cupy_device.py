@@ -433,6 +433,20 @@ def test_pytorch_gets_tensors_in_the_memory_of_its_own_allocator(cupy, torch):
     assert device.empty((3, C), "float64").data.ptr == at
 
 
+def test_tensors_of_statistics_are_in_pytorchs_own_storage(cupy):
+    """Not in a capsule's, of which its allocator, and so its graphs, know nothing."""
+    torch = pytest.importorskip("torch")
+    from cubn.torch._passes import backend_arrays
+
+    owner = torch.arange(48, dtype=torch.uint8)
+    memory = cupy.cuda.UnownedMemory(owner.data_ptr(), 48, owner, 0)
+    array = cupy.ndarray((6,), "float64", cupy.cuda.MemoryPointer(memory, 0))
+    for part, first in ((array, 0), (array[2:], 2)):
+        found = backend_arrays.as_tensor(part)
+        assert found.untyped_storage()._cdata == owner.untyped_storage()._cdata
+        assert found.tolist() == owner.view(torch.float64)[first:].tolist()
+
+
 @pytest.mark.parametrize("library", ["cupy", "torch", "jax"])
 def test_a_new_thread_can_launch(cupy, torch, library):
     """It has no context at first."""

@@ -209,7 +209,7 @@ class CupyDevice:
 
     def as_users(self, array: Any) -> Any:
         if self._torch is not None:
-            return _tensor_of(self._torch, array)
+            return tensor_of(self._torch, array)
         if self._library != "jax":
             return array.view()
         from cubn._arrays import taken_over
@@ -316,8 +316,8 @@ def hold(things: tuple[object, ...], index: int) -> None:
             _IN_FLIGHT[index].hold(cupy.cuda.Stream.null, things)
 
 
-def _tensor_of(torch: Any, array: Any) -> Any:
-    """A tensor over the memory of an array of `empty`, which comes from PyTorch's allocator."""
+def tensor_of(torch: Any, array: Any) -> Any:
+    """A tensor in the storage of an array of `empty`: PyTorch's own, so that its graphs know whose memory it is."""
     storage = array.data.mem._owner.untyped_storage()
     steps = [step // array.itemsize for step in array.strides]
     first = (array.data.ptr - storage.data_ptr()) // array.itemsize

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from cubn._types import BackendArray
 
-_NO_WAITING = -1  # a stream's number in DLPack: both libraries work on PyTorch's
-
 
 def as_tensor(array: BackendArray) -> Tensor:
     if isinstance(array, np.ndarray):
         return torch.from_numpy(array)
-    return torch.utils.dlpack.from_dlpack(array.__dlpack__(stream=_NO_WAITING))
+    from cubn.backends.cuda.cupy_device import tensor_of
+
+    tensor: Tensor = tensor_of(torch, array)
+    return tensor
 
 
 def from_tensor(tensor: Tensor) -> BackendArray:
