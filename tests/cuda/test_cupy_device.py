@@ -99,6 +99,20 @@ def test_every_operation_has_the_cpus_bits_on_a_stream_of_the_callers(cupy, shap
     assert not cupy.own_kernels
 
 
+def test_memory_that_must_be_zeros_is_so_on_the_callers_stream(cupy, monkeypatch):
+    """Tickets count from 0 in memory that others used before."""
+    monkeypatch.setitem(cupy.cuda.runtime.ATTRIBUTES, "L2CacheSize", 2 << 20)
+    store = arrays.normal(np.random.default_rng(0), (64, 24, 40, 40), "float32", centre=0.5)
+    expected, _ = cubn.forward_train(store, cubn.BatchNormState(24))
+    with cupy.lazily(), new_stream(cupy):
+        x = cupy.array(store)
+        state = cubn.BatchNormState(24, like=x)
+        for _ in range(2):
+            y, _ = cubn.forward_train(x, state)
+        arrays.assert_same(y.get(), expected)
+    assert [kernel for kernel, *_ in cupy.cuda.driver.launched[-2:]] == ["ticketed"] * 2
+
+
 def test_nothing_warns(cupy, torch):
     """CuPy 14 deprecates ExternalStream."""
     with warnings.catch_warnings():
