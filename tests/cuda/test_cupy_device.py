@@ -210,6 +210,18 @@ def test_the_null_stream_counts_as_captured_beside_a_stream_that_it_waits_for(cu
     assert not device.capturing()
 
 
+def test_an_error_of_the_device_is_no_capture(cupy, monkeypatch):
+    """Order would be lost, and memory kept for good, in silence."""
+
+    def illegal_access(stream):
+        raise cupy.cuda.runtime.CUDARuntimeError(700)
+
+    device = new_device()
+    monkeypatch.setattr(cupy.cuda.runtime, "streamIsCapturing", illegal_access)
+    with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="700"):
+        device.capturing()
+
+
 # --- what is in flight ------------------------------------------------------------------------------------------------
 
 
