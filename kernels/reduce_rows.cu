@@ -5,8 +5,9 @@
 #include "rows.cuh"
 
 // Blocks of a multiprocessor, or more, that registers are left for: fewer where a tile's rows are kept in them, or on
-// their way.
-constexpr int BLOCKS = (TILE_ROWS == 1 && !TALL ? 4 : 2) / (sizeof(ELEMENT) == 8 ? 2 : 1);
+// their way, or pairs of numbers are taken apart.
+constexpr int OF_A_ROW = KIND::NEEDS_COEFFICIENTS && sizeof(ELEMENT) == 2 ? 3 : 4;
+constexpr int BLOCKS = (TILE_ROWS == 1 && !TALL ? OF_A_ROW : 2) / (sizeof(ELEMENT) == 8 ? 2 : 1);
 
 extern "C" __global__ void __launch_bounds__(256, BLOCKS) reduce_rows(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];

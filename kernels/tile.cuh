@@ -151,9 +151,9 @@ template <class Kind, int LIMIT, End END> struct Tile {
         else if (r < LAST || has_all(0)) reader.template read<true>(position, OCTET, terms);
     }
 
-    // Of the columns from `low` on and their right neighbours, 2^LEVEL each.
+    // The merge of the columns from `low` on and their right neighbours, 2^LEVEL each.
     template <int LEVEL, class Acc>
-    __device__ __forceinline__ Node<Acc> merge(Node<Acc> a, Node<Acc> b, Level<LEVEL>, int low) const {
+    __device__ __forceinline__ Node<Acc> operator()(Node<Acc> a, Node<Acc> b, Level<LEVEL>, int low) const {
         constexpr int SIZE = 1 << LEVEL;
         constexpr bool ONE_OCTET = LEVEL < OCTET_LEVELS && END == End::AT_OCTET;
         constexpr Acc of_all = Acc(LIMIT * SIZE) / 2, of_fewer = Acc(LAST * SIZE) / 2;
@@ -166,8 +166,7 @@ template <class Kind, int LIMIT, End END> struct Tile {
     }
 
     template <class Acc> __device__ __forceinline__ Node<Acc> merged(Node<Acc> (&n)[OCTET]) const {
-        const auto pair = [&](Node<Acc> a, Node<Acc> b, auto level, int low) { return merge(a, b, level, low); };
-        return merge_warp(merge_octet(n, column, pair), column, pair);
+        return merge_warp(merge_octet(n, column, *this), column, *this);
     }
 
     template <class Acc, class Reader> __device__ __forceinline__ Node<double> reduce(Moments, const Reader& reader) const {

@@ -1,5 +1,6 @@
 """The resident path: one kernel for a training step, one for its gradient, with the bits of the oracle."""
 
+import itertools
 import re
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 
 from cubn._types import Extents, NormalizeOptions, Operand, Operands
 from cubn.backends.cuda import plan
-from cubn.backends.cuda.plan import Limits
-from tests.cuda import steps
+from cubn.backends.cuda.plan import Limits, resident
+from tests.cuda import specialisations, steps
 from tests.cuda.steps import DTYPES, Case, clusters, random, train_and_back
 from tests.cuda_on_cpu.build import unavailable
 from tests.cuda_on_cpu.runner import Order, shuffled
@@ -176,3 +177,14 @@ def test_no_multiprocessor_has_more_to_do_for_the_sake_of_one_turn():
 
 def test_channels_apart_have_turns():
     assert slab((32, 1024, 784), multiprocessors=132, dtype="bfloat16", gap=8).grid == 1024
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("multiprocessors", [1, 4, 132])
+def test_every_channel_of_a_block_has_a_thread_that_finishes_it(dtype, multiprocessors):
+    limits = Limits(multiprocessors, 227 << 10, (9, 0))
+    for C, S in itertools.product((96, 255, 512, 1000, 1024, 4096), (2, 3, 4, 5, 8, 49)):
+        extents = Extents(8, C, S)
+        x = specialisations.Layout("nchw").operand(extents, dtype)
+        launch = resident.slab(extents, Operands(x, None, x), NormalizeOptions(False, False, False), limits)
+        assert dict(launch.fields)["group"] <= launch.threads
