@@ -39,6 +39,7 @@ NAMED = {
     "resident, torn channels": Named(Layer((3, 6, 301), "float16")),
     "resident, a row a thread": Named(Layer((9, 12, 49), "bfloat16")),
     "resident, few positions": Named(Layer((8, 3, 7), "float16")),
+    "resident, torn octets": Named(Layer((40, 4, 196))),
     "resident, bits": Named(Layer((3, 64, 49), "bfloat16", residual=True, relu=True)),
     "resident, bits that tear": Named(Layer((3, 65, 49), residual=True, relu=True)),
     "resident, bits of all channels": Named(Layer((1, 3, 49), residual=True, relu=True)),
@@ -56,6 +57,9 @@ NAMED = {
     # or not
     "rows": Named(Layer((4, 64, 784)), PASSES),
     "rows, few": Named(Layer((2, 4, 64)), PASSES),
+    "rows, a lane": Named(Layer((90, 33, 49), "bfloat16"), PASSES),
+    "rows, two lanes": Named(Layer((40, 24, 49)), PASSES),
+    "rows, four lanes": Named(Layer((16, 33, 196), "float16"), PASSES),
     "rows, odd, one channel": Named(Layer((2, 1, 49)), PASSES),
     "rows, odd, one sample": Named(Layer((1, 3, 49)), PASSES),
     "rows, odd, channels apart": Named(Layer((2, 3, 49), layout="nchw, channels apart"), PASSES),

@@ -12,7 +12,6 @@ from cubn.backends.cuda.plan.launch import (
     NODE_BYTES,
     OCTET,
     THREADS,
-    WARP,
     WIDE_CHANNELS,
     Launch,
     Layout,
@@ -28,7 +27,7 @@ from cubn.backends.cuda.plan.launch import (
 )
 from cubn.backends.cuda.plan.layouts import goes_on, layout_of
 from cubn.backends.cuda.plan.reductions import vector_of
-from cubn.backends.cuda.plan.tree import tree_of
+from cubn.backends.cuda.plan.tree import lanes_of, tree_of
 
 BLOCKS = {"float64": 1}  # of a multiprocessor, that registers are left for; 2 of the other dtypes
 CACHE_SHARE = 2  # the part of the cache that is counted on: what is written passes through it too; to be measured
@@ -105,7 +104,7 @@ def _ticketed_rows(extents: Extents, dtype: str, neighbours: bool, options: Opti
     tile_bytes = read_twice(options) * group * min(S, TILE) * ITEMSIZE[dtype]
     tree = tree_of(S, dtype)
     span = min(power_below(max(PIECE_BYTES // tile_bytes, 1)), power_above(N << tree.log2_tiles))
-    lanes = WARP if S > COLUMNS else power_above(-(-S // OCTET))
+    lanes = lanes_of(S, THREADS // (span * group))
     specialised = (*option(GROUPED=group > 1, TILE_LANES=lanes), *tree.options)
     return _launch(extents, dtype, _Cut("ticketed", specialised, group, span, span * tile_bytes, span), options, limits)
 
