@@ -167,7 +167,7 @@ def _cut_channels(
     as_soon = [cut for cut in cuts if cut.duration(limits) <= AS_SOON * soonest]
     cut = max(as_soon, key=lambda cut: (min(cut.turns(limits), TURNS), cut.lanes, cut.rounds))
     options = option(
-        TILE_ROWS=1 if S <= COLUMNS else 8,
+        TILE_ROWS=tree.rows_of_first,
         VECTOR=vector,
         DEPTH=cut.lanes.bit_length() - 1,
         TILE_DEPTH=tile_depth,

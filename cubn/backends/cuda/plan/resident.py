@@ -215,7 +215,7 @@ def _slab_channels(extents: Extents, dtype: str, options: Options, limits: Limit
         THREADS=threads,
         CLUSTER=best.cluster,
         SLICE=best.width,
-        TILE_ROWS=1 if extents.S <= COLUMNS else 8,
+        TILE_ROWS=tree.rows_of_first,
         DEPTH=best.depth,
         TILE_DEPTH=power_above(min(extents.S, COLUMNS)).bit_length() - 1,
     )

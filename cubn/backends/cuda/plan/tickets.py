@@ -117,14 +117,15 @@ def _ticketed_channels(extents: Extents, dtype: str, vector: int, options: Optio
         return None
     narrow = S <= FEW_POSITIONS and item < WIDE_CHANNELS
     bytes_a_thread = WIDE_CHANNELS // 2 if narrow else WIDE_CHANNELS
+    tree = tree_of(S, dtype)
     tile_depth = power_above(min(S, COLUMNS)).bit_length() - 1
     tiles = COLUMNS >> tile_depth  # of a pass
-    most = power_above(-(-(N << tree_of(S, dtype).log2_tiles) // tiles))
+    most = power_above(-(-(N << tree.log2_tiles) // tiles))
     for width in SLICES[1:] if narrow else SLICES:
         pass_bytes = read_twice(options) * tiles * min(S, TILE) * width
         passes = min(power_below(max(PIECE_BYTES // pass_bytes, 1)), most)
         specialised = option(
-            TILE_ROWS=1 if S <= COLUMNS else 8,
+            TILE_ROWS=tree.rows_of_first,
             VECTOR=bytes_a_thread // item,
             DEPTH=(width // bytes_a_thread).bit_length() - 1,
             TILE_DEPTH=tile_depth,

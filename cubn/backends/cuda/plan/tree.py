@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cubn._floating_point import default_floating_point
-from cubn._tree import COLUMNS, TILE
+from cubn._tree import COLUMNS, ROWS, TILE
 from cubn.backends.cuda.plan.launch import OCTET, WARP, Fields, option, power_above, power_below
 
 LEVELS = 8
@@ -33,6 +33,11 @@ class Tree:
             **{f"last.share.{i}": value for i, value in enumerate(self.share)},
             **{f"last.weight.{i}": value for i, value in enumerate(self.weight)},
         }
+
+    @property
+    def rows_of_first(self) -> int:
+        """Of the first tile, the last of them maybe short."""
+        return ROWS if self.is_tall else self.rows
 
     @property
     def options(self) -> tuple[str, ...]:
