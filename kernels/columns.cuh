@@ -1,7 +1,7 @@
 // Nodes of columns where channels lie one after the other: of 2^DEPTH neighbouring columns, of one tile or of several
 // short ones, and of VECTOR channels, by one thread.
 //
-// ELEMENT, KIND, GATE, TILE_ROWS (1 or 8), VECTOR, DEPTH and TILE_DEPTH (log2 of a tile's columns, padded to a power of
+// ELEMENT, KIND, GATE, TILE_ROWS (1 to 8: of the first tile), VECTOR, DEPTH and TILE_DEPTH (log2 of a tile's columns, padded to a power of
 // two) are macros or constants. A class Memory knows where values are:
 //     memory.x(sample, position), memory.dy(sample, position)
 //         rows[i], the thread's Vectors i positions further; with one position a sample, i samples
@@ -14,6 +14,7 @@ using Acc = Format<ELEMENT>::Acc;
 
 constexpr int RUN_DEPTH = DEPTH < 3 ? DEPTH : 3;
 constexpr int RUN = 1 << RUN_DEPTH; // columns of one value whose loads are under way together
+constexpr bool ALIKE = TILE_ROWS > 1 && TILE_ROWS < ROWS; // columns have TILE_ROWS values, or one fewer
 constexpr int PAIRS = TILE_ROWS < 2 ? 1 : 2; // rows of a column whose x and dy are; more would not fit registers
 
 struct alignas(sizeof(ELEMENT) * VECTOR) Vectors {
@@ -105,6 +106,11 @@ template <class Memory> struct Worker {
         return load_bits(reinterpret_cast<const unsigned char*>(p.bits), at.first_bit + position * p.bits_position, VECTOR);
     }
 
+    // Whether a column of so many values has row r.
+    static __device__ __forceinline__ bool has_row(int r, int values) {
+        return (ALIKE && r < TILE_ROWS - 1) || r < values;
+    }
+
     // A column of up to TILE_ROWS values.
     __device__ __forceinline__ Nodes<Acc> leaf(const Place& at, int column) const { return leaf(KIND{}, at, column); }
 
@@ -113,15 +119,16 @@ template <class Memory> struct Worker {
         Vectors rows[TILE_ROWS];
 #pragma unroll
         for (int r = 0; r < TILE_ROWS; ++r)
-            if (r < values) rows[r] = at.x[r * COLUMNS + column];
+            if (has_row(r, values)) rows[r] = at.x[r * COLUMNS + column];
         Nodes<Acc> n;
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) {
             Acc v[TILE_ROWS];
 #pragma unroll
             for (int r = 0; r < TILE_ROWS; ++r)
-                v[r] = r < values ? subtract(Format<ELEMENT>::widen(rows[r].v[i]), at.pivot[i]) : Acc(0);
-            n.v[i] = column_moments(v, values);
+                v[r] = has_row(r, values) ? subtract(Format<ELEMENT>::widen(rows[r].v[i]), at.pivot[i]) : Acc(0);
+            if constexpr (ALIKE) n.v[i] = column_moments<true>(v, values == TILE_ROWS);
+            else n.v[i] = column_moments(v, values);
         }
         return n;
     }
@@ -135,7 +142,7 @@ template <class Memory> struct Worker {
             unsigned passed[PAIRS];
 #pragma unroll
             for (int k = 0; k < PAIRS; ++k) {
-                if (first + k >= values) continue;
+                if (!has_row(first + k, values)) continue;
                 const int position = (first + k) * COLUMNS + column;
                 x[k] = at.x[position];
                 dy[k] = at.dy[position];
@@ -143,7 +150,7 @@ template <class Memory> struct Worker {
             }
 #pragma unroll
             for (int k = 0; k < PAIRS; ++k) {
-                if (first + k >= values) continue;
+                if (!has_row(first + k, values)) continue;
 #pragma unroll
                 for (int i = 0; i < VECTOR; ++i) {
                     const Node<Acc> terms = terms_of<ELEMENT, GATE>(

@@ -1,7 +1,7 @@
 // Nodes of rows of the tree from arrays whose channels lie one after the other: a thread owns VECTOR channels of 2^DEPTH
 // neighbouring columns, a pass of a block 256 columns (of one tile, or of several short ones), a block `span` tiles.
 //
-// -DELEMENT=<type> -DKIND=<Moments|Sums> -DGATE=<gate> -DTILE_ROWS=<1|8> -DVECTOR=<channels of a thread>
+// -DELEMENT=<type> -DKIND=<Moments|Sums> -DGATE=<gate> -DTILE_ROWS=<1..8> -DVECTOR=<channels of a thread>
 // -DDEPTH=<log2 of a thread's columns> -DTILE_DEPTH=<log2 of a tile's columns, padded to a power of two>
 // -DBLOCKS=<of a multiprocessor, or more, that registers are left for: a thread holds a node in double of each channel for
 // each level above its tiles>

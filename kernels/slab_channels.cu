@@ -8,7 +8,7 @@
 //
 // Shared memory: `slot` bytes of the slice's rows of x, as many of dy, a node of each piece and channel, roots of the
 // cluster's blocks, coefficients. -DELEMENT=<type> -DTHREADS=<256|512> -DCLUSTER=<1|2|4|8> -DSLICE=<16|32|64> (eight
-// channels, or more) -DTILE_ROWS=<1|8> -DDEPTH=<log2 of a lane's columns> -DTILE_DEPTH=<log2 of a tile's columns,
+// channels, or more) -DTILE_ROWS=<1..8> -DDEPTH=<log2 of a lane's columns> -DTILE_DEPTH=<log2 of a tile's columns,
 // padded to a power of two>, and what elementwise.cuh asks for.
 #include "resident.cuh"
 #include "staging.cuh"

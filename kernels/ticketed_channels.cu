@@ -6,7 +6,7 @@
 // to the next. y may be x, and dx may be dy: no piece of a slice is written before all are reduced.
 //
 // Shared memory: nodes of a pass; of a span, or of all rows of some channels. Bytes moved: as by ticketed.cu.
-// -DELEMENT=<type> -DTHREADS=256 -DCLUSTER=1 -DTILE_ROWS=<1|8> -DVECTOR=<channels of a thread>
+// -DELEMENT=<type> -DTHREADS=256 -DCLUSTER=1 -DTILE_ROWS=<1..8> -DVECTOR=<channels of a thread>
 // -DDEPTH=<log2 of a thread's columns> -DTILE_DEPTH=<log2 of a tile's columns, padded to a power of two>, and what
 // elementwise.cuh asks for. Planned by `plan.ticketed`.
 #include "tickets.cuh"

@@ -175,6 +175,21 @@ def test_no_multiprocessor_has_more_to_do_for_the_sake_of_one_turn():
     assert slab((32, 512, 196), multiprocessors=108, kilobytes=163, capability=(8, 0), dtype="bfloat16").grid == 256
 
 
+@pytest.mark.parametrize(
+    ("extents", "kilobytes", "capability", "group", "cluster"),
+    [
+        ((32, 1024, 196), 227, (9, 0), 4, 1),
+        ((32, 256, 196), 227, (9, 0), 2, 2),
+        ((256, 1024, 196), 227, (9, 0), 2, 4),
+        ((32, 1024, 196), 99, (8, 9), 1, 1),  # of two, a multiprocessor would have one block at a time
+        ((32, 128, 196), 163, (8, 0), 1, 1),  # and of these no two
+    ],
+)
+def test_octets_are_whole_where_no_multiprocessor_has_too_few_blocks(extents, kilobytes, capability, group, cluster):
+    launch = slab(extents, multiprocessors=132, kilobytes=kilobytes, capability=capability)
+    assert (dict(launch.fields)["group"], launch.cluster) == (group, cluster)
+
+
 def test_channels_apart_have_turns():
     assert slab((32, 1024, 784), multiprocessors=132, dtype="bfloat16", gap=8).grid == 1024
 

@@ -66,6 +66,19 @@ def test_positions_on_both_sides_of_pieces_and_tiles(N, S):
     check(Case((N, 8, S), "bfloat16", **LIMITS, order=shuffled(S)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize(
+    ("S", "rows"),
+    [*((256 * rows - less, rows) for rows in range(2, 8) for less in (0, 8, 255)), (1793, 8), (2048, 8), (2049, 8)],
+)
+def test_tiles_of_any_rows_give_the_oracle_s_bits(S, rows, dtype):
+    different, *launched = train_and_back(Case((2, 8, S), dtype, **LIMITS, relu=True))
+    assert different == []
+    assert {option for (launch,) in launched for option in launch.options if "TILE_ROWS" in option} == {
+        f"-DTILE_ROWS={rows}"
+    }
+
+
 @pytest.mark.every_value
 @pytest.mark.parametrize(
     ("case", "step", "gradient"),

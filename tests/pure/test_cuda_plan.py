@@ -256,7 +256,10 @@ def check_launch(launch, extents, limits):
     match launch.kernel:
         case "reduce_rows" | "reduce_strided":
             assert covers(across, group, C) and covers(down, fields["span"], padded)
-            assert 8 * int(options["TILE_LANES"]) >= min(S, COLUMNS)
+            lanes = int(options["TILE_LANES"])
+            assert 8 * lanes < 2 * S or lanes == 1  # none is without an octet
+            if launch.kernel == "reduce_strided" or S > COLUMNS:
+                assert 8 * lanes >= min(S, COLUMNS)  # and has one alone
         case "reduce_channels":
             vector, lanes = int(options["VECTOR"]), 1 << int(options["DEPTH"])
             item = {"float": 4, "double": 8}.get(options["ELEMENT"], 2)
@@ -284,7 +287,9 @@ def check_launch(launch, extents, limits):
             values = min(group, C) * (fields["span"] * min(S, TILE))
             assert ahead * values * ITEMSIZE[DTYPES[options["ELEMENT"]]] <= limits.l2_bytes // 2 or ahead == pieces
             if launch.kernel == "ticketed":
-                assert group * S % OCTET == 0 and 8 * int(options["TILE_LANES"]) >= min(S, COLUMNS)
+                lanes = int(options["TILE_LANES"])
+                assert group * S % OCTET == 0 and 8 * lanes < 2 * S
+                assert lanes == 32 or S <= COLUMNS
             else:
                 assert group == int(options["VECTOR"]) << int(options["DEPTH"]) and C % OCTET == group % OCTET == 0
                 assert 1 << int(options["TILE_DEPTH"]) >= min(S, COLUMNS)
@@ -340,6 +345,16 @@ def test_channels_last_layers_fill_the_device_and_are_finished_by_the_next_launc
     narrow = dict(cut.reduce.fields)["group"] == 32  # 64 bytes of channels
     assert cut.reduce.grid >= 3.5 * multiprocessors or narrow
     assert not cut.merges
+
+
+@pytest.mark.parametrize("multiprocessors", [40, 108, 128, 132])
+@pytest.mark.parametrize("N", [32, 256])
+@pytest.mark.parametrize(("C", "edge"), [(256, 14), (1024, 14), (512, 7), (2048, 7)])
+def test_rows_of_one_tile_fill_the_device_with_as_few_lanes_as_can(C, edge, N, multiprocessors):
+    extents, limits = Extents(N, C, edge * edge), replace(RESIDENT, multiprocessors=multiprocessors)
+    reduce = plan.reduction(extents, "nchw", "Moments", "none", "bfloat16", 1, limits).reduce
+    assert reduce.grid > 3 * multiprocessors
+    assert reduce.grid <= 6 * multiprocessors or "-DTILE_LANES=1" in reduce.options
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------

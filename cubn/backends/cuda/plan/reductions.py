@@ -14,7 +14,6 @@ from cubn._types import ITEMSIZE, Extents, Operands, ReluGradient
 from cubn.backends.cuda.plan.launch import (
     ELEMENTS,
     NODE_BYTES,
-    OCTET,
     THREADS,
     WARP,
     WAVES,
@@ -32,8 +31,9 @@ from cubn.backends.cuda.plan.launch import (
     sizes,
 )
 from cubn.backends.cuda.plan.layouts import are_vectors, position_step
-from cubn.backends.cuda.plan.tree import Tree, tree_of
+from cubn.backends.cuda.plan.tree import Tree, lanes_of, tree_of
 
+ROWS_BLOCKS = 6  # of a multiprocessor, or half: fewer lanes a tile are fewer blocks of reduce_rows; to be measured
 MOST_NODES = 1024  # of a block, in shared memory; to be measured
 MERGED_ROWS = 1024  # rows of nodes that one block merges at most: more take longer than a second launch; to be measured
 MERGED_RUN = 4  # of these, what a thread merges in registers; see RUN in merge_rows.cu
@@ -102,11 +102,12 @@ def _cut_tiles(
 ) -> tuple[Launch, int]:
     """reduce_rows and reduce_strided: lanes share a tile, warps share the tiles of a block."""
     N, C, S = extents
-    lanes = WARP if S > COLUMNS else power_above(-(-S // OCTET))
-    group = 1 if lanes == WARP else min(WARP, power_below(C))
-    across = -(-C // group)
     padded = N << tree.log2_tiles
+    most = THREADS * ROWS_BLOCKS * limits.multiprocessors // (padded * C) if layout == "nchw" else WARP
+    lanes = lanes_of(S, most)
     at_once = THREADS // lanes
+    group = 1 if lanes == WARP else min(WARP, at_once, power_below(C))
+    across = -(-C // group)
     least = min(max(1, at_once // group), power_above(padded))
     span = _span(padded, across, least, MOST_NODES // group, limits)
     rows = -(-padded // span)
@@ -166,7 +167,7 @@ def _cut_channels(
     as_soon = [cut for cut in cuts if cut.duration(limits) <= AS_SOON * soonest]
     cut = max(as_soon, key=lambda cut: (min(cut.turns(limits), TURNS), cut.lanes, cut.rounds))
     options = option(
-        TILE_ROWS=1 if S <= COLUMNS else 8,
+        TILE_ROWS=tree.rows_of_first,
         VECTOR=vector,
         DEPTH=cut.lanes.bit_length() - 1,
         TILE_DEPTH=tile_depth,

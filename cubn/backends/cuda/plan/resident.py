@@ -27,18 +27,17 @@ from cubn.backends.cuda.plan.launch import (
     has_relu_mask,
     option,
     power_above,
-    power_below,
     read_twice,
     sizes,
 )
 from cubn.backends.cuda.plan.layouts import are_vectors, goes_on, layout_of
-from cubn.backends.cuda.plan.tree import tree_of
+from cubn.backends.cuda.plan.tree import lanes_of, tree_of
 
 COEFFICIENTS_BYTES = {"float": 32, "double": 48}  # of a channel, in shared memory
 SPLIT_BYTES = 8 << 10  # of a block; splitting a slab further only costs; to be measured
 RESERVED_BYTES = 1 << 10  # of shared memory, in every block
 NEIGHBOUR_BYTES = 512  # of a sample, from which a block needs no more channels; to be measured
-PEELED_BYTES = 1024  # from which elements before and after whole vectors no longer matter; to be measured
+PEELED_BYTES = 1024  # of a sample, from which elements before and after whole vectors no longer matter; to be measured
 SLICES = (16, 32, 64)  # bytes of neighbouring channels, of a block; memory moves no fewer than 32
 LONE_BYTES = 64 << 10  # of a block: more takes longer than several launches where few blocks share them; to be measured
 FEW_BLOCKS = 4  # times which is still less than the multiprocessors; to be measured
@@ -73,19 +72,24 @@ def slab(extents: Extents, operands: Operands, options: Options, limits: Limits)
         return _slab(extents, dtype, group, aligned, options, limits)
 
     launch = cut(group)
-    if launch and launch.cluster == 1 and neighbours and 2 * group <= C and S <= TILE:
-        wider = cut(2 * group)
-        if wider and _saves_a_turn(launch, wider, limits):
-            return wider
+    while launch and neighbours and 2 * group <= C and S <= TILE:
+        torn = group * S % OCTET != 0 and group * S * ITEMSIZE[dtype] < PEELED_BYTES
+        group *= 2
+        wider = cut(group)
+        if not (wider and _is_better(launch, wider, torn and group * S % OCTET == 0, limits)):
+            break
+        launch = wider
     return launch
 
 
-def _saves_a_turn(launch: Launch, wider: Launch, limits: Limits) -> bool:
-    """Whether blocks run one after another, and those of twice the channels all at a time, two on a multiprocessor, of
-    which none has more to do: memory rests at each turn, while blocks begin and while they finish channels.
+def _is_better(launch: Launch, wider: Launch, mends: bool, limits: Limits) -> bool:
+    """Whether blocks of twice the channels are: if octets that were torn are whole then, or blocks by themselves take
+    half the turns, for memory rests at each, while blocks begin and while they finish channels. None has more to do
+    than others: there are two turns or more, two at a time on a multiprocessor.
     """
     before, after = (-(-blocks // limits.multiprocessors) for blocks in (launch.grid, wider.grid))
-    return before > 2 >= after and 2 * after <= before and _fits_twice(wider.shared_bytes, limits)
+    halves = launch.cluster == 1 and after <= before // 2
+    return (mends or halves) and after >= 2 and _fits_twice(wider.shared_bytes, limits)
 
 
 def _slab_group(extents: Extents, item: int, neighbours: bool, keep_mask: bool) -> int:
@@ -133,15 +137,13 @@ def _slab(extents: Extents, dtype: str, group: int, aligned: bool, options: Opti
     )
     threads = THREADS if _fits_twice(shared, limits) or dtype == "float64" else 2 * THREADS
     rows = min(N, max(span >> tree.log2_tiles, 1)) * group  # of a block
-    # Lanes enough for all threads, unless some would have no octet.
-    lanes = WARP if S > COLUMNS else min(power_above(-(-S // OCTET)), power_below(max(threads // rows, 1)))
     specialised = option(
         ELEMENT=ELEMENTS[dtype],
         THREADS=threads,
         CLUSTER=cluster,
         GROUPED=group > 1,
         ALIGNED=aligned and S % OCTET == 0,
-        TILE_LANES=lanes,
+        TILE_LANES=lanes_of(S, threads // rows),  # all threads, where they have octets
     )
     options_of_all = (*specialised, *tree.options, *flags(options))
     fields = tuple({**sizes(extents), **tree.fields, "span": span, "group": group, "slot": slot}.items())
@@ -213,7 +215,7 @@ def _slab_channels(extents: Extents, dtype: str, options: Options, limits: Limit
         THREADS=threads,
         CLUSTER=best.cluster,
         SLICE=best.width,
-        TILE_ROWS=1 if extents.S <= COLUMNS else 8,
+        TILE_ROWS=tree.rows_of_first,
         DEPTH=best.depth,
         TILE_DEPTH=power_above(min(extents.S, COLUMNS)).bit_length() - 1,
     )

@@ -12,7 +12,6 @@ from cubn.backends.cuda.plan.launch import (
     NODE_BYTES,
     OCTET,
     THREADS,
-    WARP,
     WIDE_CHANNELS,
     Launch,
     Layout,
@@ -28,7 +27,7 @@ from cubn.backends.cuda.plan.launch import (
 )
 from cubn.backends.cuda.plan.layouts import goes_on, layout_of
 from cubn.backends.cuda.plan.reductions import vector_of
-from cubn.backends.cuda.plan.tree import tree_of
+from cubn.backends.cuda.plan.tree import lanes_of, tree_of
 
 BLOCKS = {"float64": 1}  # of a multiprocessor, that registers are left for; 2 of the other dtypes
 CACHE_SHARE = 2  # the part of the cache that is counted on: what is written passes through it too; to be measured
@@ -105,7 +104,7 @@ def _ticketed_rows(extents: Extents, dtype: str, neighbours: bool, options: Opti
     tile_bytes = read_twice(options) * group * min(S, TILE) * ITEMSIZE[dtype]
     tree = tree_of(S, dtype)
     span = min(power_below(max(PIECE_BYTES // tile_bytes, 1)), power_above(N << tree.log2_tiles))
-    lanes = WARP if S > COLUMNS else power_above(-(-S // OCTET))
+    lanes = lanes_of(S, THREADS // (span * group))
     specialised = (*option(GROUPED=group > 1, TILE_LANES=lanes), *tree.options)
     return _launch(extents, dtype, _Cut("ticketed", specialised, group, span, span * tile_bytes, span), options, limits)
 
@@ -118,14 +117,15 @@ def _ticketed_channels(extents: Extents, dtype: str, vector: int, options: Optio
         return None
     narrow = S <= FEW_POSITIONS and item < WIDE_CHANNELS
     bytes_a_thread = WIDE_CHANNELS // 2 if narrow else WIDE_CHANNELS
+    tree = tree_of(S, dtype)
     tile_depth = power_above(min(S, COLUMNS)).bit_length() - 1
     tiles = COLUMNS >> tile_depth  # of a pass
-    most = power_above(-(-(N << tree_of(S, dtype).log2_tiles) // tiles))
+    most = power_above(-(-(N << tree.log2_tiles) // tiles))
     for width in SLICES[1:] if narrow else SLICES:
         pass_bytes = read_twice(options) * tiles * min(S, TILE) * width
         passes = min(power_below(max(PIECE_BYTES // pass_bytes, 1)), most)
         specialised = option(
-            TILE_ROWS=1 if S <= COLUMNS else 8,
+            TILE_ROWS=tree.rows_of_first,
             VECTOR=bytes_a_thread // item,
             DEPTH=(width // bytes_a_thread).bit_length() - 1,
             TILE_DEPTH=tile_depth,

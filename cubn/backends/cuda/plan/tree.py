@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cubn._floating_point import default_floating_point
-from cubn._tree import COLUMNS, TILE
-from cubn.backends.cuda.plan.launch import Fields, option, power_above
+from cubn._tree import COLUMNS, ROWS, TILE
+from cubn.backends.cuda.plan.launch import OCTET, WARP, Fields, option, power_above, power_below
 
 LEVELS = 8
 
@@ -33,6 +33,11 @@ class Tree:
             **{f"last.share.{i}": value for i, value in enumerate(self.share)},
             **{f"last.weight.{i}": value for i, value in enumerate(self.weight)},
         }
+
+    @property
+    def rows_of_first(self) -> int:
+        """Of the first tile, the last of them maybe short."""
+        return ROWS if self.is_tall else self.rows
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -60,3 +65,10 @@ def tree_of(S: int, dtype: str) -> Tree:
     last_rows = 0 if length == TILE else -(-length // COLUMNS)
     log2_tiles = power_above(tiles).bit_length() - 1
     return Tree(tiles, log2_tiles, last_rows, S >= TILE, tuple(share), tuple(weight))
+
+
+def lanes_of(S: int, most: int) -> int:
+    """Lanes of a tile whose positions lie one after the other: at most as many, and none without an octet, where it is
+    of one row; else a warp.
+    """
+    return WARP if S > COLUMNS else min(power_above(-(-S // OCTET)), power_below(max(most, 1)))
