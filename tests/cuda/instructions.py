@@ -1,7 +1,7 @@
 """The tables of docs/gpu.md and docs/gpu_layers.md: what the planner and the compiler make of ResNet-50, as Markdown.
 
     python -m tests.cuda.instructions                      all of them
-    python -m tests.cuda.instructions --table plans        one: instructions, plans, occupancy or predicted
+    python -m tests.cuda.instructions --table plans        of first calls, instructions, plans, occupancy, predicted
     python -m tests.cuda.instructions --dtype float32 --layout nhwc --device T4
     python -m tests.cuda.instructions --write              into the pages
 
@@ -25,9 +25,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cubn import _ahead as ahead
 from cubn._types import ITEMSIZE
+from cubn.backends.cuda import planned
+from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import Launch
 from cubn.backends.cuda.source import translation_unit
+from cubn.cli.warm_up_network import kinds
 from tests.cuda import nvrtc
 from tests.cuda.machine.listing import Code, disassembled, parsed
 from tests.cuda.machine.machine import Counts, Machine
@@ -239,6 +243,35 @@ def plans(arguments) -> list[str]:
     return layers_table(arguments, path)
 
 
+# --- first calls ---
+
+
+def first_calls(arguments) -> list[str]:
+    """Kernels that a ResNet-50's training compiles, without and with residuals and ReLUs fused."""
+    columns = list(itertools.product(BATCHES, LAYOUTS))
+    lines = [
+        f"| device | {' | '.join(f'batch {N}, {layout}' for N, layout in columns)} |",
+        f"|---|{'---|' * len(columns)}",
+    ]
+    for name, capability in (("A100", (8, 0)), ("H100", (9, 0)), ("RTX 5090", (12, 0))):
+        cells = [
+            ", ".join(str(kernels(capability, N, layout, fuse)) for fuse in (False, True)) for N, layout in columns
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def kernels(capability: tuple[int, int], N: int, layout: str, fuse: bool) -> int:
+    """How many `python -m cubn warm-up resnet50` compiles, but for those of inference alone."""
+
+    def prepare(backend: CudaBackend) -> None:
+        for shape, dtype, channels_last, *fused in kinds("resnet50", N, 224, ["bfloat16"], layout == "nhwc", fuse):
+            ahead.prepare(backend, [ahead.layer(shape, 1, channels_last, dtype)], ahead.Calls(*fused, inference=False))
+
+    launched = planned.launches_of(planned.USUAL[capability], prepare)
+    return len({(launch.source, launch.kernel, launch.options) for launch in launched})
+
+
 # --- what a multiprocessor has room for -------------------------------------------------------------------------------
 
 
@@ -316,7 +349,13 @@ def predicted(arguments) -> list[str]:
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
-TABLES = {"instructions": instructions, "plans": plans, "occupancy": occupancy, "predicted": predicted}
+TABLES = {
+    "first calls": first_calls,
+    "instructions": instructions,
+    "plans": plans,
+    "occupancy": occupancy,
+    "predicted": predicted,
+}
 
 
 def marks(table: str) -> tuple[str, str]:
@@ -325,7 +364,7 @@ def marks(table: str) -> tuple[str, str]:
 
 
 def page(table: str) -> Path:
-    return DOCS / ("gpu.md" if table == "instructions" else "gpu_layers.md")
+    return DOCS / ("gpu.md" if table in ("first calls", "instructions") else "gpu_layers.md")
 
 
 def of_page(table: str) -> str:

@@ -16,8 +16,9 @@ def check(table):
     assert of_page(table) == given, f"python -m tests.cuda.instructions --write --table {table}"
 
 
-def test_plans_are_the_planner_s():
-    check("plans")
+@pytest.mark.parametrize("table", ["first calls", "plans"])
+def test_what_is_planned_is_the_planner_s(table):
+    check(table)
 
 
 @pytest.mark.parametrize(
