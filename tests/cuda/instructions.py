@@ -8,8 +8,9 @@
 Instructions are counted where they are executed: `machine` runs the machine code for compute capability 9.0 of the
 first blocks (a cluster, where there are clusters) with the parameters that the planner makes for the layer. An
 instruction of a warp counts as 32, however many of its lanes are there; the sum over the blocks is divided by the
-elements that these read. So partial tiles, torn octets, merges and idle lanes are in it. Error: a device may take
-more turns where lanes of a warp part; other blocks may have fewer elements.
+elements that these read. So partial tiles, torn octets, merges and idle lanes are in it. Where blocks take tickets, a
+few do the first group of channels, all there is to do. Error: a device may take more turns where lanes of a warp part;
+other blocks may have fewer elements.
 
 Needs nvidia-cuda-nvrtc and, but for plans, nvidia-cuda-nvdisasm.
 """
