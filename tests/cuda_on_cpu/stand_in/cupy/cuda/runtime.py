@@ -11,7 +11,7 @@ streamLegacy, streamPerThread = _machine.LEGACY, _machine.PER_THREAD
 streamDefault, streamNonBlocking = 0, 1
 streamCaptureModeGlobal, streamCaptureModeThreadLocal, streamCaptureModeRelaxed = range(3)
 
-ATTRIBUTES = {"MultiProcessorCount": 2, "MaxSharedMemoryPerBlockOptin": 48 << 10}
+ATTRIBUTES = {"MultiProcessorCount": 2, "MaxSharedMemoryPerBlockOptin": 48 << 10, "L2CacheSize": 0}
 """Of every device: plans for small arrays look as those for large ones do on a large device."""
 
 _events = {}
