@@ -102,7 +102,11 @@ def executed(layer: Layer, launched: Launched) -> Cost:
         parameters, blocks = of_one_group(parameters), TOGETHER
     else:
         blocks = launch.cluster
-    counts = Machine(code, launch, parameters, memory, 0, blocks).run()
+    try:
+        counts = Machine(code, launch, parameters, memory, 0, blocks).run()
+    except Exception as error:
+        error.add_note(f"{launch.kernel} for {layer}")
+        raise
     parts = by_touch(counts) if takes_tickets(launch) else by_order(counts, applies(launch))
     of_element = 32 * ITEMSIZE[layer.dtype] / memory.bytes_read()
     return Cost(*(of_element * part for part in (*parts, counts.double.sum())))
