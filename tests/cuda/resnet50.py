@@ -149,6 +149,10 @@ def is_resident(found: tuple[Launched, ...]) -> bool:
     return len(over_elements(found)) == 1
 
 
+def takes_tickets(launch: Launch) -> bool:
+    return launch.source.startswith("ticketed")
+
+
 def on_chip(found: tuple[Launched, ...]) -> bool:
     """Whether it keeps what it reads in shared memory."""
     return over_elements(found)[0].launch.kernel.startswith("slab")
@@ -163,6 +167,15 @@ def apart(parameters: bytes) -> tuple[bytes, dict[str, int]]:
             bases[name] = (member.word + 1) << 40
             struct.pack_into("q", block, 8 * member.word, bases[name] | value - ADDRESS)
     return bytes(block), bases
+
+
+def of_one_group(parameters: bytes) -> bytes:
+    """Of a kernel whose blocks take tickets: for the first group of channels alone."""
+    block = bytearray(parameters)
+    (rows,) = struct.unpack_from("q", block, 8 * members()["rows"].word)
+    for name in ("pieces", "ahead"):
+        struct.pack_into("q", block, 8 * members()[name].word, rows)
+    return bytes(block)
 
 
 COUNTS = {"count", "node_count", "from_count", "tracked", "skipped"}
@@ -183,6 +196,8 @@ def contents(layer: Layer, bases: dict[str, int]) -> dict[int, np.ndarray]:
     for name, base in bases.items():
         if name in ("x.pointer", "g.pointer", "y.pointer", "r.pointer"):
             found[base] = elements
+        elif name == "tickets":
+            found[base] = np.zeros(2, np.uint32)
         elif name in COUNTS:
             found[base] = np.full(8, layer.N * layer.side**2, np.int64)
         else:

@@ -44,7 +44,9 @@ SOME = {
     "resident, bits",
     "resident, channels, a cluster",
     "rows, few",
+    "rows, tickets",
     "channels",
+    "channels, tickets",
     "masked",
 }
 """A layer of each kernel."""
@@ -89,6 +91,29 @@ def test_a_lane_counts_as_much_as_a_warp():
     assert (counted(8, 1)[:, 1] == counted(8, 32)[:, 1]).all()
     assert (abs(counted(8, 1) - counted(8, 32)) <= 1).all()
     assert (counted(8, 0)[:, 0] < counted(8, 1)[:, 0]).all()
+
+
+TICKETS = """
+extern "C" __global__ void f(int* taken, int* y) {
+    __shared__ int ticket;
+    if (threadIdx.x == 0) {
+        ticket = atomicAdd(taken, 1);
+        while (ticket == 0 && atomicAdd(taken, 0) < 3) __nanosleep(100);
+    }
+    __syncthreads();
+    if (ticket == 1) y[threadIdx.x] = 1;
+}
+"""
+
+
+def test_a_block_takes_its_ticket_and_another_waits_for_it():
+    taken = np.zeros(1, np.uint32)
+    memory = Memory({1 << 40: taken, 2 << 40: np.zeros(64, np.int32)}, watched=1 << 40, written=2 << 40)
+    parameters = (1 << 40).to_bytes(8, "little") + (2 << 40).to_bytes(8, "little")
+    launch = Launch("f", (), 3, 0, (), threads=64)
+    counts = Machine(code(TICKETS, "f"), launch, parameters, memory, 0, 3).run()
+    assert taken.tolist() == [3]
+    assert counts.writes.tolist() == [[False, False], [False, True], [False, False]]
 
 
 def test_an_unknown_instruction_is_an_error():

@@ -8,6 +8,7 @@ import pytest
 from cubn.backends.cuda.plan import Launch
 from tests.cuda import compiled, instructions, nvrtc
 from tests.cuda.instructions import TABLES, of_page, parsed_arguments
+from tests.cuda.machine.machine import Counts
 from tests.cuda.resnet50 import DEVICES, PASSES, Layer, apart, launches
 
 
@@ -16,8 +17,9 @@ def check(table):
     assert of_page(table) == given, f"python -m tests.cuda.instructions --write --table {table}"
 
 
-def test_plans_are_the_planner_s():
-    check("plans")
+@pytest.mark.parametrize("table", ["first calls", "plans"])
+def test_what_is_planned_is_the_planner_s(table):
+    check(table)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,13 @@ def test_a_multiprocessor_has_room_for_so_many_blocks(monkeypatch, device, threa
     monkeypatch.setattr(instructions, "compiled", lambda *_: nvrtc.Kernel("", registers, 0, 0))
     launch = Launch("f", (), 1, shared, (), threads=threads)
     assert instructions.blocks_at_once(launch, DEVICES[device]) == blocks
+
+
+def test_blocks_that_take_turns_reduce_where_they_read_and_apply_where_they_write():
+    phases = np.array([[[1, 2, 4]], [[8, 16, 32]]])
+    reads = np.array([[True, False, True], [False, True, False]])
+    writes = np.array([[False, False, True], [True, False, False]])
+    assert instructions.by_touch(Counts(phases, phases, reads, writes)) == (1 + 16, 2 + 32, 4 + 8)
 
 
 @pytest.mark.parametrize(("layout", "limits"), [("nchw", PASSES), ("nhwc", PASSES), ("nchw", DEVICES["H200"].limits)])

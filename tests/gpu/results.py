@@ -4,6 +4,27 @@ import cubn
 from cubn.sync import threads
 
 
+def run_training(x, dy, residual):
+    """Training steps, plain and with residual and ReLU: of `run_everything` what large arrays have kernels for."""
+    state = cubn.BatchNormState(x.shape[1], like=x)
+    found = {}
+    for name, options in {"plain": {}, "block": {"residual": residual, "relu": True}}.items():
+        found |= _step(cubn.forward_train, name, x, dy, state, options)[0]
+    return found
+
+
+def _step(operation, name, x, dy, state, options):
+    """y and its gradients, by name; both as they are."""
+    y, saved = operation(x, state, **options)
+    grads = cubn.backward(dy, saved)
+    what = f"{operation.__name__}, {name}"
+    found = {f"{what}: y": y, f"{what}: dx": grads.dx}
+    found |= {f"{what}: dgamma": grads.dgamma, f"{what}: dbeta": grads.dbeta}
+    if grads.dresidual is not None:
+        found[f"{what}: dresidual"] = grads.dresidual
+    return found, y, grads, saved
+
+
 def run_everything(x, dy, residual, mask=None):
     """Training, fine-tuning and inference, plain and with residual and ReLU, with their backwards; the state after.
 
@@ -13,15 +34,11 @@ def run_everything(x, dy, residual, mask=None):
     found = {}
     for name, options in {"plain": {}, "relu": {"relu": True}, "block": {"residual": residual, "relu": True}}.items():
         for operation in (cubn.forward_train, cubn.forward_frozen):
-            y, saved = operation(x, state, **options)
-            grads = cubn.backward(dy, saved)
-            what = f"{operation.__name__}, {name}"
-            found |= {f"{what}: y": y, f"{what}: dx": grads.dx}
-            found |= {f"{what}: dgamma": grads.dgamma, f"{what}: dbeta": grads.dbeta}
-            if grads.dresidual is not None:
-                found[f"{what}: dresidual"] = grads.dresidual
+            step, y, grads, saved = _step(operation, name, x, dy, state, options)
+            found |= step
             given = y, grads.dgamma, grads.dbeta, dy, saved
             second = cubn.double_backward(*given, ddresidual=None if grads.dresidual is None else x)
+            what = f"{operation.__name__}, {name}"
             found |= {f"{what}: {part} of second": array for part, array in second._asdict().items()}
         found[f"forward, {name}"] = cubn.forward(x, state, **options)
     if mask is not None:

@@ -2,7 +2,7 @@
 
 An instruction counts once for a warp, however many of its lanes execute it. Of a warp whose lanes part, those that are
 behind in the code go first, until all are together again: a device may take more turns than that, never fewer.
-Copies are done at once.
+Copies are done at once. Who sleeps goes on when nobody else can.
 """
 
 from typing import NamedTuple
@@ -42,6 +42,8 @@ class Counts(NamedTuple):
 
     all: np.ndarray  # (blocks, warps, phases)
     double: np.ndarray  # of these, such of float64
+    reads: np.ndarray  # (blocks, phases): whether elements of x are read
+    writes: np.ndarray  # whether elements of y are written
 
 
 class Machine:
@@ -57,6 +59,7 @@ class Machine:
             "SR_CgaCtaId": (block + np.uint64(first)) % np.uint64(launch.cluster),
             "SR_SWINHI": np.full(threads, SHARED_WINDOW, np.uint64),
             "SR_LANEID": lanes % np.uint64(WARP),
+            "SR_LTMASK": (np.uint64(1) << lanes % np.uint64(WARP)) - np.uint64(1),
         }
         constants = bytearray(PARAMETERS) + bytes(parameters)
         constants[0:4] = launch.threads.to_bytes(4, "little")
@@ -72,14 +75,17 @@ class Machine:
         self.members = np.zeros((EVERY_LANE + 1, threads), bool)
         self.members[EVERY_LANE] = True
         self.arrived = np.full((EVERY_LANE + 1, threads), -1)
+        self.asleep: list[tuple[int, np.ndarray]] = []
         self.phase = np.zeros(blocks, int)
+        self.reads: set[tuple[int, int]] = set()  # (block, phase)
+        self.writes: set[tuple[int, int]] = set()
         self.counts: list[np.ndarray] = []
         self._do = [None] * len(code.instructions)
 
     def run(self) -> Counts:
         with np.errstate(all="ignore"):
             turns = 0
-            while self.at:
+            while self.at or self._wake():
                 turns += 1
                 if turns > MOST_TURNS:
                     raise RuntimeError("no end")
@@ -90,7 +96,11 @@ class Machine:
         counted = np.array(self.counts)
         shape = (-1, 2, self.blocks, self.warps)
         counted = counted.reshape(shape).transpose(1, 2, 3, 0)
-        return Counts(*counted)
+        touched = np.zeros((2, self.blocks, counted.shape[-1]), bool)
+        for kind, found in enumerate((self.reads, self.writes)):
+            for place in found:
+                touched[kind][place] = True
+        return Counts(*counted, *touched)
 
     def _step(self, here: int, lanes: np.ndarray) -> None:
         instruction = self.code.instructions[here]
@@ -113,7 +123,7 @@ class Machine:
             return lambda s, a: None
         if make := INTEGERS.get(name) or FLOATS.get(name):
             return make(instruction.name, list(instruction.operands))
-        if name in ("LDL", "STL", "LDG", "LDS", "LD", "STG", "STS", "ST", "LDGSTS", "SHFL", "VOTE", "VOTEU"):
+        if name in ("LDL", "STL", "LDG", "LDS", "LD", "STG", "STS", "ST", "LDGSTS", "ATOMG", "SHFL", "VOTE", "VOTEU"):
             return getattr(self, f"made_{name.lower()}")(instruction.name, list(instruction.operands))
         raise Unknown(f"{instruction.name} {instruction.operands}")
 
@@ -123,11 +133,13 @@ class Machine:
 
     def _count(self, instruction, lanes) -> None:
         warps = lanes // WARP
-        warps = warps[np.r_[True, warps[1:] != warps[:-1]]]
+        first = np.ones(len(warps), bool)
+        first[1:] = warps[1:] != warps[:-1]
+        warps = warps[first]
         phases = self.phase[warps // self.warps]
         while len(self.counts) <= phases.max():
             self.counts.append(np.zeros((2, self.blocks * self.warps), np.int64))
-        for phase in np.unique(phases):
+        for phase in range(phases.min(), phases.max() + 1):
             of_phase = warps[phases == phase]
             self.counts[phase][0, of_phase] += 1
             if instruction.is_double:
@@ -169,6 +181,17 @@ class Machine:
         for barrier in np.unique(np.nonzero((self.arrived >= 0).any(axis=1))[0]):
             self._release_lanes(barrier)
         self._release_blocks()
+
+    def _nanosleep(self, here, lanes, acting, instruction):
+        self.asleep.append((here + 1, acting))
+        self._go(here + 1, np.setdiff1d(lanes, acting, assume_unique=True))
+
+    def _wake(self) -> bool:
+        """Whether somebody slept."""
+        sleepers, self.asleep = self.asleep, []
+        for there, lanes in sleepers:
+            self._go(there, lanes)
+        return bool(sleepers)
 
     # --- barriers ---
 
@@ -223,14 +246,39 @@ class Machine:
 
     # --- memory, and other lanes ---
 
+    def _load(self, a, addresses, size):
+        self._touch(self.reads, a, self.memory.is_read(addresses))
+        return self.memory.load(addresses, size)
+
+    def _touch(self, found, a, lanes):
+        for block in np.unique(self.block[a][lanes]):
+            found.add((block, self.phase[block]))
+
     def made_ldg(self, name, operands):
         put, where, size = put_words(operands[0], name), address(operands[1]), bytes_of(name)
-        return lambda s, a: put(s, a, self.memory.load(where(s, a), size))
+        return lambda s, a: put(s, a, self._load(a, where(s, a), size))
 
     def made_stg(self, name, operands):
         where, size = address(operands[0]), bytes_of(name)
         read = words_of(operands[1], size)
-        return lambda s, a: self.memory.store(where(s, a), read(s, a))
+
+        def act(s, a):
+            addresses = where(s, a)
+            self._touch(self.writes, a, self.memory.is_written(addresses))
+            self.memory.store(addresses, read(s, a))
+
+        return act
+
+    def made_atomg(self, name, operands):
+        if ".ADD." not in name or ".64" in name:
+            raise Unknown(name)
+        put, where, addend = put_word(operands[1]), address(operands[2]), word(operands[3])
+
+        def act(s, a):
+            addresses = where(s, a)
+            put(s, a, self.memory.add(addresses, np.broadcast_to(addend(s, a), addresses.shape)))
+
+        return act
 
     def _place(self, s, a, addresses, size):
         """Of shared memory: which block's, and where."""
@@ -277,7 +325,7 @@ class Machine:
         into, where, size = address(operands[0]), address(operands[1]), bytes_of(name)
 
         def act(s, a):
-            self.shared[self._place(s, a, into(s, a), size)] = self.memory.load(where(s, a), size)
+            self.shared[self._place(s, a, into(s, a), size)] = self._load(a, where(s, a), size)
 
         return act
 
