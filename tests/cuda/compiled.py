@@ -2,12 +2,13 @@
 
     python -m tests.cuda.compiled                                all of it, and into compiled.json
     python -m tests.cuda.compiled --cuda 13 --architectures 75 90     some columns of it
+    python -m tests.cuda.compiled --every 40                     one in forty, others in every column
     python -m tests.cuda.compiled --processes 16 --log FOLDER
 
 A column is a CUDA version and an architecture. Its log has a line for each specialisation: its source's digest,
 registers, bytes of stack and of spills, and "fine", or what is wrong. A run that was stopped goes on where it was: what
-is in the logs, of the same source and compiler, is not compiled again. A finished column is recorded by the digest of
-its log.
+is in the logs, of the same source and compiler, is not compiled again. A column is recorded by the digest of its
+log, and by how many of all are in it.
 """
 
 import argparse
@@ -64,8 +65,9 @@ def stale() -> str:
         return "the record is of other specialisations"
     if record["sources"] != sources():
         return "the record is of other sources"
-    missing = {column_name(*column) for column in itertools.product(nvrtc.PLACES, ARCHITECTURES)} - {*record["columns"]}
-    return f"the record lacks {'; '.join(sorted(missing))}" if missing else ""
+    whole = {name for name, column in record["columns"].items() if column["kernels"] == column["of"]}
+    missing = {column_name(*column) for column in itertools.product(nvrtc.PLACES, ARCHITECTURES)} - whole
+    return f"the record lacks all or some of {'; '.join(sorted(missing))}" if missing else ""
 
 
 def column_name(cuda: int, architecture: int) -> str:
@@ -98,8 +100,10 @@ def by_start(lines: list[str]) -> dict[str, str]:
     return {" ".join(line.split(" ", 2)[:2]): line for line in lines}
 
 
-def compile_column(cuda: int, architecture: int, folder: Path, pool: ProcessPoolExecutor) -> list[str]:
-    """The log, in order; kept as it grows."""
+def compile_column(
+    cuda: int, architecture: int, folder: Path, pool: ProcessPoolExecutor, every: int = 1, first: int = 0
+) -> list[str]:
+    """The log, in order; kept as it grows. What it lacks is compiled, or one in `every` of that."""
     name = column_name(cuda, architecture)
     log = folder / f"cuda{cuda}_sm{architecture}.log"
     header = f"# CUDA {nvrtc.version(cuda)}"
@@ -110,7 +114,7 @@ def compile_column(cuda: int, architecture: int, folder: Path, pool: ProcessPool
         if lines[:1] == [header]:
             known = by_start(lines[1:])
             known = {start: known[start] for _, start in wanted if start in known}
-    left = [i for i, of in wanted if of not in known]
+    left = [i for i, of in wanted[first % every :: every] if of not in known]
     begin, done = time.monotonic(), 0
     with log.open("w") as file:
         file.write("".join(f"{line}\n" for line in (header, *known.values())))
@@ -123,8 +127,8 @@ def compile_column(cuda: int, architecture: int, folder: Path, pool: ProcessPool
             known |= by_start(found)
             done += len(found)
             minutes = (time.monotonic() - begin) / 60 * (len(left) - done) / done
-            print(f"\r{name}: {len(known)} of {len(wanted)}, {minutes:.0f} min ", end="", flush=True)
-    lines = [known[of] for _, of in wanted]
+            print(f"\r{name}: {done} of {len(left)}, {minutes:.0f} min ", end="", flush=True)
+    lines = [known[of] for _, of in wanted if of in known]
     wrong = [line for line in lines if not line.endswith(" fine")]
     print(f"\r{name}: {len(lines)}, of which {len(wrong)} are wrong      ")
     for line in wrong:
@@ -132,11 +136,12 @@ def compile_column(cuda: int, architecture: int, folder: Path, pool: ProcessPool
     return lines
 
 
-def recorded(cuda: int, lines: list[str]) -> dict[str, object]:
+def recorded(cuda: int, architecture: int, lines: list[str]) -> dict[str, object]:
     """Of a column."""
     return {
         "compiler": nvrtc.version(cuda),
         "kernels": len(lines),
+        "of": sum(s.fits(architecture) for s in specialisations()),
         "wrong": sum(not line.endswith(" fine") for line in lines),
         "sha256": digest(lines),
     }
@@ -146,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cuda", type=int, nargs="+", choices=tuple(nvrtc.PLACES), default=list(nvrtc.PLACES))
     parser.add_argument("--architectures", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--every", type=int, default=1, help="compile one in so many")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir(), f"cubn_compiled_{os.getuid()}"))
     parser.add_argument("--no-record", action="store_true", help="leave compiled.json as it is")
@@ -163,9 +169,9 @@ def main() -> None:
         if all(before[name] == record[name] for name in ("specialisations", "sources")):
             record["columns"] = before["columns"]
     with ProcessPoolExecutor(arguments.processes) as pool:
-        for cuda, architecture in itertools.product(arguments.cuda, arguments.architectures):
-            lines = compile_column(cuda, architecture, arguments.log, pool)
-            record["columns"][column_name(cuda, architecture)] = recorded(cuda, lines)
+        for first, (cuda, architecture) in enumerate(itertools.product(arguments.cuda, arguments.architectures)):
+            lines = compile_column(cuda, architecture, arguments.log, pool, arguments.every, first)
+            record["columns"][column_name(cuda, architecture)] = recorded(cuda, architecture, lines)
             if not arguments.no_record:
                 RECORD.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -28,15 +28,15 @@ def done(monkeypatch):
     return found
 
 
-def column(folder, architecture=NEW):
+def column(folder, architecture=NEW, **some):
     with ThreadPoolExecutor(1) as pool:
-        return compiled.compile_column(13, architecture, folder, pool)
+        return compiled.compile_column(13, architecture, folder, pool, **some)
 
 
 def test_every_specialisation_has_a_line_and_what_is_wrong_is_counted(tmp_path, done, capsys):
     lines = column(tmp_path)
     assert [line.partition(" ")[0] for line in lines] == list(map(str, ALL))
-    assert compiled.recorded(13, lines)["wrong"] == 1
+    assert compiled.recorded(13, NEW, lines)["wrong"] == 1
     assert str(ALL[6]) in capsys.readouterr().out
     assert len(column(tmp_path, OLD)) == 10
 
@@ -68,4 +68,13 @@ def test_the_digest_is_of_what_came_out_not_of_the_order_in_which_it_did(tmp_pat
     (log,) = tmp_path.iterdir()
     header, *rest = log.read_text().splitlines(keepends=True)
     log.write_text(header + "".join(reversed(rest)))
-    assert compiled.recorded(13, column(tmp_path)) == compiled.recorded(13, lines)
+    assert compiled.recorded(13, NEW, column(tmp_path)) == compiled.recorded(13, NEW, lines)
+
+
+def test_some_of_a_column_are_no_whole_one(tmp_path, done):
+    lines = column(tmp_path, every=4, first=1)
+    assert [line.partition(" ")[0] for line in lines] == list(map(str, ALL[1::4]))
+    record = compiled.recorded(13, NEW, lines)
+    assert (record["kernels"], record["of"]) == (5, 20)
+    assert len(column(tmp_path)) == 20
+    assert len(done) == 20
