@@ -22,23 +22,11 @@ from cubn._types import (
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.parameters import members
 from cubn.backends.cuda.plan import Launch, Limits
+from cubn.cli.networks import NETWORKS
 from tests.cuda import calls
 from tests.cuda.specialisations import Recorder
 
-LAYERS = (
-    (64, 112),
-    (64, 56),
-    (256, 56),
-    (128, 56),
-    (128, 28),
-    (512, 28),
-    (256, 28),
-    (256, 14),
-    (1024, 14),
-    (512, 14),
-    (512, 7),
-    (2048, 7),
-)
+LAYERS = tuple(dict.fromkeys((layer.channels, layer.size) for layer in NETWORKS["resnet50"](224)))
 """Channels, and positions along a side."""
 
 BATCHES = (32, 256)
