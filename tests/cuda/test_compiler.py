@@ -181,9 +181,11 @@ def test_the_older_compiler_takes_every_kernel(kernel):
 @pytest.mark.parametrize(("dtype", "gate"), [("float16", "GATE_RECOMPUTE"), ("bfloat16", "GATE_BITS")])
 def test_sums_of_a_row_of_pairs_are_in_registers(dtype, gate):
     compiler(13)
-    wanted = {"ELEMENT": dtype, "KIND": "Sums", "GATE": gate, "TILE_LANES": "32", "TILE_ROWS": "1", "TALL": "0"}
-    (specialisation,) = (s for s in of_kernel(100, "reduce_rows") if s.values == wanted)
-    check(specialisation, 100)
+    wanted = {"ELEMENT": dtype, "KIND": "Sums", "GATE": gate, "TILE_ROWS": "1", "TALL": "0"}
+    found = [s for s in of_kernel(100, "reduce_rows") if wanted.items() <= s.values.items()]
+    assert found
+    for specialisation in found:
+        check(specialisation, 100)
 
 
 # --- the checks find what they are for --------------------------------------------------------------------------------

@@ -66,11 +66,20 @@ def test_what_is_compiled_is_the_compiler_s(table):
     check(table)
 
 
+SPILT = {
+    "reduce_channels-ELEMENT_bfloat16-KIND_Sums-GATE_GATE_RECOMPUTE-TILE_ROWS_7-VECTOR_4-DEPTH_3-TILE_DEPTH_8-BLOCKS_2",
+    "slab-ELEMENT_double-THREADS_256-CLUSTER_2-GROUPED_0-ALIGNED_0-TILE_LANES_32-TILE_ROWS_8-TALL_0"
+    "-OPERATION_NORMALIZE-RESIDUAL_1-RELU_0-KEEP_BITS_0",
+}
+"""Rare shapes whose threads keep 8 bytes in local memory: fewer registers for all others would cost more."""
+
+
 def test_the_record_of_compiled_kernels_has_nothing_wrong():
     if not compiled.RECORD.exists():
         pytest.skip("there is no record of compiled kernels: python -m tests.cuda.compiled")
     record = json.loads(compiled.RECORD.read_text())
-    assert {name: column["wrong"] for name, column in record["columns"].items() if column["wrong"]} == {}
+    wrong = [line for column in record["columns"].values() for line in column["wrong"]]
+    assert [line for line in wrong if line.partition(" ")[0] not in SPILT or " 8 bytes of local" not in line] == []
     if reason := compiled.stale():  # a nuisance at every change, if it failed
         pytest.skip(f"{reason}: python -m tests.cuda.compiled")
 
