@@ -72,7 +72,7 @@ def slab(extents: Extents, operands: Operands, options: Options, limits: Limits)
         return _slab(extents, dtype, group, aligned, options, limits)
 
     launch = cut(group)
-    while launch and neighbours and 2 * group <= C and S <= TILE:
+    while launch and neighbours and 2 * group <= min(C, THREADS) and S <= TILE:  # a thread finishes a channel
         torn = group * S % OCTET != 0 and group * S * ITEMSIZE[dtype] < PEELED_BYTES
         group *= 2
         wider = cut(group)
