@@ -58,6 +58,21 @@ def check_registers(kernel):
     assert granted * threads * blocks <= REGISTERS, f"{kernel.registers} registers, {blocks} blocks of {threads}"
 
 
+SPILT = {
+    "reduce_channels-ELEMENT_bfloat16-KIND_Sums-GATE_GATE_RECOMPUTE-TILE_ROWS_7-VECTOR_4-DEPTH_3-TILE_DEPTH_8-BLOCKS_2",
+    "slab-ELEMENT_double-THREADS_256-CLUSTER_2-GROUPED_0-ALIGNED_0-TILE_LANES_32-TILE_ROWS_8-TALL_0"
+    "-OPERATION_NORMALIZE-RESIDUAL_1-RELU_0-KEEP_BITS_0",
+    "ticketed-ELEMENT_float16-THREADS_256-CLUSTER_1-GROUPED_0-TILE_LANES_32-TILE_ROWS_5-TALL_1"
+    "-OPERATION_NORMALIZE-RESIDUAL_1-RELU_1-KEEP_BITS_1",
+}
+"""Those whose threads keep 8 bytes in local memory on some devices: registers for them would cost all others more."""
+
+
+def check_spilt(kernel):
+    """No more than is known."""
+    assert kernel.stack_bytes <= 8, f"{kernel.stack_bytes} bytes of local memory"
+
+
 def blocks_meant(ptx):
     """(threads of a block, blocks of a multiprocessor) that __launch_bounds__ asks for."""
     threads = re.search(r"^\.maxntid (\d+)", ptx, re.MULTILINE)
@@ -102,7 +117,7 @@ def check(specialisation, architecture, cuda=13):
     try:
         kernel = compiled(specialisation, architecture, cuda)
         check_exact(kernel)
-        check_registers(kernel)
+        (check_spilt if str(specialisation) in SPILT else check_registers)(kernel)
         check_vectors(specialisation, kernel)
     except (AssertionError, nvrtc.CompileError) as error:
         raise AssertionError(f"{specialisation} for sm_{architecture}: {error}") from error

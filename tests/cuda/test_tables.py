@@ -10,6 +10,7 @@ from tests.cuda import compiled, instructions, nvrtc
 from tests.cuda.instructions import TABLES, of_page, parsed_arguments
 from tests.cuda.machine.machine import Counts
 from tests.cuda.resnet50 import DEVICES, PASSES, Layer, apart, launches
+from tests.cuda.test_compiler import SPILT
 
 
 def check(table):
@@ -64,14 +65,6 @@ def test_what_is_compiled_is_the_compiler_s(table):
     if compiler not in of_page("instructions"):
         pytest.skip(f"the tables are of another compiler than that of {compiler[:-1]}")
     check(table)
-
-
-SPILT = {
-    "reduce_channels-ELEMENT_bfloat16-KIND_Sums-GATE_GATE_RECOMPUTE-TILE_ROWS_7-VECTOR_4-DEPTH_3-TILE_DEPTH_8-BLOCKS_2",
-    "slab-ELEMENT_double-THREADS_256-CLUSTER_2-GROUPED_0-ALIGNED_0-TILE_LANES_32-TILE_ROWS_8-TALL_0"
-    "-OPERATION_NORMALIZE-RESIDUAL_1-RELU_0-KEEP_BITS_0",
-}
-"""Rare shapes whose threads keep 8 bytes in local memory: fewer registers for all others would cost more."""
 
 
 def test_the_record_of_compiled_kernels_has_nothing_wrong():
