@@ -64,6 +64,8 @@ SPILT = {
     "-OPERATION_NORMALIZE-RESIDUAL_1-RELU_0-KEEP_BITS_0",
     "ticketed-ELEMENT_float16-THREADS_256-CLUSTER_1-GROUPED_0-TILE_LANES_32-TILE_ROWS_5-TALL_1"
     "-OPERATION_NORMALIZE-RESIDUAL_1-RELU_1-KEEP_BITS_1",
+    "ticketed-ELEMENT_bfloat16-THREADS_256-CLUSTER_1-GROUPED_0-TILE_LANES_32-TILE_ROWS_5-TALL_1"
+    "-OPERATION_NORMALIZE-RESIDUAL_1-RELU_0-KEEP_BITS_0",
 }
 """Those whose threads keep 8 bytes in local memory on some devices: registers for them would cost all others more."""
 
