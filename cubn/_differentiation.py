@@ -87,7 +87,7 @@ class Differentiation:
         """The whole batch is here."""
         forward = self.forward
         if self.in_given and self._may_fail():
-            own = self.backend.root_sums(self.part(0))
+            own = self.backend.root_sums(self.part(0, self.inputs.extents.N))
             return self._apply(own, own)
         prepared = self.backend.prepare_backward(
             self.inputs.extents, self.operands, forward.statistics, forward.relu_mask, self.parameters, self.options
@@ -124,7 +124,7 @@ class Differentiation:
         key = (forward.layouts, forward.held.layout, kept, like_dy, given, forward.frozen, threads.limit)
         BACKWARDS.add(key, call)
 
-    def part(self, start: int) -> Nodes:
+    def part(self, start: int, total: int) -> Nodes:
         extents, forward = self.inputs.extents, self.forward
         return self.backend.backward_sums(
             extents, self.operands, forward.statistics, forward.relu_mask, self.options, start

@@ -32,7 +32,7 @@ class Reduction(NamedTuple):
 
     terms: Terms
     backend: Backend
-    part: Callable[[int], Nodes]
+    part: Callable[[int, int], Nodes]
 
     def accept(self, values: int) -> None:
         """The forward has been."""
@@ -92,13 +92,13 @@ class DoubleDifferentiation:
         parts = (self._products,) if self.forward.frozen else (self._of_dy, self._of_ddx, self._products)
         return tuple(Reduction(terms, self.backend, part) for part in parts)
 
-    def _of_dy(self, start: int) -> Nodes:
+    def _of_dy(self, start: int, total: int) -> Nodes:
         return self._sums(self.inputs.x, self.g, self.forward.statistics, start)
 
-    def _of_ddx(self, start: int) -> Nodes:
+    def _of_ddx(self, start: int, total: int) -> Nodes:
         return self._sums(self.inputs.x, self.v, self.forward.statistics, start)
 
-    def _products(self, start: int) -> Nodes:
+    def _products(self, start: int, total: int) -> Nodes:
         """Of dy * ddx, which is dy * (x - mean) of another x and a mean of 0. For other ranks, ddgamma is in the place
         of the sums of dy, which are there already.
         """
@@ -134,7 +134,7 @@ class DoubleDifferentiation:
 
     def run(self) -> DoubleGradients[Any]:
         """The whole batch is here."""
-        of = self._roots([reduction.part(0) for reduction in self.reductions])
+        of = self._roots([reduction.part(0, self.inputs.extents.N) for reduction in self.reductions])
         if self.forward.frozen:
             return self._apply(of)
         return self._apply(of, of, Parts(self.of_backward[0][None], of.dy[None], of.dy_xmu[None]))

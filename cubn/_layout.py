@@ -6,7 +6,7 @@ import math
 from functools import lru_cache
 from typing import Protocol
 
-from cubn._types import Extents, Operand, Vector
+from cubn._types import ITEMSIZE, Extents, Operand, Operands, Vector
 from cubn.errors import message
 
 Shape = tuple[int, ...]
@@ -65,6 +65,13 @@ def mask_operand(mask: Described, shape: Shape, axis: int) -> Operand | None:
     """
     steps = _mask_steps(mask.shape, mask.strides, shape, axis)
     return steps and Operand(mask.pointer, mask.dtype, *steps)
+
+
+def from_sample(n: int, operands: Operands) -> Operands:
+    """The operands but for the n samples before."""
+    return Operands(
+        *[o and o._replace(pointer=o.pointer + n * o.sample_stride * ITEMSIZE[o.dtype]) for o in operands]  # type: ignore[arg-type]
+    )
 
 
 def vector(array: Described) -> Vector:

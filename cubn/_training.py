@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from cubn import _calls
-from cubn._arguments import flag
+from cubn._arguments import flag, one_of
 from cubn._calls import Call
 from cubn._inputs import bind, overwrites, relu_gradient
-from cubn._state.holding import Move
+from cubn._state.holding import NO_STATISTICS, Move
 from cubn._types import Nodes, NormalizeOptions, Statistics
 from cubn.backends.protocol import PreparedTrain, ReluMask
 from cubn.errors import message
-from cubn.saved import Forward, Layouts, Read, Saved
+from cubn.saved import Forward, Groups, Layouts, Read, Saved
 from cubn.state import BatchNormState
 from cubn.sync.collective import Gathered, SyncContext, Terms
+from cubn.typing import OnSingle
 
 TRAININGS = _calls.new_store()
+ON_SINGLE: tuple[OnSingle, ...] = get_args(OnSingle)
 
 
 class Facts(NamedTuple):
@@ -34,8 +36,17 @@ class Training:
     """A forward_train whose arguments were checked and whose output is ready; nothing is changed yet."""
 
     def __init__(
-        self, x: Any, state: BatchNormState, mask: Any, residual: Any, relu: bool, update: bool, out: Any
+        self,
+        x: Any,
+        state: BatchNormState,
+        mask: Any,
+        residual: Any,
+        relu: bool,
+        update: bool,
+        out: Any,
+        on_single: OnSingle = "raise",
     ) -> None:
+        self.on_single = one_of(ON_SINGLE, on_single, "on_single")
         relu = flag(relu, "relu")
         update = flag(update, "update")
         self.inputs = inputs = bind(x, state, mask, residual)
@@ -44,6 +55,9 @@ class Training:
         self.updates = update and state._counters is not None
         if self.updates:
             state._check_updatable(inputs.held)
+        if on_single == "running" and inputs.held.running is None:
+            rule, remedy = "have running statistics, for on_single='running'", "Make the state with track=True."
+            raise ValueError(message("state", rule, NO_STATISTICS, remedy))
         self.output = inputs.destination(out)
         self.given = None if out is None else self.output.array
         self.overwrites = overwrites(out, self.output, inputs.x)
@@ -53,6 +67,11 @@ class Training:
         self.options = NormalizeOptions(residual is not None, relu, keep_mask=self.layouts.relu == "mask")
         self.asked = relu, update
         self.values = inputs.values
+
+    @property
+    def is_single(self) -> bool:
+        """Whether this is one value per channel, to be normalised by running statistics."""
+        return self.values == 1 and self.on_single == "running"
 
     def check_count(self) -> None:
         """Raise unless this batch is enough by itself."""
@@ -70,6 +89,28 @@ class Training:
         with state._turn(), state._moving(held) as move:
             after = move.in_place and self.output.array.library.adopts
             return self._train(None, move) if after else self._train(move, None)
+
+    def by_running(self) -> tuple[Any, Saved[Any]]:
+        """As forward_frozen does."""
+        statistics = self.backend.new_statistics(self.inputs.extents.C, self.inputs.held.affine)
+        self.backend.keep(self.inputs.held.affine, statistics)
+        return self._by_running(statistics, None)
+
+    def _by_running(self, statistics: Statistics, context: SyncContext | None) -> tuple[Any, Saved[Any]]:
+        """With statistics that have copies of gamma and beta. The update, by a count of 0, is a skipped one."""
+        running, affine = self.inputs.held.running, statistics.affine
+        assert running
+        self.backend.frozen_statistics(running, self.eps, statistics)
+        relu_mask = self.backend.normalize(self.inputs.extents, self.operands, statistics, affine, self.options)
+        y = self.output.finish()
+        if self.updates:
+            self._update(statistics)
+        return y, self.saved(statistics, relu_mask, context, frozen=True)
+
+    def _update(self, statistics: Statistics) -> None:
+        """Move the running statistics, y being its library's."""
+        with self.state._turn(), self.state._moving(self.inputs.held) as move:
+            self.backend.update(statistics, move.old, move.new, move.counters, self.how)
 
     def _train(self, move: Move | None, after: Move | None) -> tuple[Any, Saved[Any]]:
         """One launch, in which running statistics move too, or do so after y is its library's."""
@@ -103,7 +144,13 @@ class Training:
         _calls.remember(TRAININGS, call, inputs, self.state, self.given, *self.asked)
 
     def saved(
-        self, statistics: Statistics, relu_mask: ReluMask | None, context: SyncContext | None = None
+        self,
+        statistics: Statistics,
+        relu_mask: ReluMask | None,
+        context: SyncContext | None = None,
+        *,
+        frozen: bool = False,
+        groups: Groups | None = None,
     ) -> Saved[Any]:
         inputs = self.inputs
         return Saved._of(
@@ -114,8 +161,10 @@ class Training:
                 inputs.held,
                 statistics,
                 relu_mask,
-                overwritten=self.overwrites,
-                context=context,
+                frozen,
+                self.overwrites,
+                context,
+                groups,
             )
         )
 
@@ -134,6 +183,7 @@ class SynchronisedTraining(Training):
         N, C, _ = self.inputs.extents
         on = {"update": self.updates, "relu": self.options.relu, "residual": self.options.residual}
         on["biased"] = self.updates and self.how.biased
+        on["on_single=running"] = self.on_single == "running"
         return Terms(
             "forward_train",
             C,
@@ -145,20 +195,30 @@ class SynchronisedTraining(Training):
             options=frozenset(name for name in on if on[name]),
         )
 
-    def part(self, start: int) -> Nodes:
+    def part(self, start: int, total: int) -> Nodes:
         return self.backend.moments(self.inputs.extents, self.operands, start)
 
     def accept(self, values: int) -> None:
-        _check_count(values, values, " over all ranks")
+        self.values_of_all = values
+        if not self.is_single:
+            _check_count(values, values, " over all ranks")
+
+    @property
+    def is_single(self) -> bool:
+        return self.values_of_all == 1 and self.on_single == "running"
 
     def finish(self, gathered: Gathered) -> tuple[Any, Saved[Any]]:
-        backend, state = self.backend, self.state
+        if self.is_single:
+            return self._by_running(self.statistics, gathered.context)
+        return self._normalized(gathered)
+
+    def _normalized(self, gathered: Gathered) -> tuple[Any, Saved[Any]]:
+        backend = self.backend
         statistics = backend.statistics(*backend.root(gathered.nodes), self.eps, self.statistics)
         relu_mask = backend.normalize(self.inputs.extents, self.operands, statistics, statistics.affine, self.options)
         y = self.output.finish()
         if self.updates:
-            with state._turn(), state._moving(self.inputs.held) as move:
-                backend.update(statistics, move.old, move.new, move.counters, self.how)
+            self._update(statistics)
         return y, self.saved(statistics, relu_mask, gathered.context)
 
 

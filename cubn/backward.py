@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -9,6 +10,7 @@ from cubn import _calls
 from cubn._arrays.library import ALIGNMENT
 from cubn._calls import new_tuple
 from cubn._differentiation import BACKWARDS, WHOSE, AnyGradients, Differentiation
+from cubn._ghost import GhostDifferentiation
 from cubn.backends import threads
 from cubn.errors import message, reporting_as
 from cubn.gradients import Gradients, StatisticsGradients
@@ -108,9 +110,8 @@ def backward(
             return done
     with reporting_as("backward"):
         forward = forward_of(saved)
-        if forward.context is not None:
-            return _start(forward.context, dy, forward, parameter_gradients, statistics, out).finish()
-        return Differentiation(dy, forward, parameter_gradients, statistics, out).run()
+        make = partial(_kind(forward), dy, forward, parameter_gradients, statistics, out)
+        return make().run() if forward.context is None else _start(forward.context, make).finish()
 
 
 @overload
@@ -169,14 +170,14 @@ def backward_start(
         raise ValueError(
             message("saved", "be of a forward with comm=", "one without", remedy, function="backward_start")
         )
-    return _start(forward.context, dy, forward, parameter_gradients, statistics, out)
+    return _start(forward.context, partial(_kind(forward), dy, forward, parameter_gradients, statistics, out))
 
 
 def _again(forward: Forward, dy: Any, out: Any) -> Gradients[Any] | None:
     """A backward like one that was made before; None where something is in its way."""
-    layouts, x, mask, held, statistics, relu_mask, frozen, overwritten, context = forward
+    layouts, x, mask, held, statistics, relu_mask, frozen, overwritten, context, groups = forward
     found = _calls.signature(dy)
-    if found is None or overwritten or context is not None:
+    if found is None or overwritten or context is not None or groups is not None:
         return None
     layout, at_dy = found
     given, at_dx = None, 0
@@ -226,9 +227,13 @@ def _again(forward: Forward, dy: Any, out: Any) -> Gradients[Any] | None:
     return new_tuple(Gradients, (dx, dgamma, dbeta, dresidual))
 
 
-def _start(context: SyncContext, *arguments: Any) -> Started[AnyGradients]:
-    make = partial(Differentiation, *arguments)
+def _start(context: SyncContext, make: Callable[[], Differentiation]) -> Started[AnyGradients]:
     return collective.start(context.communicator, context.sizes, make)
+
+
+def _kind(forward: Forward) -> type[Differentiation]:
+    """Which backward belongs to a forward."""
+    return Differentiation if forward.groups is None else GhostDifferentiation
 
 
 def forward_of(saved: Saved[Any]) -> Forward:

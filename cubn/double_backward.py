@@ -8,7 +8,7 @@ from typing import Any
 
 from cubn._double_differentiation import DoubleDifferentiation, Reduction
 from cubn.backward import forward_of
-from cubn.errors import reporting_as
+from cubn.errors import message, reporting_as
 from cubn.gradients import DoubleGradients
 from cubn.saved import Saved
 from cubn.sync import collective
@@ -91,6 +91,9 @@ def double_backward(
     DoubleGradients(ddy=float32 (8, 3, 5), dx=float32 (8, 3, 5), dgamma=float32 (3,))
     """
     forward = forward_of(saved)
+    if forward.groups is not None:
+        remedy = "Call forward_train, backward and double_backward for each group of samples."
+        raise ValueError(message("saved", "be of a forward without groups", f"groups={forward.groups.size}", remedy))
     make = partial(DoubleDifferentiation, ddx, ddgamma, ddbeta, dy, forward, ddresidual, parameter_gradients)
     return make().run() if forward.context is None else _synchronised(forward.context, make)
 

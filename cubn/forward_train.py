@@ -8,6 +8,7 @@ from typing import Any
 from cubn import _calls
 from cubn._arrays.library import ALIGNMENT
 from cubn._calls import Call, new_tuple
+from cubn._ghost import GhostTraining, SynchronisedGhostTraining
 from cubn._state.arrays import StateArrays
 from cubn._state.counted import Counted
 from cubn._training import TRAININGS, Facts, SynchronisedTraining, Training
@@ -17,7 +18,7 @@ from cubn.saved import Forward, Read, Saved, keep
 from cubn.state import BatchNormState
 from cubn.sync import collective
 from cubn.sync.collective import Started, check_sizes
-from cubn.typing import AnyArray, ArrayT, Comm, Like, Sizes
+from cubn.typing import AnyArray, ArrayT, Comm, Like, OnSingle, Sizes
 
 
 def forward_train(
@@ -30,6 +31,8 @@ def forward_train(
     comm: Comm | None = None,
     sizes: Sizes | None = None,
     update: bool = True,
+    groups: int | None = None,
+    on_single: OnSingle = "raise",
     out: ArrayT | None = None,
 ) -> tuple[ArrayT, Saved[ArrayT]]:
     """Normalise by the batch's own statistics, and move the running statistics towards them: training.
@@ -52,6 +55,12 @@ def forward_train(
         `comm` any more.
     update : bool
         Whether the state's running statistics are updated.
+    groups : int, optional
+        Samples of a *ghost batch*: so many neighbouring ones are normalised by statistics of their own. There are
+        N // groups of them, one at least; the last takes the rest. See Notes.
+    on_single : {"raise", "running"}
+        What becomes of a batch, the last of a data set say, that has one value per channel. "running": y and its
+        backward are those of `forward_frozen`, and the running statistics stay as they are, counted as skipped.
     out : array like x, optional
         Where y goes: exactly x (then there can be no backward), exactly residual, or memory of its own.
 
@@ -68,7 +77,8 @@ def forward_train(
         As in `forward`.
     ValueError
         As in `forward`, and if there are not at least two values per channel: the variance of one value is 0. Nothing
-        is changed then. With `comm` it is the values of all ranks that count, and all of them raise.
+        is changed then. With `comm` it is the values of all ranks that count, and all of them raise. Each group needs
+        two values, too.
     CollectiveMismatch
         With `comm`, on all ranks: if they do not do the same thing, or another one failed. Nothing is changed then.
 
@@ -79,6 +89,16 @@ def forward_train(
     Running statistics that were not finite take the values of the first batch that is, as in `update`.
     Reads x (and residual) twice from memory at most, and writes y once.
 
+    With `groups`, y and the gradients by x and residual are to the bit those of a call for each group; dgamma and dbeta
+    are sums over the groups, in float64 and rounded once. The running statistics are updated once, by `moments(x)` of
+    the whole batch; where they are, x is read once more. With `comm` groups are of *global* samples, so that they may
+    have samples on several ranks, and all nodes travel in one exchange. Behind a mask on a CUDA device a group of one
+    value, or none, is not refused: its y is what IEEE arithmetic gives, and it adds nothing to dgamma and dbeta if it
+    has none.
+
+    With `on_single="running"` it is the values of the whole batch that count, of all ranks, and not those of a group.
+    How many a mask on a CUDA device lets through is not known.
+
     With `comm`, statistics, running statistics and y are to the bit what one process computes from the ranks' samples
     put together. Two collectives: a header of 64 bytes from each rank, under way while it takes its statistics; then
     16 C + 8 bytes for each aligned power-of-two block of its samples, one block where N is the same power of two
@@ -88,18 +108,35 @@ def forward_train(
     ----------
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances"
+    Hoffer, Hubara & Soudry 2017, "Train longer, generalize better", https://arxiv.org/abs/1705.08741 (ghost batches)
+    Summers & Dinneen 2020, "Four things everyone should know to improve batch normalization",
+    https://arxiv.org/abs/1906.03548
+
+    Examples
+    --------
+    >>> import numpy as np, cubn
+    >>> x = np.random.default_rng(0).standard_normal((10, 3), dtype=np.float32)
+    >>> y, saved = cubn.forward_train(x, cubn.BatchNormState(3), groups=4)
+    >>> saved.count
+    array([4, 6])
+    >>> bool((y[:4] == cubn.forward_train(x[:4], cubn.BatchNormState(3))[0]).all())
+    True
     """
-    if comm is None and sizes is None and (relu is False or relu is True) and (update is True or update is False):
+    alone = comm is None and sizes is None and groups is None and type(on_single) is str
+    if alone and (relu is False or relu is True) and (update is True or update is False):
         found = _calls.find(TRAININGS, x, state, mask, residual, out, relu, update)
-        if found is not None:
+        if found is not None and (on_single == "raise" or (on_single == "running" and state._counters is not None)):
             done = _again(*found, x, state, mask, residual, out)
             if done is not None:
                 return done
     with reporting_as("forward_train"):
         check_sizes(sizes, comm)
         if comm is not None:
-            return _start(comm, sizes, x, state, mask, residual, relu, update, out).finish()
-        training = Training(x, state, mask, residual, relu, update, out)
+            return _start(comm, sizes, groups, x, state, mask, residual, relu, update, out, on_single).finish()
+        make = Training if groups is None else partial(GhostTraining, groups)
+        training = make(x, state, mask, residual, relu, update, out, on_single)
+        if training.is_single:
+            return training.by_running()
         training.check_count()
         return training.run()
 
@@ -115,6 +152,8 @@ def forward_train_start(
     residual: Like[ArrayT] | None = None,
     relu: bool = False,
     update: bool = True,
+    groups: int | None = None,
+    on_single: OnSingle = "raise",
     out: ArrayT | None = None,
 ) -> Started[tuple[ArrayT, Saved[ArrayT]]]:
     """Begin a `forward_train` over the ranks of a communicator, and leave time for other work until its `finish`.
@@ -123,7 +162,7 @@ def forward_train_start(
 
     Parameters
     ----------
-    x, state, comm, sizes, mask, residual, relu, update, out
+    x, state, comm, sizes, mask, residual, relu, update, groups, on_single, out
         As in `forward_train`.
 
     Returns
@@ -136,11 +175,12 @@ def forward_train_start(
     TypeError, ValueError, CollectiveMismatch, numpy.exceptions.AxisError, BackendUnavailable, ImportError
         As in `forward_train`; here or in `finish`, but on all ranks in the same place.
     """
-    return _start(comm, sizes, x, state, mask, residual, relu, update, out)
+    return _start(comm, sizes, groups, x, state, mask, residual, relu, update, out, on_single)
 
 
-def _start(comm: Comm, sizes: Sizes | None, *arguments: Any) -> Started[tuple[Any, Saved[Any]]]:
-    return collective.start(comm, sizes, partial(SynchronisedTraining, *arguments))
+def _start(comm: Comm, sizes: Sizes | None, groups: int | None, *arguments: Any) -> Started[tuple[Any, Saved[Any]]]:
+    make = SynchronisedTraining if groups is None else partial(SynchronisedGhostTraining, groups)
+    return collective.start(comm, sizes, partial(make, *arguments))
 
 
 def _again(
@@ -195,5 +235,6 @@ def _again(
     if mask is not None:
         masked = new_tuple(Read, (mask, at_mask, library.version(mask) if counts else None, None))
     saved = object.__new__(Saved)
-    keep(saved, new_tuple(Forward, (layouts, read, masked, held, statistics, relu_mask, False, at_y == at_x, None)))
+    forward = layouts, read, masked, held, statistics, relu_mask, False, at_y == at_x, None, None
+    keep(saved, new_tuple(Forward, forward))
     return y, saved

@@ -138,7 +138,7 @@ class _Taking:
         N, C, _ = inputs.extents
         self.terms = Terms("moments", C, N, inputs.x.dtype, start=first)
 
-    def part(self, start: int) -> Nodes:
+    def part(self, start: int, total: int) -> Nodes:
         return self.backend.moments(self.inputs.extents, self.inputs.operands(), start)
 
     def accept(self, values: int) -> None:

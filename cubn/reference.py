@@ -257,6 +257,15 @@ def fold(
     return scale, np.asarray(beta, np.float64) - np.asarray(running_mean, np.float64) * scale
 
 
+def groups(N: int, size: int) -> list[slice]:
+    """The samples of each ghost batch, which is a batch of its own: N // size of them, one at least.
+
+    The last one takes the rest (Hoffer et al. 2017; Summers & Dinneen 2020). dgamma and dbeta are sums over all groups.
+    """
+    last = max(1, N // size) - 1
+    return [slice(i * size, (i + 1) * size if i < last else N) for i in range(last + 1)]
+
+
 def _described(x: ArrayLike, channel_axis: int, mask: ArrayLike | None) -> tuple[Float64, Mask]:
     """x in float64, and which of its values are present, in x's shape."""
     x = np.asarray(x, np.float64)
@@ -479,6 +488,21 @@ def frozen_input_gradient(dy: Float, invstd: Float64, gamma: Float) -> Float:
 def parameter_gradients(invstd: Float64, sum_dy: Float64, sum_dy_xmu: Float64, dtype: DTypeLike) -> tuple[Float, Float]:
     """(dgamma, dbeta): sum_dy_xmu * invstd and sum_dy in float64, rounded once to the parameters' dtype."""
     return (sum_dy_xmu * invstd).astype(dtype), sum_dy.astype(dtype)
+
+
+@np.errstate(all="ignore")
+def group_parameter_gradients(
+    nodes: Sequence[Node], invstd: Sequence[Float64], dtype: DTypeLike, first: int = 0
+) -> tuple[Float, Float]:
+    """(dgamma, dbeta) of ghost batches, neighbours of which the first has the index `first` among all.
+
+    nodes are each group's root of `sample_sums(dy, dy * centre(x))`. What `parameter_gradients` makes of one is merged
+    over the groups, in their tree, before its one rounding; a group of no values adds nothing.
+    """
+    each = [(count, dy_xmu * r, dy) for (count, dy, dy_xmu), r in zip(nodes, invstd, strict=True)]
+    blocks = [(group, group + 1) for group in range(first, first + len(each))]
+    _, dgamma, dbeta = root(blocks, each, add)
+    return dgamma.astype(dtype), dbeta.astype(dtype)
 
 
 class DoubleSums(NamedTuple):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, NoReturn, Self, cast
+from typing import Any, Generic, Literal, NamedTuple, NoReturn, Self, cast
 
 from cubn._arguments import shown
 from cubn._arrays import Array
+from cubn._groups import Piece
 from cubn._inputs import Inputs
 from cubn._state.arrays import StateArrays
 from cubn._types import BackendArray, Extents, ReluGradient, Statistics
 from cubn._weak import WeakValues
+from cubn.backends.in_steps import stacked
 from cubn.backends.protocol import Backend, ReluMask
 from cubn.sync.collective import SyncContext
 from cubn.typing import ArrayT_co
@@ -59,6 +61,16 @@ class Read(NamedTuple):
         return array._replace(pointer=self.pointer, owner=self.owner, capsule=self.capsule)
 
 
+class Groups(NamedTuple):
+    """Of a forward by ghost batches: the statistics of all of them, and where the samples here belong."""
+
+    size: int
+    statistics: tuple[Statistics, ...]
+    pieces: tuple[Piece, ...]
+    relu_masks: tuple[ReluMask | None, ...]
+    """Of each piece."""
+
+
 class Forward(NamedTuple):
     """What a backward needs of its forward."""
 
@@ -74,6 +86,8 @@ class Forward(NamedTuple):
     overwritten: bool = False
     """Whether y was written over x."""
     context: SyncContext | None = None
+    groups: Groups | None = None
+    """Of ghost batches; then the statistics above are the first group's, and there is no relu mask."""
 
     @property
     def inputs(self) -> Inputs:
@@ -104,6 +118,11 @@ class Saved(Generic[ArrayT_co]):
     relu_bits : object or None
         After a residual and a ReLU: which elements of y are positive or NaN, at one bit an element, packed as suits the
         backend. Without a residual they are recomputed from x, and nothing of the input's size is kept.
+
+    Notes
+    -----
+    Of a forward with `groups=`, count is of shape (G,), mean, var and invstd are of shape (G, C), a row for each group
+    of the whole batch in its order, on every rank; relu_bits is a tuple, of the parts of groups that are here.
     """
 
     __slots__ = ("_forward",)
@@ -137,6 +156,8 @@ class Saved(Generic[ArrayT_co]):
         forward = self._forward
         layouts, homes = forward.layouts, forward.held.arrays
         of = "running statistics" if forward.frozen else "its own statistics"
+        if forward.groups:
+            of = f"those of {len(forward.groups.statistics)} groups"
         parts = {"x": layouts.x, "gamma": homes.get("gamma"), "beta": homes.get("beta"), "mask": layouts.mask}
         arrays = ", ".join(f"{name}={shown(array)}" for name, array in parts.items())
         return f"Saved({arrays}, residual={layouts.residual}, relu={layouts.relu != 'none'}, normalised by {of})"
@@ -147,24 +168,39 @@ class Saved(Generic[ArrayT_co]):
 
     @property
     def count(self) -> Any:
-        return self._apart(self._forward.statistics.count)
+        return self._of_statistics("count")
 
     @property
     def mean(self) -> Any:
-        return self._apart(self._forward.statistics.mean)
+        return self._of_statistics("mean")
 
     @property
     def var(self) -> Any:
-        return self._apart(self._forward.statistics.var)
+        return self._of_statistics("var")
 
     @property
     def invstd(self) -> Any:
-        return self._apart(self._forward.statistics.invstd)
+        return self._of_statistics("invstd")
 
     @property
     def relu_bits(self) -> Any:
-        bits = self._forward.relu_mask
+        forward = self._forward
+        if forward.groups and forward.layouts.relu == "mask":
+            return tuple(map(self._bits_apart, forward.groups.relu_masks))
+        return self._bits_apart(forward.relu_mask)
+
+    def _bits_apart(self, bits: ReluMask | None) -> Any:
         return bits and bits._make(self._apart(part) if hasattr(part, "dtype") else part for part in bits)
+
+    def _of_statistics(self, name: Literal["count", "mean", "var", "invstd"]) -> Any:
+        """The statistics of this name: of the batch, or of all groups."""
+        forward = self._forward
+        if forward.groups is None:
+            return self._apart(getattr(forward.statistics, name))
+        backend = forward.layouts.backend
+        rows = stacked(name, forward.groups.statistics, backend)
+        of_all = rows.reshape(-1) if name == "count" else rows
+        return of_all if backend.device is None else backend.device.as_users(of_all)
 
     def _apart(self, array: BackendArray) -> Any:
         """The array for others."""

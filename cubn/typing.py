@@ -16,6 +16,7 @@ __all__ = [
     "Comm",
     "DType",
     "Like",
+    "OnSingle",
     "ParameterGradients",
     "RunningVariance",
     "Sizes",
@@ -43,6 +44,7 @@ AnyArray = SupportsDLPack | NDArray[np.bool_]
 """An array of bools too: NumPy's types do not say that they can be exported."""
 
 ParameterGradients = Literal["local", "global"]
+OnSingle = Literal["raise", "running"]
 RunningVariance = Literal["unbiased", "biased"]
 DTypeName = Literal["float32", "float64"]
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from cubn._types import Affine, Extents, NormalizeOptions, Operands, Running, Statistics, Vector
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from cubn._types import Affine, BackendArray, Extents, NormalizeOptions, Operands, Running, Statistics, Vector
 from cubn.backends.protocol import Backend, ReluMask
 
 
@@ -35,3 +40,23 @@ class FrozenInSteps:
         place.frozen_statistics(running, eps, statistics)
         copies = (vector.pointer if vector else 0 for vector in statistics.affine)
         return statistics, self._normalize(x, residual, y, mask, statistics, *copies)
+
+
+def below(tables: Sequence[BackendArray], backend: Backend) -> BackendArray:
+    """Copies of dense tables of one width, one below the other."""
+    if backend.device is None:
+        return np.concatenate(tables)
+    flat = backend.device.beside([table.reshape(1, -1) for table in tables])
+    return flat.reshape(-1, tables[0].shape[1])
+
+
+def stacked(
+    name: Literal["count", "mean", "var", "invstd"], each: Sequence[Statistics], backend: Backend
+) -> BackendArray:
+    """Copies of what statistics of one stream have by a name, one below the other: (G, C), of counts (G, 1)."""
+    device, before = backend.device, each[0].stream
+    rows = [getattr(statistics, name).reshape(1, -1) for statistics in each]
+    if device is not None and before is not None and before is not device.stream():
+        device.wait_for(before)
+        device.hold(*rows)
+    return below(rows, backend)

@@ -53,6 +53,8 @@ class Gathered(NamedTuple):
     """Of all ranks; of this one where the operation gathers none."""
     own: Nodes
     context: SyncContext
+    samples: tuple[int, ...]
+    """Of each rank."""
 
 
 class Operation(LocalPart, Protocol[T_co]):
@@ -169,6 +171,9 @@ class _Together:
         if self._operations and N != self._operations[0].terms.N:
             rule = f"have {self._operations[0].terms.N} samples, as in the first operation of the `with together` block"
             raise ValueError(message("x", rule, N, "Start it outside the block."))
+        if self._operations and operation.terms.cut != self._operations[0].terms.cut:
+            rule = "be the same in all operations of a `with together` block, which are all forwards or all backwards"
+            raise ValueError(message("groups", rule, operation.terms.cut.size or None, "Start it outside the block."))
         if len(self._operations) == MAX_OPERATIONS:
             most = f"a `with together` block holds {MAX_OPERATIONS} operations at most. Begin another."
             raise ValueError(f"{reported()}: {most}")
@@ -198,7 +203,8 @@ class _Together:
             context = SyncContext(self.communicator, self._sizes, self._exchange.call.number)
             with reporting_as(self._name), self._keeping_errors():
                 self._follow(*self._operations)
-                self._gathered = [Gathered(*nodes, context) for nodes in self._exchange.finish()]
+                samples = self._exchange.layout.samples
+                self._gathered = [Gathered(*nodes, context, samples) for nodes in self._exchange.finish()]
         if index not in self._results:
             operation = self._operations[index]
             with reporting_as(operation.terms.operation):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cubn._groups import Cut
 from cubn._types import BackendArray, Nodes
 from cubn.backends.protocol import Backend
 from cubn.sync import header
@@ -36,8 +37,8 @@ class LocalPart(Protocol):
     @property
     def backend(self) -> Backend: ...
 
-    def part(self, start: int) -> Nodes:
-        """The nodes of this rank's samples, of which the first has the global index `start`."""
+    def part(self, start: int, total: int) -> Nodes:
+        """The nodes of this rank's samples, of which the first has the global index `start`; all ranks have `total`."""
 
     def accept(self, values: int) -> None:
         """Raise unless the operation is defined for so many values per channel over all ranks (2 stands for more)."""
@@ -133,7 +134,8 @@ class CollectiveCall(NamedTuple):
 
     def layout(self, samples: tuple[int, ...]) -> RecordLayout:
         start = self.parts[0].terms.start if self.parts else 0
-        return RecordLayout(start, samples, tuple(part.terms.width for part in self.parts))
+        cut = self.parts[0].terms.cut if self.parts else Cut()
+        return RecordLayout(start, samples, tuple(part.terms.width for part in self.parts), cut)
 
     def lane(self, layout: RecordLayout, *, agreed: bool) -> Communicator | None:
         """Where records of declared sizes may go; None: nowhere (yet)."""
@@ -197,7 +199,8 @@ def _say(call: CollectiveCall, *, failed: bool) -> _Gather:
 def _compute(call: CollectiveCall, layout: RecordLayout) -> _Contribution | Exception:
     """What this rank gives, or why it cannot."""
     try:
-        nodes = [part.part(layout.first(call.rank)) for part in call.parts]
+        first, total = layout.first(call.rank), sum(layout.samples)
+        nodes = [part.part(first, total) for part in call.parts]
         return _Contribution(nodes, pack(layout, call.rank, nodes, call.backends, call.on_device))
     except Exception as error:
         return error

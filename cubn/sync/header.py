@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cubn._groups import Cut
 from cubn.errors import CollectiveMismatch, message
 from cubn.sync.transport import Bytes
 
 OPERATIONS = ("nothing", "several operations", "moments", "forward_train", "backward", "double_backward")
 OPTIONS = (
     *("with sizes", "update", "biased", "relu", "residual", "frozen", "global parameter gradients"),
-    "device memory",
+    *("on_single=running", "device memory"),
 )
 DTYPES = ("none", "float16", "bfloat16", "float32", "float64")
 MAX_OPERATIONS = 32
@@ -67,6 +68,7 @@ class Terms(NamedTuple):
     """Those of OPTIONS that are on."""
     gathers: bool = True
     """Whether the nodes of other ranks are needed."""
+    cut: Cut = Cut()
 
     @property
     def width(self) -> int:
@@ -101,7 +103,7 @@ def encode(
         first.N,
         first.eps,
         -1.0 if first.momentum is None else first.momentum,
-        first.start or first.forward,
+        first.start or first.forward or first.cut.size,
         sum(min(terms.values, 2) << 2 * index for index, terms in enumerate(all_terms)),
         _hash(tuple(terms._replace(N=0, values=0) for terms in all_terms), declared),
     )
@@ -139,6 +141,7 @@ def any_declared(headers: Headers) -> bool:
 
 # --- disagreement ---------------------------------------------------------------------------------------------------
 
+_ABOUT = {"moments": "start=", "forward_train": "groups="}
 _SAID: dict[str, Callable[[Any], str]] = {  # the fields in which ranks must agree, as an error says them
     "exchange": lambda h: f"exchange {h['exchange']}",
     "operation": lambda h: OPERATIONS[h["operation"]],
@@ -147,7 +150,7 @@ _SAID: dict[str, Callable[[Any], str]] = {  # the fields in which ranks must agr
     "dtype": lambda h: f"dtype={DTYPES[h['dtype']]}",
     "eps": lambda h: f"eps={h['eps']}",
     "momentum": lambda h: f"momentum={None if h['momentum'] < 0 else h['momentum']}",
-    "about": lambda h: f"start={h['about']}" if OPERATIONS[h["operation"]] == "moments" else f"of forward {h['about']}",
+    "about": lambda h: f"{_ABOUT.get(OPERATIONS[h['operation']], 'of forward ')}{h['about']}",
     "flags": lambda h: ", ".join(name for bit, name in enumerate(OPTIONS, 1) if h["flags"] >> bit & 1) or "no options",
     "rest": lambda h: f"{_hashed(h)} with hash {h['rest']:016x}",
 }

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cubn._tree import Block, aligned_blocks
+from cubn._groups import Cut, blocks_of, rows_by_tree
+from cubn._tree import Block
 from cubn._types import BackendArray, Nodes
+from cubn.backends.in_steps import below
 from cubn.backends.protocol import Backend
 
 Table = NDArray[np.float64]
@@ -26,11 +28,12 @@ class RecordLayout(NamedTuple):
     """Of each rank."""
     widths: tuple[int, ...]
     """Words of each operation's node, which stand side by side in a row; 0 where nodes are not gathered."""
+    cut: Cut = Cut()
 
     @property
     def blocks(self) -> tuple[tuple[Block, ...], ...]:
         """Of each rank."""
-        return _blocks(self.start, self.samples)
+        return _blocks(self.start, self.samples, self.cut)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -43,6 +46,11 @@ class RecordLayout(NamedTuple):
         """Rows and words of a row, of all records together."""
         return sum(map(len, self.blocks)), sum(self.widths)
 
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """The rows of all records in the order of the trees; None where they have it."""
+        return rows_by_tree(self.samples, self.cut) if self.cut.size else None
+
     def first(self, rank: int) -> int:
         """Global index of a rank's first sample."""
         return self.start + sum(self.samples[:rank])
@@ -53,9 +61,10 @@ class RecordLayout(NamedTuple):
 
 
 @lru_cache(32)  # few, since one grows with the number of ranks
-def _blocks(start: int, samples: tuple[int, ...]) -> tuple[tuple[Block, ...], ...]:
+def _blocks(start: int, samples: tuple[int, ...], cut: Cut) -> tuple[tuple[Block, ...], ...]:
     """The aligned blocks of each rank's samples; the first rank's begin at `start`."""
-    return tuple(aligned_blocks(lo, hi) for lo, hi in pairwise(accumulate(samples, initial=start)))
+    N = sum(samples)
+    return tuple(blocks_of(lo, hi, N, cut) for lo, hi in pairwise(accumulate(samples, initial=start)))
 
 
 def pack(
@@ -84,6 +93,9 @@ def unpack(
 ) -> list[Nodes | None]:
     """The nodes of all ranks from their records, for each operation; None where they are not gathered."""
     blocks = tuple(chain.from_iterable(layout.blocks))
+    if (order := layout.order) is not None:
+        blocks = tuple(blocks[row] for row in order)
+        table = below([table[row : row + 1] for row in order], backends[0]) if on_device else table[list(order)]
     nodes: list[Nodes | None] = []
     for backend, (lo, hi) in zip(backends, pairwise(accumulate(layout.widths, initial=0)), strict=True):
         columns = table[:, lo:hi]

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from cubn._layout import from_sample
 from cubn._tree import aligned_blocks, stack_order
 from cubn._types import (
-    ITEMSIZE,
     Affine,
     BackendArray,
     CombineOptions,
@@ -275,7 +275,7 @@ class CudaBackend:
         table, affine = self._at(nodes.table), statistics.affine if statistics else Affine(None, None)
         layout = relu_mask and relu_mask.layout
         for i, (lo, hi) in enumerate(blocks):
-            part = _from_sample(lo - start, operands)
+            part = from_sample(lo - start, operands)
             series = self._node(what, extents._replace(N=hi - lo), layouts(part), _affine(affine), relu, layout)
             row = table + 8 * i * (2 * C + 1)
             first_bit = (lo - start) * C * S
@@ -319,13 +319,6 @@ class CudaBackend:
         all_values = (*values, *series.parts(self._at(memory)))
         before, kept = (statistics.stream, statistics.memory) if statistics else (None, None)
         series.run_behind(self.device, all_values, self.device.stream(), before, kept, relu_mask)
-
-
-def _from_sample(n: int, operands: Operands) -> Operands:
-    """The operands but for the n samples before."""
-    return Operands(
-        *[o and o._replace(pointer=o.pointer + n * o.sample_stride * ITEMSIZE[o.dtype]) for o in operands]  # type: ignore[arg-type]
-    )
 
 
 def _vector(v: Vector) -> Vector:
