@@ -36,6 +36,7 @@ def step(batch, lo, hi, size, layout="nchw", *, gradients="global", momentum=0.1
     }
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("cut", ON_RANKS)
 @pytest.mark.parametrize("size", [1, 5, 8, 50])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
@@ -74,6 +75,7 @@ def test_cuts_may_change_from_call_to_call(ranks):
         assert_one_answer(parts, whole)
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("how", [communicator, Passing], ids=["by way of the host", "as they are"])
 @pytest.mark.parametrize("cut", [[16, 16], [20, 0, 12]], ids=str)
 def test_nodes_of_a_device_give_the_same(ranks, device, how, cut):  # noqa: F811
