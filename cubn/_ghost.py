@@ -18,7 +18,7 @@ from cubn._groups import Cut, Piece, blocks_of, group_ranges, pieces, tree_slice
 from cubn._inputs import Inputs
 from cubn._layout import from_sample
 from cubn._training import SynchronisedTraining, Training
-from cubn._types import Affine, Extents, Nodes, Operands, Statistics, Vector
+from cubn._types import ITEMSIZE, Affine, Extents, Nodes, Operands, Statistics, Vector
 from cubn.backends.in_steps import below, stacked
 from cubn.backends.protocol import Backend, PreparedBackward, PreparedTrain, ReluMask, Sums
 from cubn.errors import message
@@ -258,13 +258,13 @@ def _calls(
 ) -> Iterator[tuple[PreparedT, _At]]:
     """A prepared call for each piece, one for all that have the same layout, and the addresses that it takes."""
     prepared: dict[tuple[Any, ...], PreparedT] = {}
+    steps = [(o.pointer, o.sample_stride * ITEMSIZE[o.dtype]) if o else (0, 0) for o in operands]
     for (_, _, lo, hi), relu_mask in zip(here, relu_masks or [None] * len(here), strict=True):
-        there = from_sample(lo, operands)
-        at = _At(*(operand.pointer if operand else 0 for operand in there))
-        key = (hi - lo, relu_mask and relu_mask.layout, *(address % ALIGNMENT for address in at))
+        at = _At(*[first + lo * step for first, step in steps])
+        key = (hi - lo, relu_mask and relu_mask.layout, *[address % ALIGNMENT for address in at])
         call = prepared.get(key)
         if call is None:
-            call = prepared[key] = prepare(extents._replace(N=hi - lo), there, relu_mask)
+            call = prepared[key] = prepare(extents._replace(N=hi - lo), from_sample(lo, operands), relu_mask)
         yield call, at
 
 

@@ -7,10 +7,12 @@ import tempfile
 
 import numpy as np
 
+import cubn
+
 from .host import SHAPES, calls, compiled_calls
 from .models import steps
 from .shares import Blocks, alternate_blocks, difference, share_ratio
-from .workloads import WORKLOADS, alternate, arrays, operations, use_threads
+from .workloads import WORKLOADS, alternate, arrays, operations, random, use_threads
 
 NAMED = {f"{workload.name} {workload.layout}": workload for workload in WORKLOADS}
 
@@ -54,6 +56,30 @@ class Backward(_Ratios):
 
 class BackwardInto(_Ratios):
     operation = "backward into dx"
+
+
+class Groups:
+    """A forward and its backward by ghost batches, as a multiple of the same without."""
+
+    params = (["256@14² nchw", "256@14² nhwc", "(1024, 1024) 2-d"], [2, 8, 32])
+    param_names = ("array", "groups")
+
+    def setup(self, array: str, groups: int) -> None:
+        use_threads()
+        x = random(NAMED[array])
+        state = cubn.BatchNormState(x.shape[1], like=x)
+
+        def step(**options: int) -> None:
+            y, saved = cubn.forward_train(x, state, **options)
+            cubn.backward(y, saved)
+
+        self.by_groups, self.plain = lambda: step(groups=groups), step
+
+    def track_over_plain(self, array: str, groups: int) -> float:
+        by_groups, plain = alternate([self.by_groups, self.plain])
+        return by_groups / plain
+
+    track_over_plain.unit = "of a plain step"
 
 
 class Share:

@@ -54,12 +54,13 @@ VECTORS = {
     "running_var": weird.RUNNING_VAR,
 }
 GIVEN = {name: {n: w for n, w in role.items() if n != "None"} for name, role in VECTORS.items()}
+TRAINING = {"update": weird.FLAG, "groups": weird.GHOST, "on_single": weird.WORD}
 
 Call = Callable[..., Any]
 ROLES: dict[str, dict[str, dict[str, Weird]]] = {
     "forward": CHANNELS_OF_X | STATE | ON_X,
-    "forward_train": CHANNELS_OF_X | STATE | ON_X | TOGETHER | {"update": weird.FLAG},
-    "forward_train_start": CHANNELS_OF_X | STATE | ON_X | TOGETHER | {"update": weird.FLAG},
+    "forward_train": CHANNELS_OF_X | STATE | ON_X | TOGETHER | TRAINING,
+    "forward_train_start": CHANNELS_OF_X | STATE | ON_X | TOGETHER | TRAINING,
     "forward_frozen": CHANNELS_OF_X | STATE | ON_X | TOGETHER,
     "normalize": CHANNELS_OF_X
     | {"moments": weird.OBJECT, "gamma": weird.PARAMETER, "beta": weird.PARAMETER}

@@ -199,6 +199,14 @@ THREADS = {
 }
 COUNT = {**INTEGER, **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (0, -1, 2**62, 2**63, 10**400, -(10**400))}}
 GROUPS = {**INTEGER, **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (0, -1, 3, 2**63, 10**400)}}
+GHOST = {
+    **START,
+    **{str(v): Weird(lambda a, v=v: v, RANGE) for v in (0, -(10**400))},
+    "uint64": Weird(lambda a: np.uint64(2), FINE, 2),
+    "a 0-d array": Weird(lambda a: np.array(3), FINE, 3),
+    "None": Weird(lambda a: None, EITHER),
+    "the last": Weird(lambda a: 2**62 - 1, EITHER),
+}
 FLAG = {
     name: Weird(make, KIND)
     for name, make in {

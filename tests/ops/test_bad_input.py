@@ -504,6 +504,45 @@ def test_15_a_broadcast_mask_counts_in_full(world):
     assert saved.count == 2
 
 
+def test_15_one_value_per_channel_in_a_group(world):
+    call, groups = cubn.forward_train, "groups must be 2 or more where a sample has one value per channel; got 1. "
+    text = f"forward_train: {groups}The variance of one value is 0."
+    refused(world, ValueError, text, call, world.x[:, :, :1], world.state, groups=1)
+    world.mask[2], world.mask[2, 1] = False, True
+    text = (
+        "forward_train: x must have more than one value per channel in every group; got 1 in group 2, samples 2 to 2. "
+        "Use larger groups, or leave those samples out of the batch."
+    )
+    refused(world, ValueError, text, call, world.x, world.state, mask=world.mask, out=world.out, groups=1)
+
+
+def test_15_one_value_per_channel_and_no_running_statistics(world):
+    rule = "have running statistics, for on_single='running'"
+    text = f"forward_train: state must {rule}; got a state with track=False. Make the state with track=True."
+    state = cubn.BatchNormState(4, track=False)
+    refused(world, ValueError, text, cubn.forward_train, world.x[:1, :, :1], state, on_single="running")
+
+
+@pytest.mark.parametrize(("on_single", "error"), [("skip", ValueError), (None, TypeError)])
+def test_another_word_for_a_single_value(world, on_single, error):
+    text = f"forward_train: on_single must be 'raise' or 'running'; got {on_single!r}."
+    refused(world, error, text, cubn.forward_train, world.x, world.state, on_single=on_single)
+
+
+@pytest.mark.parametrize(("groups", "error"), [(0, ValueError), (True, TypeError), (2.0, TypeError)])
+def test_groups_that_are_no_number_of_samples(world, groups, error):
+    rule = "be an integer" if error is TypeError else "be 1 or more and less than 2**62, the samples of a group"
+    text = f"forward_train: groups must {rule}; got {groups}."
+    refused(world, error, text, cubn.forward_train, world.x, world.state, groups=groups)
+
+
+def test_a_double_backward_of_groups(world):
+    _, saved = cubn.forward_train(world.x, world.state, groups=2)
+    remedy = "Call forward_train, backward and double_backward for each group of samples."
+    text = f"double_backward: saved must be of a forward without groups; got groups=2. {remedy}"
+    refused(world, ValueError, text, cubn.double_backward, world.dy, None, None, world.dy, saved)
+
+
 EMPTY = "Skip the empty batch, or use forward, which takes one and returns an empty y."
 
 

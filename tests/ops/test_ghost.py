@@ -320,14 +320,6 @@ def test_a_backward_may_come_twice_and_after_other_forwards(backend):
         arrays.assert_same(got, want)
 
 
-def test_there_is_no_double_backward(backend):
-    ghost = Ghost(4)
-    y, _, saved, _ = ghost.step()
-    text = "double_backward: saved must be of a forward without groups; got groups=4. Call "
-    with pytest.raises(ValueError, match=text):
-        cubn.double_backward(y, None, None, y, saved)
-
-
 # --- what it costs --------------------------------------------------------------------------------------------------
 
 
@@ -373,36 +365,6 @@ def test_a_group_without_values_behind_a_mask_on_a_device_adds_nothing(device): 
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("groups", "error", "text"),
-    [
-        (0, ValueError, "groups must be 1 or more and less than 2**62, the samples of a group; got 0."),
-        (-3, ValueError, "groups must be 1 or more and less than 2**62, the samples of a group; got -3."),
-        (1 << 62, ValueError, f"groups must be 1 or more and less than 2**62, the samples of a group; got {1 << 62}."),
-        (True, TypeError, "groups must be an integer; got True."),
-        (2.0, TypeError, "groups must be an integer; got 2.0."),
-        ([4], TypeError, "groups must be an integer; got [4]."),
-        ("4", TypeError, "groups must be an integer; got '4'."),
-    ],
-    ids=str,
-)
-def test_what_is_no_size_of_a_group_is_refused(groups, error, text):
-    ghost = Ghost(4)
-    state = ghost.state()
-    before = state.to_dict()
-    with pytest.raises(error) as caught:
-        cubn.forward_train(ghost.x, state, groups=groups)
-    assert str(caught.value) == f"forward_train: {text}"
-    np.testing.assert_equal(state.to_dict(), before)
-
-
-def test_groups_of_one_value_are_refused():
-    x, state = np.ones((6, 3), np.float32), cubn.BatchNormState(3)
-    with pytest.raises(ValueError, match="groups must be 2 or more where a sample has one value per channel; got 1"):
-        cubn.forward_train(x, state, groups=1)
-    assert not state.tracked.any()
 
 
 def test_a_group_that_a_mask_leaves_too_little_of_is_named(backend):
