@@ -196,10 +196,10 @@ class GhostDifferentiation(Differentiation):
             row += 8 * (2 * C + 1)
         groups = tuple((group, group + 1) for group in range(first, first + len(sums)))
         of_beta, of_gamma = backend.root_sums(Nodes(groups, table))
-        unused = backend.from_host(np.empty(C))
+        unused = backend.new_statistics(C, Affine(None, None))
+        scratch = Vector(unused.at("mean"), "float64", 1)
         for total, to in zip((of_gamma, of_beta), self.parameters, strict=True):
-            into = Vector(backend.address(unused), "float64", 1), to
-            backend.parameter_gradients(self.forward.statistics, (total, total), *into)
+            backend.parameter_gradients(self.forward.statistics, (total, total), scratch, to)
 
 
 # --- groups, and pieces of them -------------------------------------------------------------------------------------

@@ -56,7 +56,9 @@ def stacked(
     """Copies of what statistics of one stream have by a name, one below the other: (G, C), of counts (G, 1)."""
     device, before = backend.device, each[0].stream
     rows = [getattr(statistics, name).reshape(1, -1) for statistics in each]
-    if device is not None and before is not None and before is not device.stream():
-        device.wait_for(before)
-        device.hold(*rows)
-    return below(rows, backend)
+    if device is None or before is None or before is device.stream():
+        return below(rows, backend)
+    device.wait_for(before)
+    joined = below(rows, backend)
+    device.hold(*rows)
+    return joined

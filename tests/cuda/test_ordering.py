@@ -169,6 +169,29 @@ def saved_statistics(devices, device):
             del shown
 
 
+def groups(devices, device):
+    """Ghost batches on one stream, differentiated on another."""
+    state = cubn.BatchNormState(C)
+    for _ in range(2):
+        with device.on(FIRST):
+            _, saved = cubn.forward_train(X, state, groups=2, residual=RESIDUAL, relu=True)
+        with device.on(SECOND):
+            cubn.backward(DY, saved)
+            del saved
+
+
+def saved_statistics_of_groups(devices, device):
+    for _ in range(2):
+        with device.on(FIRST):
+            _, saved = cubn.forward_train(X, cubn.BatchNormState(C), groups=2, residual=RESIDUAL, relu=True)
+        with device.on(SECOND):
+            shown = [saved.count, saved.mean, saved.var, saved.invstd, *(bits.memory for bits in saved.relu_bits)]
+            del saved
+            reads = [(array.ctypes.data, "array") for array in shown]
+            devices.ordering.operation(SECOND, "a kernel of the user's", reads=reads)
+            del shown
+
+
 class OnDevice(Communicator):
     """Ranks in threads, whose records go from device to device as with NCCL."""
 
@@ -192,7 +215,7 @@ class OnDevice(Communicator):
         return self
 
 
-def ranks(devices, device, communicator=lambda comm: comm):
+def ranks(devices, device, communicator=lambda comm: comm, **options):
     """Exchanges that begin on one stream and end on another."""
 
     def rank(comm):
@@ -201,7 +224,8 @@ def ranks(devices, device, communicator=lambda comm: comm):
         lo, hi = (0, 3) if comm.rank == 0 else (3, N)
         state = cubn.BatchNormState(C)
         with device.on(mine[0]):
-            started = cubn.forward_train_start(X[lo:hi], state, comm=comm, residual=RESIDUAL[lo:hi], relu=True)
+            options_here = options | {"comm": comm, "residual": RESIDUAL[lo:hi], "relu": True}
+            started = cubn.forward_train_start(X[lo:hi], state, **options_here)
         with device.on(mine[1]):
             _, saved = started.finish()
             del started
@@ -218,6 +242,14 @@ def ranks(devices, device, communicator=lambda comm: comm):
 
 def ranks_on_devices(devices, device):
     ranks(devices, device, OnDevice)
+
+
+def groups_of_ranks(devices, device):
+    ranks(devices, device, groups=2)
+
+
+def groups_of_ranks_on_devices(devices, device):
+    ranks(devices, device, OnDevice, groups=2)
 
 
 def several_libraries(devices, device):
@@ -274,8 +306,12 @@ SCENARIOS = {
         evaluation,
         moments,
         saved_statistics,
+        groups,
+        saved_statistics_of_groups,
         ranks,
         ranks_on_devices,
+        groups_of_ranks,
+        groups_of_ranks_on_devices,
         several_libraries,
         graphs,
     )

@@ -67,6 +67,12 @@ def test_a_library_that_refuses_y(unchanged, operation):
     unchanged(state, Refused, getattr(cubn, operation), Moody(0).array(values()), state)
 
 
+def test_a_library_that_refuses_y_of_groups_or_of_a_single_value(unchanged):
+    state = trained()
+    unchanged(state, Refused, cubn.forward_train, Moody(0).array(values()), state, groups=2)
+    unchanged(state, Refused, cubn.forward_train, Moody(0).array(values(0, 1, C)), state, on_single="running")
+
+
 def test_a_state_moves_once_its_y_was_taken():
     """To the bit as with an array of NumPy's own."""
     states = trained(), trained()
@@ -160,8 +166,12 @@ def test_a_state_of_jax_arrays_counts_what_it_took():
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", ["forward_train", "forward_frozen"])
-def test_a_library_that_refuses_a_parameter_s_gradient(operation):
+def forward_by_groups(x, state):
+    return cubn.forward_train(x, state, groups=2)
+
+
+@pytest.mark.parametrize("forward", [cubn.forward_train, cubn.forward_frozen, forward_by_groups])
+def test_a_library_that_refuses_a_parameter_s_gradient(forward):
     """NumPy's dx would go into a given array, dgamma into a new one of a library that refuses it."""
     library = Moody(0)
     gamma = library.array(np.ones(C, np.float32))
@@ -169,14 +179,14 @@ def test_a_library_that_refuses_a_parameter_s_gradient(operation):
         gamma=gamma, running_mean=np.zeros(C, np.float32), running_var=np.ones(C, np.float32)
     )
     x, dy = values(), values(1)
-    _, saved = getattr(cubn, operation)(x, state)
+    _, saved = forward(x, state)
     for out in (dy, np.zeros_like(x)):
         before = out.copy()
         with pytest.raises(Refused):
             cubn.backward(dy, saved, out=out)
         assert (out == before).all()
     library.patience = 1
-    expected = cubn.backward(dy, getattr(cubn, operation)(x, cubn.BatchNormState(C))[1])
+    expected = cubn.backward(dy, forward(x, cubn.BatchNormState(C))[1])
     found = cubn.backward(dy, saved, out=dy)
     assert (dy == expected.dx).all() and found.dx is dy
     assert (found.dgamma.values == expected.dgamma).all()

@@ -244,23 +244,6 @@ def test_without_an_update_the_state_stays(backend):
     np.testing.assert_equal(state.to_dict(), ghost.state().to_dict())
 
 
-def test_y_that_its_library_refuses_leaves_the_state_as_it_was(monkeypatch):
-    ghost = Ghost(4, library="jax")
-    x, state = ghost.carry(ghost.x), ghost.state()
-    before = state.to_dict()
-    cubn.forward_train(x, state, groups=4, update=False)
-
-    def refuse(*_, **__):
-        raise MemoryError("none left")
-
-    from cubn._arrays.jax import Jax
-
-    monkeypatch.setattr(Jax, "adopt", refuse)
-    with pytest.raises(MemoryError, match="none left"):
-        cubn.forward_train(x, state, groups=4)
-    np.testing.assert_equal(state.to_dict(), before)
-
-
 # --- out ------------------------------------------------------------------------------------------------------------
 
 
