@@ -8,6 +8,7 @@ from typing import Any
 from cubn import _calls
 from cubn._arrays.library import ALIGNMENT
 from cubn._calls import Call, new_tuple
+from cubn._renorm import RenormalisedTraining
 from cubn._state.arrays import StateArrays
 from cubn._state.counted import Counted
 from cubn._training import TRAININGS, Facts, SynchronisedTraining, Training
@@ -17,7 +18,7 @@ from cubn.saved import Forward, Read, Saved, keep
 from cubn.state import BatchNormState
 from cubn.sync import collective
 from cubn.sync.collective import Started, check_sizes
-from cubn.typing import AnyArray, ArrayT, Comm, Like, Sizes
+from cubn.typing import AnyArray, ArrayT, Comm, Like, Renorm, Sizes
 
 
 def forward_train(
@@ -30,6 +31,7 @@ def forward_train(
     comm: Comm | None = None,
     sizes: Sizes | None = None,
     update: bool = True,
+    renorm: Renorm | None = None,
     out: ArrayT | None = None,
 ) -> tuple[ArrayT, Saved[ArrayT]]:
     """Normalise by the batch's own statistics, and move the running statistics towards them: training.
@@ -52,6 +54,13 @@ def forward_train(
         `comm` any more.
     update : bool
         Whether the state's running statistics are updated.
+    renorm : (r_max, d_max), optional
+        Batch renormalisation: y = ((x - mean) / sqrt(var + eps) * r + d) * gamma + beta, with the state's running
+        statistics from before this step in r = sqrt(var + eps) / sqrt(running_var + eps), kept from 1 / r_max to r_max,
+        and d = (mean - running_mean) / sqrt(running_var + eps), kept from -d_max to d_max. Within the limits that is
+        what `forward` gives. To the backward r and d are constants; they are in `saved.r` and `saved.d`. r_max is 1 or
+        more and d_max 0 or more, either may be `math.inf`; (1, 0) is plain batch normalisation. Where running
+        statistics are not finite, or running_var + eps is not positive, r is 1 and d is 0.
     out : array like x, optional
         Where y goes: exactly x (then there can be no backward), exactly residual, or memory of its own.
 
@@ -77,7 +86,8 @@ def forward_train(
     The same bits for every layout, number of threads and array library. A channel whose statistics are not finite
     leaves its running statistics as they were, and is counted in `state.skipped`; its y is what IEEE arithmetic gives.
     Running statistics that were not finite take the values of the first batch that is, as in `update`.
-    Reads x (and residual) twice from memory at most, and writes y once.
+    Reads x (and residual) twice from memory at most, and writes y once. With `renorm` in several launches, on a CUDA
+    device too, none of which waits for it; ranks agree on renorm, and have the same r and d.
 
     With `comm`, statistics, running statistics and y are to the bit what one process computes from the ranks' samples
     put together. Two collectives: a header of 64 bytes from each rank, under way while it takes its statistics; then
@@ -88,8 +98,24 @@ def forward_train(
     ----------
     Ioffe & Szegedy 2015, "Batch normalization", https://arxiv.org/abs/1502.03167
     Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances"
+    Ioffe 2017, "Batch renormalization", https://arxiv.org/abs/1702.03275
+
+    Examples
+    --------
+    The limits are the caller's, and may be others at every step: Ioffe begins with plain batch normalisation.
+
+    >>> import numpy as np, cubn
+    >>> state = cubn.BatchNormState(2)
+    >>> rng = np.random.default_rng(0)
+    >>> for step in range(40):
+    ...     warm = min(max(step - 10, 0) / 20, 1.0)  # 0 for ten steps, 1 from the thirtieth on
+    ...     x = rng.normal([5, -1], [2, 3], (4, 2)).astype(np.float32)
+    ...     y, saved = cubn.forward_train(x, state, renorm=(1 + 2 * warm, 5 * warm))
+    >>> bool((saved.r <= 3).all() and (abs(saved.d) <= 5).all())
+    True
     """
-    if comm is None and sizes is None and (relu is False or relu is True) and (update is True or update is False):
+    plain = comm is None and sizes is None and renorm is None
+    if plain and (relu is False or relu is True) and (update is True or update is False):
         found = _calls.find(TRAININGS, x, state, mask, residual, out, relu, update)
         if found is not None:
             done = _again(*found, x, state, mask, residual, out)
@@ -98,8 +124,9 @@ def forward_train(
     with reporting_as("forward_train"):
         check_sizes(sizes, comm)
         if comm is not None:
-            return _start(comm, sizes, x, state, mask, residual, relu, update, out).finish()
-        training = Training(x, state, mask, residual, relu, update, out)
+            return _start(comm, sizes, renorm, x, state, mask, residual, relu, update, out).finish()
+        kind = Training if renorm is None else partial(RenormalisedTraining, renorm)
+        training = kind(x, state, mask, residual, relu, update, out)
         training.check_count()
         return training.run()
 
@@ -115,6 +142,7 @@ def forward_train_start(
     residual: Like[ArrayT] | None = None,
     relu: bool = False,
     update: bool = True,
+    renorm: Renorm | None = None,
     out: ArrayT | None = None,
 ) -> Started[tuple[ArrayT, Saved[ArrayT]]]:
     """Begin a `forward_train` over the ranks of a communicator, and leave time for other work until its `finish`.
@@ -123,8 +151,8 @@ def forward_train_start(
 
     Parameters
     ----------
-    x, state, comm, sizes, mask, residual, relu, update, out
-        As in `forward_train`.
+    x, state, comm, sizes, mask, residual, relu, update, renorm, out
+        As in `forward_train`; the running statistics that renorm compares with are those of `finish`.
 
     Returns
     -------
@@ -136,11 +164,12 @@ def forward_train_start(
     TypeError, ValueError, CollectiveMismatch, numpy.exceptions.AxisError, BackendUnavailable, ImportError
         As in `forward_train`; here or in `finish`, but on all ranks in the same place.
     """
-    return _start(comm, sizes, x, state, mask, residual, relu, update, out)
+    return _start(comm, sizes, renorm, x, state, mask, residual, relu, update, out)
 
 
-def _start(comm: Comm, sizes: Sizes | None, *arguments: Any) -> Started[tuple[Any, Saved[Any]]]:
-    return collective.start(comm, sizes, partial(SynchronisedTraining, *arguments))
+def _start(comm: Comm, sizes: Sizes | None, renorm: Any, *arguments: Any) -> Started[tuple[Any, Saved[Any]]]:
+    kind = SynchronisedTraining if renorm is None else partial(RenormalisedTraining, renorm)
+    return collective.start(comm, sizes, partial(kind, *arguments))
 
 
 def _again(

@@ -1,0 +1,96 @@
+"""Batch renormalisation (Ioffe 2017): a training forward whose gamma and beta make up for what sets the batch's
+statistics apart from the running ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from numbers import Real
+from typing import Any, NamedTuple
+
+from cubn._state.holding import NO_STATISTICS
+from cubn._training import SynchronisedTraining
+from cubn._types import Affine, Nodes, Renormalised, Running
+from cubn.errors import message, quoted
+from cubn.saved import Layouts, Saved
+from cubn.sync.collective import Gathered, SyncContext, Terms
+
+
+class Limits(NamedTuple):
+    """How far r and d may go."""
+
+    r_max: float
+    d_max: float
+
+
+class RenormalisedTraining(SynchronisedTraining):
+    """A forward_train with `renorm=`, over several ranks or on a whole batch."""
+
+    statistics: Renormalised
+
+    def __init__(self, renorm: Any, *arguments: Any) -> None:
+        self.renorm = checked_limits(renorm)
+        super().__init__(*arguments)
+        if self.state._counters is None:
+            remedy = "renorm compares the batch with them: make the state with track=True."
+            raise ValueError(message("state", "have running statistics", NO_STATISTICS, remedy))
+        self.layouts = Layouts.of(self.inputs, self.layouts.relu, renorm=True)
+
+    def _new_statistics(self, C: int, affine: Affine) -> Renormalised:
+        return self.backend.new_renormalised(C, affine)
+
+    @cached_property
+    def terms(self) -> Terms:
+        plain = super().terms
+        return plain._replace(options=plain.options | {"renorm"}, renorm=self.renorm)
+
+    def run(self) -> tuple[Any, Saved[Any]]:
+        return self._finish(self.part(0), None)
+
+    def finish(self, gathered: Gathered) -> tuple[Any, Saved[Any]]:
+        return self._finish(gathered.nodes, gathered.context)
+
+    def _finish(self, nodes: Nodes, context: SyncContext | None) -> tuple[Any, Saved[Any]]:
+        """y by the running statistics as they are now; it is its library's before they move."""
+        state, held = self.state, self.inputs.held
+        if not self.updates:
+            assert held.running
+            return self._renormalised(nodes, held.running, context)
+        with state._turn(), state._moving(held) as move:
+            y, saved = self._renormalised(nodes, move.old, context)
+            self.backend.update(saved._forward.statistics, move.old, move.new, move.counters, self.how)
+        return y, saved
+
+    def _renormalised(self, nodes: Nodes, running: Running, context: SyncContext | None) -> tuple[Any, Saved[Any]]:
+        backend, extents = self.backend, self.inputs.extents
+        found = backend.statistics(*backend.root(nodes), self.eps, self.statistics)
+        before = backend.new_statistics(extents.C, Affine(None, None))
+        backend.frozen_statistics(running, self.eps, before)
+        found = backend.renormalise(found, before, *self.renorm)
+        relu_mask = backend.normalize(extents, self.operands, found, found.affine, self.options)
+        return self.output.finish(), self.saved(found, relu_mask, context)
+
+
+def checked_limits(renorm: Any) -> Limits:
+    """r_max and d_max, both numbers that may be infinite."""
+    rule = "be None or (r_max, d_max), two numbers"
+    if not isinstance(renorm, Sequence) or isinstance(renorm, (str, bytes)) or len(renorm) != 2:
+        raise TypeError(message("renorm", rule, quoted(renorm)))
+    if any(isinstance(limit, bool) or not isinstance(limit, Real) for limit in renorm):
+        raise TypeError(message("renorm", rule, quoted(renorm)))
+    limits = Limits(*map(_as_float, renorm))
+    if not (limits.r_max >= 1 and limits.d_max >= 0):
+        rule = "have an r_max of 1 or more and a d_max of 0 or more"
+        remedy = "(1, 0) is plain batch normalisation, (math.inf, math.inf) no limit at all."
+        raise ValueError(message("renorm", rule, quoted(renorm), remedy))
+    return limits
+
+
+def _as_float(limit: Any) -> float:
+    """As a float; of an integer with too many digits, none of which is a limit, infinity."""
+    try:
+        return float(limit)
+    except OverflowError:
+        return math.inf if limit > 0 else -math.inf
