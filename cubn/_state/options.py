@@ -75,6 +75,14 @@ def checked_momentum(momentum: float | None, *, used: bool = True) -> float | No
     return number
 
 
+def checked_weight(weight: float) -> float:
+    """weight as a share of two."""
+    number = _number(weight, "weight")
+    if not 0 <= number <= 1:
+        raise ValueError(message("weight", "be from 0 to 1", number))
+    return number
+
+
 def checked_axis(channel_axis: int) -> int:
     """channel_axis as an axis that some array has."""
     axis = as_int(channel_axis, "channel_axis")
