@@ -4,13 +4,11 @@ statistics apart from the running ones.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from functools import cached_property
-from numbers import Real
 from typing import Any, NamedTuple
 
 from cubn._state.holding import NO_STATISTICS
+from cubn._state.options import as_float
 from cubn._training import SynchronisedTraining
 from cubn._types import Affine, Nodes, Renormalised, Running
 from cubn.errors import message, quoted
@@ -74,23 +72,12 @@ class RenormalisedTraining(SynchronisedTraining):
 
 
 def checked_limits(renorm: Any) -> Limits:
-    """r_max and d_max, both numbers that may be infinite."""
-    rule = "be None or (r_max, d_max), two numbers"
-    if not isinstance(renorm, Sequence) or isinstance(renorm, (str, bytes)) or len(renorm) != 2:
-        raise TypeError(message("renorm", rule, quoted(renorm)))
-    if any(isinstance(limit, bool) or not isinstance(limit, Real) for limit in renorm):
-        raise TypeError(message("renorm", rule, quoted(renorm)))
-    limits = Limits(*map(_as_float, renorm))
-    if not (limits.r_max >= 1 and limits.d_max >= 0):
-        rule = "have an r_max of 1 or more and a d_max of 0 or more"
-        remedy = "(1, 0) is plain batch normalisation, (math.inf, math.inf) no limit at all."
-        raise ValueError(message("renorm", rule, quoted(renorm), remedy))
+    """r_max and d_max, either of which may be infinite."""
+    if not isinstance(renorm, (tuple, list)) or len(renorm) != 2:
+        raise TypeError(message("renorm", "be None or (r_max, d_max), two numbers", quoted(renorm)))
+    limits = Limits(*(as_float(limit, f"renorm's {name}") for limit, name in zip(renorm, Limits._fields, strict=True)))
+    for name, limit, least in zip(Limits._fields, limits, (1, 0), strict=True):
+        if not limit >= least:
+            remedy = "(1, 0) is plain batch normalisation, and math.inf no limit."
+            raise ValueError(message(f"renorm's {name}", f"be {least} or more", limit, remedy))
     return limits
-
-
-def _as_float(limit: Any) -> float:
-    """As a float; of an integer with too many digits, none of which is a limit, infinity."""
-    try:
-        return float(limit)
-    except OverflowError:
-        return math.inf if limit > 0 else -math.inf

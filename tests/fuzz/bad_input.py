@@ -39,6 +39,7 @@ class Case:
 
 ON_X = {"mask": weird.MASK, "residual": weird.BESIDE, "relu": weird.FLAG, "out": weird.OUT}
 TOGETHER = {"comm": weird.COMMUNICATOR, "sizes": weird.SIZES}
+TRAINING = {"update": weird.FLAG, "renorm": weird.RENORM}
 STATE = {"state": weird.OBJECT}
 CHANNELS_OF_X = {"x": weird.CHANNELS}
 OPTIONS = {
@@ -58,8 +59,8 @@ GIVEN = {name: {n: w for n, w in role.items() if n != "None"} for name, role in 
 Call = Callable[..., Any]
 ROLES: dict[str, dict[str, dict[str, Weird]]] = {
     "forward": CHANNELS_OF_X | STATE | ON_X,
-    "forward_train": CHANNELS_OF_X | STATE | ON_X | TOGETHER | {"update": weird.FLAG},
-    "forward_train_start": CHANNELS_OF_X | STATE | ON_X | TOGETHER | {"update": weird.FLAG},
+    "forward_train": CHANNELS_OF_X | STATE | ON_X | TOGETHER | TRAINING,
+    "forward_train_start": CHANNELS_OF_X | STATE | ON_X | TOGETHER | TRAINING,
     "forward_frozen": CHANNELS_OF_X | STATE | ON_X | TOGETHER,
     "normalize": CHANNELS_OF_X
     | {"moments": weird.OBJECT, "gamma": weird.PARAMETER, "beta": weird.PARAMETER}

@@ -50,7 +50,18 @@ class Batch:
 
 
 def step(
-    batch, lo, hi, layout="nchw", *, residual=True, relu=True, frozen=False, momentum=0.1, gradients="global", renorm=None, **comm
+    batch,
+    lo,
+    hi,
+    layout="nchw",
+    *,
+    residual=True,
+    relu=True,
+    frozen=False,
+    momentum=0.1,
+    gradients="global",
+    renorm=None,
+    **comm,
 ):
     """Forward, backward and moments of samples [lo, hi), as stores in the order (N, C, ...)."""
     x, dy, skip, mask, axis = batch.part(lo, hi, layout)

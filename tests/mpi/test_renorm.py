@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import cubn
+from cubn.sync import communicator
+from tests.mpi.devices import device  # noqa: F401
 from tests.mpi.parts import CUTS, LAYOUTS, Batch, C, assert_one_answer, step
 from tests.ops import arrays
 
@@ -26,6 +28,25 @@ def test_cut_does_not_matter(ranks, cut, dtype, masked):
     whole = step(batch, 0, 32, **options)
     assert (whole["channels"]["r"] != 1).all()
     assert_one_answer(ranks(len(cut), body), whole)
+
+
+@pytest.mark.parametrize("declared", [False, True], ids=["agreed", "declared"])
+def test_ranks_with_devices(ranks, device, declared):  # noqa: F811
+    """The host waits for the exchange of nodes, and for nothing of r and d."""
+    batch, cut = Batch(masked=True), [20, 12]
+
+    def body(comm):
+        options = {"comm": communicator(comm), "renorm": LIMITS} | ({"sizes": cut} if declared else {})
+        for _ in range(2):  # in the first, where merges go is brought to the device
+            device.waits.clear()
+            lo, hi = batch.range(cut, comm.rank)
+            _, saved = cubn.forward_train(batch.x[lo:hi], batch.state(), **options)
+            cubn.backward(batch.dy[lo:hi], saved, parameter_gradients="global")
+        return list(device.waits), step(batch, lo, hi, **options)
+
+    found = ranks(2, body)
+    assert [waits for waits, _ in found] == [["to_host"] * 2] * 2
+    assert_one_answer([part for _, part in found], step(batch, 0, 32, renorm=LIMITS))
 
 
 def test_a_rank_s_own_parameter_gradients_add_up_to_those_of_all(ranks):
@@ -74,5 +95,5 @@ def test_a_rank_with_limits_of_its_own_that_are_none_fails_on_all(outcomes, decl
 
     (_, first), (_, second) = outcomes(2, body)
     assert type(first) is cubn.errors.CollectiveMismatch
-    assert str(second).startswith("forward_train: renorm must have an r_max of 1 or more")
+    assert str(second).startswith("forward_train: renorm's r_max must be 1 or more; got 0.5.")
     assert all((own.tracked == 0).all() for own in state.values())

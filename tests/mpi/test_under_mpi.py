@@ -7,7 +7,10 @@ import pytest
 
 from tests.mpi.launch import libraries
 
-FILES = [f"tests/mpi/test_{name}.py" for name in ("synchronised", "double_backward", "failures", "mpi_communicators")]
+FILES = [
+    f"tests/mpi/test_{name}.py"
+    for name in ("synchronised", "double_backward", "renorm", "failures", "mpi_communicators")
+]
 
 
 @pytest.mark.parametrize("processes", [3, *(pytest.param(size, marks=pytest.mark.full) for size in (1, 2, 4, 8))])
