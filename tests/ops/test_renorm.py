@@ -175,6 +175,12 @@ def test_channels_whose_running_statistics_cannot_be_used_are_plain(backend, fro
     arrays.assert_same(state.running_mean, plain.running_mean)
 
 
+def test_channels_of_several_blocks(backend, monkeypatch):
+    """A block of CUDA threads has 256."""
+    monkeypatch.setitem(cases.SHAPES, "wide", (3, 600, 1))
+    cases.run(PLAIN | {"shape": "wide", "renorm": "tight"}, kind=Renormalising)
+
+
 def test_values_that_are_not_finite_are_numbers_like_others(backend):
     for dtype in ("float16", "float32"):
         case = Renormalising(PLAIN | {"dtype": dtype, "relu": True, "residual": True})
