@@ -202,6 +202,7 @@ def test_what_follows_a_renormalised_forward_does_not_change_its_backward(backen
     again = cubn.backward(case.dy, saved)
     for got, expected in zip(again[:3], first[:3], strict=True):
         arrays.assert_same(got, expected)
+    arrays.assert_same(again.dgamma, case.expected_gradients(case.statistics()).dgamma)
     for got in of_plain[1:]:
         arrays.assert_same(got.dgamma, of_plain[0].dgamma)
     assert not np.array_equal(first.dgamma, of_plain[0].dgamma)
