@@ -86,7 +86,7 @@ class Differentiation:
     def run(self) -> AnyGradients:
         """The whole batch is here."""
         forward = self.forward
-        if self.in_given and self._may_fail():
+        if forward.layouts.renorm or (self.in_given and self._may_fail()):
             own = self.backend.root_sums(self.part(0, self.inputs.extents.N))
             return self._apply(own, own)
         prepared = self.backend.prepare_backward(
@@ -164,10 +164,10 @@ class Differentiation:
 
     def _of_channels(self, sums: Sums | None) -> OfChannels:
         """What of the gradients of channels is asked for; `parameters` are written."""
-        statistics = self.forward.statistics
+        given = self.forward.held.arrays
         return (
-            self.dgamma.finish() if self.dgamma and statistics.gamma else None,
-            self.dbeta.finish() if self.dbeta and statistics.beta else None,
+            self.dgamma.finish() if self.dgamma and "gamma" in given else None,
+            self.dbeta.finish() if self.dbeta and "beta" in given else None,
             *(self._of_statistics(sums) if self.by_statistics and sums else (None, None)),
         )
 
@@ -214,17 +214,17 @@ def terms_of(operation: str, forward: Forward, everywhere: bool) -> Terms:
 
 def _homes(forward: Forward) -> dict[str, str]:
     """Beside which parameters dgamma and dbeta are made: their own, or the other where there is but one of them."""
-    statistics = forward.statistics
-    either = "gamma" if statistics.gamma else "beta"
+    given = forward.held.arrays
+    either = "gamma" if "gamma" in given else "beta"
     return {
-        "dgamma": "gamma" if statistics.gamma else either,
-        "dbeta": "beta" if statistics.beta else either,
+        "dgamma": "gamma" if "gamma" in given else either,
+        "dbeta": "beta" if "beta" in given else either,
     }
 
 
 def _parameter_outputs(forward: Forward) -> tuple[Output | None, Output | None]:
     """Where dgamma and dbeta go."""
-    if not (forward.statistics.gamma or forward.statistics.beta):
+    if not forward.held.arrays.keys() & {"gamma", "beta"}:
         return None, None
     homes = (forward.held.arrays[name] for name in _homes(forward).values())
     dgamma, dbeta = (_arrays.empty_vector(forward.layouts.extents.C, home.dtype, home) for home in homes)

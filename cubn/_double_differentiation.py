@@ -16,7 +16,7 @@ from cubn._differentiation import WHOSE, check_unchanged, terms_of
 from cubn._floating_point import default_floating_point
 from cubn._inputs import Inputs, joined, like_x, parameter
 from cubn._layout import vector
-from cubn._types import Affine, CombineOptions, GradientOptions, Nodes, Statistics, Third, Vector
+from cubn._types import Affine, CombineOptions, GradientOptions, Nodes, Renormalised, Statistics, Third, Vector
 from cubn.backends.protocol import Backend, Sums
 from cubn.gradients import DoubleGradients
 from cubn.reference import Combination, DoubleSums
@@ -63,9 +63,10 @@ class DoubleDifferentiation:
         parameter_gradients: ParameterGradients,
     ) -> None:
         self.everywhere = one_of(WHOSE, parameter_gradients, "parameter_gradients") == "global"
-        self.forward, statistics = forward, forward.statistics
-        self.of_gamma = _of_channels("ddgamma", ddgamma, forward.inputs, statistics.gamma)
-        self.of_beta = _of_channels("ddbeta", ddbeta, forward.inputs, statistics.beta)
+        self.forward = forward
+        parameters = forward.held.arrays
+        self.of_gamma = _of_channels("ddgamma", ddgamma, forward.inputs, "gamma" in parameters)
+        self.of_beta = _of_channels("ddbeta", ddbeta, forward.inputs, "beta" in parameters)
         self.inputs = joined(forward.inputs, self.of_gamma, self.of_beta)
         self.backend, x = self.inputs.backend, self.inputs.x
         self.v = self._zeros() if ddx is None else like_x("ddx", ddx, x)
@@ -75,8 +76,8 @@ class DoubleDifferentiation:
         self.dy = like_x("dy", dy, x)
         check_unchanged(forward, self.inputs)
         self.ddy, self.dx = _arrays.empty_like(x), _arrays.empty_like(x)
-        home = forward.held.arrays["gamma"] if statistics.gamma else None
-        self.dgamma = home and _arrays.empty_vector(statistics.C, home.dtype, home)
+        home = parameters.get("gamma")
+        self.dgamma = home and _arrays.empty_vector(forward.statistics.C, home.dtype, home)
 
     def _zeros(self) -> Array:
         """An array like x in the memory of one number."""
@@ -182,6 +183,8 @@ class DoubleDifferentiation:
         sums = None if whole is None else (self.statistics.count, whole)
         of_ddy = reference.ddy_combination(invstd, gamma, acc, u, w, sums)
         dgamma = reference.gamma_gradient(invstd, of, sums)
+        if isinstance(self.statistics, Renormalised):
+            dgamma = dgamma * self.statistics.r
         if sums is None or whole is None or parts is None:
             return of_ddy, None, dgamma
         u_dy = reference.times_ddgamma(whole.dy, parts.ddgamma, parts.dy)
@@ -222,7 +225,7 @@ class DoubleDifferentiation:
         copies = self.backend.new_statistics(self.forward.statistics.C, given)
         self.backend.keep(given, copies)
         found = self.backend.statistics_on_host(copies)
-        return _row(found, "gamma", 0.0), _row(found, "beta", 0.0)
+        return _through(self.statistics, _row(found, "gamma", 0.0), _row(found, "beta", 0.0))
 
     def _statistics(self, **rows: Float64) -> Statistics:
         """Statistics that make of gamma the scale itself, and of sums k1 and k2: of one value, whose invstd is 1."""
@@ -232,6 +235,15 @@ class DoubleDifferentiation:
         for name, row in rows.items():
             found.row(name)[...] = row
         return self.backend.place_statistics(found.memory, C, gamma=found.gamma, beta=found.beta)
+
+
+@default_floating_point
+@np.errstate(all="ignore")
+def _through(statistics: Statistics, u: Float64, w: Float64) -> tuple[Float64, Float64]:
+    """ddgamma and ddbeta, as those of gamma * r and beta + gamma * d where a forward was renormalised."""
+    if not isinstance(statistics, Renormalised):
+        return u, w
+    return u * statistics.r, w + u * statistics.d
 
 
 def _row(statistics: Statistics, name: Literal["gamma", "beta"], missing: float) -> Float64:

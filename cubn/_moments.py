@@ -13,10 +13,13 @@ from cubn import _arrays, _nodes, reference
 from cubn._arguments import as_int, on_host, refusal
 from cubn._entries import MOST, check_not_negative, checked_entries
 from cubn._floating_point import default_floating_point
+from cubn._state.holding import NO_STATISTICS
+from cubn._state.options import checked_weight
 from cubn._tree import Block
 from cubn._types import Nodes, Statistics
 from cubn.backends.protocol import Backend
 from cubn.errors import message, reporting_as
+from cubn.state import BatchNormState
 from cubn.typing import SupportsDLPack
 
 Float64 = NDArray[np.float64]
@@ -345,6 +348,82 @@ class Moments:
         """0 + Moments, with which `sum` begins."""
         return self if type(other) is int and other == 0 else NotImplemented
 
+    @default_floating_point
+    @reporting_as("blend")
+    def blend(self, other: Moments | BatchNormState, weight: float) -> Moments:
+        """A mix of these statistics and others, to normalise by: test-time adaptation, in the open.
+
+        mean = (1 - weight) * other's mean + weight * this mean, and the variance likewise.
+
+        Parameters
+        ----------
+        other : Moments or BatchNormState
+            What training left: a state's running mean and running variance, which is read and not changed; or Moments
+            of a data set, of which the variance is `var()`.
+        weight : float
+            Of these Moments, 0 to 1. For n samples at hand, n / (N0 + n): then `other` counts as N0 samples. At 0 the
+            result is other's statistics, at 1 these, whatever the ones without weight hold.
+
+        Returns
+        -------
+        Moments
+            Of this count; not `exact`. Their m2 is the variance times the count, so that `var()` may be off by the last
+            bit.
+
+        Raises
+        ------
+        TypeError
+            If other is neither, or weight is no number.
+        ValueError
+            If weight is not from 0 to 1, these are moments of nothing, or other has none, no running statistics, or
+            another number of channels.
+
+        Notes
+        -----
+        In float64. The means' distance is no part of the variance, as it is in `a + b`: this is no pooling, and nothing
+        to `update` a state with. Reads running statistics on a CUDA device, and waits for that.
+
+        References
+        ----------
+        Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift adaptation",
+        https://arxiv.org/abs/2006.16971
+        Nado et al. 2020, "Evaluating prediction-time batch normalization for robustness under covariate shift",
+        https://arxiv.org/abs/2006.10963
+
+        Examples
+        --------
+        >>> import numpy as np, cubn
+        >>> state = cubn.BatchNormState(2)
+        >>> x = np.random.default_rng(0).normal(3, 2, (8, 2)).astype(np.float32)
+        >>> blended = cubn.moments(x).blend(state, 8 / (16 + 8))
+        >>> y = cubn.normalize(x, blended, gamma=state.gamma, beta=state.beta, eps=state.eps)
+        >>> np.allclose(blended.mean, cubn.moments(x).mean / 3)
+        True
+        """
+        share = checked_weight(weight)
+        if not self._count:
+            rule = "be of at least one value per channel"
+            raise ValueError(message("moments", rule, 0))
+        mean, var = self._of_other(other)
+        with np.errstate(all="ignore"):
+            centre, variance = (_mixed(a, b, share) for a, b in ((mean, self.mean), (var, self.var())))
+            return Moments._pooled((np.array(self._count), centre, variance * self._count))
+
+    def _of_other(self, other: Any) -> tuple[Float64, Float64]:
+        """Mean and variance of what Moments are blended with."""
+        if not isinstance(other, (Moments, BatchNormState)):
+            raise TypeError(message("other", "be Moments or a BatchNormState", type(other).__name__))
+        self._check_channels(other)
+        if isinstance(other, Moments):
+            if not other._count:
+                raise ValueError(message("other", "be of at least one value per channel", 0))
+            return other.mean, other.var()
+        running = other._running_on_host()
+        if running is None:
+            remedy = "Make the state with track=True."
+            raise ValueError(message("other", "have running statistics", NO_STATISTICS, remedy))
+        return running
+
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"Moments: {name} cannot be changed. Take, merge or add Moments for new ones.")
 
@@ -371,10 +450,17 @@ class Moments:
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.m2 / np.float64(count or np.nan)
 
-    def _check_channels(self, other: Moments) -> None:
+    def _check_channels(self, other: Moments | BatchNormState) -> None:
         if other.num_features != self.num_features:
             rule = f"have {self.num_features} channels, as these Moments have"
             raise ValueError(message("other", rule, other.num_features))
+
+
+def _mixed(other: Float64, own: Float64, share: float) -> Float64:
+    """(1 - share) * other + share * own; one of them alone where the other has no weight."""
+    if share in (0, 1):
+        return own if share else other
+    return (1 - share) * other + share * own
 
 
 _KEEP: tuple[Callable[[Moments, Any], None], ...] = tuple(

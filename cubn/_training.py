@@ -11,7 +11,7 @@ from cubn._arguments import flag, one_of
 from cubn._calls import Call
 from cubn._inputs import bind, overwrites, relu_gradient
 from cubn._state.holding import NO_STATISTICS, Move
-from cubn._types import Nodes, NormalizeOptions, Statistics
+from cubn._types import Affine, Nodes, NormalizeOptions, Statistics
 from cubn.backends.protocol import PreparedTrain, ReluMask
 from cubn.errors import message
 from cubn.saved import Forward, Groups, Layouts, Read, Saved
@@ -175,8 +175,11 @@ class SynchronisedTraining(Training):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         affine = self.inputs.held.affine
-        self.statistics = self.backend.new_statistics(self.inputs.extents.C, affine)
+        self.statistics = self._new_statistics(self.inputs.extents.C, affine)
         self.backend.keep(affine, self.statistics)
+
+    def _new_statistics(self, C: int, affine: Affine) -> Statistics:
+        return self.backend.new_statistics(C, affine)
 
     @cached_property
     def terms(self) -> Terms:

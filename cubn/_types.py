@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 CPU, CUDA = 1, 2  # DLPack device types
 HOST = (CPU, 0)
@@ -135,12 +135,12 @@ class Statistics(NamedTuple):
     @staticmethod
     def size(C: int) -> int:
         """Float64 numbers of the allocation."""
-        return LANE + len(ROWS) * (-(-C // LANE) * LANE)
+        return LANE + len(ROWS) * _padded(C)
 
     @staticmethod
     def offset(name: str, C: int) -> int:
         """Where a row begins, in numbers; that of the count is 0."""
-        return 0 if name == "count" else LANE + ROWS.index(name) * (-(-C // LANE) * LANE)
+        return 0 if name == "count" else LANE + ROWS.index(name) * _padded(C)
 
     @property
     def count(self) -> BackendArray:
@@ -166,7 +166,7 @@ class Statistics(NamedTuple):
     @property
     def affine(self) -> Affine:
         """The copies of gamma and beta."""
-        return Affine(self._vector("gamma") if self.gamma else None, self._vector("beta") if self.beta else None)
+        return Affine(self.vector("gamma") if self.gamma else None, self.vector("beta") if self.beta else None)
 
     def row(self, name: str) -> BackendArray:
         """A row of the memory, float64 (C,)."""
@@ -177,8 +177,43 @@ class Statistics(NamedTuple):
         """The address of a row, or of the count."""
         return self.address + 8 * self.offset(name, self.C)
 
-    def _vector(self, name: str) -> Vector:
+    def vector(self, name: str) -> Vector:
+        """A row, as kernels read a caller's vector."""
         return Vector(self.at(name), "float64", 1)
+
+
+class Renormalised(Statistics):
+    """Statistics with rows r and d behind the others. Once these are there, what takes the place of gamma and beta is
+    gamma * r and beta + gamma * d.
+    """
+
+    __slots__ = ()
+
+    @staticmethod
+    def size(C: int) -> int:
+        return Statistics.size(C) + 2 * _padded(C)
+
+    @staticmethod
+    def offset(name: str, C: int) -> int:
+        if name in ("r", "d"):
+            return Statistics.size(C) + (name == "d") * _padded(C)
+        return Statistics.offset(name, C)
+
+    @property
+    def r(self) -> BackendArray:
+        return self.row("r")
+
+    @property
+    def d(self) -> BackendArray:
+        return self.row("d")
+
+
+StatisticsT = TypeVar("StatisticsT", bound=Statistics)
+
+
+def _padded(C: int) -> int:
+    """Numbers of a row."""
+    return -(-C // LANE) * LANE
 
 
 class Nodes(NamedTuple):

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from cubn import _calls
 from cubn._arrays.library import ALIGNMENT
 from cubn._calls import Call, new_tuple
 from cubn._ghost import GhostTraining, SynchronisedGhostTraining
+from cubn._renorm import RenormalisedTraining
 from cubn._state.arrays import StateArrays
 from cubn._state.counted import Counted
 from cubn._training import TRAININGS, Facts, SynchronisedTraining, Training
 from cubn.backends.protocol import PreparedTrain
-from cubn.errors import reporting_as
+from cubn.errors import message, quoted, reporting_as
 from cubn.saved import Forward, Read, Saved, keep
 from cubn.state import BatchNormState
 from cubn.sync import collective
 from cubn.sync.collective import Started, check_sizes
-from cubn.typing import AnyArray, ArrayT, Comm, Like, OnSingle, Sizes
+from cubn.typing import AnyArray, ArrayT, Comm, Like, OnSingle, Renorm, Sizes
+
+TrainingT = TypeVar("TrainingT", bound=Training)
 
 
 def forward_train(
@@ -33,6 +37,7 @@ def forward_train(
     update: bool = True,
     groups: int | None = None,
     on_single: OnSingle = "raise",
+    renorm: Renorm | None = None,
     out: ArrayT | None = None,
 ) -> tuple[ArrayT, Saved[ArrayT]]:
     """Normalise by the batch's own statistics, and move the running statistics towards them: training.
@@ -61,6 +66,13 @@ def forward_train(
     on_single : {"raise", "running"}
         What becomes of a batch, the last of a data set say, that has one value per channel. "running": y and its
         backward are those of `forward_frozen`, and the running statistics stay as they are, counted as skipped.
+    renorm : (r_max, d_max), optional
+        Batch renormalisation: y = ((x - mean) / sqrt(var + eps) * r + d) * gamma + beta, with the state's running
+        statistics from before this step in r = sqrt(var + eps) / sqrt(running_var + eps), kept from 1 / r_max to r_max,
+        and d = (mean - running_mean) / sqrt(running_var + eps), kept from -d_max to d_max. Within the limits that is
+        what `forward` gives. To the backward r and d are constants; they are in `saved.r` and `saved.d`. r_max is 1 or
+        more and d_max 0 or more, either may be `math.inf`; (1, 0) is plain batch normalisation. Where running
+        statistics are not finite, or running_var + eps is not positive, r is 1 and d is 0.
     out : array like x, optional
         Where y goes: exactly x (then there can be no backward), exactly residual, or memory of its own.
 
@@ -87,7 +99,8 @@ def forward_train(
     The same bits for every layout, number of threads and array library. A channel whose statistics are not finite
     leaves its running statistics as they were, and is counted in `state.skipped`; its y is what IEEE arithmetic gives.
     Running statistics that were not finite take the values of the first batch that is, as in `update`.
-    Reads x (and residual) twice from memory at most, and writes y once.
+    Reads x (and residual) twice from memory at most, and writes y once. With `renorm` in several launches, on a CUDA
+    device too, none of which waits for it; ranks agree on renorm, and have the same r and d.
 
     With `groups`, y and the gradients by x and residual are to the bit those of a call for each group; dgamma and dbeta
     are sums over the groups, in float64 and rounded once. The running statistics are updated once, by `moments(x)` of
@@ -111,6 +124,7 @@ def forward_train(
     Hoffer, Hubara & Soudry 2017, "Train longer, generalize better", https://arxiv.org/abs/1705.08741 (ghost batches)
     Summers & Dinneen 2020, "Four things everyone should know to improve batch normalization",
     https://arxiv.org/abs/1906.03548
+    Ioffe 2017, "Batch renormalization", https://arxiv.org/abs/1702.03275
 
     Examples
     --------
@@ -121,8 +135,20 @@ def forward_train(
     array([4, 6])
     >>> bool((y[:4] == cubn.forward_train(x[:4], cubn.BatchNormState(3))[0]).all())
     True
+
+    The limits are the caller's, and may be others at every step: Ioffe begins with plain batch normalisation.
+
+    >>> import numpy as np, cubn
+    >>> state = cubn.BatchNormState(2)
+    >>> rng = np.random.default_rng(0)
+    >>> for step in range(40):
+    ...     warm = min(max(step - 10, 0) / 20, 1.0)  # 0 for ten steps, 1 from the thirtieth on
+    ...     x = rng.normal([5, -1], [2, 3], (4, 2)).astype(np.float32)
+    ...     y, saved = cubn.forward_train(x, state, renorm=(1 + 2 * warm, 5 * warm))
+    >>> bool((saved.r <= 3).all() and (abs(saved.d) <= 5).all())
+    True
     """
-    alone = comm is None and sizes is None and groups is None and type(on_single) is str
+    alone = comm is None and sizes is None and groups is None and renorm is None and type(on_single) is str
     if alone and (relu is False or relu is True) and (update is True or update is False):
         found = _calls.find(TRAININGS, x, state, mask, residual, out, relu, update)
         if found is not None and (on_single == "raise" or (on_single == "running" and state._counters is not None)):
@@ -132,9 +158,9 @@ def forward_train(
     with reporting_as("forward_train"):
         check_sizes(sizes, comm)
         if comm is not None:
-            return _start(comm, sizes, groups, x, state, mask, residual, relu, update, out, on_single).finish()
-        make = Training if groups is None else partial(GhostTraining, groups)
-        training = make(x, state, mask, residual, relu, update, out, on_single)
+            return _start(comm, sizes, groups, renorm, x, state, mask, residual, relu, update, out, on_single).finish()
+        arguments = x, state, mask, residual, relu, update, out, on_single
+        training = _training(Training, GhostTraining, groups, renorm, *arguments)
         if training.is_single:
             return training.by_running()
         training.check_count()
@@ -154,6 +180,7 @@ def forward_train_start(
     update: bool = True,
     groups: int | None = None,
     on_single: OnSingle = "raise",
+    renorm: Renorm | None = None,
     out: ArrayT | None = None,
 ) -> Started[tuple[ArrayT, Saved[ArrayT]]]:
     """Begin a `forward_train` over the ranks of a communicator, and leave time for other work until its `finish`.
@@ -162,8 +189,8 @@ def forward_train_start(
 
     Parameters
     ----------
-    x, state, comm, sizes, mask, residual, relu, update, groups, on_single, out
-        As in `forward_train`.
+    x, state, comm, sizes, mask, residual, relu, update, groups, on_single, renorm, out
+        As in `forward_train`; the running statistics that renorm compares with are those of `finish`.
 
     Returns
     -------
@@ -175,12 +202,24 @@ def forward_train_start(
     TypeError, ValueError, CollectiveMismatch, numpy.exceptions.AxisError, BackendUnavailable, ImportError
         As in `forward_train`; here or in `finish`, but on all ranks in the same place.
     """
-    return _start(comm, sizes, groups, x, state, mask, residual, relu, update, out, on_single)
+    return _start(comm, sizes, groups, renorm, x, state, mask, residual, relu, update, out, on_single)
 
 
-def _start(comm: Comm, sizes: Sizes | None, groups: int | None, *arguments: Any) -> Started[tuple[Any, Saved[Any]]]:
-    make = SynchronisedTraining if groups is None else partial(SynchronisedGhostTraining, groups)
+def _start(comm: Comm, sizes: Sizes | None, *arguments: Any) -> Started[tuple[Any, Saved[Any]]]:
+    make = partial(_training, SynchronisedTraining, SynchronisedGhostTraining)
     return collective.start(comm, sizes, partial(make, *arguments))
+
+
+def _training(
+    plain: type[TrainingT], ghost: Callable[..., TrainingT], groups: Any, renorm: Any, *arguments: Any
+) -> TrainingT | RenormalisedTraining:
+    """The kind of training forward that is asked for."""
+    if renorm is None:
+        return plain(*arguments) if groups is None else ghost(groups, *arguments)
+    if groups is not None:
+        rule, remedy = "be None beside groups", "Ghost batches are not renormalised: use one of the two."
+        raise ValueError(message("renorm", rule, quoted(renorm), remedy))
+    return RenormalisedTraining(renorm, *arguments)
 
 
 def _again(

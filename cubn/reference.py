@@ -457,6 +457,45 @@ def behind_relu(dy: Float, y: Float) -> Float:
 
 
 @np.errstate(all="ignore")
+def renormalisation(
+    mean: Float64,
+    invstd: Float64,
+    running_mean: Float64,
+    running_var: Float64,
+    running_invstd: Float64,
+    r_max: float,
+    d_max: float,
+) -> tuple[Float64, Float64]:
+    """(r, d) of batch renormalisation, float64 and no functions of x to a backward.
+
+    r = running_invstd / invstd, from 1 / r_max to r_max; d = (mean - running_mean) * running_invstd, from -d_max to
+    d_max, with running_invstd = 1 / sqrt(running_var + eps). NaN stays NaN. Where a running number is not finite, r is
+    1 and d is 0.
+    """
+    r = np.clip(running_invstd / invstd, 1.0 / np.float64(r_max), r_max)
+    d = np.clip((mean - running_mean) * running_invstd, -d_max, d_max)
+    usable = np.isfinite(running_mean) & np.isfinite(running_var) & np.isfinite(running_invstd)
+    return np.where(usable, r, 1.0), np.where(usable, d, 0.0)
+
+
+@np.errstate(all="ignore")
+def renormalised_affine(gamma: Float, beta: Float, r: Float64, d: Float64) -> tuple[Float64, Float64]:
+    """(gamma * r, beta + gamma * d) in float64: with these in the place of gamma and beta, a plain `output` and
+    `input_gradient` are the renormalised ones.
+    """
+    wide = gamma.astype(np.float64)
+    return wide * r, beta.astype(np.float64) + wide * d
+
+
+@np.errstate(all="ignore")
+def renormalised_gamma_gradient(
+    invstd: Float64, sum_dy: Float64, sum_dy_xmu: Float64, r: Float64, d: Float64
+) -> Float64:
+    """dgamma behind `renormalised_affine`, before its one rounding; dbeta is sum_dy, as without."""
+    return r * (sum_dy_xmu * invstd) + d * sum_dy
+
+
+@np.errstate(all="ignore")
 def input_gradient(
     dy: Float,
     x: Float,

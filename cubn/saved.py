@@ -11,7 +11,7 @@ from cubn._arrays import Array
 from cubn._groups import Piece
 from cubn._inputs import Inputs
 from cubn._state.arrays import StateArrays
-from cubn._types import BackendArray, Extents, ReluGradient, Statistics
+from cubn._types import BackendArray, Extents, ReluGradient, Renormalised, Statistics
 from cubn._weak import WeakValues
 from cubn.backends.in_steps import stacked
 from cubn.backends.protocol import Backend, ReluMask
@@ -30,11 +30,12 @@ class Layouts:
     mask: Array | None
     residual: bool
     relu: ReluGradient
+    renorm: bool
 
     @classmethod
-    def of(cls, inputs: Inputs, relu: ReluGradient) -> Layouts:
+    def of(cls, inputs: Inputs, relu: ReluGradient, *, renorm: bool = False) -> Layouts:
         x, axis, extents, backend, _, mask, residual, _ = inputs
-        key = x.nowhere(), axis, extents, backend, mask and mask.nowhere(), residual is not None, relu
+        key = x.nowhere(), axis, extents, backend, mask and mask.nowhere(), residual is not None, relu, renorm
         found = _LAYOUTS.get(key)
         if found is None:
             found = _LAYOUTS[key] = cls(*key)
@@ -115,6 +116,8 @@ class Saved(Generic[ArrayT_co]):
         Values per channel; 0 where the statistics were frozen.
     mean, var, invstd : float64 arrays of shape (C,)
         The statistics x was normalised by; invstd = 1 / sqrt(var + eps).
+    r, d : float64 arrays of shape (C,), or None
+        After `forward_train` with `renorm=`: y = (xhat * r + d) * gamma + beta. None without.
     relu_bits : object or None
         After a residual and a ReLU: which elements of y are positive or NaN, at one bit an element, packed as suits the
         backend. Without a residual they are recomputed from x, and nothing of the input's size is kept.
@@ -158,6 +161,7 @@ class Saved(Generic[ArrayT_co]):
         of = "running statistics" if forward.frozen else "its own statistics"
         if forward.groups:
             of = f"those of {len(forward.groups.statistics)} groups"
+        of += ", renormalised" if layouts.renorm else ""
         parts = {"x": layouts.x, "gamma": homes.get("gamma"), "beta": homes.get("beta"), "mask": layouts.mask}
         arrays = ", ".join(f"{name}={shown(array)}" for name, array in parts.items())
         return f"Saved({arrays}, residual={layouts.residual}, relu={layouts.relu != 'none'}, normalised by {of})"
@@ -181,6 +185,16 @@ class Saved(Generic[ArrayT_co]):
     @property
     def invstd(self) -> Any:
         return self._of_statistics("invstd")
+
+    @property
+    def r(self) -> Any:
+        statistics = self._forward.statistics
+        return self._apart(statistics.r) if isinstance(statistics, Renormalised) else None
+
+    @property
+    def d(self) -> Any:
+        statistics = self._forward.statistics
+        return self._apart(statistics.d) if isinstance(statistics, Renormalised) else None
 
     @property
     def relu_bits(self) -> Any:

@@ -18,6 +18,7 @@ __all__ = [
     "Like",
     "OnSingle",
     "ParameterGradients",
+    "Renorm",
     "RunningVariance",
     "Sizes",
     "SupportsDLPack",
@@ -61,6 +62,9 @@ class _TorchDType(Protocol):
 
 DType = DTypeName | type[np.float32] | type[np.float64] | np.dtype[np.float32] | np.dtype[np.float64] | _TorchDType
 """The name of a dtype that a state can have, or a library's own; of PyTorch's any, for its types tell none apart."""
+
+Renorm = tuple[float, float]
+"""(r_max, d_max): limits of batch renormalisation."""
 
 Sizes = Sequence[int] | NDArray[np.integer[Any]]
 """The samples of each rank."""

@@ -169,6 +169,26 @@ def normalize(x, stats, gamma=None, beta=None, *, mask=None, residual=None, relu
 
 
 @dataclass
+class Renormalised:
+    """r and d, and what takes the place of gamma and beta; float64 (C,)."""
+
+    r: np.ndarray
+    d: np.ndarray
+    gamma: np.ndarray
+    beta: np.ndarray
+
+
+def renormalised(stats, running_mean, running_var, eps, limits, gamma=None, beta=None):
+    """What `normalize` and `backward` take as gamma and beta, of which the latter's dgamma is no gradient yet."""
+    C = len(stats.mean)
+    gamma, beta = (np.full(C, v) if a is None else widen(a) for a, v in ((gamma, 1.0), (beta, 0.0)))
+    before = frozen_statistics(running_mean, running_var, eps)
+    running = before.mean, before.var, before.invstd
+    r, d = reference.renormalisation(stats.mean, stats.invstd, *running, *limits)
+    return Renormalised(r, d, *reference.renormalised_affine(gamma, beta, r, d))
+
+
+@dataclass
 class Gradients:
     dx: np.ndarray
     dgamma: np.ndarray

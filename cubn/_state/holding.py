@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cubn import _arrays, _nodes
-from cubn._arguments import refusal
+from cubn._arguments import on_host, refusal
 from cubn._arrays import Array
 from cubn._layout import vector
 from cubn._state.arrays import ARRAYS, STATISTICS, StateArrays, check_on_host, check_together, checked_arrays, described
@@ -24,6 +25,8 @@ from cubn.backends.protocol import Backend
 from cubn.errors import device_name, message, reporting_as
 
 NO_STATISTICS = "a state with track=False"
+
+Float64 = NDArray[np.float64]
 
 
 class Move(NamedTuple):
@@ -202,6 +205,15 @@ class Holding:
         statistics = place.place_statistics(_nodes.statistics(2, np.zeros(C), np.ones(C), self._options.eps), C)
         with self._moving() as move, counted(place, self._no_counts()) as uncounted:
             place.update(statistics, move.old, move.new, uncounted, Update(1.0, biased=False))
+
+    def _running_on_host(self) -> tuple[Float64, Float64] | None:
+        """Running mean and variance as they are, both at one moment; None without any."""
+        with self._turn():
+            arrays = self._current().arrays
+            if self._counters is None:
+                return None
+            mean, var = (on_host(arrays[name]).astype(np.float64) for name in STATISTICS)
+        return mean, var
 
     def _current(self) -> StateArrays:
         arrays, held = self._arrays, self._held

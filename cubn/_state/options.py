@@ -59,7 +59,7 @@ def checked_options(
 
 def checked_eps(eps: float) -> float:
     """eps as a number that can be added to a variance."""
-    number = _number(eps, "eps")
+    number = as_float(eps, "eps")
     if not 0 < number < math.inf:
         raise ValueError(message("eps", "be positive and finite", number))
     return number
@@ -69,9 +69,17 @@ def checked_momentum(momentum: float | None, *, used: bool = True) -> float | No
     """momentum as a number; as a weight, if it is used."""
     if momentum is None:
         return None
-    number = _number(momentum, "momentum")
+    number = as_float(momentum, "momentum")
     if used and not 0 <= number <= 1:
         raise ValueError(message("momentum", "be None or from 0 to 1, the weight of the new value", number))
+    return number
+
+
+def checked_weight(weight: float) -> float:
+    """weight as a share of two."""
+    number = as_float(weight, "weight")
+    if not 0 <= number <= 1:
+        raise ValueError(message("weight", "be from 0 to 1", number))
     return number
 
 
@@ -117,7 +125,8 @@ def check_counts(tracked: NDArray[np.int64], skipped: NDArray[np.int64]) -> None
         raise ValueError(message("tracked", "be at least skipped", got, remedy))
 
 
-def _number(value: float, argument: str) -> float:
+def as_float(value: float, argument: str) -> float:
+    """A real number of any kind as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(message(argument, "be a real number", quoted(value)))
     try:

@@ -25,8 +25,10 @@ from cubn._types import (
     Nodes,
     NormalizeOptions,
     Operands,
+    Renormalised,
     Running,
     Statistics,
+    StatisticsT,
     Update,
     Vector,
 )
@@ -176,6 +178,9 @@ class Backend(Protocol):
     def new_statistics(self, C: int, affine: Affine) -> Statistics:
         """Statistics that are still to be written, with copies of gamma and beta where there are any."""
 
+    def new_renormalised(self, C: int, affine: Affine) -> Renormalised:
+        """The same, with room for r and d."""
+
     # --- whole batches ------------------------------------------------------------------------------------------------
 
     def prepare_forward(
@@ -245,14 +250,17 @@ class Backend(Protocol):
         """(sum_dy (C,), sum_dy_xmu (C,)) of neighbouring nodes of `backward_sums` together, in the same way."""
 
     def statistics(
-        self, count: BackendArray, mean: BackendArray, m2: BackendArray, eps: float, into: Statistics
-    ) -> Statistics:
+        self, count: BackendArray, mean: BackendArray, m2: BackendArray, eps: float, into: StatisticsT
+    ) -> StatisticsT:
         """count, mean, m2, var = m2 / count and invstd = 1 / sqrt(var + eps), in float64. What they were written into:
         that, or where it is another stream's, new ones with the same copies of gamma and beta.
         """
 
     def frozen_statistics(self, running: Running, eps: float, into: Statistics) -> None:
         """The same from running statistics, widened to float64; count is 0 and m2 has no meaning."""
+
+    def renormalise(self, found: Renormalised, before: Statistics, r_max: float, d_max: float) -> Renormalised:
+        """r and d of a batch beside running statistics, and what takes the place of the copies of gamma and beta."""
 
     def given_statistics(self, C: int, count: int, mean: Vector, invstd: Vector, affine: Affine) -> Statistics:
         """Statistics that somebody else took, and copies of gamma and beta: all that a backward reads."""
@@ -290,4 +298,6 @@ class Backend(Protocol):
         """
 
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:
-        """dgamma = sum_dy_xmu * invstd and dbeta = sum_dy, each rounded once to its vector's dtype."""
+        """dgamma = sum_dy_xmu * invstd and dbeta = sum_dy, each rounded once to its vector's dtype; of renormalised
+        statistics dgamma = r * (sum_dy_xmu * invstd) + d * sum_dy.
+        """

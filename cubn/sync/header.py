@@ -18,7 +18,7 @@ from cubn.sync.transport import Bytes
 OPERATIONS = ("nothing", "several operations", "moments", "forward_train", "backward", "double_backward")
 OPTIONS = (
     *("with sizes", "update", "biased", "relu", "residual", "frozen", "global parameter gradients"),
-    *("on_single=running", "device memory"),
+    *("on_single=running", "renorm", "device memory"),
 )
 DTYPES = ("none", "float16", "bfloat16", "float32", "float64")
 MAX_OPERATIONS = 32
@@ -66,6 +66,8 @@ class Terms(NamedTuple):
     """This rank's values per channel, where they matter and are known; 2 is always enough."""
     options: frozenset[str] = frozenset()
     """Those of OPTIONS that are on."""
+    renorm: tuple[float, float] | None = None
+    """Limits of batch renormalisation, where that option is on."""
     gathers: bool = True
     """Whether the nodes of other ranks are needed."""
     cut: Cut = Cut()
@@ -158,9 +160,10 @@ _SAID: dict[str, Callable[[Any], str]] = {  # the fields in which ranks must agr
 
 def _hashed(h: np.void) -> str:
     """What of all that is in the hash no other field has said."""
-    if not h["flags"] & _DECLARED:
-        return "operations"
-    return "sizes" if h["operations"] == 1 else "operations or sizes"
+    several, declared = h["operations"] > 1, h["flags"] & _DECLARED
+    limits = OPERATIONS[h["operation"]] == "forward_train" and h["flags"] >> 1 + OPTIONS.index("renorm") & 1
+    unsaid = (("operations", several or not (declared or limits)), ("limits of renorm", limits), ("sizes", declared))
+    return " or ".join(name for name, may_differ in unsaid if may_differ)
 
 
 def disagreement(headers: Headers) -> CollectiveMismatch | None:

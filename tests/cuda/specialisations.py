@@ -159,6 +159,8 @@ def run_everything(backend: CudaBackend, extents: Extents, layout: Layout, dtype
     zeros = backend.device.zeros((extents.C,), "float64")
     backend.statistics(np.int64(2), zeros, zeros, 1e-5, statistics)
     backend.update(statistics, running, running, Counters(ADDRESS, ADDRESS), Update(0.1, False))
+    renormalised = backend.renormalise(backend.new_renormalised(extents.C, affine), statistics, 3.0, 5.0)
+    backend.parameter_gradients(renormalised, (zeros, zeros), *affine)
     for present in (None, mask) if layout in MASKED else (None,):
         backend.root(backend.moments(extents, Operands(x, mask=present), 0))
         for residual, relu in itertools.product((None, x), (False, True)):

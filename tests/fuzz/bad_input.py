@@ -39,6 +39,7 @@ class Case:
 
 ON_X = {"mask": weird.MASK, "residual": weird.BESIDE, "relu": weird.FLAG, "out": weird.OUT}
 TOGETHER = {"comm": weird.COMMUNICATOR, "sizes": weird.SIZES}
+TRAINING = {"update": weird.FLAG, "renorm": weird.RENORM}
 STATE = {"state": weird.OBJECT}
 CHANNELS_OF_X = {"x": weird.CHANNELS}
 OPTIONS = {

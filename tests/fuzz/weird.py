@@ -159,6 +159,17 @@ EPS = {
     "underflow": Weird(lambda a: fractions.Fraction(1, 10**400), RANGE),
 }
 MOMENTUM = {**NO_REALS, **BEYOND, **REALS, "1.0000001": Weird(lambda a: 1.0000001, RANGE)}
+RENORM = {
+    "a number": Weird(lambda a: 3.0, KIND),
+    "a word": Weird(lambda a: "35", KIND),
+    "an array": Weird(lambda a: np.array([3.0, 5.0]), KIND),
+    "three": Weird(lambda a: (3, 5, 5), KIND),
+    "None inside": Weird(lambda a: (3, None), KIND),
+    "a huge integer": Weird(lambda a: (10**400, 0), RANGE),
+    "below": Weird(lambda a: (0.9999999, 5), RANGE),
+    "negative": Weird(lambda a: (1, -1e-300), RANGE),
+    "nan": Weird(lambda a: (1, math.nan), RANGE),
+}
 INTEGER = {
     **NO_NUMBERS,
     "None": Weird(lambda a: None, KIND),

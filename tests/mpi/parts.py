@@ -50,13 +50,25 @@ class Batch:
 
 
 def step(
-    batch, lo, hi, layout="nchw", *, residual=True, relu=True, frozen=False, momentum=0.1, gradients="global", **comm
+    batch,
+    lo,
+    hi,
+    layout="nchw",
+    *,
+    residual=True,
+    relu=True,
+    frozen=False,
+    momentum=0.1,
+    gradients="global",
+    renorm=None,
+    **comm,
 ):
     """Forward, backward and moments of samples [lo, hi), as stores in the order (N, C, ...)."""
     x, dy, skip, mask, axis = batch.part(lo, hi, layout)
     state = batch.state(axis, momentum)
     forward = cubn.forward_frozen if frozen else cubn.forward_train
-    y, saved = forward(x, state, mask=mask, residual=skip if residual else None, relu=relu, **comm)
+    limits = {"renorm": renorm} if renorm else {}
+    y, saved = forward(x, state, mask=mask, residual=skip if residual else None, relu=relu, **limits, **comm)
     grads = cubn.backward(dy, saved, parameter_gradients=gradients)
     moments = cubn.moments(x, channel_axis=axis, mask=mask, **comm)
 
@@ -78,6 +90,7 @@ def step(
             "moments.mean": moments.mean,
             "moments.m2": moments.m2,
             "moments.range": np.array([moments.start, moments.stop]),
+            **({"r": np.array(saved.r), "d": np.array(saved.d)} if renorm else {}),
         },
     }
 

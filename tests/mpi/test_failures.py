@@ -81,6 +81,10 @@ def differing(name):
                 return cubn.forward_train(x, state, comm=comm, **{name: odd})
             case "residual":
                 return cubn.forward_train(x, state, comm=comm, residual=x if odd else None)
+            case "renorm":
+                return cubn.forward_train(x, state, comm=comm, renorm=(3, 5) if odd else None)
+            case "limits":
+                return cubn.forward_train(x, state, comm=comm, renorm=(3, 5 + odd))
             case "operation":
                 return cubn.moments(x, comm=comm) if odd else cubn.forward_train(x, state, comm=comm)
             case "start":
@@ -123,6 +127,8 @@ def differing(name):
         ("relu", "update on ranks 0, 2; update, relu on rank 1"),
         ("update", "no options on ranks 0, 2; update on rank 1"),
         ("residual", "update on ranks 0, 2; update, residual on rank 1"),
+        ("renorm", "update on ranks 0, 2; update, renorm on rank 1"),
+        ("limits", r"limits of renorm with hash \w{16} on ranks 0, 2; limits of renorm with hash \w{16} on rank 1"),
         ("gradients", "no options on ranks 0, 2; global parameter gradients on rank 1"),
     ],
 )

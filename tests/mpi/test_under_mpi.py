@@ -9,7 +9,7 @@ from tests.mpi.launch import libraries
 
 FILES = [
     f"tests/mpi/test_{name}.py"
-    for name in ("synchronised", "ghost", "double_backward", "failures", "mpi_communicators")
+    for name in ("synchronised", "ghost", "double_backward", "renorm", "failures", "mpi_communicators")
 ]
 
 

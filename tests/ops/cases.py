@@ -177,9 +177,9 @@ class Case:
         return functools.reduce(cubn.Moments.merge, parts)
 
 
-def run(row, seed=0):
+def run(row, seed=0, kind=Case):
     """Run a row on as many threads as it asks for and compare everything it gives with the oracle."""
-    case = Case(row, seed)
+    case = kind(row, seed)
     cubn.set_num_threads(row["threads"])
     {"forward": _forward, "train": _train, "frozen": _frozen, "normalize": _normalize}[row["operation"]](case)
 

@@ -955,6 +955,8 @@ MAKE_ONE = "BatchNormState.from_module makes one of a torch batch norm, from_arr
             "fold_into: groups must be an integer; got 1.5.",
         ),
         (lambda w: w.moments.merge(w.x), "merge: other must be Moments; got ndarray."),
+        (lambda w: w.moments.blend(w.x, 0.5), "blend: other must be Moments or a BatchNormState; got ndarray."),
+        (lambda w: w.moments.blend(w.state, "0.5"), "blend: weight must be a real number; got '0.5'."),
         (lambda w: cubn.moments(w.x, start=1.5), "moments: start must be an integer; got 1.5."),
         (lambda w: cubn.BatchNormState(2.5), "BatchNormState: num_features must be an integer; got 2.5."),
         (
@@ -972,6 +974,8 @@ MAKE_ONE = "BatchNormState.from_module makes one of a torch batch norm, from_arr
         "fold_into",
         "groups",
         "merge",
+        "blend",
+        "weight of blend",
         "start",
         "num_features",
         "dtype",
@@ -993,6 +997,24 @@ def test_arguments_of_another_kind(world, call, text):
         (
             lambda w: w.moments.merge(cubn.moments(w.x[:, :2], start=3)),
             "merge: other must have 4 channels, as these Moments have; got 2.",
+        ),
+        (lambda w: w.moments.blend(w.state, 1.5), "blend: weight must be from 0 to 1; got 1.5."),
+        (lambda w: w.moments.blend(w.state, np.nan), "blend: weight must be from 0 to 1; got nan."),
+        (
+            lambda w: w.moments.blend(cubn.BatchNormState(3), 0.5),
+            "blend: other must have 4 channels, as these Moments have; got 3.",
+        ),
+        (
+            lambda w: w.moments.blend(cubn.BatchNormState(4, track=False), 0.5),
+            "blend: other must have running statistics; got a state with track=False. Make the state with track=True.",
+        ),
+        (
+            lambda w: w.moments.blend(cubn.moments(w.x[:0]), 0.5),
+            "blend: other must be of at least one value per channel; got 0.",
+        ),
+        (
+            lambda w: cubn.moments(w.x[:0]).blend(w.state, 0.5),
+            "blend: moments must be of at least one value per channel; got 0.",
         ),
         (
             lambda w: cubn.update(w.state, cubn.moments(w.x[:, :2])),
@@ -1027,7 +1049,8 @@ def test_arguments_of_another_kind(world, call, text):
         ),
     ],
     ids=[
-        *("merge", "merge channels", "update channels", "start", "start too large"),
+        *("merge", "merge channels", "blend above", "blend nan", "blend channels", "blend untracked"),
+        *("blend with nothing", "blend nothing", "update channels", "start", "start too large"),
         *("sizes of moments", "sizes of forward_train", "sizes of forward_frozen", "num_features", "no arrays"),
     ],
 )
@@ -1036,6 +1059,54 @@ def test_values_out_of_range(world, call, text):
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("renorm", "error", "text"),
+    [
+        (3, TypeError, "renorm must be None or (r_max, d_max), two numbers; got 3."),
+        ("35", TypeError, "renorm must be None or (r_max, d_max), two numbers; got '35'."),
+        ((3, 5, 1), TypeError, "renorm must be None or (r_max, d_max), two numbers; got (3, 5, 1)."),
+        ((3, "5"), TypeError, "renorm's d_max must be a real number; got '5'."),
+        ((True, 5), TypeError, "renorm's r_max must be a real number; got True."),
+        ((10**400, 5), ValueError, "renorm's r_max must be a number that a float can hold; got 1"),
+        ((0.5, 5), ValueError, "renorm's r_max must be 1 or more; got 0.5."),
+        ((np.nan, 5), ValueError, "renorm's r_max must be 1 or more; got nan."),
+        ((3, -1e-300), ValueError, "renorm's d_max must be 0 or more; got -1e-300."),
+        ((3, np.nan), ValueError, "renorm's d_max must be 0 or more; got nan."),
+    ],
+    ids=str,
+)
+def test_limits_of_renorm(world, renorm, error, text):
+    before = world.contents()
+    for out in (None, world.out):
+        with pytest.raises(error) as caught:
+            cubn.forward_train(world.x, world.state, renorm=renorm, out=out)
+        assert str(caught.value).startswith(f"forward_train: {text}")
+    np.testing.assert_equal(world.contents(), before)
+
+
+def test_renorm_without_running_statistics(world):
+    text = (
+        "forward_train: state must have running statistics; got a state with track=False. "
+        "renorm compares the batch with them: make the state with track=True."
+    )
+    for update in (True, False):
+        state = cubn.BatchNormState(4, track=False)
+        refused(world, ValueError, text, cubn.forward_train, world.x, state, renorm=(3, 5), update=update)
+
+
+def test_renorm_of_one_value_per_channel(world):
+    text = f"forward_train: x must have more than one value per channel; got 1 (shape=(1, 4, 1), {F32}). {TRAP}"
+    refused(world, ValueError, text, cubn.forward_train, world.x[:1, :, :1], world.state, renorm=(3, 5))
+
+
+def test_after_renorm_over_x_there_is_no_backward(world):
+    x = world.x.copy()
+    _, saved = cubn.forward_train(x, world.state.copy(), renorm=(3, 5), out=x)
+    with pytest.raises(ValueError, match="x must be kept until backward, but y was written over it"):
+        cubn.backward(world.dy, saved)
+
 
 FLAGS = [
     *((operation, "relu") for operation in [*NORMALIZING, "backward_from"]),

@@ -104,12 +104,18 @@ def everything(x, axis):
     yield y
     yield from cubn.backward(dy, saved)[:3]
     yield from cubn.double_backward(x, subnormal, subnormal[::-1], dy, saved)
+    y, saved = cubn.forward_train(x, state, renorm=(1e300, 1e300), update=False)
+    yield from (y, saved.r, saved.d)
+    yield from cubn.backward(dy, saved)[:3]
+    yield from cubn.double_backward(x, subnormal, subnormal[::-1], dy, saved)
     whole, first, rest = (
         cubn.moments(x[a:b], channel_axis=axis, start=a) for a, b in ((0, len(x)), (0, 5), (5, len(x)))
     )
     yield from (whole.mean, whole.m2, whole.var(), whole.var_unbiased(), whole.std())
     pooled = first + cubn.Moments.from_statistics(7, rest.mean, rest.var())
     yield from (pooled.mean, pooled.m2)
+    blended = rest.blend(state, 1 / 3)
+    yield from (blended.mean, blended.m2)
     merged = first.merge(rest)
     yield from (merged.mean, merged.m2)
     yield cubn.normalize(x, merged, gamma=subnormal, channel_axis=axis)

@@ -21,6 +21,7 @@ OTHERWISE = {
     "forward": 3,
     "values": 1,
     "options": frozenset({"update", "residual"}),
+    "renorm": (3.0, 5.0),
     "gathers": False,
     "cut": Cut(4),
 }
@@ -57,11 +58,11 @@ def test_a_header_is_the_same_bytes_in_every_process():
     said = header.encode([TERMS, TERMS._replace(values=1)], 70000, (4, 0), on_device=True)
     fields = {
         "operation, dtype, operations": "03 03 02 00",
-        "flags, exchange": "16 02 70 11",
+        "flags, exchange": "16 04 70 11",
         "C, N": "0c 00 00 00 00 00 00 00 04 00 00 00 00 00 00 00",
         "eps, momentum": "f1 68 e3 88 b5 f8 e4 3e 9a 99 99 99 99 99 b9 3f",
         "about, values": "00 00 00 00 00 00 00 00 06 00 00 00 00 00 00 00",
-        "hash": "1f be f8 f4 b8 76 a3 46",
+        "hash": "fb 29 8f 3f 87 63 7d 3c",
     }
     assert said.tobytes() == bytes.fromhex(" ".join(fields.values())) and len(said) == 64
 

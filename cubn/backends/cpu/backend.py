@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cubn import reference
 from cubn._arrays.numpy import address_of
+from cubn._floating_point import default_floating_point
 from cubn._types import (
     Affine,
     CombineOptions,
@@ -18,8 +20,10 @@ from cubn._types import (
     Nodes,
     NormalizeOptions,
     Operands,
+    Renormalised,
     Running,
     Statistics,
+    StatisticsT,
     Update,
     Vector,
 )
@@ -80,8 +84,10 @@ class CpuBackend:
         return statistics._replace(memory=statistics.memory.copy(), address=0)
 
     def new_statistics(self, C: int, affine: Affine) -> Statistics:
-        memory = np.zeros(Statistics.size(C))
-        return Statistics(memory, address_of(memory), C, affine.gamma is not None, affine.beta is not None)
+        return _new(Statistics, C, affine)
+
+    def new_renormalised(self, C: int, affine: Affine) -> Renormalised:
+        return _new(Renormalised, C, affine)
 
     # --- whole batches ------------------------------------------------------------------------------------------------
 
@@ -166,8 +172,8 @@ class CpuBackend:
         return _root("sums", nodes)[1:]
 
     def statistics(
-        self, count: NDArray[np.int64], mean: Doubles, m2: Doubles, eps: float, into: Statistics
-    ) -> Statistics:
+        self, count: NDArray[np.int64], mean: Doubles, m2: Doubles, eps: float, into: StatisticsT
+    ) -> StatisticsT:
         into.count[...] = count
         prepare.statistics(into.C)(into.address, address_of(mean), address_of(m2), eps)
         return into
@@ -176,6 +182,15 @@ class CpuBackend:
         into.count[...] = 0
         launch = prepare.frozen_statistics(into.C, _running(running))
         launch(into.address, running.mean.pointer, running.var.pointer, eps)
+
+    @default_floating_point
+    def renormalise(self, found: Renormalised, before: Statistics, r_max: float, d_max: float) -> Renormalised:
+        running = before.mean, before.var, before.invstd
+        found.r[:], found.d[:] = reference.renormalisation(found.mean, found.invstd, *running, r_max, d_max)
+        gamma = found.row("gamma") if found.gamma else np.ones(found.C)
+        beta = found.row("beta") if found.beta else np.zeros(found.C)
+        found.row("gamma")[:], found.row("beta")[:] = reference.renormalised_affine(gamma, beta, found.r, found.d)
+        return found._replace(gamma=True, beta=True)
 
     def normalize(
         self, extents: Extents, operands: Operands, statistics: Statistics, affine: Affine, options: NormalizeOptions
@@ -231,8 +246,24 @@ class CpuBackend:
         launch(statistics.address, *_pointers(*operands), relu_mask.address if relu_mask else 0, first, second)
 
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:
+        if isinstance(statistics, Renormalised):
+            statistics, sums = self._renormalised_sums(statistics, sums)
         launch = prepare.parameter_gradients(statistics.C, _vector(dgamma), _vector(dbeta))
         launch(statistics.address, *map(address_of, sums), dgamma.pointer, dbeta.pointer)
+
+    @default_floating_point
+    def _renormalised_sums(self, statistics: Renormalised, sums: Sums) -> tuple[Statistics, Sums]:
+        """Of which dgamma is the second, for its invstd is 1."""
+        sum_dy, sum_dy_xmu = sums
+        found = reference.renormalised_gamma_gradient(statistics.invstd, sum_dy, sum_dy_xmu, statistics.r, statistics.d)
+        one = self.new_statistics(statistics.C, Affine(None, None))
+        one.invstd[:] = 1
+        return one, (sum_dy, found)
+
+
+def _new(kind: type[StatisticsT], C: int, affine: Affine) -> StatisticsT:
+    memory = np.zeros(kind.size(C))
+    return kind(memory, address_of(memory), C, affine.gamma is not None, affine.beta is not None)
 
 
 def _root(what: str, nodes: Nodes) -> tuple[NDArray[np.int64], Doubles, Doubles]:

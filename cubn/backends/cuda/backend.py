@@ -23,8 +23,10 @@ from cubn._types import (
     NormalizeOptions,
     Operands,
     ReluGradient,
+    Renormalised,
     Running,
     Statistics,
+    StatisticsT,
     Update,
     Vector,
 )
@@ -101,7 +103,10 @@ class CudaBackend:
         return statistics._replace(memory=self.device.to_host(statistics.memory), address=0, stream=None)
 
     def new_statistics(self, C: int, affine: Affine) -> Statistics:
-        return new_statistics(self.device, C, affine.gamma is not None, affine.beta is not None)
+        return new_statistics(self.device, C, affine, Statistics)
+
+    def new_renormalised(self, C: int, affine: Affine) -> Renormalised:
+        return new_statistics(self.device, C, affine, Renormalised)
 
     # --- whole batches ------------------------------------------------------------------------------------------------
 
@@ -170,10 +175,10 @@ class CudaBackend:
             self._channelwise("keep", statistics, given, copies)
 
     def statistics(
-        self, count: BackendArray, mean: BackendArray, m2: BackendArray, eps: float, into: Statistics
-    ) -> Statistics:
+        self, count: BackendArray, mean: BackendArray, m2: BackendArray, eps: float, into: StatisticsT
+    ) -> StatisticsT:
         if into.stream is not self.device.stream():
-            elsewhere, into = into, self.new_statistics(into.C, into.affine)
+            elsewhere, into = into, new_statistics(self.device, into.C, into.affine, type(into))
             copies = {f"kept_{name}": into.at(name) for name in affine_vectors(elsewhere.affine)}
             if copies:
                 self._channelwise("keep", elsewhere, affine_vectors(elsewhere.affine), copies)
@@ -184,6 +189,16 @@ class CudaBackend:
     def frozen_statistics(self, running: Running, eps: float, into: Statistics) -> None:
         old = {"old_mean": running.mean, "old_var": running.var}
         self._channelwise("frozen", into, old, {**_rows_of(into), "eps": eps})
+
+    def renormalise(self, found: Renormalised, before: Statistics, r_max: float, d_max: float) -> Renormalised:
+        copies, running = affine_vectors(found.affine), Running(*(before.vector(name) for name in ("mean", "var")))
+        given = {**copies, "old_mean": running.mean, "old_var": running.var}
+        rows = {"mean": found.at("mean"), "invstd": found.at("invstd"), "first": before.at("invstd")}
+        written = {"kept_gamma": "gamma", "kept_beta": "beta", "node_first": "r", "node_second": "d"}
+        written_at = {name: found.at(row) for name, row in written.items()}
+        limits = {"momentum": r_max, "eps": d_max}
+        self._channelwise("renormalise", found, given, {**rows, **written_at, **limits})
+        return found._replace(gamma=True, beta=True)
 
     def given_statistics(self, C: int, count: int, mean: Vector, invstd: Vector, affine: Affine) -> Statistics:
         found = self.new_statistics(C, affine)
@@ -202,7 +217,11 @@ class CudaBackend:
     def parameter_gradients(self, statistics: Statistics, sums: Sums, dgamma: Vector, dbeta: Vector) -> None:
         first, second = map(self._at, sums)
         given = {"invstd": statistics.at("invstd"), "first": first, "second": second}
-        self._channelwise("parameter_gradients", statistics, {"dgamma": dgamma, "dbeta": dbeta}, given)
+        kernel = "parameter_gradients"
+        if isinstance(statistics, Renormalised):
+            kernel = "renormalised_gradients"
+            given |= {"from_first": statistics.at("r"), "from_second": statistics.at("d")}
+        self._channelwise(kernel, statistics, {"dgamma": dgamma, "dbeta": dbeta}, given)
 
     def _channelwise(
         self, kernel: str, statistics: Statistics, given: dict[str, Vector], values: Mapping[str, float]

@@ -14,6 +14,7 @@ from cubn._types import (
     Operands,
     Running,
     Statistics,
+    StatisticsT,
     Vector,
 )
 from cubn.backends.cuda import prepare
@@ -52,9 +53,10 @@ def new_relu_mask(device: Device, extents: Extents, layout: Layout) -> ReluMask:
     return ReluMask(memory, device.address(memory), "nhwc" if layout == "nhwc" else "nchw")
 
 
-def new_statistics(device: Device, C: int, gamma: bool, beta: bool) -> Statistics:
-    memory = device.empty((Statistics.size(C),), "float64")
-    return Statistics(memory, device.address(memory), C, gamma, beta, device.stream())
+def new_statistics(device: Device, C: int, affine: Affine, kind: type[StatisticsT]) -> StatisticsT:
+    memory = device.empty((kind.size(C),), "float64")
+    has_gamma, has_beta = affine.gamma is not None, affine.beta is not None
+    return kind(memory, device.address(memory), C, has_gamma, has_beta, device.stream())
 
 
 def row_offsets(C: int) -> list[int]:

@@ -25,6 +25,7 @@ from cubn.backends.cuda.plan.launch import (
 )
 
 STEPS = 4  # rounds of an elementwise thread; to be measured
+RENORMALISING = ("renormalise", "renormalised_gradients")
 NARROW_INDEX = 1 << 31  # elements from which 32 bits do not count them
 
 
@@ -88,4 +89,5 @@ def _channels(extents: Extents, common: tuple[str, ...], limits: Limits) -> Laun
 @functools.lru_cache(1024)
 def channelwise(kernel: str, C: int, dtype: str = "float32") -> Launch:
     """A kernel with a thread for every channel."""
-    return Launch(kernel, option(ACC=acc_of(dtype)), -(-C // THREADS), 0, (("channels", C),), file="channelwise")
+    file, options = ("renormalise", ()) if kernel in RENORMALISING else ("channelwise", option(ACC=acc_of(dtype)))
+    return Launch(kernel, options, -(-C // THREADS), 0, (("channels", C),), file=file)
