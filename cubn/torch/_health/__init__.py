@@ -1,0 +1,1 @@
+"""Health of torch models: what needs torch."""
