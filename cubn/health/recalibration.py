@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any
 
 from cubn._arguments import as_int, flag
 from cubn._moments import Moments
@@ -14,20 +15,6 @@ from cubn.health.recalibration_commit import Target, commit, of_state
 from cubn.health.recalibration_passes import Observe, Options, Pools, Recalibration, Stage, Subject
 from cubn.state import BatchNormState, checked_state
 from cubn.typing import Comm
-
-
-@overload
-def recalibrate(states_or_model: BatchNormState, batches: Iterable[Any], **options: Any) -> Moments: ...
-
-
-@overload
-def recalibrate(
-    states_or_model: Sequence[BatchNormState], batches: Iterable[Any], **options: Any
-) -> list[Moments]: ...
-
-
-@overload
-def recalibrate(states_or_model: Any, batches: Iterable[Any], **options: Any) -> dict[str, Moments]: ...
 
 
 @reporting_as("recalibrate")
@@ -39,11 +26,91 @@ def recalibrate(
     forward: Callable[[Any, Any], Any] | None = None,
     comm: Comm | None = None,
     start: int | None = None,
-    checkpoint: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 50,
     progress: bool | None = None,
 ) -> Any:
-    """TODO"""
+    """Replace running statistics by those of a whole data set: running_mean = mean, running_var = the variance.
+
+    Exact: Moments of the batches are merged, never averaged, so that batches of any size weigh what they hold; a last
+    batch of one does no harm. The old statistics stay until the new ones are complete, and then all layers change or
+    none.
+
+    Parameters
+    ----------
+    states_or_model : BatchNormState, list or mapping of them, or torch.nn.Module
+        Of a model, its batch norms with running statistics: torch's, cubn's, SyncBatchNorm, and those in
+        `torch.optim.swa_utils.AveragedModel`.
+    batches : iterable
+        For one state, arrays of its inputs; for a list or mapping of states, lists or mappings of such arrays. For a
+        model, batches for `forward`: a DataLoader or a list, say. A generator does where there is one pass.
+    layerwise : bool, optional
+        Of a model: whether layers are recalibrated one after the other, in the order in which they run, so that each is
+        given what repaired layers make of the data: the inputs that it will have in eval mode. That is the default, and
+        the result does not depend on the batches' sizes. With False, all are in one pass, in which a layer normalises
+        each batch by its own statistics.
+    forward : callable, optional
+        `forward(model, batch)` calls the model. Without it, a mapping is given as keyword arguments, of a list or tuple
+        the first element, and anything else as it is. Moving to a device is left to it, or to batches.
+    comm : mpi4py.MPI.Comm, torch.distributed.ProcessGroup or cubn.sync.Communicator, optional
+        The ranks that hold the data in parts, each with its own batches, of any number. All of them get the same bits.
+    start : int, optional
+        Global index of this rank's first sample, where ranks hold contiguous ranges of the data in rank order. Then the
+        bits are those of one process with all of it. Without it, parts are pooled in rank order, equal up to rounding.
+    checkpoint : path, optional
+        A file that keeps what was pooled, and is deleted at the end. Where it is there already, from an interrupted
+        call with the same arguments, batches that it covers are read and left out. With `comm`, ".0", ".1" ... is
+        appended for each rank.
+    checkpoint_every : int
+        After how many batches it is written; and always when an exception, Ctrl-C included, ends the call.
+    progress : bool, optional
+        Whether there is a progress bar, by tqdm. None: in a terminal, if tqdm is installed.
+
+    Returns
+    -------
+    Moments, list of Moments, or dict of str to Moments
+        What was pooled: of the state, of each state, or of each layer by its path in the model. A layer that no forward
+        came to is not in it, and stays as it was.
+
+    Raises
+    ------
+    TypeError
+        If an argument does not fit; if batches cannot be iterated again and that is needed; if running statistics are
+        of 16 bits.
+    ValueError
+        If there are no batches or fewer than two values per channel; if statistics are not finite; if a checkpoint is
+        of something else.
+    CollectiveMismatch
+        With `comm`: if ranks differ in what they do, or one of them failed. Nothing was changed on any.
+    ImportError
+        With `progress=True`, if there is no tqdm.
+
+    Notes
+    -----
+    running_var is what the state's `running_variance` says; of models, the unbiased one. `tracked` (of modules,
+    `num_batches_tracked`) becomes the number of batches, of all ranks, and `skipped` 0: with `momentum=None` the next
+    batch weighs as one more of these. Everything else is as before, also after an exception: gamma, beta, momentum, the
+    mode of each module, hooks, random numbers.
+
+    A model computes in eval mode meanwhile, without dropout and without gradients. Layer by layer, L layers take a
+    forward of the first batch and L passes over the batches, each of which ends a forward at its layer: about
+    (L + 1) / 2 times the forwards of one pass, and L times the loading. Every pass begins with the same random numbers
+    of torch, so a loader that shuffles by them gives the same batches. A batch norm that runs several times in a
+    forward gets the statistics of all its inputs; it, and those after it, then normalise each batch by its own
+    statistics in its pass. A batch with one value per channel is normalised by what was pooled before.
+
+    What is exact of a model is the pooling: its convolutions may give other bits for other batch sizes.
+
+    Examples
+    --------
+    >>> import numpy as np, cubn
+    >>> x = np.random.default_rng(0).normal(5, 2, (100, 3)).astype(np.float32)
+    >>> state = cubn.BatchNormState(3)
+    >>> cubn.recalibrate(state, [x[:64], x[64:99], x[99:]])
+    Moments(samples=[0, 100), num_features=3, count=100)
+    >>> bool((state.running_mean == cubn.moments(x).mean.astype(np.float32)).all()), state.tracked.tolist()
+    (True, [3, 3, 3])
+    """
     options = Options(comm, start, checkpoint, checkpoint_every, progress)
     recalibration = Recalibration(batches, options)
 

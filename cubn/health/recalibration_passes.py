@@ -15,7 +15,8 @@ from cubn.errors import CollectiveMismatch, message
 from cubn.health.recalibration_commit import Target
 from cubn.health.recalibration_record import Record, RecordFile
 from cubn.moments import moments
-from cubn.sync import Comm, communicator, messages
+from cubn.sync import Comm, communicator
+from cubn.sync.messages import exchanged
 from cubn.typing import AnyArray
 
 Stage = tuple[str, ...]
@@ -129,7 +130,9 @@ class Recalibration:
         self.record = self.file.read()
 
     def _heard(self, make: Callable[[], bytes]) -> list[tuple[Record, dict[str, Any]]]:
-        return [Record.unpacked(said) for said in messages.gather(self.options.comm, "recalibrate", make)]
+        comm = self.options.comm
+        said = [make()] if comm is None else exchanged(comm, "recalibrate", make)
+        return [Record.unpacked(one) for one in said]
 
     def _take_over(self, records: Sequence[Record], stages: Sequence[Stage]) -> None:
         """What any rank's file has of all ranks; and this rank's pools, if they are of what is next."""

@@ -78,6 +78,8 @@ class RecordFile:
 
     def __init__(self, path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
         self.path = Path(path)
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(message("checkpoint", "be in a folder that exists", str(path)))
         self._about = json.loads(json.dumps(about))
 
     def read(self) -> Record:
@@ -101,7 +103,7 @@ class RecordFile:
 
     def write(self, record: Record) -> None:
         """Beside it first, and in its place when all of that is on the disk."""
-        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        beside = self.path.with_name(f"{self.path.name}.tmp")
         try:
             with beside.open("wb") as file:
                 file.write(record.packed(self._about))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, Type
 
 from cubn._arguments import as_int
 from cubn._types import Nodes
-from cubn.errors import message, quoted, reported, reporting_as
+from cubn.errors import CollectiveMismatch, message, quoted, reported, reporting_as
 from cubn.sync import Comm, communicator
 from cubn.sync.exchange import Exchange, LocalPart, begin, leave
 from cubn.sync.header import MAX_OPERATIONS, OPERATIONS, Terms
@@ -137,7 +137,11 @@ class _Together:
     """The operations of one exchange: added in a `with` block, begun where it ends."""
 
     def __init__(self, communicator: Communicator) -> None:
-        communicator.check_in_step()
+        if communicator.broken is not None:
+            raise CollectiveMismatch(
+                f"cubn: comm can no longer be used, for its ranks are out of step: {communicator.broken}. "
+                "Make a new communicator."
+            )
         self.communicator = communicator
         self._name = OPERATIONS[0]
         self._operations: list[Operation[Any]] = []

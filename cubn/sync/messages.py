@@ -1,71 +1,67 @@
-"""Messages of any length between ranks: each gives one and gets those of all, or all of them hear of an error."""
+"""Messages of any length from every rank to every other: what is said besides the nodes of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 
 import numpy as np
 
-from cubn.sync import Comm, communicator, header
+from cubn._types import HOST, Nodes
+from cubn.backends import backend_for
+from cubn.backends.protocol import Backend
+from cubn.sync import Comm, collective
+from cubn.sync.collective import Gathered
 from cubn.sync.exchange import leave
-from cubn.sync.header import HEADER, Terms
-from cubn.sync.transport import Bytes, Communicator
+from cubn.sync.header import Terms
 
 
-def gather(comm: Comm | None, operation: str, make: Callable[[], bytes]) -> list[bytes]:
-    """What `make` returns on each rank, in rank order; on this one alone without a comm.
-
-    An error of `make` is raised here, and a CollectiveMismatch on the other ranks.
+def exchanged(comm: Comm, operation: str, make: Callable[[], bytes]) -> list[bytes]:
+    """What each rank says, in rank order.
 
     Parameters
     ----------
+    comm : mpi4py.MPI.Comm, torch.distributed.ProcessGroup or Communicator
+        All its ranks call this.
     operation : str
-        One of `header.OPERATIONS`, the same on all ranks.
+        One of those that headers know.
+    make : callable
+        Gives what this rank says. Where it raises an error, the other ranks hear of it.
+
+    Raises
+    ------
+    CollectiveMismatch
+        If ranks do not do the same thing, or another one failed; on every rank.
     """
-    if comm is None:
-        return [make()]
-    group = communicator(comm)
-    group.check_in_step()
-    try:
-        return _gather(group, operation, make)
-    except _HeardByAll as heard:
-        error = heard.error
-    except BaseException as left:
-        leave(group, left)
-        raise
-    raise error
+    return collective.start(comm, None, lambda: _Message(operation, make())).finish()
 
 
-class _HeardByAll(Exception):
-    """Carries an error of which all ranks hear."""
+class _Message:
+    """An operation without nodes, whose samples are the bytes of a message."""
 
-    def __init__(self, error: Exception) -> None:
-        self.error = error
+    def __init__(self, operation: str, said: bytes) -> None:
+        self._said = said
+        self.terms = Terms(operation, 0, len(said), "none", gathers=False)
 
+    @property
+    def backend(self) -> Backend:
+        return backend_for(HOST)
 
-def _gather(group: Communicator, operation: str, make: Callable[[], bytes]) -> list[bytes]:
-    said, error = b"", None
-    try:
-        said = make()
-    except Exception as failure:
-        error = failure
-    group.exchanges += 1
-    terms = Terms(operation, 0, len(said), "none")
-    own = header.encode([terms], group.exchanges, None, failed=error is not None)
-    headers = header.decode(_received(group, own, (HEADER.itemsize,) * group.size))
-    mismatch = header.disagreement(headers)
-    if mismatch is not None and header.any_declared(headers):  # records of that rank may be under way for ever
-        group.abandon(str(mismatch))
-    if failure_of_a_rank := error or mismatch:
-        raise _HeardByAll(failure_of_a_rank)
-    sizes = header.samples(headers)
-    received = _received(group, np.frombuffer(said, np.uint8), sizes)
-    ends = np.cumsum(sizes).tolist()
-    return [received[end - size : end].tobytes() for size, end in zip(sizes, ends, strict=True)]
+    def part(self, start: int) -> Nodes:
+        return Nodes((), np.empty((0, 1)))
 
+    def accept(self, values: int) -> None:
+        """A message is about no values."""
 
-def _received(group: Communicator, record: Bytes, sizes: tuple[int, ...]) -> Bytes:
-    """The records of all ranks, one behind the other."""
-    received = np.empty(sum(sizes), np.uint8)
-    group.gather(record, received, sizes).wait()
-    return received
+    def finish(self, gathered: Gathered) -> list[bytes]:
+        """One more gather, now that every rank knows how long the messages are."""
+        group = gathered.context.communicator
+        assert group.samples is not None
+        sizes = group.samples
+        received = np.empty(sum(sizes), np.uint8)
+        try:
+            group.gather(np.frombuffer(self._said, np.uint8), received, sizes).wait()
+        except BaseException as error:
+            leave(group, error)
+            raise
+        return [received[lo:hi].tobytes() for lo, hi in pairwise(accumulate(sizes, initial=0))]

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from cubn._types import BackendArray
 from cubn.backends.protocol import Backend
-from cubn.errors import CollectiveMismatch
 
 if TYPE_CHECKING:
     from cubn.backends.cuda.device import Device
@@ -87,11 +86,3 @@ class Communicator(ABC):
     def abandon(self, why: str) -> None:
         """Ranks are out of step: what is under way may never arrive, and nothing more can be exchanged."""
         self.broken = why
-
-    def check_in_step(self) -> None:
-        """Raise if nothing more can be exchanged."""
-        if self.broken is not None:
-            raise CollectiveMismatch(
-                f"cubn: comm can no longer be used, for its ranks are out of step: {self.broken}. "
-                "Make a new communicator."
-            )

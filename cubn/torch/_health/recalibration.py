@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -109,11 +109,8 @@ class Model:
 
         def run(batch: Any, given: Given) -> None:
             heard[:] = [(given, Counter())]
-            with torch.no_grad():
-                try:
-                    self._forward(self._model, batch)
-                except _Seen:
-                    pass
+            with torch.no_grad(), suppress(_Seen):
+                self._forward(self._model, batch)
 
         old = {path: {name: layer._buffers[name] for name in STATISTICS} for path, layer in self._layers.items()}
         with ExitStack() as afterwards:
@@ -173,10 +170,10 @@ def _unwrapped(model: Any) -> Any:
 
 def _target(path: str, layer: _BatchNorm) -> Target:
     mean, var = layer.running_mean, layer.running_var
+    assert mean is not None and var is not None
     if is_lazy(mean):
         got = f"{a_type(layer)}{at(path)}, which has no statistics yet"
         raise ValueError(message("states_or_model", "have seen a batch", got, "Call it with a batch first."))
-    assert mean is not None and var is not None
     state = BatchNormState.from_arrays(running_mean=mean, running_var=var, check=False)
     state._check_updatable()
 
@@ -217,7 +214,11 @@ def _for_a_batch(x: Tensor, pooled: Moments | None, old: Mapping[str, Tensor | N
 def _tensors(pooled: Moments, like: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """The running statistics that a layer is going to have."""
     values = dict(zip(STATISTICS, (pooled.mean, pooled.var_unbiased()), strict=True))
-    return {name: torch.tensor(values[name], dtype=old.dtype, device=old.device) for name, old in like.items() if old is not None}
+    return {
+        name: torch.tensor(values[name], dtype=old.dtype, device=old.device)
+        for name, old in like.items()
+        if old is not None
+    }
 
 
 def _random_numbers_kept(model: nn.Module) -> AbstractContextManager[None]:
@@ -226,7 +227,7 @@ def _random_numbers_kept(model: nn.Module) -> AbstractContextManager[None]:
     return torch.random.fork_rng([device.index for device in devices], device_type="cuda")
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
+def _uncompiled() -> Any:
     """Compiled forwards would not call hooks that are new."""
     if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
         return torch.compiler.set_stance("force_eager")
