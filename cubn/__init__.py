@@ -14,6 +14,8 @@ from cubn.fold import fold, fold_into
 from cubn.forward import forward, forward_frozen, normalize
 from cubn.forward_train import forward_train, forward_train_start
 from cubn.gradients import DoubleGradients, Gradients, StatisticsGradients
+from cubn.health.merging import merge_states
+from cubn.health.recalibration import recalibrate
 from cubn.moments import finite_mask, moments, update
 from cubn.saved import Saved
 from cubn.state import BatchNormState
@@ -49,8 +51,10 @@ __all__ = [
     "forward_train",
     "forward_train_start",
     "get_num_threads",
+    "merge_states",
     "moments",
     "normalize",
+    "recalibrate",
     "set_num_threads",
     "together",
     "update",
