@@ -8,7 +8,7 @@ import numpy as np
 
 from cubn._state.arrays import STATISTICS
 from cubn.health.layer import Float64, Layer
-from cubn.health.rules.registry import Found, Network, rule, statistics
+from cubn.health.rules.registry import Found, Network, rule, statistics, weight
 
 DIGITS = {"float16": 11, "bfloat16": 8}
 """Binary digits of 16-bit numbers."""
@@ -33,8 +33,8 @@ def sixteen_bit_statistics(layer: Layer, network: Network) -> Iterator[Found]:
         return
     digits = min(DIGITS[dtype] for dtype in narrow.values())
     evidence: dict[str, object] = dict(narrow)
-    if isinstance(layer.momentum, float) and layer.momentum > 0:
-        evidence["stands still at a distance of"] = f"{100 * 2.0**-digits / layer.momentum:.2g} %"
+    if momentum := weight(layer):
+        evidence["stands still at a distance of"] = f"{100 * 2.0**-digits / momentum:.2g} %"
     yield Found(
         "warning",
         f"running statistics are stored in {' and '.join(sorted(set(narrow.values())))}",

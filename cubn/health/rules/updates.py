@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from cubn._moments import Moments
+from cubn.health.finding import Severity
 from cubn.health.layer import Float64, Layer
-from cubn.health.rules.registry import Channels, Found, Network, rule, statistics, untouched
+from cubn.health.rules.registry import Channels, Found, Network, rule, statistics, untouched, weight
 from cubn.health.rules.values import RECALIBRATE, eps_of
 
 SKIPPED_SOME, SKIPPED_MANY = 0.05, 0.5
@@ -102,18 +104,15 @@ def skipped_updates(layer: Layer, network: Network) -> Iterator[Found]:
     few = ~many & ~some & (layer.skipped > 0)
     cause = "batches with an inf or a NaN, as of 16-bit activations that overflow, or batches of one value per channel"
     remedy = "find the first one: assert numpy.isfinite(x).all()"
-    for wrong, is_more in ((many, "error"), (some, "warning"), (few, "info")):
+    by_severity: list[tuple[Severity, Channels]] = [("error", many), ("warning", some), ("info", few)]
+    for severity, wrong in by_severity:
         if wrong.any():
-            what = (
-                "running statistics were left as they were in many updates"
-                if is_more == "error"
-                else ("some updates left running statistics as they were")
-            )
             evidence = {"share": share[wrong], "skipped": layer.skipped[wrong], "tracked": layer.tracked[wrong]}
             if lately is not None:
                 evidence["share lately"] = lately[wrong]
+            what = "many updates" if severity == "error" else "updates"
             more = ", lately more of them" if (grows & wrong).any() else ""
-            yield Found(is_more, what + more, wrong, evidence, cause, remedy)
+            yield Found(severity, f"{what} left running statistics as they were{more}", wrong, evidence, cause, remedy)
 
 
 @rule("lost-counts")
@@ -229,7 +228,8 @@ def _far(
     what, of_size, of_surprise = words
     wrong = (surprise > UNLIKELY) & (size > limits[0])
     worst = wrong & (size > limits[1])
-    for severity, channels in (("error", worst), ("warning", wrong & ~worst)):
+    by_severity: list[tuple[Severity, Channels]] = [("error", worst), ("warning", wrong & ~worst)]
+    for severity, channels in by_severity:
         if channels.any():
             numbers = {of_size: size, of_surprise: surprise, **evidence}
             yield Found(
@@ -243,9 +243,9 @@ def _far(
 
 
 def _why_stale(layer: Layer) -> str:
-    updates = _updates(layer)
-    if isinstance(layer.momentum, float) and updates is not None and updates * layer.momentum < EXPECTED_BATCHES:
-        return f"{updates} updates at a momentum of {layer.momentum:g}: the statistics still hold what they began with"
+    updates, momentum = _updates(layer), weight(layer)
+    if momentum is not None and updates is not None and updates * momentum < EXPECTED_BATCHES:
+        return f"{updates} updates at a momentum of {momentum:g}: the statistics still hold what they began with"
     return "data of another domain, weights that changed since, or a momentum that follows them too slowly"
 
 
@@ -263,10 +263,9 @@ def _sample(layer: Layer, moments: Moments) -> _Sample:
     if layer.momentum == "cumulative":
         batches = float(updates or 1)
     else:
-        weight = USUAL_MOMENTUM if layer.momentum is None else min(max(layer.momentum, 1e-6), 1.0)
-        batches = (2 - weight) / weight
-        if updates:
-            batches = min(batches, updates)
+        momentum = weight(layer)
+        share = USUAL_MOMENTUM if momentum is None else min(max(momentum, 1e-6), 1.0)
+        batches = min((2 - share) / share, updates or math.inf)
     running = batches * min(USUAL_BATCH, int(moments.count))
     values = 1 / (1 / running + 1 / int(moments.count))
     return _Sample(values, np.maximum(USUAL_KURTOSIS, _kurtosis(moments)))
