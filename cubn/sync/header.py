@@ -16,7 +16,7 @@ from cubn.sync.transport import Bytes
 
 OPERATIONS = (
     *("nothing", "several operations", "moments", "forward_train", "backward", "double_backward"),
-    "recalibrate",
+    *("diagnose", "recalibrate"),
 )
 OPTIONS = (
     *("with sizes", "update", "biased", "relu", "residual", "frozen", "global parameter gradients"),
