@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,7 +123,7 @@ def recalibrate(
     recalibration.close()
     if isinstance(states_or_model, BatchNormState):
         return record.done[""]
-    return list(record.done.values()) if isinstance(states_or_model, Sequence) else dict(record.done)
+    return list(record.done.values()) if isinstance(states_or_model, (list, tuple)) else dict(record.done)
 
 
 def _check(options: Options) -> None:
@@ -196,10 +196,7 @@ class _States:
     def _observe(self, batch: Any, pools: Pools) -> None:
         for name, x in self._arrays(batch).items():
             state = self.targets[name].state
-            taken = pools.add(name, 0, x, channel_axis=state.channel_axis)
-            if taken.num_features != state.num_features:
-                rule = f"have {state.num_features} channels, as the state has"
-                raise ValueError(message("a batch", rule, taken.num_features))
+            pools.add(name, 0, x, state.num_features, channel_axis=state.channel_axis)
 
     def _arrays(self, batch: Any) -> dict[str, Any]:
         """By the names of the states."""
@@ -208,7 +205,7 @@ class _States:
             return {"": batch}
         if isinstance(given, Mapping):
             if isinstance(batch, Mapping) and batch.keys() == given.keys():
-                return dict(batch)
+                return {name: batch[name] for name in names}
             got = f"the names {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else a_type(batch)
             raise ValueError(message("a batch", "be a mapping of the states' names to arrays", got))
         if isinstance(batch, (list, tuple)) and len(batch) == len(names):

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 from cubn._moments import Moments
 from cubn.errors import CollectiveMismatch, message
 from cubn.health.recalibration_commit import Target
-from cubn.health.recalibration_record import Record, RecordFile
+from cubn.health.recalibration_file import RecordFile
+from cubn.health.recalibration_record import Record, Written, as_message, of_message
 from cubn.moments import moments
 from cubn.sync import Comm, communicator
 from cubn.sync.messages import exchanged
@@ -35,12 +36,17 @@ class Pools:
         self.start = start
         """Global index of the first sample."""
 
-    def add(self, name: str, call: int, x: AnyArray, *, first: int | None = None, **options: Any) -> Moments:
+    def add(
+        self, name: str, call: int, x: AnyArray, channels: int, *, first: int | None = None, **options: Any
+    ) -> Moments:
         """One more input of a call of a layer; what there is of that call. `first` is where its samples begin."""
         pools = self.found.get(name, ())
         before = pools[call] if call < len(pools) else None
         start = before.stop if before else self.start if first is None else first
         taken = moments(x, start=start, **options)
+        if taken.num_features != channels:
+            rule = f"have {channels} channels{f' for {name}' if name else ''}"
+            raise ValueError(message("a batch", rule, taken.num_features))
         together = before.merge(taken) if before else taken
         self.found[name] = (*pools[:call], together, *pools[call + 1 :])
         return together
@@ -92,7 +98,7 @@ class Recalibration:
         """Pool everything; the subject that `make` gives, and the record. What `make` raises, all ranks hear of."""
         subjects: list[Subject] = []
 
-        def begin() -> bytes:
+        def begin() -> Written:
             subject = make()
             subjects.append(subject)
             self._open_file(subject)
@@ -101,7 +107,7 @@ class Recalibration:
                 "start given": self.options.start is not None,
                 "stages": subject.stages(self.batches),
             }
-            return self.record._replace(pools={}, batches=0).packed(about)
+            return self.record._replace(pools={}, batches=0).written(about)
 
         heard = self._heard(begin)
         subject, stages = subjects[0], _agreed([about for _, about in heard])
@@ -129,10 +135,12 @@ class Recalibration:
         self.file = RecordFile(path, about)
         self.record = self.file.read()
 
-    def _heard(self, make: Callable[[], bytes]) -> list[tuple[Record, dict[str, Any]]]:
+    def _heard(self, make: Callable[[], Written]) -> list[tuple[Record, dict[str, Any]]]:
+        """What each rank makes, in rank order."""
         comm = self.options.comm
-        said = [make()] if comm is None else exchanged(comm, "recalibrate", make)
-        return [Record.unpacked(one) for one in said]
+        if comm is None:
+            return [Record.read(make())]
+        return [Record.read(of_message(said)) for said in exchanged(comm, "recalibrate", lambda: as_message(make()))]
 
     def _take_over(self, records: Sequence[Record], stages: Sequence[Stage]) -> None:
         """What any rank's file has of all ranks; and this rank's pools, if they are of what is next."""
@@ -145,7 +153,7 @@ class Recalibration:
     def _pool(self, subject: Subject, stage: Stage, advance: Callable[[], None]) -> None:
         """One pass, and what all ranks have pooled in it."""
 
-        def take() -> bytes:
+        def take() -> Written:
             try:
                 with subject.observing(stage, self.record.done) as observe:
                     for batch in self._batches(advance):
@@ -158,7 +166,7 @@ class Recalibration:
             finally:
                 if self.file:
                     self.file.write(self.record)
-            return self.record._replace(done={}).packed({})
+            return self.record._replace(done={}).written({})
 
         records = [record for record, _ in self._heard(take)]
         batches = sum(record.batches for record in records)

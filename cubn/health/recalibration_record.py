@@ -1,23 +1,29 @@
-"""What a recalibration has pooled so far, and how it is written: into a file, or to other ranks."""
+"""What a recalibration has pooled so far, and how it is written: as words and arrays, of which messages are made."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import zipfile
+import math
 from collections.abc import Mapping
 from itertools import count
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
+from cubn._entries import ENTRIES
 from cubn._moments import Moments
-from cubn.errors import message
 
 VERSION = 1
-"""Of the file's format."""
+"""Of how records are written."""
+
+
+class Written(NamedTuple):
+    """A record, and what was said of it."""
+
+    header: str
+    """JSON."""
+    arrays: Mapping[str, NDArray[Any]]
 
 
 class Record(NamedTuple):
@@ -32,97 +38,48 @@ class Record(NamedTuple):
     all_batches: int = 0
     """Of a pass, on all ranks; 0 before the first is done."""
 
-    def packed(self, about: Mapping[str, Any]) -> bytes:
-        """An npz without pickled objects: everything, and what the caller says of it in words and numbers of JSON."""
+    def written(self, about: Mapping[str, Any]) -> Written:
+        """Everything, and what the caller says of it in words and numbers of JSON."""
         names = {
             "done": list(self.done),
             "pools": {name: len(pools) for name, pools in self.pools.items()},
             "batches": self.batches,
             "all_batches": self.all_batches,
         }
-        written = json.dumps({"version": VERSION, "about": about, "record": names}, sort_keys=True)
         moments = [*self.done.values(), *(pool for pools in self.pools.values() for pool in pools)]
-        entries = {f"{i}.{name}": entry for i, one in enumerate(moments) for name, entry in one.to_dict().items()}
-        memory = io.BytesIO()
-        np.savez(memory, header=np.array(written), **entries)
-        return memory.getvalue()
+        arrays = {f"{i}.{name}": np.asarray(x) for i, one in enumerate(moments) for name, x in one.to_dict().items()}
+        return Written(json.dumps({"version": VERSION, "about": about, "record": names}), arrays)
 
     @classmethod
-    def unpacked(cls, packed: bytes) -> tuple[Self, dict[str, Any]]:
-        """A record, and what was said of it. A ValueError or KeyError if the bytes are no whole record."""
-        try:
-            with np.load(io.BytesIO(packed), allow_pickle=False) as entries:
-                header = json.loads(str(entries["header"]))
-                numbers = count()
+    def read(cls, written: Written) -> tuple[Self, dict[str, Any]]:
+        """A record, and what was said of it. KeyError, TypeError or ValueError if that is none."""
+        header, numbers = json.loads(written.header), count()
+        if header["version"] != VERSION:
+            raise ValueError(f"version {header['version']}")
 
-                def following() -> Moments:
-                    i = next(numbers)
-                    names = ("start", "stop", "exact", "blocks", "count", "mean", "m2")
-                    return Moments.from_dict({name: entries[f"{i}.{name}"] for name in names})
+        def following() -> Moments:
+            i = next(numbers)
+            return Moments.from_dict({name: written.arrays[f"{i}.{name}"] for name in ENTRIES})
 
-                if header["version"] != VERSION:
-                    raise ValueError(f"version {header['version']}")
-                names = header["record"]
-                done = {name: following() for name in names["done"]}
-                pools = {name: tuple(following() for _ in range(calls)) for name, calls in names["pools"].items()}
-                return cls(done, pools, names["batches"], names["all_batches"]), header["about"]
-        except (zipfile.BadZipFile, EOFError, TypeError, OSError) as error:
-            raise ValueError(str(error)) from error
+        names = header["record"]
+        done = {name: following() for name in names["done"]}
+        pools = {name: tuple(following() for _ in range(calls)) for name, calls in names["pools"].items()}
+        return cls(done, pools, names["batches"], names["all_batches"]), header["about"]
 
 
-class RecordFile:
-    """The file that a recalibration can be resumed from.
-
-    It is replaced as a whole: whoever reads it, and whenever this process is killed, finds one record or the next.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(message("checkpoint", "be in a folder that exists", str(path)))
-        self._about = json.loads(json.dumps(about))
-
-    def read(self) -> Record:
-        """What is there; an empty record where there is no file. Raises if it is not of this recalibration."""
-        remedy = f"Delete {self.path}, or give another path."
-        try:
-            packed = self.path.read_bytes()
-        except FileNotFoundError:
-            return Record()
-        try:
-            record, about = Record.unpacked(packed)
-        except (ValueError, KeyError) as error:
-            rule = "be a file that recalibrate wrote"
-            raise ValueError(message("checkpoint", rule, f"{self.path}, which is none ({error})", remedy)) from None
-        different = [name for name in self._about if about.get(name) != self._about[name]]
-        if different:
-            rule = "be of this recalibration"
-            got = f"{self.path}, of {about.get('subject')}, which differs in {', '.join(different)}"
-            raise ValueError(message("checkpoint", rule, got, remedy))
-        return record
-
-    def write(self, record: Record) -> None:
-        """Beside it first, and in its place when all of that is on the disk."""
-        beside = self.path.with_name(f"{self.path.name}.tmp")
-        try:
-            with beside.open("wb") as file:
-                file.write(record.packed(self._about))
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.path)
-        finally:
-            beside.unlink(missing_ok=True)
-        _sync_folder(self.path.parent)
-
-    def delete(self) -> None:
-        self.path.unlink(missing_ok=True)
+def as_message(written: Written) -> bytes:
+    """A line of JSON, and the arrays one behind the other."""
+    arrays = {name: (array.dtype.str, array.shape) for name, array in written.arrays.items()}
+    line = json.dumps([written.header, arrays]).encode()
+    return b"\n".join([line, b"".join(array.tobytes() for array in written.arrays.values())])
 
 
-def _sync_folder(folder: Path) -> None:
-    """The new name is on the disk, too, where a folder can be opened."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def of_message(said: bytes) -> Written:
+    line, _, data = said.partition(b"\n")
+    header, described = json.loads(line)
+    arrays, at = {}, 0
+    for name, (dtype, shape) in described.items():
+        values = math.prod(shape)
+        arrays[name] = np.frombuffer(data, dtype, values, at).reshape(shape).copy()  # aligned
+        at += values * np.dtype(dtype).itemsize
+    return Written(header, arrays)

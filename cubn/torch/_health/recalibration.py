@@ -84,7 +84,7 @@ class Model:
                     if path not in stage:
                         return None
                     first = pools.start * len(x) // samples if samples else 0
-                    pooled = pools.add(path, call, x.detach(), mask=mask, first=first)
+                    pooled = pools.add(path, call, x.detach(), self._layers[path].num_features, mask=mask, first=first)
                     if call + 1 == self._calls.get(path):
                         raise _Seen
                     return pooled
