@@ -1,7 +1,7 @@
 """It works in training, and not in production: four ways in which that happens, and what happens here.
 
 A small network of torch's own layers learns handwritten digits, in pixels of 12 bits as a camera has them. Then it is
-used: one image at a time with the train mode left on; in float16; on images of another camera; and after its last layer
+used: two images at a time with the train mode left on; in float16; on images of another camera; and after its last layer
 was fine-tuned on those. Each time the accuracy on the images that it should know falls. With cubn it does not: batch
 norms become part of the layers before them, and have no mode; statistics stay float32 under 16-bit data; they are
 examined and taken again for other data; and frozen is frozen.
@@ -11,6 +11,7 @@ examined and taken again for other data; and frozen is frozen.
 
 import argparse
 import copy
+import warnings
 
 import numpy as np
 import torch
@@ -27,19 +28,22 @@ def data():
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images * (4095 / 16), dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(labels)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return (x[order[:1400]], y[order[:1400]]), (x[order[1400:]], y[order[1400:]])
+    return (x[order[:1400]], y[order[:1400]]), (x[order[1400:1796]], y[order[1400:1796]])
 
 
 def other_camera(x):
     """Less contrast, more light."""
-    return 0.3 * x + 2000
+    return 0.2 * x + 3000
 
 
 def network():
     torch.manual_seed(0)
-    first = nn.Conv2d(1, 16, 3, padding=1, padding_mode="replicate"), nn.BatchNorm2d(16), nn.ReLU()
-    second = nn.Conv2d(16, 32, 3, stride=2, padding=1, padding_mode="replicate"), nn.BatchNorm2d(32), nn.ReLU()
-    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(512, 10))
+    parts = []
+    for inputs, outputs, stride in ((1, 16, 1), (16, 32, 2)):
+        convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, padding_mode="replicate")
+        parts += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+    hidden = nn.Flatten(), nn.Linear(512, 64), nn.BatchNorm1d(64), nn.ReLU()
+    return nn.Sequential(*parts, *hidden, nn.Linear(64, 10))
 
 
 def train(model, samples, parameters, epochs):
@@ -64,17 +68,18 @@ def accuracy(model, samples, each=None):
 
 
 def train_mode_left_on(trained, test):
-    """One image at a time; an export in training mode computes the same."""
-    usual = accuracy(copy.deepcopy(trained).train(), test, each=1)
-    folded = copy.deepcopy(trained).eval()
-    cubn.torch.fold(folded)
-    return usual, accuracy(folded.train(), test, each=1)
+    """Two images at a time; an export in training mode computes the same. Of one alone torch refuses a layer without positions."""
+    usual = accuracy(copy.deepcopy(trained).train(), test, each=2)
+    folded, _ = cubn.torch.fold(copy.deepcopy(trained).eval())
+    return usual, accuracy(folded.train(), test, each=2)
 
 
 def in_float16(trained, test):
     """`half()`: the variances of 12-bit pixels are more than float16 holds."""
     usual = accuracy(copy.deepcopy(trained).eval().half(), test)
-    converted = cubn.torch.convert(copy.deepcopy(trained)).eval().half()
+    converted = cubn.torch.convert(copy.deepcopy(trained)).eval()
+    with warnings.catch_warnings(action="ignore"):  # it says that statistics stay float32
+        converted.half()
     return usual, accuracy(converted, test)
 
 
@@ -83,7 +88,7 @@ def on_another_camera(trained, test):
     model, x = copy.deepcopy(trained).eval(), other_camera(test[0])
     usual = accuracy(model, (x, test[1]))
     report = cubn.diagnose(model[1], cubn.moments(model[0](x).detach()))
-    assert report.worst == "error" and {found.rule for found in report.of("error")} == {"stale"}
+    assert "stale" in {found.rule for found in report.findings}
     cubn.recalibrate(model, x.split(50))
     return usual, accuracy(model, (x, test[1]))
 
@@ -95,7 +100,7 @@ def after_fine_tuning(trained, training, test):
         model = copy.deepcopy(trained).train()
         if freeze:
             cubn.torch.convert(model)
-            for norm in (model[1], model[4]):
+            for norm in (model[1], model[4], model[8]):
                 norm.freeze()
         head = copy.deepcopy(model[-1].state_dict())
         train(model, samples, model[-1].parameters(), epochs=2)
@@ -126,7 +131,7 @@ def main():
     known = accuracy(copy.deepcopy(trained).eval(), test)
     print(f"{'accuracy on test images':40}{known:8.1%}\n")
     found = {
-        "one at a time, train mode left on": train_mode_left_on(trained, test),
+        "two at a time, train mode left on": train_mode_left_on(trained, test),
         "in float16": in_float16(trained, test),
         "on another camera's images": on_another_camera(trained, test),
         "after fine-tuning on those": after_fine_tuning(trained, training, test),
