@@ -6,7 +6,7 @@ and a head, in inference. Row 0 of its output differs between a batch of one and
 `batch_invariance` names every layer whose bits do: convolutions and the linear layer, where the libraries behind them
 compute in another order for other batch sizes.
 
-    python examples/output_independent_of_batch_torch.py --figure output_independent_of_batch.svg
+    python examples/output_independent_of_batch_torch.py --figure output_independent_of_batch.png
 """
 
 import argparse
@@ -94,7 +94,7 @@ def draw(layers, path):
     axes.set_title("Each layer by itself: does its output for one sample depend on the batch?", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

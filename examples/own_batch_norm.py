@@ -8,7 +8,7 @@ Then the same from cubn's building blocks: a state per domain, updated in place,
 micro-batch is normalised with its own statistics, and the running ones are updated once, with the moments of all of
 them merged, as if they had been one batch.
 
-    python examples/own_batch_norm.py --figure own_batch_norm.svg
+    python examples/own_batch_norm.py --figure own_batch_norm.png
 """
 
 import argparse
@@ -30,7 +30,9 @@ class Own(torch.nn.Module):
 
     def __init__(self, num_features):
         super().__init__()
-        self.gamma, self.beta = (torch.nn.Parameter(value) for value in (torch.ones(num_features), torch.zeros(num_features)))
+        self.gamma, self.beta = (
+            torch.nn.Parameter(value) for value in (torch.ones(num_features), torch.zeros(num_features))
+        )
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
@@ -122,7 +124,9 @@ def main():
     arguments = parser.parse_args()
 
     lost, history = replicated(), by_domain()
-    print(f"replicated, as usual: running mean {lost[-1]:+.2f} after {STEPS} steps of data around {DOMAINS['day']:+.0f}")
+    print(
+        f"replicated, as usual: running mean {lost[-1]:+.2f} after {STEPS} steps of data around {DOMAINS['day']:+.0f}"
+    )
     assert lost[-1] == 0
     for domain, level in DOMAINS.items():
         print(f"a state per domain: {domain:<5} has running mean {history[domain][-1]:+.2f}")
@@ -164,7 +168,7 @@ def draw(lost, history, memory, path):
     right.set_title("Memory", loc="left")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

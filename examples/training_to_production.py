@@ -6,7 +6,7 @@ was fine-tuned on those. Each time the accuracy on the images that it should kno
 norms become part of the layers before them, and have no mode; statistics stay float32 under 16-bit data; they are
 examined and taken again for other data; and frozen is frozen.
 
-    python examples/training_to_production.py --figure training_to_production.svg
+    python examples/training_to_production.py --figure training_to_production.png
 """
 
 import argparse
@@ -162,7 +162,7 @@ def draw(known, found, path):
     axes.set_title("It worked in training", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 images; cubn's, with `comm=`, by those of all 32, to the bit, whether the shares are even, uneven or empty. The devices
 are threads here. With MPI they are processes, and the communicator is MPI.COMM_WORLD; nothing else changes.
 
-    python examples/two_images_per_device.py --figure two_images_per_device.svg
+    python examples/two_images_per_device.py --figure two_images_per_device.png
 """
 
 import argparse
@@ -87,7 +87,7 @@ def draw(errors, zeros, path):
     axes.set_title("One batch over many devices: how far outputs are from one device's", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
