@@ -6,7 +6,7 @@ and a head, in inference. Row 0 of its output differs between a batch of one and
 `batch_invariance` names every layer whose bits do: convolutions and the linear layer, where the libraries behind them
 compute in another order for other batch sizes.
 
-    python examples/output_independent_of_batch_torch.py --figure output_independent_of_batch.png
+    python examples/output_independent_of_batch_torch.py --figure docs/figures/output_independent_of_batch.png
 """
 
 import argparse

@@ -8,7 +8,7 @@ Then the same from cubn's building blocks: a state per domain, updated in place,
 micro-batch is normalised with its own statistics, and the running ones are updated once, with the moments of all of
 them merged, as if they had been one batch.
 
-    python examples/own_batch_norm.py --figure own_batch_norm.png
+    python examples/own_batch_norm.py --figure docs/figures/own_batch_norm.png
 """
 
 import argparse

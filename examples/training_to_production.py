@@ -1,12 +1,12 @@
 """It works in training, and not in production: four ways in which that happens, and what happens here.
 
 A small network of torch's own layers learns handwritten digits, in pixels of 12 bits as a camera has them. Then it is
-used: two images at a time with the train mode left on; in float16; on images of another camera; and after its last layer
-was fine-tuned on those. Each time the accuracy on the images that it should know falls. With cubn it does not: batch
-norms become part of the layers before them, and have no mode; statistics stay float32 under 16-bit data; they are
+used: two images at a time with the train mode left on; in float16; on images of another camera; and after its last
+layer was fine-tuned on those. Each time the accuracy on the images that it should know falls. With cubn it does not:
+batch norms become part of the layers before them, and have no mode; statistics stay float32 under 16-bit data; they are
 examined and taken again for other data; and frozen is frozen.
 
-    python examples/training_to_production.py --figure training_to_production.png
+    python examples/training_to_production.py --figure docs/figures/training_to_production.png
 """
 
 import argparse
@@ -68,7 +68,7 @@ def accuracy(model, samples, each=None):
 
 
 def train_mode_left_on(trained, test):
-    """Two images at a time; an export in training mode computes the same. Of one alone torch refuses a layer without positions."""
+    """Two images at a time; of one alone torch's BatchNorm1d refuses to. An export in training mode does the same."""
     usual = accuracy(copy.deepcopy(trained).train(), test, each=2)
     folded, _ = cubn.torch.fold(copy.deepcopy(trained).eval())
     return usual, accuracy(folded.train(), test, each=2)

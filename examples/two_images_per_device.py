@@ -4,7 +4,7 @@
 images; cubn's, with `comm=`, by those of all 32, to the bit, whether the shares are even, uneven or empty. The devices
 are threads here. With MPI they are processes, and the communicator is MPI.COMM_WORLD; nothing else changes.
 
-    python examples/two_images_per_device.py --figure two_images_per_device.png
+    python examples/two_images_per_device.py --figure docs/figures/two_images_per_device.png
 """
 
 import argparse

@@ -2,13 +2,13 @@
 
 A perceptron of torch's own layers learns handwritten digits. A warm restart multiplies the learning rate by five: the
 weights, and with them what batch norms are given, then move faster than the running statistics follow. The loss in
-train mode is what such a restart costs; in eval mode it is more than 25 times that. The monitor warns before the next validation
-shows it, `train_eval_gap` says which layer does it, and `recalibrate` ends it, without a step of training.
+train mode is what such a restart costs; in eval mode it is more than 25 times that. The monitor warns before the next
+validation shows it, `train_eval_gap` says which layer does it, and `recalibrate` ends it, without a step of training.
 
 And the other way to the same end: an overflow in one batch. torch's running statistics are NaN from then on; cubn's
 leave that channel as it was.
 
-    python examples/validation_explodes.py --figure validation_explodes.png
+    python examples/validation_explodes.py --figure docs/figures/validation_explodes.png
 """
 
 import argparse
@@ -51,7 +51,7 @@ def loss(model, samples, training):
 
 
 def train(model, training, validation, monitor):
-    """Yield (step, train-mode loss, eval-mode loss) of the validation set, four times an epoch: the figure shows all."""
+    """Yield (step, train-mode loss, eval-mode loss) of the validation set, four times an epoch, for the figure."""
     optimizer = torch.optim.SGD(model.parameters(), lr=RATES[0], momentum=0.9)
     batches = torch.Generator().manual_seed(1)
     x, y = training
