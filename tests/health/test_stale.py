@@ -37,7 +37,7 @@ def test_evidence_is_in_standard_errors_and_sigmas():
     layer = healthy()
     sigma = np.sqrt(layer.running_var)
     (found,) = examine([with_data(layer, shift=np.where(np.arange(16) == 3, 5 * sigma, 0))]).findings
-    assert found.evidence["times"] == pytest.approx([5], rel=0.05)
+    assert found.evidence["shift in σ"] == pytest.approx([5], rel=0.05)
     n = 1 / (1 / (8 * 19) + 1 / 2000)  # 19 batches, of 8 values at the least
     assert found.evidence["standard errors"] == pytest.approx([5 * n**0.5], rel=0.05)
 
