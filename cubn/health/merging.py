@@ -185,7 +185,7 @@ def _check_counters(layer: str, states: Sequence[Mapping[str, Any]]) -> None:
     tracked = [state["tracked"] for state in states if "tracked" in state]
     if not tracked or (tracked[0].all() and all((one == tracked[0]).all() for one in tracked)):
         return
-    spans = "; ".join(f"{one.min()} to {one.max()}" for one in tracked)
+    spans = "; ".join(" to ".join(map(str, sorted({int(one.min()), int(one.max())}))) for one in tracked)
     remedy = "Give counts=, how many values or samples each one's statistics are of; [1, 1, ...] if all weigh the same."
     raise ValueError(message("counts", f"be given where counters{layer} are 0 or differ", f"tracked {spans}", remedy))
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_the_file_is_written_after_so_many_batches(x, tmp_path):
             yield batch
 
     cubn.recalibrate(state_of(x), batches(), checkpoint=path, checkpoint_every=3)
-    written = [before != after for before, after in zip(found, found[1:], strict=False)]
+    written = [before != after for before, after in pairwise(found)]
     assert written == [False, False, True, False, False, True, False]
 
 
