@@ -16,7 +16,7 @@ LAST_LINES = {
     "validation_explodes": "an overflow in channel 2: torch's running mean is not finite from then on, cubn's is",
     "own_batch_norm": "moments of parts, merged, then normalize and update: the bits of forward_train",
     "one_state_per_domain": "night: running mean -0.",
-    "two_images_per_device": "without synchronisation: outputs off by",
+    "two_images_per_device": "without synchronisation, in torch: outputs off by 0.5",
     "training_to_production": "one value per channel: forward_train: x must have more than one value",
 }
 
