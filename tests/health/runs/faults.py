@@ -1,7 +1,9 @@
 """Faults that people met, planted into real training runs."""
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -52,11 +54,14 @@ class Fault:
     before: Callable[[Any], None] = nothing
     at_step: Callable[[Any, int], None] = nothing
     after: Callable[[Run], None] = nothing
-    ranks: Callable[[Run], list[Any]] | None = field(default=None)
+    ranks: Callable[[Run], list[Any]] | None = None
 
     def run(self):
         """The run that has it."""
-        run = train(self.settings, self.before, self.at_step)
+        if (self.before, self.at_step) == (nothing, nothing):
+            run = copy.deepcopy(_trained(self.settings))
+        else:
+            run = train(self.settings, self.before, self.at_step)
         self.after(run)
         return run
 
@@ -64,6 +69,12 @@ class Fault:
         """The names of its layers."""
         names = list(norms(run.subject))
         return set(names if self.layers is None else (names[i] for i in self.layers))
+
+
+@cache
+def _trained(settings):
+    """Without a fault."""
+    return train(settings)
 
 
 # --- how it gets in ---------------------------------------------------------------------------------------------------
@@ -161,7 +172,7 @@ def seeing(images):
     return after
 
 
-def forgotten(layers, counters=False):
+def forgotten(layers):
     """Running statistics are 0 and 1 again, though they were updated."""
 
     def after(run):
@@ -212,12 +223,13 @@ def a_jump(at, factor):
     return at_step
 
 
-def starved(part, channels):
-    """What comes before a batch norm has no weights into these channels: they are constant."""
+def starved(part, channels, since=0):
+    """From a step on, what comes before a batch norm has no weights into these channels: they are constant."""
 
     def at_step(subject, step):
-        with torch.no_grad():
-            subject[part].weight[list(channels)] = 0
+        if step >= since:
+            with torch.no_grad():
+                subject[part].weight[list(channels)] = 0
 
     return at_step
 
@@ -231,8 +243,6 @@ def one_of_three(layer, name, channel):
     """Of three ranks the second has another number."""
 
     def ranks(run):
-        import copy
-
         subjects = [copy.deepcopy(run.subject) for _ in range(3)]
         array(norm_of(subjects[1], layer), name)[channel] += 0.25
         return subjects
@@ -294,6 +304,15 @@ FAULTS = [
         (11,),
         severity="info",
         at_step=starved(3, (11,)),
+    ),
+    Fault(
+        "a channel that lost its inputs",
+        {"collapsing"},
+        PERCEPTRON,
+        (1,),
+        (17,),
+        severity="info",
+        at_step=starved(4, (17,), since=5),
     ),
     Fault(
         "a variance of nothing",

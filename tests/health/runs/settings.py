@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+TESTED = 1000
+"""Seeds below are for tests; those above, for thresholds."""
 NETWORKS = ("numpy perceptron", "perceptron", "convolutional", "resnet8", "resnet20")
 SHARES = (0.25, 0.25, 0.25, 0.2, 0.05)
 """How often each is drawn; the last takes longest."""
