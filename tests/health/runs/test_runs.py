@@ -16,8 +16,8 @@ from tests.health.runs.training import train
 HEALTHY = range(100)
 """Seeds that no threshold was set by."""
 
-FEW = (1, 2, 7, 13, 34, 42)
-"""Of these, some that take a fraction of a second, of every kind."""
+FEW = (11, 15, 20, 33, 34, 44)
+"""Of these, some that take a fraction of a second."""
 
 
 def findings(seeds):
