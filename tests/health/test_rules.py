@@ -142,6 +142,7 @@ def test_gains_that_are_spread_may_be_far():
 
 def test_a_residual_block_that_begins_with_gamma_0_is_healthy():
     assert findings_of(healthy(gamma=np.zeros(16))) == []
+    assert findings_of(healthy(gamma=dict.fromkeys(range(12), 0.0))) == []
 
 
 @pytest.mark.parametrize("C", [1, 2])
