@@ -126,10 +126,15 @@ def _figures(report: Any) -> Iterator[str]:
         return
     figures = importlib.import_module("cubn.health.figures")
     layers, findings = (
-        [replace(each, **{name: wording.printable(getattr(each, name))}) for each in held]
+        [replace(each, **{name: _plain(getattr(each, name))}) for each in held]
         for held, name in ((report.layers, "name"), (report.findings, "layer"))
     )
     for title, figure in figures.of_report(type(report)(layers, findings)):
         drawn = figures.svg(figure)
         drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
         yield f"<figure>\n<figcaption>{escape(wording.printable(title))}</figcaption>\n{drawn}\n</figure>"
+
+
+def _plain(name: str) -> str:
+    """A name that matplotlib can draw, and takes for no formula."""
+    return wording.printable(name).replace("$", r"\$")
