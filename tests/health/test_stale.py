@@ -94,3 +94,10 @@ def test_tails_that_the_moments_show_excuse_a_variance():
 def test_moments_of_next_to_nothing_say_nothing(count):
     layer = replace(healthy(running_mean={2: 1e6}), moments=cubn.moments(np.zeros((count, 16))))
     assert findings_of(layer) == []
+
+
+def test_the_variance_of_a_single_batch_says_little():
+    layer = with_data(healthy())
+    layer = replace(layer, running_var=np.where(np.arange(16) == 2, layer.running_var / 1000, layer.running_var))
+    assert ("stale", "error", (2,)) in findings_of(layer)
+    assert "stale" not in {rule for rule, _, _ in findings_of(replace(layer, momentum=1.0))}
