@@ -1,6 +1,7 @@
 """States recalibrated: one answer for every cut over batches and ranks, all layers or none."""
 
 import signal
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -222,3 +223,17 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(name):
     with pytest.raises(kind, match=f"^recalibrate: .*{text}"):
         cubn.recalibrate(subject, batches, **options)
     assert all((now == then).all() for now, then in before)
+
+
+def test_a_bar_goes_over_all_batches(capsys):
+    cubn.recalibrate(state_of(X), [X[:5], X[5:]], progress=True)
+    assert "recalibrating: 100%" in capsys.readouterr().err
+    cubn.recalibrate(state_of(X), [X[:5], X[5:]])
+    assert not capsys.readouterr().err  # which is no terminal
+
+
+def test_a_bar_without_tqdm_is_refused_with_the_command_that_mends_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    cubn.recalibrate(state_of(X), [X])
+    with pytest.raises(ImportError, match=r"^recalibrate: progress=True needs tqdm .*: pip install tqdm$"):
+        cubn.recalibrate(state_of(X), [X], progress=True)

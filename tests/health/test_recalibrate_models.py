@@ -1,7 +1,8 @@
 """Models recalibrated: statistics of the inputs that layers get in eval mode, and nothing else of the model changed."""
 
 import copy
-import random
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -350,13 +351,19 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(net, x, name):
     before.assert_same_but(Everything(net), [])
 
 
+def test_sharded_models_are_refused(net, x, monkeypatch):
+    """By the class of what holds them, for which a plain one stands here."""
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", types.SimpleNamespace(FSDPModule=nn.Linear))
+    with pytest.raises(TypeError, match=r"^recalibrate: .* be whole on every rank; got a torch.Linear at head\."):
+        cubn.recalibrate(net, [x])
+
+
 def test_after_it_the_eval_loss_is_the_train_mode_loss():
     """Story 2 on the digits: running statistics that do not describe the batches any more, as after a collapse."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     x = torch.tensor(digits.images[:512, None], dtype=torch.float32) / 16
     labels = torch.tensor(digits.target[:512])
     torch.manual_seed(0)
-    random.seed(0)
     net = nn.Sequential(
         *(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(256, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)),
