@@ -12,7 +12,7 @@ from cubn._arguments import as_int, flag
 from cubn._moments import Moments
 from cubn.errors import a_type, message, reporting_as
 from cubn.health.recalibration_commit import Target, commit, of_state
-from cubn.health.recalibration_passes import Observe, Options, Pools, Recalibration, Stage, Subject
+from cubn.health.recalibration_passes import Observe, Options, Pools, Recalibration, Stage, Subject, bar_of
 from cubn.state import BatchNormState, checked_state
 from cubn.typing import Comm
 
@@ -131,8 +131,8 @@ def _check(options: Options) -> None:
         raise ValueError(message("start", "be 0 or more, a global sample index", options.start))
     if as_int(options.checkpoint_every, "checkpoint_every") < 1:
         raise ValueError(message("checkpoint_every", "be 1 or more batches", options.checkpoint_every))
-    if options.progress is not None:
-        flag(options.progress, "progress")
+    if options.progress is not None and flag(options.progress, "progress"):
+        bar_of(progress=True)  # where all ranks hear that there is none
 
 
 def _subject(states_or_model: Any, batches: Any, layerwise: bool | None, forward: Any) -> Subject:

@@ -111,11 +111,11 @@ class Recalibration:
 
         heard = self._heard(begin)
         subject, stages = subjects[0], _agreed([about for _, about in heard])
-        self._take_over([record for record, _ in heard], stages)
-        with self._bar(len(stages)) as advance:
-            for stage in stages:
-                if not all(name in self.record.done for name in stage):
-                    self._pool(subject, stage, advance)
+        self._take_over([record for record, _ in heard])
+        left = [stage for stage in stages if not all(name in self.record.done for name in stage)]
+        with self._bar(len(left)) as advance:
+            for stage in left:
+                self._pool(subject, stage, advance)
         return subject, self.record
 
     def close(self) -> None:
@@ -142,13 +142,12 @@ class Recalibration:
             return [Record.read(make())]
         return [Record.read(of_message(said)) for said in exchanged(comm, "recalibrate", lambda: as_message(make()))]
 
-    def _take_over(self, records: Sequence[Record], stages: Sequence[Stage]) -> None:
-        """What any rank's file has of all ranks; and this rank's pools, if they are of what is next."""
-        done = {name: moments for record in reversed(records) for name, moments in record.done.items()}
-        following = next((stage for stage in stages if not all(name in done for name in stage)), ())
-        self.record = self.record._replace(done=done, all_batches=max(record.all_batches for record in records))
-        if not set(self.record.pools) <= set(following):
-            self.record = self.record._replace(pools={}, batches=0)
+    def _take_over(self, records: Sequence[Record]) -> None:
+        """What any rank's file has of all ranks; where that is more than this one's has, its pools are of the past."""
+        done = {name: moments for record in records for name, moments in record.done.items()}
+        if done.keys() != self.record.done.keys():
+            self.record = Record(done)
+        self.record = self.record._replace(all_batches=max(record.all_batches for record in records))
 
     def _pool(self, subject: Subject, stage: Stage, advance: Callable[[], None]) -> None:
         """One pass, and what all ranks have pooled in it."""
@@ -198,20 +197,25 @@ class Recalibration:
         """What to call after each batch."""
         comm, progress = self.options.comm, self.options.progress
         shown = sys.stderr.isatty() if progress is None else progress
-        if not shown or (comm is not None and communicator(comm).rank):
+        tqdm = bar_of(progress) if shown and (comm is None or not communicator(comm).rank) else None
+        if tqdm is None:
             yield _nothing
             return
-        try:
-            from tqdm import tqdm
-        except ImportError as error:
-            if progress is None:
-                yield _nothing
-                return
-            text = "recalibrate: progress=True needs tqdm, which is not installed. Install it with: pip install tqdm"
-            raise ImportError(text) from error
         total = passes * len(self.batches) if isinstance(self.batches, Sized) else None
         with tqdm(total=total, desc="recalibrating", unit="batch") as bar:
             yield bar.update
+
+
+def bar_of(progress: bool | None) -> Any:
+    """tqdm's bar; None where it is not installed, which is an error if a bar was asked for."""
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        if not progress:
+            return None
+        text = f"progress=True needs tqdm ({error}). Install it with: pip install tqdm"
+        raise ImportError(f"recalibrate: {text}") from error
+    return tqdm
 
 
 _NONE = object()

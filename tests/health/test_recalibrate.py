@@ -1,6 +1,7 @@
 """States recalibrated: one answer for every cut over batches and ranks, all layers or none."""
 
 import signal
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -172,10 +173,13 @@ def test_ctrl_c_in_the_midst_of_the_change_comes_after_all_of_it(monkeypatch):
         replace(state, pooled)
 
     monkeypatch.setattr(recalibration_commit, "_replace", interrupted)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        cubn.recalibrate(states, [[x, x]])
-    assert signal.getsignal(signal.SIGINT) is handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cubn.recalibrate(states, [[x, x]])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     for state in states:
         assert (state.running_mean == cubn.moments(x).mean.astype(np.float32)).all() and (state.tracked == 1).all()
 
@@ -222,3 +226,17 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(name):
     with pytest.raises(kind, match=f"^recalibrate: .*{text}"):
         cubn.recalibrate(subject, batches, **options)
     assert all((now == then).all() for now, then in before)
+
+
+def test_a_bar_goes_over_all_batches(capsys):
+    cubn.recalibrate(state_of(X), [X[:5], X[5:]], progress=True)
+    assert "recalibrating: 100%" in capsys.readouterr().err
+    cubn.recalibrate(state_of(X), [X[:5], X[5:]])
+    assert not capsys.readouterr().err  # which is no terminal
+
+
+def test_a_bar_without_tqdm_is_refused_with_the_command_that_mends_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    cubn.recalibrate(state_of(X), [X])
+    with pytest.raises(ImportError, match=r"^recalibrate: progress=True needs tqdm .*: pip install tqdm$"):
+        cubn.recalibrate(state_of(X), [X], progress=True)

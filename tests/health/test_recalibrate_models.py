@@ -1,7 +1,8 @@
 """Models recalibrated: statistics of the inputs that layers get in eval mode, and nothing else of the model changed."""
 
 import copy
-import random
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -301,27 +302,60 @@ def test_synchronised_layers_and_layers_with_a_comm_wait_for_nobody(x):
         assert isinstance(net[2].comm, Deaf)
 
 
+def two_layers():
+    """Whose inputs do not depend on the batch."""
+    return nn.Sequential(cubn.torch.BatchNorm1d(3), nn.Flatten(0, 1), nn.BatchNorm1d(4))
+
+
 @pytest.mark.parametrize("layerwise", [True, False])
 def test_ranks_get_the_bits_of_one_process(layerwise):
-    """Of layers whose inputs do not depend on the batch; also a rank without batches."""
-
-    def model():
-        return nn.Sequential(cubn.torch.BatchNorm1d(3), nn.Flatten(0, 1), nn.BatchNorm1d(4))
-
-    torch.manual_seed(0)
-    x = torch.randn(12, 4, 3).transpose(1, 2).contiguous()
-    expected = cubn.recalibrate(model(), [x])
+    """Also beside a rank without batches."""
+    x = torch.randn(12, 3, 4)
+    expected = cubn.recalibrate(two_layers(), [x])
     cuts = [(0, 5), (5, 5), (5, 12)]
 
     def body(comm):
         lo, hi = cuts[comm.rank]
         batches = x[lo:hi].split(3) if hi > lo else []
-        return cubn.recalibrate(model(), batches, comm=comm, start=lo, layerwise=layerwise)
+        return cubn.recalibrate(two_layers(), batches, comm=comm, start=lo, layerwise=layerwise)
 
     for pooled in threads.run(3, body):
         assert (pooled["0"].m2 == expected["0"].m2).all()
         if layerwise:
             assert (pooled["2"].m2 == expected["2"].m2).all() and pooled["2"].exact
+
+
+def test_a_rank_whose_file_is_older_takes_over_what_another_one_has(tmp_path):
+    x = torch.randn(12, 3, 4)
+    expected = cubn.recalibrate(two_layers(), [x])
+
+    def interrupted_at(last):
+        """The forward of rank 1 in which it is interrupted: the first one finds the order of the layers."""
+
+        def body(comm):
+            forwards = []
+
+            def forward(model, batch):
+                forwards.append(batch)
+                if comm.rank and len(forwards) == last:
+                    raise InterruptedError
+                return model(batch)
+
+            part, start = x.split(6)[comm.rank], 6 * comm.rank
+            options = {"comm": comm, "start": start, "checkpoint": tmp_path / "pooled", "forward": forward}
+            try:
+                return cubn.recalibrate(two_layers(), part.split(2), **options)
+            except (InterruptedError, cubn.CollectiveMismatch):
+                return None
+
+        return threads.run(2, body)
+
+    assert interrupted_at(3) == [None, None]  # in the pass of the first layer
+    older = (tmp_path / "pooled.1").read_bytes()
+    assert interrupted_at(5) == [None, None]  # in that of the second, of which rank 0 has its part
+    (tmp_path / "pooled.1").write_bytes(older)
+    for pooled in interrupted_at(None):
+        assert all((pooled[path].m2 == expected[path].m2).all() for path in ("0", "2"))
 
 
 def half(net):
@@ -350,13 +384,19 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(net, x, name):
     before.assert_same_but(Everything(net), [])
 
 
+def test_sharded_models_are_refused(net, x, monkeypatch):
+    """By the class of what holds them, for which a plain one stands here."""
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", types.SimpleNamespace(FSDPModule=nn.Linear))
+    with pytest.raises(TypeError, match=r"^recalibrate: .* be whole on every rank; got a torch.Linear at head\."):
+        cubn.recalibrate(net, [x])
+
+
 def test_after_it_the_eval_loss_is_the_train_mode_loss():
     """Story 2 on the digits: running statistics that do not describe the batches any more, as after a collapse."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     x = torch.tensor(digits.images[:512, None], dtype=torch.float32) / 16
     labels = torch.tensor(digits.target[:512])
     torch.manual_seed(0)
-    random.seed(0)
     net = nn.Sequential(
         *(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(256, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)),

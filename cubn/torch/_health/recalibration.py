@@ -98,17 +98,20 @@ class Model:
         """Forwards in eval mode, in which layers that are done have their new statistics, and the others those of each
         batch. Afterwards all is as it was.
         """
-        heard: list[tuple[Given, Counter[str]]] = []
+        heard: Given | None = None
+        calls = Counter[str]()
 
         def before(path: str, layer: _BatchNorm, args: Any, kwargs: Any) -> None:
-            given, calls = heard[-1]
+            assert heard is not None
             x, mask = _inputs(layer, args, kwargs)
             calls[path] += 1
-            pooled = given(path, calls[path] - 1, x, mask)
+            pooled = heard(path, calls[path] - 1, x, mask)
             layer._buffers.update(_for_a_batch(x, pooled, old[path]))
 
         def run(batch: Any, given: Given) -> None:
-            heard[:] = [(given, Counter())]
+            nonlocal heard
+            heard = given
+            calls.clear()
             with torch.no_grad(), suppress(_Seen):
                 self._forward(self._model, batch)
 
