@@ -350,7 +350,7 @@ def _against(axes: Axes, batch: Floats, running: Floats, error: float, *, relati
     for where, colour, marker in ((inside, BLUE, "o"), (known & ~inside, ORANGE, "^")):
         label = f"{int(where.sum())} channels {'within' if where is inside else 'beyond'}"
         axes.plot(batch[where], running[where], marker, color=colour, markersize=4, markeredgewidth=0, label=label)
-    axes.legend(loc="upper left", frameon=False, fontsize="small")
+    axes.legend(loc="lower right", frameon=False, fontsize="small")
 
 
 def _within(batch: Floats, running: Floats, error: float, relative: bool) -> Floats:
