@@ -260,9 +260,10 @@ def _gain(layer: Layer) -> Floats:
 
 
 def _those_found_first(layers: Sequence[Layer], findings: Sequence[Finding]) -> list[Layer]:
-    """As many as are shown, in their order: those with findings, and others."""
-    found = {finding.layer for finding in findings}
-    by_finding = sorted(range(len(layers)), key=lambda i: layers[i].name not in found)
+    """As many as are shown, in their order: those with the worst findings, and others."""
+    found = [finding.layer for finding in findings]  # the worst first
+    rank = {name: found.index(name) for name in dict.fromkeys(found)}
+    by_finding = sorted(range(len(layers)), key=lambda i: rank.get(layers[i].name, len(found)))
     return [layers[i] for i in sorted(by_finding[:SHOWN])]
 
 
