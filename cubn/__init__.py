@@ -4,6 +4,9 @@
 training, `forward_frozen` is fine-tuning. `Moments` are the statistics of any set of samples, and merge.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from cubn._moments import Moments
 from cubn.backends.threads import get_num_threads, set_num_threads
 from cubn.backward import backward, backward_start
@@ -14,11 +17,16 @@ from cubn.fold import fold, fold_into
 from cubn.forward import forward, forward_frozen, normalize
 from cubn.forward_train import forward_train, forward_train_start
 from cubn.gradients import DoubleGradients, Gradients, StatisticsGradients
+from cubn.health.merging import merge_states
+from cubn.health.recalibration import recalibrate
 from cubn.moments import finite_mask, moments, update
 from cubn.saved import Saved
 from cubn.state import BatchNormState
 from cubn.sync.collective import Started, together
 from cubn.warm_up import warm_up
+
+if TYPE_CHECKING:
+    from cubn.health.diagnose import diagnose
 
 __version__ = "0.1.0"
 
@@ -40,6 +48,7 @@ __all__ = [
     "backward",
     "backward_from",
     "backward_start",
+    "diagnose",
     "double_backward",
     "finite_mask",
     "fold",
@@ -49,10 +58,26 @@ __all__ = [
     "forward_train",
     "forward_train_start",
     "get_num_threads",
+    "merge_states",
     "moments",
     "normalize",
+    "recalibrate",
     "set_num_threads",
     "together",
     "update",
     "warm_up",
 ]
+
+_LATER = {"diagnose": "cubn.health.diagnose"}
+"""What training does without, imported when it is first asked for: by name, its module."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LATER[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

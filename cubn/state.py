@@ -278,8 +278,8 @@ class BatchNormState(Attributes):
         statistics : bool
             Whether running_mean and running_var are set: in place, or replaced where their library is immutable.
         counters : bool
-            Whether tracked and skipped are set to 0. Before a recalibration with `momentum=None` they must be, or the
-            new batches weigh no more than those before.
+            Whether tracked and skipped are set to 0. Before statistics are taken anew with `momentum=None` they must
+            be, or the new batches weigh no more than those before. (`recalibrate` needs no reset.)
 
         Raises
         ------

@@ -15,7 +15,10 @@ from cubn._groups import Cut
 from cubn.errors import CollectiveMismatch, message
 from cubn.sync.transport import Bytes
 
-OPERATIONS = ("nothing", "several operations", "moments", "forward_train", "backward", "double_backward")
+OPERATIONS = (
+    *("nothing", "several operations", "moments", "forward_train", "backward", "double_backward"),
+    *("diagnose", "recalibrate"),
+)
 OPTIONS = (
     *("with sizes", "update", "biased", "relu", "residual", "frozen", "global parameter gradients"),
     *("on_single=running", "renorm", "device memory"),

@@ -9,7 +9,10 @@ import pytest
 
 import cubn
 
-MODULES = [cubn.Moments.__module__, cubn.moments.__module__, cubn.backward_from.__module__]
+MODULES = [
+    *(cubn.Moments.__module__, cubn.moments.__module__, cubn.backward_from.__module__),
+    *(cubn.recalibrate.__module__, cubn.merge_states.__module__),
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -7,10 +7,11 @@ import pytest
 
 from tests.mpi.launch import libraries
 
-FILES = [
-    f"tests/mpi/test_{name}.py"
-    for name in ("synchronised", "ghost", "double_backward", "renorm", "failures", "mpi_communicators")
-]
+NAMES = (
+    *("synchronised", "ghost", "renorm", "double_backward", "failures", "mpi_communicators"),
+    "recalibrate",
+)
+FILES = [f"tests/mpi/test_{name}.py" for name in NAMES]
 
 
 @pytest.mark.parametrize("processes", [3, *(pytest.param(size, marks=pytest.mark.full) for size in (1, 2, 4, 8))])
@@ -38,6 +39,15 @@ def test_one_sample_on_each_of_32_processes(mpi):
     run = mpi.run(32, *command, "tests/mpi/test_synchronised.py", timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count(" passed") == 32, run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", range(1, 5))
+def test_recalibration_over_200_cuts(mpi, processes):
+    command = ["-m", "mpi4py", "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", "-m", "slow"]
+    run = mpi.run(processes, *command, f"tests/mpi/test_recalibrate.py::test_200_cuts[{processes}]", timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("1 passed") == processes, run.stdout
 
 
 PROGRAM = """

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cubn
+from cubn.double_backward import double_backward
 from cubn.torch import _passes
 from cubn.torch._passes.arguments import saved as saved_of
 from cubn.torch._passes.counters import Counters
@@ -189,7 +189,7 @@ def batch_norm_double_backward(
     of_x, of_gamma, of_beta, of_residual = (
         None if a is None else a.detach() for a in (ddx, ddgamma, ddbeta, ddresidual)
     )
-    return _present(cubn.double_backward(of_x, of_gamma, of_beta, dy.detach(), saved, ddresidual=of_residual), x)
+    return _present(double_backward(of_x, of_gamma, of_beta, dy.detach(), saved, ddresidual=of_residual), x)
 
 
 def _present(gradients: Any, x: Tensor) -> tuple[Tensor, ...]:
