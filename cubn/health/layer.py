@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cubn import _arrays
+from cubn._arguments import on_host, plain
 from cubn._moments import Moments
+from cubn._state.arrays import ARRAYS
+from cubn._state.counted import COUNTERS
+from cubn._state.options import OPTIONS
+from cubn._types import FLOATS, NUMBERS
+from cubn.errors import a_type, message
+from cubn.health import stored
+from cubn.state import BatchNormState
 from cubn.typing import RunningVariance
 
 Float64 = NDArray[np.float64]
@@ -36,8 +46,12 @@ class Layer:
     running_variance : {"unbiased", "biased"} or None
     tracked, skipped : int64 array of shape (C,), or None
         Updates seen, and those that changed nothing.
+    skipped_lately : float64 array of shape (C,), or None
+        The share of the latest updates that changed nothing, from who has watched them.
     moments : Moments or None
         Of the layer's inputs, to compare the running statistics with.
+    ranks : mapping of int to Layer or None
+        By rank, this layer as another rank holds it where that differs; None where the rank has no such layer.
     """
 
     name: str
@@ -52,4 +66,149 @@ class Layer:
     running_variance: RunningVariance | None = None
     tracked: Counts | None = None
     skipped: Counts | None = None
+    skipped_lately: Float64 | None = None
     moments: Moments | None = None
+    ranks: Mapping[int, Layer | None] = field(default_factory=dict)
+
+
+def layers_of(subject: Any) -> list[Layer]:
+    """The batch norms of what a user has, as rules see them.
+
+    Parameters
+    ----------
+    subject : BatchNormState, torch.nn.Module, flax.nnx.Module, Layer, list or mapping
+        A mapping is of names to any of these, a state_dict, a tree of Flax variables, or what a state's `to_dict` gave.
+
+    Returns
+    -------
+    list of Layer
+        In the subject's order. Named by paths in a model, by keys in a mapping; else by their position, or "state".
+
+    Raises
+    ------
+    TypeError
+        If it is none of these.
+    ValueError
+        If the arrays of a layer do not fit each other.
+    """
+    return list(_layers(subject, ""))
+
+
+def _layers(subject: Any, name: str) -> Iterator[Layer]:
+    """Those of one subject, under its name."""
+    if isinstance(subject, Layer):
+        yield replace(subject, name=name) if name else subject
+    elif isinstance(subject, BatchNormState):
+        yield _of_state(subject, name or "state")
+    elif isinstance(subject, Mapping):
+        yield from _of_mapping(subject, name)
+    elif isinstance(subject, (list, tuple)):
+        for index, each in enumerate(subject):
+            yield from _layers(each, _below(name, "" if isinstance(each, Layer) else str(index)))
+    else:
+        for path, entries in _batch_norms(subject):
+            yield _layer(_below(name, path) or type(subject).__name__, entries)
+
+
+def _of_mapping(subject: Mapping[Any, Any], name: str) -> Iterator[Layer]:
+    if stored.is_a_state(subject):
+        yield _layer(name or "state", stored.of_state(subject))
+        return
+    values = {key: subject[key] for key in subject}
+    arrays = {}
+    for key, value in values.items():
+        if _holds_subjects(value):
+            yield from _layers(value, _below(name, str(key)))
+        else:
+            arrays[key] = value
+    for path, entries in stored.batch_norms(arrays):
+        yield _layer(_below(name, path) or "state", entries)
+
+
+def _holds_subjects(value: Any) -> bool:
+    """Whether it is a batch norm by itself or a model, or has one in it, rather than being a tree of arrays."""
+    if isinstance(value, Mapping):
+        return stored.is_a_state(value) or any(_holds_subjects(value[key]) for key in value)
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_subjects, value))
+    torch, nnx = sys.modules.get("torch"), sys.modules.get("flax.nnx")
+    models = tuple(module.Module for module in (torch and torch.nn, nnx) if module is not None)
+    return isinstance(value, (Layer, BatchNormState, *models))
+
+
+def _batch_norms(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Paths and entries of a model's batch norms."""
+    torch, nnx = sys.modules.get("torch"), sys.modules.get("flax.nnx")
+    if torch is not None and isinstance(model, torch.nn.Module):
+        from cubn.torch._health.layers import batch_norms
+
+        return batch_norms(model)
+    if nnx is not None and isinstance(model, nnx.Module):
+        return _of_nnx(nnx, model)
+    rule = "be a BatchNormState, a model of PyTorch or Flax, a state_dict, or a list or mapping of these"
+    raise TypeError(message("subject", rule, a_type(model)))
+
+
+def _of_nnx(nnx: Any, model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Those of Flax, whose momentum is the weight of the old value."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            names = {"gamma": "scale", "beta": "bias", "running_mean": "mean", "running_var": "var"}
+            arrays = {name: getattr(getattr(module, held), "value", None) for name, held in names.items()}
+            yield (
+                ".".join(map(str, path)),
+                {
+                    **arrays,
+                    "num_features": module.num_features,
+                    "eps": module.epsilon,
+                    "momentum": 1.0 - module.momentum,
+                    "running_variance": "biased",
+                },
+            )
+
+
+def _of_state(state: BatchNormState, name: str) -> Layer:
+    entries = {key: getattr(state, key) for key in (*OPTIONS, *ARRAYS, *COUNTERS) if key != "channel_axis"}
+    return _layer(name, entries | {"momentum": "cumulative" if state.momentum is None else state.momentum})
+
+
+def _layer(name: str, entries: Mapping[str, Any]) -> Layer:
+    """A layer of arrays of any library, numbers and words."""
+    arrays, dtypes = {}, {}
+    for key in ARRAYS:
+        if entries.get(key) is not None:
+            arrays[key], dtypes[key] = _values(entries[key], f"{name}: {key}", FLOATS)
+    counts = {
+        key: _values(plain(entries[key]), f"{name}: {key}", NUMBERS)[0].astype(np.int64)
+        for key in COUNTERS
+        if entries.get(key) is not None
+    }
+    features = entries.get("num_features") or max((array.size for array in arrays.values()), default=0)
+    for key, array in arrays.items():
+        if array.shape != (features,):
+            rule = f"have shape ({features},), one value per channel"
+            raise ValueError(message(f"{name}: {key}", rule, "an array", shape=array.shape))
+    for key, array in counts.items():
+        if array.shape not in ((), (1,), (features,)):
+            rule = f"be a number or have shape ({features},), one count per channel"
+            raise ValueError(message(f"{name}: {key}", rule, "an array", shape=array.shape))
+    return Layer(
+        name,
+        features,
+        **arrays,
+        **{key: np.broadcast_to(array, (features,)).copy() for key, array in counts.items()},
+        dtypes=dtypes,
+        **{key: entries.get(key) for key in ("eps", "momentum", "running_variance")},
+    )
+
+
+def _values(value: Any, argument: str, dtypes: tuple[str, ...]) -> tuple[Float64, str]:
+    """An array of any library, or lists, in float64; and the name of the type it is stored in."""
+    if isinstance(value, (list, tuple, int, float)):
+        value = np.array(value)
+    described = _arrays.describe(value, argument, dtypes, detach=True)
+    return on_host(described).astype(np.float64), described.dtype
+
+
+def _below(name: str, path: str) -> str:
+    return ".".join(part for part in (name, path) if part)

@@ -1,0 +1,1 @@
+"""PyTorch models, as diagnosis and repair of running statistics see them."""
