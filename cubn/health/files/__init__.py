@@ -65,7 +65,7 @@ def read(path: str | os.PathLike[str]) -> list[Layer]:
         raise UnreadableFile(getattr(error, "strerror", None) or str(error) or "there is no memory for it") from error
 
 
-def _entries(path: Path, opened: ExitStack) -> Iterator[Entry]:
+def _entries(path: Path, opened: ExitStack, *, is_shard: bool = False) -> Iterator[Entry]:
     if path.is_dir():
         return orbax.of(path)
     if path.exists() and not path.is_file():
@@ -76,8 +76,10 @@ def _entries(path: Path, opened: ExitStack) -> Iterator[Entry]:
         raise UnreadableFile("it is empty")
     if begin.startswith(b"PK\3\4"):
         return _of_zip(Archive(source))
-    if begin.startswith(b"{") and b"\0" not in begin[:8]:  # safetensors begins with a length, whose last bytes are 0
-        return (entry for name in shards.names(source) for entry in _entries(name, opened))
+    if (
+        not is_shard and begin.startswith(b"{") and b"\0" not in begin[:8]
+    ):  # safetensors begins with a length, whose last bytes are 0
+        return (entry for name in shards.names(source) for entry in _entries(name, opened, is_shard=True))
     return _reader(begin)(source)
 
 

@@ -108,7 +108,8 @@ def _labels(keys: list[Key], whole: str) -> Iterator[str]:
     for collection, _ in flax:
         name = inner[collection].pop(0)
         several = [collection] if len(collections) > 1 and collection else []
-        yield ".".join([*several, *([name] if name else [])]) or whole
+        label = ".".join([*several, *([name] if name else [])]) or whole
+        yield "".join(sign if sign.isprintable() else "?" for sign in label)  # nothing that a terminal would obey
 
 
 def _without_batch_stats(key: Key) -> Key:

@@ -170,10 +170,10 @@ class _Machine:
 
     def op_int(self) -> None:
         text = self.stream.line()
-        self.stack.append({b"00": False, b"01": True}.get(text) if text in (b"00", b"01") else int(text[:40]))
+        self.stack.append(text == b"01" if text in (b"00", b"01") else _whole(text))
 
     def op_long(self) -> None:
-        self.stack.append(int(self.stream.line()[:40].rstrip(b"L")))
+        self.stack.append(_whole(self.stream.line().rstrip(b"L")))
 
     def op_float(self) -> None:
         self.stack.append(float(self.stream.line()))
@@ -257,7 +257,7 @@ class _Machine:
     # the memo
 
     def op_get(self) -> None:
-        self.stack.append(self.memo[int(self.stream.line()[:40])])
+        self.stack.append(self.memo[_whole(self.stream.line())])
 
     def op_binget(self) -> None:
         self.stack.append(self.memo[self.stream.read(1)[0]])
@@ -266,7 +266,7 @@ class _Machine:
         self.stack.append(self.memo[int.from_bytes(self.stream.read(4), "little")])
 
     def op_put(self) -> None:
-        self.memo[int(self.stream.line()[:40])] = self.stack[-1]
+        self.memo[_whole(self.stream.line())] = self.stack[-1]
 
     def op_binput(self) -> None:
         self.memo[self.stream.read(1)[0]] = self.stack[-1]
@@ -338,3 +338,10 @@ class _Machine:
 
     def op_binpersid(self) -> None:
         self.stack.append(self.persistent(self.stack.pop()))
+
+
+def _whole(text: bytes) -> int:
+    """A number in decimals."""
+    if len(text) > 40:
+        raise UnreadableFile("its pickle has an integer of more than 40 digits")
+    return int(text)
