@@ -4,6 +4,9 @@
 training, `forward_frozen` is fine-tuning. `Moments` are the statistics of any set of samples, and merge.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from cubn._moments import Moments
 from cubn.backends.threads import get_num_threads, set_num_threads
 from cubn.backward import backward, backward_start
@@ -19,6 +22,9 @@ from cubn.saved import Saved
 from cubn.state import BatchNormState
 from cubn.sync.collective import Started, together
 from cubn.warm_up import warm_up
+
+if TYPE_CHECKING:
+    from cubn.health.diagnose import diagnose
 
 __version__ = "0.1.0"
 
@@ -40,6 +46,7 @@ __all__ = [
     "backward",
     "backward_from",
     "backward_start",
+    "diagnose",
     "double_backward",
     "finite_mask",
     "fold",
@@ -56,3 +63,17 @@ __all__ = [
     "update",
     "warm_up",
 ]
+
+_LATER = {"diagnose": "cubn.health.diagnose"}
+"""What training does without, imported when it is first asked for: by name, its module."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LATER[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

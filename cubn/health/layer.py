@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -174,40 +175,37 @@ def _of_state(state: BatchNormState, name: str) -> Layer:
 
 def _layer(name: str, entries: Mapping[str, Any]) -> Layer:
     """A layer of arrays of any library, numbers and words."""
-    arrays, dtypes = {}, {}
-    for key in ARRAYS:
-        if entries.get(key) is not None:
-            arrays[key], dtypes[key] = _values(entries[key], f"{name}: {key}", FLOATS)
-    counts = {
-        key: _values(plain(entries[key]), f"{name}: {key}", NUMBERS)[0].astype(np.int64)
-        for key in COUNTERS
-        if entries.get(key) is not None
-    }
-    features = entries.get("num_features") or max((array.size for array in arrays.values()), default=0)
+    given = {key: entries[key] for key in (*ARRAYS, *COUNTERS) if entries.get(key) is not None}
+    arrays: dict[str, Any] = {}
+    dtypes: dict[str, str] = {}
+    for key, value in given.items():
+        is_count = key in COUNTERS
+        array, dtype = _values(plain(value) if is_count else value, f"{name}: {key}", NUMBERS if is_count else FLOATS)
+        if is_count:
+            arrays[key] = array.astype(np.int64)
+        else:
+            arrays[key], dtypes[key] = array.astype(np.float64), dtype
+    features = entries.get("num_features") or max((arrays[key].size for key in dtypes), default=0)
     for key, array in arrays.items():
-        if array.shape != (features,):
+        if array.shape != (features,) and not (key in COUNTERS and array.size == 1):
             rule = f"have shape ({features},), one value per channel"
             raise ValueError(message(f"{name}: {key}", rule, "an array", shape=array.shape))
-    for key, array in counts.items():
-        if array.shape not in ((), (1,), (features,)):
-            rule = f"be a number or have shape ({features},), one count per channel"
-            raise ValueError(message(f"{name}: {key}", rule, "an array", shape=array.shape))
-    return Layer(
-        name,
-        features,
-        **arrays,
-        **{key: np.broadcast_to(array, (features,)).copy() for key, array in counts.items()},
-        dtypes=dtypes,
-        **{key: entries.get(key) for key in ("eps", "momentum", "running_variance")},
-    )
+        arrays[key] = np.broadcast_to(array, (features,)).copy()
+    options = {key: entries.get(key) for key in ("eps", "momentum", "running_variance")}
+    return Layer(name, int(features), dtypes=dtypes, **arrays, **_numbers(options))
 
 
-def _values(value: Any, argument: str, dtypes: tuple[str, ...]) -> tuple[Float64, str]:
-    """An array of any library, or lists, in float64; and the name of the type it is stored in."""
+def _numbers(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of any kind as floats; words and None as they are."""
+    return {key: float(value) if isinstance(value, Real) else value for key, value in options.items()}
+
+
+def _values(value: Any, argument: str, dtypes: tuple[str, ...]) -> tuple[NDArray[Any], str]:
+    """An array of any library, or lists, in NumPy; and the name of the type it is stored in."""
     if isinstance(value, (list, tuple, int, float)):
         value = np.array(value)
     described = _arrays.describe(value, argument, dtypes, detach=True)
-    return on_host(described).astype(np.float64), described.dtype
+    return on_host(described), described.dtype
 
 
 def _below(name: str, path: str) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
 from cubn._arguments import one_of
 from cubn.errors import reporting_as
+from cubn.health.as_html import as_page, as_part
+from cubn.health.as_json import as_json
+from cubn.health.as_text import as_text
 from cubn.health.finding import SEVERITIES, Finding, Severity
 from cubn.health.layer import Layer
-from cubn.health.shown import as_html, as_json, as_text
 
 
 class Report:
@@ -59,13 +60,16 @@ class Report:
         str
             The page.
         """
-        page = as_html(self)
+        page = as_page(self)
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page
 
     def __str__(self) -> str:
         return as_text(self.layers, self.findings)
+
+    def _repr_html_(self) -> str:
+        return as_part(self.layers, self.findings)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{name}={len(self.of(name))}" for name in SEVERITIES)

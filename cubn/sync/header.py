@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cubn.errors import CollectiveMismatch, message
 from cubn.sync.transport import Bytes
 
-OPERATIONS = ("nothing", "several operations", "moments", "forward_train", "backward", "double_backward")
+OPERATIONS = ("nothing", "several operations", "moments", "forward_train", "backward", "double_backward", "diagnose")
 OPTIONS = (
     *("with sizes", "update", "biased", "relu", "residual", "frozen", "global parameter gradients"),
     "device memory",

@@ -11,6 +11,8 @@ import cubn
 
 ROOT = Path(cubn.__file__).parent
 HEAVY = {"numba", "llvmlite", "cupy", "mpi4py", "torch", "jax"}
+SHOWN = {"rich", "matplotlib"}
+"""What only reports are shown with."""
 ADAPTERS = {"backends", "sync", "torch"}
 A_RANK = "cli/demo_ranks.py"
 """A program of its own, which mpiexec runs: one rank of the demo."""
@@ -135,3 +137,10 @@ def test_importing_cubn_imports_numpy_and_the_standard_library():
 def test_describing_an_array_imports_no_other_library():
     program = "import numpy as np; from cubn import _arrays; _arrays.describe(np.ones((2, 3)), 'x')"
     assert not modules_after(program) & HEAVY
+
+
+def test_what_examines_states_is_imported_when_it_is_asked_for():
+    """And shows what it found without what makes that colourful."""
+    asked = "cubn.diagnose(cubn.BatchNormState(2))"
+    program = f"import sys, cubn; assert 'cubn.health' not in sys.modules; print(end=str({asked})[:0])"
+    assert not modules_after(program) & (HEAVY | SHOWN)

@@ -11,6 +11,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 import cubn
+from cubn.health import Finding, Severity
 from cubn.sync import Communicator
 from cubn.typing import ArrayT, SupportsDLPack
 
@@ -89,6 +90,14 @@ def states(like: SupportsDLPack) -> list[cubn.BatchNormState]:
         cubn.BatchNormState.from_dict(state.to_dict(like=like), like=like),
         cubn.BatchNormState.from_arrays(running_mean=np.zeros(3), running_var=np.ones(3), tracked=np.array([3, 3, 4])),
     ]
+
+
+def examined(state: cubn.BatchNormState, model: torch.nn.Module, comm: Communicator) -> list[str]:
+    report = cubn.diagnose({"a": state, "b": model}, {"a": cubn.moments(np.ones((2, 3)))}, comm=comm)
+    assert_type(report.worst, Severity | None)
+    assert_type(report.of("error"), list[Finding])
+    assert_type(report.to_html("report.html"), str)
+    return [f"{found.layer}: {found.rule} {found.channels}" for found in cubn.diagnose([state, model]).findings]
 
 
 def pooled(pixels: NDArray[np.uint8], there: NDArray[np.bool_]) -> float:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from cubn.health.layer import Layer
-from cubn.health.rules.registry import Found, Network, rule
-from cubn.health.rules.values import dead_channels
+from cubn.health.rules.measures import dead_channels
+from cubn.health.rules.registry import Found, Network, rule, weight
 
 EPS_LOW, EPS_HIGH = 1e-12, 0.1
 """Frameworks have 1e-5 and 1e-3. Below the one, a channel that is constant amplifies its rounding a million times."""
@@ -49,8 +49,8 @@ def unusual_eps(layer: Layer, network: Network) -> Iterator[Found]:
 @rule("momentum")
 def unusual_momentum(layer: Layer, network: Network) -> Iterator[Found]:
     """momentum is no weight, moves nothing, or looks like the weight of the old value."""
-    momentum = layer.momentum
-    if momentum is None or momentum == "cumulative" or layer.running_mean is None:
+    momentum = weight(layer)
+    if momentum is None or layer.running_mean is None:
         return
     evidence = {"momentum": momentum}
     if not 0 <= momentum <= 1:

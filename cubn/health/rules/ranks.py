@@ -8,9 +8,10 @@ import numpy as np
 
 from cubn._state.arrays import ARRAYS
 from cubn._state.counted import COUNTERS
+from cubn.health.finding import Severity
 from cubn.health.layer import Float64, Layer
-from cubn.health.rules.registry import Found, Network, rule
-from cubn.health.rules.values import eps_of
+from cubn.health.rules.measures import eps_of
+from cubn.health.rules.registry import Channels, Found, Network, rule
 
 ROUNDING = 1e-5
 """Of outputs: what another order of additions does in float32, and no more."""
@@ -22,7 +23,7 @@ def ranks_disagree(layer: Layer, network: Network) -> Iterator[Found]:
     if absent := [rank for rank, other in layer.ranks.items() if other is None]:
         yield Found("error", f"{named(absent)} has no such layer", evidence={"ranks": absent}, cause="other models")
     others = {rank: other for rank, other in layer.ranks.items() if other is not None}
-    for name in ("num_features", "eps", "momentum", "running_variance"):
+    for name in ("num_features", "eps", "momentum", "running_variance", "dtypes"):
         said = {
             rank: getattr(other, name) for rank, other in others.items() if getattr(other, name) != getattr(layer, name)
         }
@@ -38,7 +39,7 @@ def ranks_disagree(layer: Layer, network: Network) -> Iterator[Found]:
 def _in_values(layer: Layer, others: dict[int, Layer], name: str) -> Iterator[Found]:
     """Channels whose value of one array differs."""
     mine = getattr(layer, name)
-    differs: dict[int, np.ndarray] = {}
+    differs: dict[int, Channels] = {}
     for rank, other in others.items():
         theirs = getattr(other, name)
         if (mine is None) != (theirs is None):
@@ -49,17 +50,21 @@ def _in_values(layer: Layer, others: dict[int, Layer], name: str) -> Iterator[Fo
         return
     channels = np.logical_or.reduce(list(differs.values()))
     values = {f"rank {rank}": getattr(others[rank], name)[channels] for rank in differs}
-    if name in COUNTERS:
-        severity, cause = "warning", "ranks that did not take the same steps"
-    elif max(_seen(layer, others[rank], name).max(initial=0.0) for rank in differs) <= ROUNDING:
-        severity, cause = "info", "sums that were added up in another order"
-    elif name in ("gamma", "beta"):
-        severity, cause = "error", "gradients that were not averaged, or ranks that began with other weights"
-    else:
-        severity, cause = "error", "statistics of each rank's own samples: a batch norm that is not synchronised"
+    severity, cause = _judged(name, max(_seen(layer, others[rank], name).max(initial=0.0) for rank in differs))
     remedy = "cubn.forward_train(x, state, comm=comm), and a broadcast of rank 0's state now"
     what = f"{name} differs on {named(sorted(differs))}"
     yield Found(severity, what, channels, {"here": mine[channels], **values}, cause, remedy)
+
+
+def _judged(name: str, seen: float) -> tuple[Severity, str]:
+    """How bad it is, and what does it."""
+    if name in COUNTERS:
+        return "warning", "ranks that did not take the same steps"
+    if seen <= ROUNDING:
+        return "info", "sums that were added up in another order"
+    if name in ("gamma", "beta"):
+        return "error", "gradients that were not averaged, or ranks that began with other weights"
+    return "error", "statistics of each rank's own samples: a batch norm that is not synchronised"
 
 
 def _seen(layer: Layer, other: Layer, name: str) -> Float64:

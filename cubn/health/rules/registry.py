@@ -71,6 +71,11 @@ def untouched(layer: Layer) -> bool | None:
     return bool((layer.running_mean == 0).all() and (layer.running_var == 1).all())
 
 
+def weight(layer: Layer) -> float | None:
+    """What a batch weighs in the running statistics; None where it is not known or no constant."""
+    return None if layer.momentum is None or layer.momentum == "cumulative" else float(layer.momentum)
+
+
 Examine = Callable[[Layer, Network], Iterable[Found]]
 Rule = Callable[[Layer, Network], list[Finding]]
 
