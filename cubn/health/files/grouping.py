@@ -144,6 +144,7 @@ def _layer(name: str, arrays: Arrays, group: Group, running_variance: RunningVar
     return Layer(name, C, **widened, dtypes=dtypes, **known, **counts)
 
 
+@np.errstate(invalid="ignore")  # NumPy warns of signalling NaNs
 def _widened(tensor: Tensor) -> Float64 | None:
     return tensor.array().astype(np.float64) if tensor.dtype in FLOATS else None
 

@@ -35,7 +35,7 @@ ROLES = ("gamma", "beta", "running_mean", "running_var")
 EPSILON, MOMENTUM = 1e-5, 0.9
 """What a node has that does not say; the momentum is the weight of the old value."""
 
-_IR_VERSION, _GRAPH = 1, 7  # of a model
+_IR_VERSION, _GRAPH, _OPSETS = 1, 7, 8  # of a model
 _NODE, _INITIALIZER = 1, 5  # of a graph
 
 
@@ -56,7 +56,7 @@ def of(source: Source) -> Iterator[Entry]:
     budget = Budget()
     model = list(fields(source, 0, source.size, budget))
     graphs = [f for f in model if f.number == _GRAPH and f.wire == BYTES]
-    if not graphs or not any(f.number == _IR_VERSION and f.wire == VARINT for f in model):
+    if not graphs or not {_IR_VERSION, _OPSETS} <= {f.number for f in model}:
         raise UnreadableFile("it is of no format that is known here, or it is damaged")
     tensors: dict[str, Tensor] = {}
     norms: list[_Node] = []
