@@ -8,7 +8,7 @@ import numpy as np
 
 from cubn.health.finding import Severity
 from cubn.health.layer import Float64, Layer
-from cubn.health.rules.measures import RECALIBRATE, dead_channels, gains
+from cubn.health.rules.measures import RECALIBRATE, eps_of, gains
 from cubn.health.rules.registry import Channels, Found, Network, rule
 
 FAR = 30.0
@@ -33,7 +33,7 @@ def exploding_gain(layer: Layer, network: Network) -> Iterator[Found]:
 
     Where gamma does it, outputs are as large: a warning, or an error if they are hundreds of times too large. Where a
     small variance does it, they are not for as long as the variance is right, which the rule `stale` looks at; that is
-    worth knowing. Dead channels are another rule's.
+    worth knowing. Variances below eps are other rules'.
     """
     var = layer.running_var
     if var is None:
@@ -41,11 +41,11 @@ def exploding_gain(layer: Layer, network: Network) -> Iterator[Found]:
     gain = gains(layer)
     output = gain * np.sqrt(var)
     above = _times_what_is_far(output)
-    of_input = (_times_what_is_far(np.where(dead_channels(layer), np.nan, gain)) > 1) & ~(above > 1)
+    by_variance = (_times_what_is_far(np.where(var < eps_of(layer), np.nan, gain)) > 1) & ~(above > 1)
     by_severity: list[tuple[Severity, Channels, str]] = [
         ("error", above > EXPLODED, "the gain |gamma|/√(var + eps) exploded, and outputs with it"),
         ("warning", (above > 1) & (above <= EXPLODED), "the gain |gamma|/√(var + eps) is far above the layer's others"),
-        ("info", of_input, "the variance is small, and the gain |gamma|/√(var + eps) far above the layer's others"),
+        ("info", by_variance, "the variance is small, and the gain |gamma|/√(var + eps) far above the layer's others"),
     ]
     for severity, wrong, what in by_severity:
         if wrong.any():

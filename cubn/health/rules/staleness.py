@@ -35,7 +35,8 @@ RATIO, RATIO_FAR = 4.0, 100.0
 """Of variances: outputs that are twice, or ten times, too large or too small."""
 
 MANY = 0.5
-"""Share of channels that may hold what they began with: those of small variance do for long, and others do not."""
+"""Share of channels: where more are wrong than not, so is the layer. Those of small variance alone hold for long what
+they began with."""
 
 
 class _Distance(NamedTuple):
@@ -102,10 +103,11 @@ def _far(layer: Layer, distance: _Distance) -> Iterator[Found]:
     low, high = distance.limits
     wrong = (distance.surprise > UNLIKELY) & (distance.size > low)
     began = wrong & distance.began
-    worst = wrong & ~began & (distance.size > high)
+    moved = wrong & ~began
+    worst = moved if moved.mean() > MANY else moved & (distance.size > high)
     by_severity: list[tuple[Severity, Channels]] = [
         ("error", worst),
-        ("warning", wrong & ~began & ~worst),
+        ("warning", moved & ~worst),
         ("warning" if began.mean() > MANY else "info", began),
     ]
     for severity, channels in by_severity:

@@ -11,8 +11,8 @@ from cubn.health.layer import Float64, Layer
 from cubn.health.rules.measures import RECALIBRATE
 from cubn.health.rules.registry import Found, Network, rule, statistics, weight
 
-DIGITS = {"float16": 11, "bfloat16": 8}
-"""Binary digits of 16-bit numbers."""
+DIGITS = {"bfloat16": 8, "float16": 11}
+"""Binary digits of 16-bit numbers; the fewest first, for most numbers with fewer are also ones with more."""
 
 LEAST_VALUES = 4
 """That tell whether numbers were rounded: a float32 number has a short form by chance once in 2**13."""
@@ -27,15 +27,15 @@ WIDEN = "bn.running_mean, bn.running_var = bn.running_mean.float(), bn.running_v
 def sixteen_bits(layer: Layer, network: Network) -> Iterator[Found]:
     """Running statistics are stored in 16 bits, or were: every one of them is a 16-bit number.
 
-    In 16 bits, updates of less than half a unit of the last place are lost: a statistic stands still at a distance of
-    half a unit / momentum from where it should go.
+    In 16 bits, updates of less than half a unit of the last place are lost: a statistic stands still where its goal is
+    nearer than half a unit / momentum.
     """
     narrow = sorted({dtype for name in STATISTICS if (dtype := layer.dtypes.get(name, "")) in DIGITS})
     if narrow:
         evidence: dict[str, object] = {"stored in": ", ".join(narrow)}
         if momentum := weight(layer):
             digits = min(DIGITS[dtype] for dtype in narrow)
-            evidence["stands still at a distance of"] = f"{100 * 2.0**-digits / momentum:.2g} %"
+            evidence["stands still up to"] = f"{100 * 2.0**-digits / momentum:.2g} % from its goal"
         cause = "model.half() or model.to(torch.bfloat16), which convert buffers, too"
         yield Found("warning", "running statistics are stored in 16 bits", None, evidence, cause, WIDEN)
         return
