@@ -89,7 +89,7 @@ def rule(name: str) -> Callable[[Examine], Examine]:
     def register(examine: Examine) -> Examine:
         @functools.wraps(examine)
         def findings(layer: Layer, network: Network) -> list[Finding]:
-            return [_finding(name, layer, found) for found in examine(layer, network)]
+            return [finding_of(name, layer.name, found) for found in examine(layer, network)]
 
         RULES[name] = findings
         return examine
@@ -97,14 +97,14 @@ def rule(name: str) -> Callable[[Examine], Examine]:
     return register
 
 
-def _finding(name: str, layer: Layer, found: Found) -> Finding:
+def finding_of(name: str, layer: str, found: Found) -> Finding:
     """What was found, with plain numbers for arrays."""
     channels = () if found.channels is None else tuple(np.flatnonzero(found.channels).tolist())
     evidence = {
         key: value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
         for key, value in found.evidence.items()
     }
-    return Finding(name, found.severity, layer.name, found.message, channels, evidence, found.cause, found.remedy)
+    return Finding(name, found.severity, layer, found.message, channels, evidence, found.cause, found.remedy)
 
 
 def statistics(layer: Layer) -> Iterator[tuple[Float64, Float64]]:

@@ -1,0 +1,269 @@
+"""Rules on how running statistics change: what a single look at them cannot tell.
+
+To add one, write a function here that looks closely at one layer, and one that says which channels are suspect, out of
+the newest values of all layers together; it is asked every few steps, and the first only of layers that have some:
+
+    @trend("my-rule", lambda history: history.newest("running_var") > 1e6)
+    def my_rule(layer: LayerHistory) -> Iterator[Found]:
+        \"\"\"What it says, in one sentence.\"\"\"
+        yield Found("warning", "running_var is large", layer.running_var[-1] > 1e6)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cubn.health.finding import Finding, Severity
+from cubn.health.records import RECENT, History, LayerHistory
+from cubn.health.rules.registry import Found, finding_of
+
+Floats = NDArray[np.floating[Any]]
+Channels = NDArray[np.bool_]
+
+WINDOW = 10
+"""Records over which what batches do by chance is evened out."""
+
+BEHIND, FAR_BEHIND = 1.6, 3.0
+"""Times the size that training gives them. Healthy layers stay under 1.4 (digits; momenta 0.01 to 0.1, batches of 8 to
+64, learning rates up to where losses still fall), and those of runs whose validation exploded are at 1.7 to 3.7."""
+
+SUSPECT = 1.3
+"""The same of the newest record alone, to have a closer look."""
+
+CHANNEL_BEHIND = 6.0
+"""The same of a single channel: healthy ones stay under 2.6."""
+
+FEW_UPDATES = 10
+"""Fewer have not shown what batches are like."""
+
+SINKING = 0.5
+"""What is left of a variance over the window in which it never rose."""
+
+NEARLY_DEAD = 10.0
+"""Times eps: a variance below this is on its way to where eps divides the channel."""
+
+GROWN = 10.0
+"""Times the median gain of the layer, and times what it was when the running statistics had forgotten 0 and 1."""
+
+STILL_GROWING = 1.1
+"""Times, over the window."""
+
+FORGOTTEN = 0.05
+"""What the initial 0 and 1 may still weigh in running statistics that are compared with later ones."""
+
+SKIPPED_OFTEN = 0.5
+"""Of the updates since the oldest of the recent records."""
+
+SKIPPED_MORE_THAN = 0.01
+"""Of the same: a loss scale that is tried out overflows in a step of hundreds."""
+
+Suspects = Callable[[History], Channels]
+"""Of all layers' channels, one after the other, whether a rule should look at their layer."""
+
+Examine = Callable[[LayerHistory], Iterable[Found]]
+
+
+class Trend(NamedTuple):
+    """A rule over histories."""
+
+    suspects: Suspects
+    findings: Callable[[LayerHistory], list[Finding]]
+
+
+TRENDS: dict[str, Trend] = {}
+"""All of them, by their ids."""
+
+
+def trend(name: str, suspects: Suspects) -> Callable[[Examine], Examine]:
+    """Make a function a rule: it looks at one layer's history, and yields what it found."""
+
+    def register(examine: Examine) -> Examine:
+        TRENDS[name] = Trend(suspects, lambda layer: [finding_of(name, layer.name, found) for found in examine(layer)])
+        return examine
+
+    return register
+
+
+def trends(history: History) -> list[Finding]:
+    """What all rules find in all layers."""
+    if not history.records:
+        return []
+    with np.errstate(all="ignore"):
+        return [
+            found
+            for rule in TRENDS.values()
+            for name in history.holding(rule.suspects(history))
+            for found in rule.findings(history[name])
+        ]
+
+
+def _not_finite(history: History) -> Channels:
+    gamma, mean, var = (np.isfinite(history.newest(name)) for name in ("gamma", "running_mean", "running_var"))
+    wrong: Channels = np.logical_not(gamma & mean & var)
+    return wrong
+
+
+def _skipped(history: History) -> Channels:
+    grown: Channels = history.newest("skipped") > history.oldest("skipped")
+    return grown
+
+
+def _behind(history: History) -> Channels:
+    rms = history.newest("eval_rms")
+    behind: Channels = (rms >= CHANNEL_BEHIND) | history.spread(history.mean(rms * rms) >= SUSPECT**2)
+    return behind
+
+
+def _low(history: History) -> Channels:
+    var = history.newest("running_var")
+    low: Channels = (var > 0) & (var < NEARLY_DEAD * history.eps)
+    return low
+
+
+def _large_gain(history: History) -> Channels:
+    """Measured by the geometric mean of the layer, which takes no sorting."""
+    gain = np.abs(history.newest("gamma")) / np.sqrt(history.newest("running_var") + history.eps)
+    large: Channels = gain > GROWN / 2 * history.spread(np.exp(history.mean(np.log(gain))))
+    return large
+
+
+@trend("became-non-finite", _not_finite)
+def became_non_finite(layer: LayerHistory) -> Iterator[Found]:
+    """A running statistic or a gamma has become NaN or infinite."""
+    for name in ("running_mean", "running_var", "gamma"):
+        if np.isfinite(getattr(layer.last(1), name)).all():
+            continue
+        recent = layer.last(2 * RECENT)
+        values = getattr(recent, name)
+        wrong = ~np.isfinite(values)
+        first = int(recent.steps[wrong.any(axis=1).argmax()])
+        yield Found(
+            "error",
+            f"{name} is not finite since step {first}",
+            wrong[-1],
+            {"step": first, "value": values[-1][wrong[-1]]},
+            "a batch held an inf or a NaN, or the parameters before this layer did",
+            "cubn.torch.convert(model) leaves such batches out; cubn.recalibrate(model, batches) repairs",
+        )
+
+
+@trend("updates-skipped", _skipped)
+def updates_skipped(layer: LayerHistory) -> Iterator[Found]:
+    """Batches were left out of the running statistics, since they were not finite."""
+    recent = layer.last(RECENT)
+    missed = recent.skipped[-1] - recent.skipped[0]
+    some = missed > 0
+    if some.any():
+        made = recent.tracked[-1] - recent.tracked[0]
+        worst = float((missed / np.maximum(made, 1)).max())
+        severity: Severity = "error" if worst >= SKIPPED_OFTEN else "warning" if worst > SKIPPED_MORE_THAN else "info"
+        yield Found(
+            severity,
+            f"{int(missed.max())} of the last {int(made.max())} batches were not finite and changed nothing",
+            some,
+            {"skipped": missed[some], "updates": int(made.max()), "since": int(recent.steps[0])},
+            "a loss scale or a learning rate that is too high, or bad data",
+            "look at the first layer with this finding; lower the learning rate or the loss scale",
+        )
+
+
+@trend("running-behind", _behind)
+def running_behind(layer: LayerHistory) -> Iterator[Found]:
+    """Batches move faster than the running statistics follow: what evaluation makes of them is too large.
+
+    Of each channel, the median of `eval_rms` over the window; of the layer, the root mean square of that over channels.
+    It is 1 where batches keep still, and layers behind each other multiply theirs.
+    """
+    recent = layer.last(WINDOW)
+    if len(recent) < WINDOW or recent.tracked[-1].max() < FEW_UPDATES:
+        return
+    size = _median(recent.eval_rms)
+    known = np.isfinite(size)
+    if not known.any():
+        return
+    whole = float(np.sqrt(np.mean(size[known] ** 2)))
+    worst = known & (size >= CHANNEL_BEHIND)
+    if whole < BEHIND and not worst.any():
+        return
+    far = whole >= FAR_BEHIND
+    wrong = known & (size >= (BEHIND if whole >= BEHIND else CHANNEL_BEHIND))
+    yield Found(
+        "error" if far else "warning",
+        f"running statistics are behind the batches: in evaluation the layer's outputs would be {whole:.1f} times as "
+        "large"
+        if whole >= BEHIND
+        else f"running statistics are behind the batches in {int(worst.sum())} of {len(size)} channels",
+        wrong,
+        {"size": whole, "size of channel": size[wrong], "since": int(recent.steps[0]), "step": int(recent.steps[-1])},
+        "a learning rate at which the layers before this one change within the memory of the running statistics",
+        "cubn.recalibrate(model, batches) before each evaluation; or a lower learning rate, or a larger momentum",
+    )
+
+
+@trend("variance-sinking", _low)
+def variance_sinking(layer: LayerHistory) -> Iterator[Found]:
+    """A running variance halves again and again, and nothing in the batches holds it up: the channel dies."""
+    newest = layer.last(1).running_var[0]
+    low = (newest > 0) & (newest < NEARLY_DEAD * layer.eps)
+    recent = layer.last(RECENT)
+    if len(recent) < WINDOW or not low.any():
+        return
+    var = recent.running_var
+    falls = (var[1:] <= var[:-1]).all(axis=0) & (var[-1] <= SINKING * var[0])
+    unsupported = ~(recent.batch_var[1:] > var[1:]).any(axis=0)
+    if (wrong := low & falls & unsupported).any():
+        steps = recent.steps[-1] - recent.steps[0]
+        halved = steps / np.log2(var[0][wrong].astype(float) / var[-1][wrong])
+        yield Found(
+            "warning",
+            f"running_var halves every {halved.min():.0f} steps",
+            wrong,
+            {"running_var": var[-1][wrong], "steps to halve": halved, "eps": layer.eps},
+            "the channel's inputs are constant: weights that became 0, or units that a ReLU switched off",
+            "lower the learning rate or the weight decay of the layer before; a larger eps bounds the gain",
+        )
+
+
+@trend("gain-growing", _large_gain)
+def gain_growing(layer: LayerHistory) -> Iterator[Found]:
+    """A channel's gain, |gamma| / sqrt(running_var + eps), grows out of proportion to its layer and to what it was."""
+    gain = _gain(layer.last(1))[0]
+    wrong = np.isfinite(gain) & (gain >= GROWN * np.median(gain))
+    if len(layer) < WINDOW or not wrong.any():
+        return
+    settled = _initial_weights(layer) < FORGOTTEN
+    begin = _gain(layer)[settled.argmax()]
+    wrong &= settled.any() & (gain >= GROWN * begin) & (gain >= STILL_GROWING * _gain(layer.last(RECENT))[0])
+    if wrong.any():
+        times = gain[wrong] / begin[wrong]
+        yield Found(
+            "warning",
+            f"the gain has grown {times.max():.0f}-fold, and grows on",
+            wrong,
+            {"gain": gain[wrong], "times": times},
+            "a running variance that sinks while gamma does not, or a gamma that diverges",
+            "weight decay on gamma, a larger eps, or a lower learning rate",
+        )
+
+
+def _initial_weights(layer: LayerHistory) -> Floats:
+    """What the initial 0 and 1 still weighed in each record; nothing in a cumulative average."""
+    updates = (layer.tracked - layer.skipped).max(axis=1)
+    return np.zeros(len(updates)) if layer.momentum is None else (1 - layer.momentum) ** updates
+
+
+def _median(values: Floats) -> Floats:
+    """Over records, of what is known; the upper one of two."""
+    ordered = np.sort(values, axis=0)  # NaN last
+    middle = (values == values).sum(axis=0) // 2
+    median: Floats = np.take_along_axis(ordered, middle[None], axis=0)[0]
+    return median
+
+
+def _gain(layer: LayerHistory) -> Floats:
+    gain: Floats = np.abs(layer.gamma) / np.sqrt(np.maximum(layer.running_var, 0) + layer.eps)
+    return gain
