@@ -33,8 +33,8 @@ def diagnose(parser: argparse.ArgumentParser, files: list[str], **options: Any) 
             parser.error(f"--{name} is of one file; got {len(files)}")
     reports = {file: _report(file) for file in files}
     for file, report in reports.items():
-        if isinstance(report, UnreadableFile):
-            print(f"cubn diagnose: {file}: {report}", file=sys.stderr)
+        if reason := _reason(report):
+            print(f"cubn diagnose: {file}: {reason}", file=sys.stderr)
     print(_as_json(reports) if options["json"] else "\n\n".join(_as_text(reports)), flush=True)
     statuses = [_status(report) for report in reports.values()]
     for report in reports.values():
@@ -50,8 +50,19 @@ def _report(file: str) -> Report | UnreadableFile:
         return error
 
 
-def _status(report: Report | UnreadableFile) -> int:
+def _reason(report: Report | UnreadableFile) -> str:
+    """Why a file, or statistics in it, could not be read; empty if they could."""
     if isinstance(report, UnreadableFile):
+        return str(report)
+    for layer in report.layers:
+        for name in ("running_mean", "running_var"):
+            if name in layer.dtypes and getattr(layer, name) is None:
+                return f"{name} of {layer.name} is stored as {layer.dtypes[name]}, which is not read"
+    return ""
+
+
+def _status(report: Report | UnreadableFile) -> int:
+    if isinstance(report, UnreadableFile) or _reason(report):
         return UNREADABLE
     return CLEAN if report.worst in (None, "info") else FAULTY
 

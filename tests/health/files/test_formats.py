@@ -12,7 +12,7 @@ from tests.health.files.making import FORMATS, LAYERS, SIZES, made, network, orb
 ARRAYS = ("gamma", "beta", "running_mean", "running_var")
 OF_FLAX = dict(eps=None, momentum=None, running_variance="biased", tracked=None)
 OF_TORCH = dict(eps=None, momentum=None, running_variance="unbiased", tracked=7)
-OF_CUBN = dict(eps=1e-4, momentum=0.2, running_variance="unbiased", tracked=0)
+OF_CUBN = dict(eps=1e-4, momentum=0.2, running_variance="unbiased", tracked=7)
 OF_GRAPH = dict(eps=1e-4, momentum=0.2, running_variance="biased", tracked=None)
 OPTIONS = {
     "cubn": OF_CUBN,
