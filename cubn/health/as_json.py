@@ -24,7 +24,7 @@ def as_json(layers: Sequence[Layer], findings: Sequence[Finding]) -> str:
         "layers": [_layer(layer) for layer in layers],
         "findings": [asdict(finding) for finding in findings],
     }
-    return json.dumps(_plain(written), indent=2, allow_nan=False)
+    return json.dumps(plain(written), indent=2, allow_nan=False)
 
 
 def _layer(layer: Layer) -> dict[str, Any]:
@@ -45,9 +45,10 @@ def _span(counts: Counts | None) -> list[int] | None:
     return None if counts is None or not counts.size else [int(counts.min()), int(counts.max())]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON has, for what it does not have."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -81,7 +81,17 @@ def source_of(subject: Any) -> Source:
         from cubn.torch._health.sources import ModuleSource
 
         return ModuleSource(subject)
-    states = _named(subject)
+    return StateSource(states_of(subject))
+
+
+def states_of(subject: Any) -> dict[str, BatchNormState]:
+    """States with running statistics by name: keys of a mapping, positions in a list, "state" for one."""
+    if isinstance(subject, Mapping):
+        states = {str(name): state for name, state in subject.items()}
+    elif isinstance(subject, (list, tuple)):
+        states = {str(i): state for i, state in enumerate(subject)}
+    else:
+        states = {"state": subject}
     for state in states.values():
         if not isinstance(state, BatchNormState):
             rule = "be a BatchNormState, a list or mapping of them, or a torch.nn.Module"
@@ -89,13 +99,4 @@ def source_of(subject: Any) -> Source:
     tracked = {name: state for name, state in states.items() if state.running_mean is not None}
     if not tracked:
         raise ValueError(message("subject", "have running statistics", "none", "Make states with track=True."))
-    return StateSource(tracked)
-
-
-def _named(subject: Any) -> dict[str, Any]:
-    """By name: keys of a mapping, positions in a list, "state"."""
-    if isinstance(subject, Mapping):
-        return {str(name): state for name, state in subject.items()}
-    if isinstance(subject, (list, tuple)):
-        return {str(i): state for i, state in enumerate(subject)}
-    return {"state": subject}
+    return tracked

@@ -23,7 +23,7 @@ class ModuleSource:
     """The modules that hold running statistics, a shared one once; their buffers are looked up at each reading."""
 
     def __init__(self, model: nn.Module) -> None:
-        found = {path: module for path, module in model.named_modules() if _has_statistics(module)}
+        found = {path: module for path, module in model.named_modules() if has_statistics(module)}
         if not found:
             raise ValueError(message("subject", "have batch norms with running statistics", type(model).__name__))
         for path, module in found.items():
@@ -92,7 +92,8 @@ class ModuleSource:
         return self._momentum
 
 
-def _has_statistics(module: nn.Module) -> bool:
+def has_statistics(module: nn.Module) -> bool:
+    """Whether it is a batch norm with running statistics, of whatever package."""
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return False
     return all(module._buffers.get(name) is not None for name in STATISTICS)

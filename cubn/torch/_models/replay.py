@@ -73,10 +73,9 @@ class Run:
         self.paths = dict[nn.Module, str]()
         _look_into(model, "", self.paths)
         tensors = *arguments[0], *arguments[1].values(), *model.parameters(), *model.buffers()
-        devices = {tensor.device for tensor in tensors if isinstance(tensor, Tensor)}
-        self.devices = [device for device in devices if device.type == "cuda"]
+        self.devices = cuda_devices(tensors)
         self.calls, self.whole = list[Call](), Finding()
-        with self._unchanged():
+        with unchanged(self.model, self.devices):
             begin = self.random_state = self._random_state()  # at the end of the last call
             with _around(self.paths, self._record):
                 output = self._output(Cut(0, samples, samples))
@@ -107,7 +106,7 @@ class Run:
         """Run on some of the samples, and compare what each module gives and is given, and then the model's output."""
         follower = _Follower(self, cut)
         try:
-            with self._unchanged():
+            with unchanged(self.model, self.devices):
                 with _around(self.paths, follower):
                     output = self._output(cut)
                 follower.end(output)
@@ -121,7 +120,7 @@ class Run:
 
     def _compare_whole(self, cut: Cut) -> None:
         if not any(by_definition(self.model, call.module) for call in self.calls):
-            with self._unchanged():
+            with unchanged(self.model, self.devices):
                 self.whole.settle(self.end.inputs, self._output(cut), cut)
 
     def _output(self, cut: Cut) -> Any:
@@ -132,23 +131,30 @@ class Run:
         states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
         return b"".join(state.numpy().tobytes() for state in states)
 
-    @contextmanager
-    def _unchanged(self) -> Iterator[None]:
-        """Afterwards buffers and random numbers are as before."""
-        plain = [module for module in self.model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-        held = [dict(module._buffers) for module in plain]
-        buffers = list(self.model.buffers())
-        values = [buffer.detach().clone() for buffer in buffers]
-        try:
-            with torch.random.fork_rng([device.index for device in self.devices], device_type="cuda"):
-                yield
-        finally:
-            for module, own in zip(plain, held, strict=True):
-                module._buffers.update(own)
-            with torch.no_grad():
-                for buffer, value in zip(buffers, values, strict=True):
-                    if not (bits.is_dense(buffer) and bits.equal(buffer, value)):
-                        buffer.copy_(value)
+
+def cuda_devices(tensors: Iterable[Any]) -> list[torch.device]:
+    """Those that random numbers may be drawn on."""
+    devices = {tensor.device for tensor in tensors if isinstance(tensor, Tensor)}
+    return [device for device in devices if device.type == "cuda"]
+
+
+@contextmanager
+def unchanged(model: nn.Module, devices: Iterable[torch.device]) -> Iterator[None]:
+    """Afterwards a model's buffers, and random numbers, are as before."""
+    plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    held = [dict(module._buffers) for module in plain]
+    buffers = list(model.buffers())
+    values = [buffer.detach().clone() for buffer in buffers]
+    try:
+        with torch.random.fork_rng([device.index for device in devices], device_type="cuda"):
+            yield
+    finally:
+        for module, own in zip(plain, held, strict=True):
+            module._buffers.update(own)
+        with torch.no_grad():
+            for buffer, value in zip(buffers, values, strict=True):
+                if not (bits.is_dense(buffer) and bits.equal(buffer, value)):
+                    buffer.copy_(value)
 
 
 class _Follower:

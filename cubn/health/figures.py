@@ -1,0 +1,351 @@
+"""Figures of running statistics, as matplotlib's `Figure` objects: no window, and none of pyplot's state.
+
+They are 8 inches wide, legible at 800 pixels. Colours tell values apart in grey and to the colour-blind: cividis and
+viridis go from dark to light. What is not finite is red, and has a mark of its own where it is a point.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cubn.health.finding import Finding
+from cubn.health.gap import TrainEvalGap
+from cubn.health.layer import Layer
+from cubn.health.records import LayerHistory
+from cubn.health.rules.values import eps_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    from cubn.health.report import Report
+
+Floats = NDArray[Any]
+
+WIDTH = 8.0
+"""Inches."""
+
+BLUE, ORANGE, GREY, RED = "#0b559f", "#e08214", "#777777", "#c00000"
+
+SHOWN = 30
+"""Layers that are drawn one by one; of more, those in the order given that fit."""
+
+ERRORS = 2
+"""Standard errors on each side of a sampling band."""
+
+WINDOW = 10
+"""Records that batches are averaged over."""
+
+
+def gain_histogram(layers: Sequence[Layer]) -> Figure:
+    """Gains |gamma| / sqrt(running_var + eps): of all channels together, and by layer.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    gains = {layer.name: _gain(layer) for layer in layers if layer.running_var is not None}
+    figure = _figure(1.8 + _height(len(gains)))
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1.4, _height(len(gains))))
+    known = [gain[np.isfinite(gain) & (gain > 0)] for gain in gains.values()]
+    together = np.concatenate([*known, np.empty(0)])
+    if together.size:
+        low, high = np.log10(together.min()) - 0.05, np.log10(together.max()) + 0.05
+        above.hist(together, bins=np.logspace(low, high, 60).tolist(), color=BLUE)
+    above.set(xscale="log", yscale="symlog", ylabel="channels")
+    _strips(below, gains)
+    below.set_xlabel("gain  |γ| / √(running_var + eps); the bar is the layer's median")
+    return figure
+
+
+def statistics(layers: Sequence[Layer]) -> Figure:
+    """Running means, in standard deviations, and running variances: of each channel, by layer.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    held = [layer for layer in layers if layer.running_mean is not None and layer.running_var is not None]
+    figure = _figure(0.8 + _height(len(held)))
+    left, right = figure.subplots(1, 2, sharey=True)
+    with np.errstate(all="ignore"):
+        means = {layer.name: layer.running_mean / np.sqrt(layer.running_var + eps_of(layer)) for layer in held}  # type: ignore[operator]
+    left.set_xscale("symlog", linthresh=1)
+    _strips(left, means)
+    left.set_xlabel("running_mean / √(running_var + eps)")
+    right.set_xscale("log")
+    _strips(right, {layer.name: np.asarray(layer.running_var) for layer in held}, positive=True)
+    for eps in sorted({eps_of(layer) for layer in held}):
+        right.axvline(eps, color=GREY, linestyle="--", linewidth=1)
+        right.annotate(
+            "eps", (eps, 1.0), (2, -10), xycoords=("data", "axes fraction"), textcoords="offset points", color=GREY
+        )
+    right.set_xlabel("running_var")
+    return figure
+
+
+def channels_by_steps(history: LayerHistory) -> Figure:
+    """Running mean and variance of a layer over a training: channels against steps.
+
+    Parameters
+    ----------
+    history : LayerHistory
+        As `monitor.history["layer1.0.bn1"]`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    from matplotlib.colors import LogNorm, SymLogNorm
+
+    mean, var = history.running_mean, history.running_var
+    figure = _figure(5.2)
+    above, below = figure.subplots(2, 1, sharex=True)
+    reach = np.max(np.abs(mean), initial=1e-6, where=np.isfinite(mean))
+    positive = np.isfinite(var) & (var > 0)
+    low, high = np.min(var, initial=1.0, where=positive), np.max(var, initial=1e-12, where=positive)
+    _image(above, history.steps, mean, SymLogNorm(reach / 30, vmin=-reach, vmax=reach), "cividis", "running_mean")
+    _image(below, history.steps, var, LogNorm(low, max(high, 1.01 * low)), "viridis", "running_var")
+    figure.suptitle(history.name)
+    below.set_xlabel("step")
+    return figure
+
+
+def running_against_batch(layer: Layer | LayerHistory) -> Figure:
+    """Running statistics of a layer against those of its batches, with the band in which chance leaves them.
+
+    Parameters
+    ----------
+    layer : Layer or LayerHistory
+        A layer with Moments of its inputs; or a monitor's history, whose newest 10 records are averaged.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Notes
+    -----
+    The band is two standard errors of the difference on each side. With Moments of n values and a momentum w that is
+    sqrt((1 + w / (2 - w)) / n) standard deviations for means; sqrt(2) times that, relative, for variances of normal
+    values. Of a history, the spread of its own batches stands for what n would tell.
+    """
+    mean, var, running_mean, running_var, error_of_mean, error_of_var = _compared(layer)
+    figure = _figure(4.0)
+    left, right = figure.subplots(1, 2)
+    with np.errstate(all="ignore"):
+        deviation = np.sqrt(np.where(var > 0, var, np.nan))
+        _against(left, mean / deviation, running_mean / deviation, error_of_mean, relative=False)
+        _against(right, var, np.where(running_var > 0, running_var, np.nan), error_of_var, relative=True)
+    left.set(xlabel="batch mean, in its standard deviations", ylabel="running_mean, in the same")
+    right.set(xlabel="batch variance", ylabel="running_var")
+    figure.suptitle(layer.name)
+    return figure
+
+
+def gap_by_layer(gap: TrainEvalGap) -> Figure:
+    """The train/eval gap of each layer, the worst above.
+
+    Parameters
+    ----------
+    gap : TrainEvalGap
+        As from `train_eval_gap`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    layers = gap.layers[:SHOWN]
+    names = [_short(layer.name) for layer in layers]
+    figure = _figure(0.8 + _height(len(layers)))
+    panels = figure.subplots(1, 1 if gap.measure is None else 2, sharey=True, squeeze=False)[0]
+    rows = np.arange(len(layers))
+    _bars(panels[0], rows, [layer.local for layer in layers], BLUE)
+    panels[0].set_yticks(rows, names)
+    panels[0].set_xlabel("local: change of the layer's output, by its size")
+    panels[0].invert_yaxis()
+    if gap.measure is not None:
+        _bars(panels[1], rows, [max(layer.alone or 0.0, 0.0) for layer in layers], ORANGE)
+        what = "loss" if gap.measure == "loss" else "model's output, by its size"
+        panels[1].set_xlabel(f"alone: change of the {what}")
+    return figure
+
+
+def of_report(report: Report) -> list[tuple[str, Figure]]:
+    """The figures of a report, each with its title; none where nothing has statistics.
+
+    Parameters
+    ----------
+    report : Report
+
+    Returns
+    -------
+    list of (str, matplotlib.figure.Figure)
+    """
+    layers = [layer for layer in report.layers if layer.running_var is not None and layer.num_features]
+    if not layers:
+        return []
+    shown = _those_found_first(layers, report.findings)
+    return [
+        ("Gains", gain_histogram(shown)),
+        ("Running statistics", statistics(shown)),
+        *(
+            (f"Running statistics of {layer.name} against its batches", running_against_batch(layer))
+            for layer in [layer for layer in shown if layer.moments is not None][:3]
+        ),
+    ]
+
+
+def svg(figure: Figure) -> str:
+    """A figure as SVG, the same text for the same figure.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+
+    Returns
+    -------
+    str
+        Beginning with `<svg`, to stand in a page.
+    """
+    import matplotlib
+
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # which would move things a little each time
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "cubn"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _figure(height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure((WIDTH, height), dpi=100, layout="constrained")
+
+
+def _height(rows: int) -> float:
+    return 0.5 + 0.22 * min(max(rows, 1), SHOWN)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else f"…{name[-23:]}"
+
+
+def _gain(layer: Layer) -> Floats:
+    assert layer.running_var is not None
+    gamma = np.ones(layer.num_features) if layer.gamma is None else layer.gamma
+    with np.errstate(all="ignore"):
+        gain: Floats = np.abs(gamma) / np.sqrt(layer.running_var + eps_of(layer))
+    return gain
+
+
+def _those_found_first(layers: Sequence[Layer], findings: Sequence[Finding]) -> list[Layer]:
+    """As many as are shown, in their order: those with findings, and others."""
+    found = {finding.layer for finding in findings}
+    by_finding = sorted(range(len(layers)), key=lambda i: layers[i].name not in found)
+    return [layers[i] for i in sorted(by_finding[:SHOWN])]
+
+
+def _strips(axes: Axes, values: dict[str, Floats], *, positive: bool = False) -> None:
+    """A row of points for each layer, the first above, with its median; at the edges what cannot be drawn."""
+    for row, each in enumerate(values.values()):
+        finite = np.isfinite(each)
+        drawn = each[finite & (each > 0)] if positive or axes.get_xscale() == "log" else each[finite]
+        axes.plot(drawn, np.full(len(drawn), row), "o", color=BLUE, markersize=3, alpha=0.5, markeredgewidth=0)
+        if len(drawn):
+            axes.plot([np.median(drawn)], [row], "|", color="black", markersize=9, markeredgewidth=1.5)
+        for wrong, place, marker in ((~finite, 1.0, "x"), (finite & (each <= 0), 0.0, "<")):
+            if wrong.any() and (marker == "x" or len(drawn) < finite.sum()):
+                axes.plot([place], [row], marker, color=RED, transform=axes.get_yaxis_transform(), clip_on=False)
+    axes.set_yticks(range(len(values)), [_short(name) for name in values])
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+
+
+def _image(axes: Axes, steps: Floats, values: Floats, norm: Normalize, colours: str, label: str) -> None:
+    """Channels against steps; what a logarithm does not have is red."""
+    import matplotlib
+
+    cmap = matplotlib.colormaps[colours].with_extremes(bad=RED)
+    edges = np.append(steps, steps[-1] + max(1, np.diff(steps[-2:]).sum()))
+    wrong = ~np.isfinite(values) | ((values <= 0) & (type(norm).__name__ == "LogNorm"))
+    drawn = np.ma.masked_array(values, wrong).T
+    rows = np.arange(values.shape[1] + 1) - 0.5
+    image = axes.pcolormesh(edges, rows, drawn, norm=norm, cmap=cmap, rasterized=True)
+    axes.set_ylabel("channel")
+    axes.figure.colorbar(image, ax=axes, label=label)
+
+
+def _compared(layer: Layer | LayerHistory) -> tuple[Any, ...]:
+    """Batch mean and variance, running mean and variance, and standard errors of their differences."""
+    if isinstance(layer, LayerHistory):
+        recent = layer.last(WINDOW)
+        mean, var = np.nanmean(recent.batch_mean, axis=0), np.nanmean(recent.batch_var, axis=0)
+        spread = np.nanmedian(np.nanstd(recent.batch_mean, axis=0) / np.sqrt(np.maximum(var, 1e-300)))
+        spread_of_var = np.nanmedian(np.nanstd(recent.batch_var, axis=0) / np.maximum(var, 1e-300))
+        share = np.sqrt(_noise(layer.momentum) + 1 / len(recent))
+        return mean, var, recent.running_mean[-1], recent.running_var[-1], spread * share, spread_of_var * share
+    moments = layer.moments
+    if moments is None:
+        raise ValueError("running_against_batch: layer must have Moments; got none. Pass them to cubn.diagnose.")
+    momentum = layer.momentum if isinstance(layer.momentum, float) else None
+    error = float(np.sqrt((1 + _noise(momentum)) / moments.count))
+    return moments.mean, moments.var(), layer.running_mean, layer.running_var, error, np.sqrt(2) * error
+
+
+def _noise(momentum: float | None) -> float:
+    """The variance of a running statistic, where that of a batch's is 1."""
+    return 0.0 if momentum is None else momentum / (2 - momentum)
+
+
+def _against(axes: Axes, batch: Floats, running: Floats, error: float, *, relative: bool) -> None:
+    known = np.isfinite(batch) & np.isfinite(running)
+    both = np.concatenate((batch[known], running[known]))
+    low, high = (both.min(), both.max()) if both.size else (0.0, 1.0)
+    if relative:
+        axes.set(xscale="log", yscale="log")
+        line = np.geomspace(low / 1.3, high * 1.3, 50)
+        band = line / (1 + ERRORS * error), line * (1 + ERRORS * error)
+    else:
+        pad = 0.08 * (high - low) + 1e-3
+        line = np.linspace(low - pad, high + pad, 50)
+        band = line - ERRORS * error, line + ERRORS * error
+    axes.fill_between(line, *band, color="#cccccc", linewidth=0, label="within chance")
+    axes.plot(line, line, color=GREY, linewidth=1)
+    inside = known & _within(batch, running, error, relative)
+    for where, colour, marker in ((inside, BLUE, "o"), (known & ~inside, ORANGE, "^")):
+        axes.plot(batch[where], running[where], marker, color=colour, markersize=4, markeredgewidth=0)
+    axes.legend(loc="upper left", frameon=False, fontsize="small")
+
+
+def _within(batch: Floats, running: Floats, error: float, relative: bool) -> Floats:
+    with np.errstate(all="ignore"):
+        off = np.abs(np.log(running / batch)) if relative else np.abs(running - batch)
+    within: Floats = off <= (np.log1p(ERRORS * error) if relative else ERRORS * error)
+    return within
+
+
+def _bars(axes: Axes, rows: Floats, values: Sequence[float], colour: str) -> None:
+    """Those that are infinite reach the edge, in red."""
+    finite = [value for value in values if np.isfinite(value)]
+    edge = 1.05 * max(finite, default=1.0) or 1.0
+    drawn = [value if np.isfinite(value) else edge for value in values]
+    axes.barh(rows, drawn, color=[colour if np.isfinite(value) else RED for value in values])
+    axes.set_xlim(0, edge)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
