@@ -100,6 +100,8 @@ def _written(report: Report, html: str | None, figure: str | None) -> int:
 
 
 def _draw(report: Report, path: str) -> None:
-    from cubn.health.figures import statistics
-
+    try:
+        from cubn.health.figures import statistics
+    except ImportError as error:
+        raise ImportError(f"--figure needs matplotlib ({error}). Install it with: pip install matplotlib") from error
     statistics(report.layers).savefig(path)
