@@ -81,17 +81,17 @@ def _add_warm_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_diagnose(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from cubn.cli.diagnose import add_arguments
-
-    add_arguments(
-        commands.add_parser(
-            "diagnose",
-            help="what is wrong with the batch norms of checkpoint files",
-            description="What is wrong with the batch norms of checkpoint files: of PyTorch, safetensors, NumPy, Flax, "
-            "ONNX, Keras or Orbax, told by their content. Nothing in a file is run, and only batch norms are read.",
-            epilog="exit status: 0 no more than infos, 1 a warning or an error, 2 a file cannot be read",
-        )
+    parser = commands.add_parser(
+        "diagnose",
+        help="what is wrong with the batch norms of checkpoint files",
+        description="What is wrong with the batch norms of checkpoint files: of PyTorch, safetensors, NumPy, Flax, "
+        "ONNX, Keras or Orbax, told by their content. Nothing in a file is run, and only batch norms are read.",
+        epilog="exit status: 0 no more than infos, 1 a warning or an error, 2 a file that cannot be read",
     )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint; a folder, if Orbax wrote it")
+    parser.add_argument("--json", action="store_true", help="print JSON: of every file its report, or why it has none")
+    parser.add_argument("--html", metavar="PATH", help="write a page with the report and figures; of one file")
+    parser.add_argument("--figure", metavar="PATH", help="draw the running statistics; of one file, needs matplotlib")
 
 
 def _warm_up(parser: argparse.ArgumentParser, options: dict[str, Any]) -> int:

@@ -18,14 +18,6 @@ ONE_FILE = ("html", "figure")
 """Options for what is made of one file's report."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Files and options of the command."""
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint; a folder, if Orbax wrote it")
-    parser.add_argument("--json", action="store_true", help="print JSON: of every file its report, or why it has none")
-    parser.add_argument("--html", metavar="PATH", help="write a page with the report and figures; of one file")
-    parser.add_argument("--figure", metavar="PATH", help="draw the running statistics; of one file, needs matplotlib")
-
-
 def diagnose(parser: argparse.ArgumentParser, files: list[str], **options: Any) -> int:
     """Examine every file, print what was found, and return the worst exit status."""
     for name in ONE_FILE:

@@ -148,3 +148,15 @@ def test_a_packed_member_is_unpacked_as_far_as_it_is_needed(tmp_path):
             with file.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array(member, array)
     assert len(read(tmp_path / "a.npz")) == len(LAYERS)
+
+
+def test_a_figure_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert main(["diagnose", healthy(tmp_path), "--figure", str(tmp_path / "a.svg")]) == 0
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+def test_a_figure_without_matplotlib_is_refused_with_a_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cubn.health.figures", None)
+    assert main(["diagnose", healthy(tmp_path), "--figure", str(tmp_path / "a.svg")]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
