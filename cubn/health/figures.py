@@ -21,6 +21,7 @@ from cubn.health.rules.values import eps_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
@@ -40,7 +41,7 @@ ERRORS = 2
 """Standard errors on each side of a sampling band."""
 
 WINDOW = 10
-"""Records that batches are averaged over."""
+"""Records whose batches say how far batches spread."""
 
 
 def gain_histogram(layers: Sequence[Layer]) -> Figure:
@@ -63,6 +64,7 @@ def gain_histogram(layers: Sequence[Layer]) -> Figure:
         low, high = np.log10(together.min()) - 0.05, np.log10(together.max()) + 0.05
         above.hist(together, bins=np.logspace(low, high, 60).tolist(), color=BLUE)
     above.set(xscale="log", yscale="symlog", ylabel="channels")
+    above.yaxis.set_major_formatter("{x:g}")
     _strips(below, gains)
     below.set_xlabel("gain  |γ| / √(running_var + eps); the bar is the layer's median")
     return figure
@@ -118,7 +120,10 @@ def channels_by_steps(history: LayerHistory) -> Figure:
     reach = np.max(np.abs(mean), initial=1e-6, where=np.isfinite(mean))
     positive = np.isfinite(var) & (var > 0)
     low, high = np.min(var, initial=1.0, where=positive), np.max(var, initial=1e-12, where=positive)
-    _image(above, history.steps, mean, SymLogNorm(reach / 30, vmin=-reach, vmax=reach), "cividis", "running_mean")
+    bar = _image(above, history.steps, mean, SymLogNorm(reach / 30, vmin=-reach, vmax=reach), "cividis", "running_mean")
+    bar.set_ticks(
+        np.array([-1, -0.1, 0, 0.1, 1]) * reach, labels=[f"{part * reach:.2g}" for part in (-1, -0.1, 0, 0.1, 1)]
+    )
     _image(below, history.steps, var, LogNorm(low, max(high, 1.01 * low)), "viridis", "running_var")
     figure.suptitle(history.name)
     below.set_xlabel("step")
@@ -131,7 +136,7 @@ def running_against_batch(layer: Layer | LayerHistory) -> Figure:
     Parameters
     ----------
     layer : Layer or LayerHistory
-        A layer with Moments of its inputs; or a monitor's history, whose newest 10 records are averaged.
+        A layer with Moments of its inputs; or a monitor's history: the newest batch that it knows.
 
     Returns
     -------
@@ -141,7 +146,7 @@ def running_against_batch(layer: Layer | LayerHistory) -> Figure:
     -----
     The band is two standard errors of the difference on each side. With Moments of n values and a momentum w that is
     sqrt((1 + w / (2 - w)) / n) standard deviations for means; sqrt(2) times that, relative, for variances of normal
-    values. Of a history, the spread of its own batches stands for what n would tell.
+    values. Of a history, the spread of its last 10 batches stands for what n would tell.
     """
     mean, var, running_mean, running_var, error_of_mean, error_of_var = _compared(layer)
     figure = _figure(4.0)
@@ -277,9 +282,10 @@ def _strips(axes: Axes, values: dict[str, Floats], *, positive: bool = False) ->
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
 
 
-def _image(axes: Axes, steps: Floats, values: Floats, norm: Normalize, colours: str, label: str) -> None:
+def _image(axes: Axes, steps: Floats, values: Floats, norm: Normalize, colours: str, label: str) -> Colorbar:
     """Channels against steps; what a logarithm does not have is red."""
     import matplotlib
+    from matplotlib.ticker import MaxNLocator
 
     cmap = matplotlib.colormaps[colours].with_extremes(bad=RED)
     edges = np.append(steps, steps[-1] + max(1, np.diff(steps[-2:]).sum()))
@@ -288,18 +294,25 @@ def _image(axes: Axes, steps: Floats, values: Floats, norm: Normalize, colours: 
     rows = np.arange(values.shape[1] + 1) - 0.5
     image = axes.pcolormesh(edges, rows, drawn, norm=norm, cmap=cmap, rasterized=True)
     axes.set_ylabel("channel")
-    axes.figure.colorbar(image, ax=axes, label=label)
+    axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    return axes.figure.colorbar(image, ax=axes, label=label)
 
 
 def _compared(layer: Layer | LayerHistory) -> tuple[Any, ...]:
     """Batch mean and variance, running mean and variance, and standard errors of their differences."""
     if isinstance(layer, LayerHistory):
         recent = layer.last(WINDOW)
-        mean, var = np.nanmean(recent.batch_mean, axis=0), np.nanmean(recent.batch_var, axis=0)
-        spread = np.nanmedian(np.nanstd(recent.batch_mean, axis=0) / np.sqrt(np.maximum(var, 1e-300)))
-        spread_of_var = np.nanmedian(np.nanstd(recent.batch_var, axis=0) / np.maximum(var, 1e-300))
-        share = np.sqrt(_noise(layer.momentum) + 1 / len(recent))
-        return mean, var, recent.running_mean[-1], recent.running_var[-1], spread * share, spread_of_var * share
+        known = np.isfinite(recent.batch_var).all(axis=1)
+        newest = int(np.flatnonzero(known)[-1]) if known.any() else -1
+        means, variances = recent.batch_mean[known], recent.batch_var[known]
+        with np.errstate(all="ignore"):
+            size = np.sqrt(1 + _noise(layer.momentum)) / variances.mean(axis=0)
+            errors = (
+                np.nanmedian(means.std(axis=0) * np.sqrt(variances.mean(axis=0)) * size),
+                np.nanmedian(variances.std(axis=0) * size),
+            )
+        running = recent.running_mean[newest], recent.running_var[newest]
+        return recent.batch_mean[newest], recent.batch_var[newest], *running, *errors
     moments = layer.moments
     if moments is None:
         raise ValueError("running_against_batch: layer must have Moments; got none. Pass them to cubn.diagnose.")
@@ -314,23 +327,30 @@ def _noise(momentum: float | None) -> float:
 
 
 def _against(axes: Axes, batch: Floats, running: Floats, error: float, *, relative: bool) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     known = np.isfinite(batch) & np.isfinite(running)
     both = np.concatenate((batch[known], running[known]))
-    low, high = (both.min(), both.max()) if both.size else (0.0, 1.0)
+    low, high = (float(both.min()), float(both.max())) if both.size else (0.1, 1.0)
     if relative:
         axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 3.0)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         line = np.geomspace(low / 1.3, high * 1.3, 50)
         band = line / (1 + ERRORS * error), line * (1 + ERRORS * error)
     else:
         pad = 0.08 * (high - low) + 1e-3
         line = np.linspace(low - pad, high + pad, 50)
         band = line - ERRORS * error, line + ERRORS * error
-    axes.fill_between(line, *band, color="#cccccc", linewidth=0, label="within chance")
+    axes.fill_between(line, *band, color="#cccccc", linewidth=0, label="chance")
     axes.plot(line, line, color=GREY, linewidth=1)
     inside = known & _within(batch, running, error, relative)
     for where, colour, marker in ((inside, BLUE, "o"), (known & ~inside, ORANGE, "^")):
-        axes.plot(batch[where], running[where], marker, color=colour, markersize=4, markeredgewidth=0)
-    axes.legend(loc="upper left", frameon=False, fontsize="small")
+        label = f"{int(where.sum())} channels {'within' if where is inside else 'beyond'}"
+        axes.plot(batch[where], running[where], marker, color=colour, markersize=4, markeredgewidth=0, label=label)
+    axes.legend(loc="lower right", frameon=False, fontsize="small")
 
 
 def _within(batch: Floats, running: Floats, error: float, relative: bool) -> Floats:

@@ -46,6 +46,9 @@ SINKING = 0.5
 NEARLY_DEAD = 10.0
 """Times eps: a variance below this is on its way to where eps divides the channel."""
 
+ROUNDING = 1e-5
+"""Of a variance: less of it than this may be what rounding left."""
+
 GROWN = 10.0
 """Times the median gain of the layer, and times what it was when the running statistics had forgotten 0 and 1."""
 
@@ -206,15 +209,18 @@ def running_behind(layer: LayerHistory) -> Iterator[Found]:
 
 @trend("variance-sinking", _low)
 def variance_sinking(layer: LayerHistory) -> Iterator[Found]:
-    """A running variance halves again and again, and nothing in the batches holds it up: the channel dies."""
+    """A running variance halves again and again, and nothing in the batches holds it up: the channel dies.
+
+    What the initial 1 still weighs is taken out first: it always sinks.
+    """
     newest = layer.last(1).running_var[0]
     low = (newest > 0) & (newest < NEARLY_DEAD * layer.eps)
     recent = layer.last(RECENT)
     if len(recent) < WINDOW or not low.any():
         return
-    var = recent.running_var
-    falls = (var[1:] <= var[:-1]).all(axis=0) & (var[-1] <= SINKING * var[0])
-    unsupported = ~(recent.batch_var[1:] > var[1:]).any(axis=0)
+    var = recent.running_var - _initial_weights(recent)
+    falls = (var[1:] <= var[:-1]).all(axis=0) & (var[-1] <= SINKING * var[0]) & (var[-1] > ROUNDING * newest)
+    unsupported = ~(recent.batch_var[1:] > recent.running_var[1:]).any(axis=0)
     if (wrong := low & falls & unsupported).any():
         steps = recent.steps[-1] - recent.steps[0]
         halved = steps / np.log2(var[0][wrong].astype(float) / var[-1][wrong])
@@ -222,7 +228,7 @@ def variance_sinking(layer: LayerHistory) -> Iterator[Found]:
             "warning",
             f"running_var halves every {halved.min():.0f} steps",
             wrong,
-            {"running_var": var[-1][wrong], "steps to halve": halved, "eps": layer.eps},
+            {"running_var": newest[wrong], "steps to halve": halved, "eps": layer.eps},
             "the channel's inputs are constant: weights that became 0, or units that a ReLU switched off",
             "lower the learning rate or the weight decay of the layer before; a larger eps bounds the gain",
         )
@@ -235,7 +241,7 @@ def gain_growing(layer: LayerHistory) -> Iterator[Found]:
     wrong = np.isfinite(gain) & (gain >= GROWN * np.median(gain))
     if len(layer) < WINDOW or not wrong.any():
         return
-    settled = _initial_weights(layer) < FORGOTTEN
+    settled = (_initial_weights(layer) < FORGOTTEN).all(axis=1)
     begin = _gain(layer)[settled.argmax()]
     wrong &= settled.any() & (gain >= GROWN * begin) & (gain >= STILL_GROWING * _gain(layer.last(RECENT))[0])
     if wrong.any():
@@ -251,9 +257,9 @@ def gain_growing(layer: LayerHistory) -> Iterator[Found]:
 
 
 def _initial_weights(layer: LayerHistory) -> Floats:
-    """What the initial 0 and 1 still weighed in each record; nothing in a cumulative average."""
-    updates = (layer.tracked - layer.skipped).max(axis=1)
-    return np.zeros(len(updates)) if layer.momentum is None else (1 - layer.momentum) ** updates
+    """What the initial 0 and 1 still weighed in each record and channel; nothing in a cumulative average."""
+    updates = layer.tracked - layer.skipped
+    return np.zeros(updates.shape) if layer.momentum is None else (1 - layer.momentum) ** updates
 
 
 def _median(values: Floats) -> Floats:
