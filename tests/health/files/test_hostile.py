@@ -184,7 +184,7 @@ def test_what_contains_itself_or_is_nested_ends(name, tmp_path):
 
 def test_long_names_do_not_multiply(tmp_path):
     long = b"X" + struct.pack("<I", 1 << 20) + b"n" * (1 << 20)
-    many = b"".join(b"X\4\0\0\0%04dK\1s" % i for i in range(1000))
+    many = b"".join(b"X\4\0\0\0%04d}\x8c\1w" % i + tensor() + b"ss" for i in range(200))
     path = zipped(tmp_path / "a.pt", opcodes("EMPTY_DICT", long, "EMPTY_DICT", many, "SETITEM", "STOP"))
     assert _peak(lambda: read(path)) < 50e6
 
@@ -200,13 +200,10 @@ def _peak(call):
 
 def test_zeros_packed_small_are_not_unpacked(tmp_path):
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (20 << 20,)})
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (9 << 20,)})
+    data = header.getvalue() + bytes(72 << 20)
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as file:
-        for name in ("running_mean", "running_var"):
-            with file.open(f"bn.{name}.npy", "w") as member:
-                member.write(header.getvalue())
-                for _ in range(80):
-                    member.write(bytes(1 << 20))
+        file.writestr("bn.running_mean.npy", data)
 
     def refused():
         with pytest.raises(UnreadableFile):
@@ -241,6 +238,9 @@ def _about(**others):
 
 HEADERS = {
     "beyond the end": _about(data_offsets=[1 << 40, (1 << 40) + 32]),
+    "beyond the end, of another layer": lambda header: header["body.conv.bias"].update(
+        data_offsets=[1 << 40, 16 + (1 << 40)]
+    ),
     "backwards": _about(data_offsets=[32, 0]),
     "negative": _about(data_offsets=[-32, 0]),
     "fractions": _about(data_offsets=[0.0, 32.0]),
@@ -295,6 +295,14 @@ def test_tensors_outside_an_onnx_file_are_beside_it(name, tmp_path):
             tensor.external_data.add(key=key, value=value)
     (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(UnreadableFile, match="not one beside it"):
+        read(tmp_path / "a.onnx")
+
+
+def test_an_onnx_file_without_the_versions_that_come_last_is_refused(tmp_path):
+    _, model = onnx_model(network())
+    del model.opset_import[:]
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnreadableFile):
         read(tmp_path / "a.onnx")
 
 
