@@ -47,7 +47,7 @@ def layers(draw, name="a"):
     )
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(layers(), layers("b"), st.booleans())
 def test_no_layer_makes_a_rule_fail(first, second, ranks):
     if ranks:
@@ -62,7 +62,7 @@ def test_no_layer_makes_a_rule_fail(first, second, ranks):
     assert as_text.in_colour(report.layers, report.findings)
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(arrays.arrays(np.float32, (4, 3), elements=st.floats(width=32)), st.sampled_from(["float16", "float32"]))
 def test_states_are_left_as_they_are(values, dtype):
     with warnings.catch_warnings():
@@ -76,6 +76,7 @@ def test_states_are_left_as_they_are(values, dtype):
     np.testing.assert_array_equal(layer.running_var, var.astype(np.float64))
 
 
+@settings(max_examples=30)
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.dictionaries(st.text() | st.integers(), x)))
 def test_trees_without_batch_norms_have_none(tree):
     if isinstance(tree, dict):

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from cubn.health import as_text, wording
+from cubn.health import as_html, as_text, wording
 from cubn.health.diagnose import examine
 from cubn.health.finding import Finding
 from cubn.health.layer import Layer
@@ -50,6 +50,12 @@ dead:
   usually zeros
   remedy: remove()
   remedy: x"""
+
+
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch):
+    """Pages are made in milliseconds without them."""
+    monkeypatch.setattr(as_html, "find_spec", lambda name: None)
 
 
 def test_the_worst_comes_first():
@@ -212,6 +218,18 @@ def test_the_page_is_whole_and_refers_to_nothing_elsewhere(report, tmp_path):
     shown = " ".join(page.texts)
     for finding in report.findings:
         assert finding.layer in shown and finding.message in shown and finding.remedy in shown
+
+
+def test_the_page_has_figures_where_they_can_be_drawn(monkeypatch):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("cubn.health.figures")
+    monkeypatch.undo()  # of `without_figures`
+    report = examine([replace(healthy(running_mean={3: math.nan}), name="<b>&amp; a\x1b\n\ud800 $\\x$")])
+    text = report.to_html()
+    page = Page(text)
+    assert page.tags.count("svg") == page.tags.count("figure") > 0 and "b" not in page.tags[page.tags.index("svg") :]
+    assert [reference for reference in page.references if not reference.startswith("#")] == []
+    assert "<metadata" not in text and "<!DOCTYPE svg" not in text and text == report.to_html()
 
 
 def test_notebooks_get_a_part_of_a_page():

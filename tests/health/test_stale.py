@@ -37,7 +37,7 @@ def test_evidence_is_in_standard_errors_and_sigmas():
     layer = healthy()
     sigma = np.sqrt(layer.running_var)
     (found,) = examine([with_data(layer, shift=np.where(np.arange(16) == 3, 5 * sigma, 0))]).findings
-    assert found.evidence["times"] == pytest.approx([5], rel=0.05)
+    assert found.evidence["shift in σ"] == pytest.approx([5], rel=0.05)
     n = 1 / (1 / (8 * 19) + 1 / 2000)  # 19 batches, of 8 values at the least
     assert found.evidence["standard errors"] == pytest.approx([5 * n**0.5], rel=0.05)
 
@@ -94,3 +94,10 @@ def test_tails_that_the_moments_show_excuse_a_variance():
 def test_moments_of_next_to_nothing_say_nothing(count):
     layer = replace(healthy(running_mean={2: 1e6}), moments=cubn.moments(np.zeros((count, 16))))
     assert findings_of(layer) == []
+
+
+def test_the_variance_of_a_single_batch_says_little():
+    layer = with_data(healthy())
+    layer = replace(layer, running_var=np.where(np.arange(16) == 2, layer.running_var / 1000, layer.running_var))
+    assert ("stale", "error", (2,)) in findings_of(layer)
+    assert "stale" not in {rule for rule, _, _ in findings_of(replace(layer, momentum=1.0))}

@@ -43,8 +43,9 @@ class _Distance(NamedTuple):
     """How far one running statistic is from the data's, channel by channel."""
 
     what: str
+    unit: str
+    """Of its size, as it shows in the output."""
     size: Float64
-    """As it shows in the output."""
     surprise: Float64
     """In standard errors."""
     limits: tuple[float, float]
@@ -75,6 +76,7 @@ def _of_means(layer: Layer, mean: Float64, moments: Moments, n: float) -> _Dista
     error = np.sqrt(moments.var() / n)
     return _Distance(
         "running_mean is far from the data's mean",
+        "shift in σ",
         shift / np.sqrt(moments.var() + eps_of(layer)),
         np.where(shift > 0, shift / error, 0.0),
         (MOVED, MOVED_FAR),
@@ -90,6 +92,7 @@ def _of_variances(layer: Layer, var: Float64, moments: Moments, n: float) -> _Di
     unknown = (error >= 1) | ((ratio < 1) & seldom(layer))
     return _Distance(
         "running_var is far from the data's variance",
+        "ratio",
         np.maximum(ratio, 1 / ratio),
         np.where(unknown, 0.0, np.abs(np.log(ratio)) / error),
         (RATIO, RATIO_FAR),
@@ -112,7 +115,7 @@ def _far(layer: Layer, distance: _Distance) -> Iterator[Found]:
     ]
     for severity, channels in by_severity:
         if channels.any():
-            numbers = {"times": distance.size, "standard errors": distance.surprise, **distance.evidence}
+            numbers = {distance.unit: distance.size, "standard errors": distance.surprise, **distance.evidence}
             yield Found(
                 severity,
                 distance.what,
