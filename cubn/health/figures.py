@@ -174,18 +174,19 @@ def gap_by_layer(gap: TrainEvalGap) -> Figure:
     matplotlib.figure.Figure
     """
     layers = gap.layers[:SHOWN]
-    names = [_short(layer.name) for layer in layers]
-    figure = _figure(0.8 + _height(len(layers)))
-    panels = figure.subplots(1, 1 if gap.measure is None else 2, sharey=True, squeeze=False)[0]
-    rows = np.arange(len(layers))
-    _bars(panels[0], rows, [layer.local for layer in layers], BLUE)
-    panels[0].set_yticks(rows, names)
-    panels[0].set_xlabel("local: change of the layer's output, by its size")
-    panels[0].invert_yaxis()
+    panels = {"local: change of its own output": ([layer.local for layer in layers], BLUE)}
     if gap.measure is not None:
-        _bars(panels[1], rows, [max(layer.alone or 0.0, 0.0) for layer in layers], ORANGE)
-        what = "loss" if gap.measure == "loss" else "model's output, by its size"
-        panels[1].set_xlabel(f"alone: change of the {what}")
+        what = "loss" if gap.measure == "loss" else "output"
+        panels[f"alone: change of the {what}"] = [layer.alone or 0.0 for layer in layers], ORANGE
+        panels[f"all but it: change of the {what}"] = [layer.remaining or 0.0 for layer in layers], GREY
+    figure = _figure(0.8 + _height(len(layers)))
+    rows = np.arange(len(layers))
+    drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (label, (values, colour)) in zip(drawn, panels.items(), strict=True):
+        _bars(axes, rows, [max(value, 0.0) for value in values], colour)
+        axes.set_xlabel(label)
+    drawn[0].set_yticks(rows, [_short(layer.name) for layer in layers])
+    drawn[0].set_ylim(len(layers) - 0.5, -0.5)
     return figure
 
 
@@ -260,9 +261,10 @@ def _gain(layer: Layer) -> Floats:
 
 
 def _those_found_first(layers: Sequence[Layer], findings: Sequence[Finding]) -> list[Layer]:
-    """As many as are shown, in their order: those with findings, and others."""
-    found = {finding.layer for finding in findings}
-    by_finding = sorted(range(len(layers)), key=lambda i: layers[i].name not in found)
+    """As many as are shown, in their order: those with the worst findings, and others."""
+    found = [finding.layer for finding in findings]  # the worst first
+    rank = {name: found.index(name) for name in dict.fromkeys(found)}
+    by_finding = sorted(range(len(layers)), key=lambda i: rank.get(layers[i].name, len(found)))
     return [layers[i] for i in sorted(by_finding[:SHOWN])]
 
 
@@ -367,5 +369,6 @@ def _bars(axes: Axes, rows: Floats, values: Sequence[float], colour: str) -> Non
     drawn = [value if np.isfinite(value) else edge for value in values]
     axes.barh(rows, drawn, color=[colour if np.isfinite(value) else RED for value in values])
     axes.set_xlim(0, edge)
+    axes.locator_params(axis="x", nbins=4)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

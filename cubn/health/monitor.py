@@ -92,7 +92,7 @@ class Monitor:
 
     Examples
     --------
-    >>> import numpy as np, cubn
+    >>> import numpy as np, cubn, cubn.health
     >>> state, rng = cubn.BatchNormState(4), np.random.default_rng(0)
     >>> with cubn.health.Monitor(state, on_finding=lambda found: print(found.rule, found.channels)) as monitor:
     ...     for step in range(100):
@@ -100,6 +100,7 @@ class Monitor:
     ...         x[:, 2] *= 0.8**step  # dies
     ...         _ = cubn.forward_train(x, state)
     ...         monitor.step()
+    gain-growing (2,)
     variance-sinking (2,)
     >>> monitor.history["state"].running_var.shape
     (100, 4)

@@ -66,7 +66,7 @@ def train_eval_gap(
 
     Examples
     --------
-    >>> import numpy as np, cubn
+    >>> import numpy as np, cubn, cubn.health
     >>> x = np.random.default_rng(0).standard_normal((64, 3, 8, 8), dtype=np.float32)
     >>> good, bad = cubn.BatchNormState(3, momentum=1), cubn.BatchNormState(3)
     >>> for state in (good, bad):

@@ -218,7 +218,7 @@ def test_an_optimizer_calls_step_until_the_block_ends():
 
 def test_an_exception_in_the_block_removes_the_hook_and_is_not_hidden():
     optimizer, state = Optimizer(), cubn.BatchNormState(2)
-    with pytest.raises(KeyError), Monitor(state).attach(optimizer) as watching:
+    with pytest.raises(KeyError), Monitor(state).attach(optimizer) as watching:  # noqa: PT012
         state.running_mean[0] = np.nan  # of which a warning, an error here, would be made
         watching.step()
         raise KeyError

@@ -1,0 +1,91 @@
+"""What a monitor adds to the training step of a ResNet-20 on the digits.
+
+    python asv_benchmarks/monitor.py            measure, print, and write results/<machine>/monitor.json
+    python asv_benchmarks/monitor.py --json     print the rows as JSON, write nothing
+
+A step is forward, loss, backward and SGD on 32 images of 8 × 8 pixels, with torch's batch norms and with cubn's. Steps
+with and without `Monitor.step` alternate in blocks, in processor time of one thread, which other programs disturb least.
+"share" is what the monitor adds, over the step without it; the limit is 2 %.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from benchmarks.layers import contestants
+from benchmarks.models import NETWORKS, trained
+from machine import write
+from trees import Row, print_rows
+
+import cubn
+from cubn.health import Monitor
+
+LIMIT = 0.02
+SIZE, BATCH, BLOCK = 8, 32, 20
+
+
+def processor_time(call: Callable[[], object], times: int) -> float:
+    begin = time.process_time()
+    for _ in range(times):
+        call()
+    return (time.process_time() - begin) / times
+
+
+def measure(name: str, blocks: int) -> Row:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 16
+    labels = torch.tensor(digits.target)
+    network = NETWORKS["resnet20"]._replace(x=(BATCH, 3, SIZE, SIZE))
+    model = trained(network, "nchw", contestants(4)[name]).model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    monitor = Monitor(model, on_finding=lambda found: None)
+
+    def step() -> None:
+        batch = torch.randint(len(images), (BATCH,))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+
+    def watched() -> None:
+        step()
+        monitor.step()
+
+    processor_time(watched, BLOCK)
+    alone, added = [], []
+    for _ in range(blocks):
+        alone.append(processor_time(step, BLOCK))
+        added.append(processor_time(watched, BLOCK) - alone[-1])
+    by_itself = [processor_time(monitor.step, BLOCK) for _ in range(blocks)]
+    return {
+        "batch_norms": name,
+        "layers": len(monitor.history),
+        "step_ms": round(1e3 * statistics.median(alone), 3),
+        "added_ms": round(1e3 * statistics.median(added), 3),
+        "monitor_step_ms": round(1e3 * statistics.median(by_itself), 3),
+        "share": round(statistics.median(added) / statistics.median(alone), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=30)
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON, write nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cubn.set_num_threads(1)
+    rows = [measure(name, options.blocks) for name in ("torch", "cubn")]
+    if options.json:
+        print_rows(rows)
+        return
+    for row in rows:
+        verdict = "holds" if row["share"] <= LIMIT else "DOES NOT HOLD"
+        print(f"{row['batch_norms']}: {row}   <= {LIMIT:g}: {verdict}")
+    print("written:", write("monitor.json", {"threads": 1, "blocks": options.blocks}, rows))
+
+
+if __name__ == "__main__":
+    main()
