@@ -80,7 +80,7 @@ def test_statistics_of_a_type_that_is_not_read_are_not_called_healthy(tmp_path, 
 
 
 def test_a_page_is_written_whose_text_is_escaped(tmp_path):
-    np.savez(tmp_path / "a.npz", **{f"<script>.running_{name}": -np.ones(2) for name in ("mean", "var")})
+    np.savez(tmp_path / "a.npz", **{f"<script>.running_{name}": -np.arange(1.0, 4) for name in ("mean", "var")})
     assert main(["diagnose", str(tmp_path / "a.npz"), "--html", str(tmp_path / "a.html")]) == 1
     page = (tmp_path / "a.html").read_text()
     assert "negative-variance" in page and "<script>" not in page

@@ -177,6 +177,7 @@ def test_what_flax_and_orbax_write_themselves(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Keras, about NumPy
 def test_what_keras_writes_itself(tmp_path):
     keras = pytest.importorskip("keras", reason="Keras is not installed: its files are written by hand elsewhere")
     norms = [
