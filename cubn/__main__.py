@@ -1,4 +1,4 @@
-"""The command line: `python -m cubn info | demo | warm-up`."""
+"""The command line: `python -m cubn info | demo | warm-up | diagnose`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("info", help="versions, backends and why each is or is not available, threads, kernel cache")
     commands.add_parser("demo", help="train a small residual network on handwritten digits and check that bits agree")
     _add_warm_up(commands)
+    _add_diagnose(commands)
     options = vars(parser.parse_args(argv))
     command = options.pop("command")
     try:
         if command == "warm-up":
             return _warm_up(commands.choices[command], options)
+        if command == "diagnose":
+            from cubn.cli.diagnose import diagnose
+
+            return diagnose(commands.choices[command], **options)
         if command == "demo":
             from cubn.cli.demo import demo
 
@@ -73,6 +78,20 @@ def _add_warm_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     elsewhere = "a CUDA device of this compute capability, which need not be here: 90 for 9.0"
     group.add_argument("--architecture", type=_positive, metavar="N", help=elsewhere)
     parser.set_defaults(**OF_NETWORKS)
+
+
+def _add_diagnose(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "diagnose",
+        help="what is wrong with the batch norms of checkpoint files",
+        description="What is wrong with the batch norms of checkpoint files: of PyTorch, safetensors, NumPy, Flax, "
+        "ONNX, Keras or Orbax, told by their content. Nothing in a file is run, and only batch norms are read.",
+        epilog="exit status: 0 no more than infos, 1 a warning or an error, 2 a file that cannot be read",
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint; a folder, if Orbax wrote it")
+    parser.add_argument("--json", action="store_true", help="print JSON: of every file its report, or why it has none")
+    parser.add_argument("--html", metavar="PATH", help="write a page with the report and figures; of one file")
+    parser.add_argument("--figure", metavar="PATH", help="draw the running statistics; of one file, needs matplotlib")
 
 
 def _warm_up(parser: argparse.ArgumentParser, options: dict[str, Any]) -> int:
