@@ -43,6 +43,7 @@ class GhostTraining(Training):
             _check_groups(_present(self.inputs, self.pieces), self.inputs.extents.N, self.size)
 
     def run(self) -> tuple[Any, Saved[Any]]:
+        self._check_turn()
         whole = self._whole() if self.updates else None  # before y, which may be written over x
         trained = list(self._train_groups())
         y = self.output.finish()

@@ -92,6 +92,7 @@ class Training:
 
     def by_running(self) -> tuple[Any, Saved[Any]]:
         """As forward_frozen does."""
+        self._check_turn()
         statistics = self.backend.new_statistics(self.inputs.extents.C, self.inputs.held.affine)
         self.backend.keep(self.inputs.held.affine, statistics)
         return self._by_running(statistics, None)
@@ -106,6 +107,11 @@ class Training:
         if self.updates:
             self._update(statistics)
         return y, self.saved(statistics, relu_mask, context, frozen=True)
+
+    def _check_turn(self) -> None:
+        """Raise where this is in the midst of the state's update, before y is written and not behind it."""
+        if self.updates:
+            self.state._turn()
 
     def _update(self, statistics: Statistics) -> None:
         """Move the running statistics, y being its library's."""

@@ -73,6 +73,18 @@ def test_a_library_that_refuses_y_of_groups_or_of_a_single_value(unchanged):
     unchanged(state, Refused, cubn.forward_train, Moody(0).array(values(0, 1, C)), state, on_single="running")
 
 
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"on_single": "running"}], ids=str)
+def test_a_step_in_the_midst_of_an_update_writes_nothing(options):
+    state, x = trained(), values(0, 1 if "on_single" in options else 4, C)
+    out = np.zeros_like(x)
+    with state._turn():
+        before = state._counts()
+        with pytest.raises(RuntimeError, match="must not be used in the midst of its own update"):
+            cubn.forward_train(x, state, out=out, **options)
+    np.testing.assert_equal(state._counts(), before)
+    assert not out.any()
+
+
 def test_a_state_moves_once_its_y_was_taken():
     """To the bit as with an array of NumPy's own."""
     states = trained(), trained()
