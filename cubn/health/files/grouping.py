@@ -45,7 +45,7 @@ OF_FLAX = Names("mean", "var", "scale", "bias", running_variance="biased")
 def layers(entries: Iterable[Entry], whole: str) -> list[Layer]:
     """The batch norms among the entries; `whole` names one that has no name, because it is all there is."""
     groups = _groups(entries)
-    found = {key: names for key, group in groups.items() if (names := _names(key, group, groups))}
+    found = {key: names for key, group in groups.items() if (names := _names(key, group))}
     left = MOST_VALUES
     made = []
     for (collection, name), label in zip(found, _labels(list(found), whole), strict=True):
@@ -73,7 +73,7 @@ def _groups(entries: Iterable[Entry]) -> dict[Key, Group]:
     return groups
 
 
-def _names(key: Key, group: Group, groups: dict[Key, Group]) -> Names | None:
+def _names(key: Key, group: Group) -> Names | None:
     """By whose names this is a batch norm, if it is one."""
     if "running_mean" in group or "running_var" in group:
         return OF_CUBN if "gamma" in group or "channel_axis" in group else OF_TORCH

@@ -80,10 +80,11 @@ def test_statistics_of_a_type_that_is_not_read_are_not_called_healthy(tmp_path, 
 
 
 def test_a_page_is_written_whose_text_is_escaped(tmp_path):
-    np.savez(tmp_path / "a.npz", **{f"<script>.running_{name}": -np.arange(1.0, 4) for name in ("mean", "var")})
+    entries = state_dict(network(faults=True))
+    np.savez(tmp_path / "a.npz", **{name.replace(NEGATIVE[0], "<script>"): array for name, array in entries.items()})
     assert main(["diagnose", str(tmp_path / "a.npz"), "--html", str(tmp_path / "a.html")]) == 1
     page = (tmp_path / "a.html").read_text()
-    assert "negative-variance" in page and "<script>" not in page
+    assert "negative-variance" in page and "&lt;script&gt;" in page and "<script>" not in page
 
 
 def test_a_page_that_cannot_be_written_is_said(tmp_path, capsys):
