@@ -1,1 +1,1 @@
-"""Health of torch models: what needs torch."""
+"""PyTorch models, as diagnosis and repair of running statistics see them."""
