@@ -17,8 +17,6 @@ from cubn.fold import fold, fold_into
 from cubn.forward import forward, forward_frozen, normalize
 from cubn.forward_train import forward_train, forward_train_start
 from cubn.gradients import DoubleGradients, Gradients, StatisticsGradients
-from cubn.health.merging import merge_states
-from cubn.health.recalibration import recalibrate
 from cubn.moments import finite_mask, moments, update
 from cubn.saved import Saved
 from cubn.state import BatchNormState
@@ -27,6 +25,8 @@ from cubn.warm_up import warm_up
 
 if TYPE_CHECKING:
     from cubn.health.diagnose import diagnose
+    from cubn.health.merging import merge_states
+    from cubn.health.recalibration import recalibrate
 
 __version__ = "0.1.0"
 
@@ -68,7 +68,11 @@ __all__ = [
     "warm_up",
 ]
 
-_LATER = {"diagnose": "cubn.health.diagnose"}
+_LATER = {
+    "diagnose": "cubn.health.diagnose",
+    "merge_states": "cubn.health.merging",
+    "recalibrate": "cubn.health.recalibration",
+}
 """What training does without, imported when it is first asked for: by name, its module."""
 
 

@@ -185,6 +185,7 @@ def results(backend, layer):
         backend.update(statistics, old, old, counters, Update(0.1, False))
         del others
         found |= {"mean of update": later[0], "var of update": later[1]}
+        found |= renormalised(backend, statistics, affine, old)
         root = backend.root(backend.moments(extents, operands, 5))
         found |= dict(zip(("count from 5", "mean from 5", "m2 from 5"), map(backend.to_host, root), strict=True))
         again = backend.new_statistics(C, Affine(None, None))
@@ -218,6 +219,23 @@ def results(backend, layer):
     return found
 
 
+LIMITS = 1.5, 0.5
+
+
+def renormalised(backend, statistics, affine, running):
+    """r, d, and what takes the place of gamma and beta."""
+    C = statistics.C
+    before, given = backend.new_statistics(C, Affine(None, None)), backend.new_renormalised(C, affine)
+    backend.frozen_statistics(running, EPS, before)
+    backend.keep(affine, given)
+    given = backend.statistics(statistics.count, statistics.mean, statistics.m2, EPS, given)
+    rows = backend.renormalise(given, before, *LIMITS)
+    dgamma, dbeta = np.zeros((2, C), np.float32)
+    backend.parameter_gradients(rows, (statistics.mean, statistics.var), vector(dgamma), vector(dbeta))
+    found = {f"{name} of renorm": backend.to_host(rows.row(name)) for name in ("r", "d", "gamma", "beta")}
+    return found | {"dgamma of renorm": dgamma, "dbeta of renorm": dbeta}
+
+
 def third(layer):
     """How a layer's residual takes part in a combination."""
     return "none" if not layer.residual else "added" if layer.relu else "weighted"
@@ -240,6 +258,11 @@ def expected(layer):
         found |= {"running_mean": after.mean, "running_var": after.var}
         found |= {"mean of update": after.mean, "var of update": after.var}
         found |= {"gamma": v.gamma.astype(np.float64), "beta": v.beta.astype(np.float64)}
+        renormed = oracle.renormalised(stats, after.mean, after.var, EPS, LIMITS, v.gamma, v.beta)
+        found |= {f"{name} of renorm": row for name, row in vars(renormed).items()}
+        of_sums = stats.invstd, stats.mean, stats.var, renormed.r, renormed.d
+        dgamma = reference.renormalised_gamma_gradient(*of_sums)
+        found |= {"dgamma of renorm": dgamma.astype(np.float32), "dbeta of renorm": stats.mean.astype(np.float32)}
         later = oracle.batch_statistics(v.x, EPS, mask=mask, start=5)
         found |= {f"{name} from 5": np.asarray(getattr(later, name)) for name in ("count", "mean", "m2")}
     found["y"] = oracle.normalize(v.x, stats, v.gamma, v.beta, **options)

@@ -224,8 +224,8 @@ def ranks(devices, device, communicator=lambda comm: comm, **options):
         lo, hi = (0, 3) if comm.rank == 0 else (3, N)
         state = cubn.BatchNormState(C)
         with device.on(mine[0]):
-            options_here = options | {"comm": comm, "residual": RESIDUAL[lo:hi], "relu": True}
-            started = cubn.forward_train_start(X[lo:hi], state, **options_here)
+            options_of_x = {"residual": RESIDUAL[lo:hi], "relu": True, **options}
+            started = cubn.forward_train_start(X[lo:hi], state, comm=comm, **options_of_x)
         with device.on(mine[1]):
             _, saved = started.finish()
             del started
@@ -250,6 +250,20 @@ def groups_of_ranks(devices, device):
 
 def groups_of_ranks_on_devices(devices, device):
     ranks(devices, device, OnDevice, groups=2)
+
+
+def renormalisation(devices, device):
+    """Steps, gradients, what is read, and ranks, each on another stream than what came before."""
+    state = cubn.BatchNormState(C)
+    for stream in (FIRST, SECOND):
+        with device.on(stream):
+            _, saved = cubn.forward_train(X, state, residual=RESIDUAL, relu=True, renorm=(3, 5))
+        with device.on(THIRD):
+            cubn.backward(DY, saved)
+            r = saved.r
+            cubn.double_backward(DY, np.ones(C, np.float32), None, DY, saved)
+            del saved, r
+    ranks(devices, device, renorm=(3, 5))
 
 
 def several_libraries(devices, device):
@@ -312,6 +326,7 @@ SCENARIOS = {
         ranks_on_devices,
         groups_of_ranks,
         groups_of_ranks_on_devices,
+        renormalisation,
         several_libraries,
         graphs,
     )
@@ -406,6 +421,7 @@ PLANTS = {
     "counters that are always at hand": ("counters", CountedOnDevice, "at", property(lambda self: self._addresses)),
     "statistics without a wait": ("backward", Series, "run_behind", run_without_wait),
     "statistics without a hold": ("backward", Series, "run_behind", run_without_hold),
+    "renormalised statistics without a wait": ("renormalisation", Series, "run_behind", run_without_wait),
     "statistics read by the host without a wait": (
         "double_backward",
         CudaBackend,

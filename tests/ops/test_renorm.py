@@ -57,7 +57,7 @@ AXES = cases.AXES | {
     "renorm": list(LIMITS),
     "backend": BACKENDS,
 }
-SEEDED = [(seed, row) for seed in range(3) for row in every_pair(AXES, cases.allowed, seed)]
+SEEDED = [(seed, row) for seed in range(2) for row in every_pair(AXES, cases.allowed, seed)]
 ROWS = others_full(
     [(row.pop("backend"), row) for _, row in SEEDED], [i for i, (seed, _) in enumerate(SEEDED) if not seed]
 )

@@ -197,6 +197,10 @@ def nodes_of_ranks():
     plan.root(6, "Moments", (0, 1, 0, 2))
 
 
+def a_channel_that_is_renormalised():
+    assert plan.channelwise("renormalise", 600).source == "renormalise"
+
+
 OTHERS = [
     more_than_32_bits_count,
     more_rows_than_a_block_merges,
@@ -204,6 +208,7 @@ OTHERS = [
     a_relu_mask_in_another_order,
     no_tickets,
     nodes_of_ranks,
+    a_channel_that_is_renormalised,
 ]
 
 
