@@ -87,10 +87,11 @@ def test_counts_options_and_layers_that_differ():
         assert layers == {"b": "rank 1 has no such layer", "c": "rank 0 has no such layer"}, rank
 
 
-def test_nan_everywhere_is_the_same_everywhere():
+@pytest.mark.parametrize("name", ["running_mean", "gamma"])
+def test_nan_everywhere_is_the_same_everywhere(name):
     def spoil(rank, states):
         states["a"].running_mean[1] = np.nan
-        states["a"].running_mean[2] = 5 + rank
+        getattr(states["a"], name)[2] = 5 + rank
 
     found = diagnosed(2, spoil)[0]
     assert [each[:4] for each in found] == [("non-finite", "error", "a", (1,)), ("ranks", "error", "a", (2,))]

@@ -12,7 +12,8 @@ from cubn.health.rules.measures import RECALIBRATE, eps_of, gains
 from cubn.health.rules.registry import Channels, Found, Network, rule
 
 FAR = 30.0
-"""Times the layer's median: outputs of healthy channels stay within 10 times of it, in the runs of tests/health."""
+"""Times the layer's median: in training runs on the digits no channel's outputs are twice that, and weight decay, which
+they do not have, makes most of a layer small before the rest."""
 
 FAR_IN_SPREADS = 6.0
 """The same in standard deviations of the logarithm: a layer whose gains are spread has some that are far."""

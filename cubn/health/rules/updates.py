@@ -131,12 +131,10 @@ def counts(layer: Layer, network: Network) -> Iterator[Found]:
             {"tracked": layer.tracked[other], "median of the layer": float(usual)},
             "statistics that were not finite and began anew, or states that were put together",
         )
-    elif moved and len(counts := set(network.counts.values())) > 1:
-        most = max(counts)
-        if 0 < layer.tracked[0] < most / 2:
-            yield Found(
-                "info",
-                "the layer counts less than half the updates of another",
-                evidence={"tracked": int(layer.tracked[0]), "most of the others": most},
-                cause="a layer that was frozen, added later, or is not used in every step",
-            )
+    elif moved and 0 < layer.tracked[0] < network.most_updates / 2:
+        yield Found(
+            "info",
+            "the layer counts less than half the updates of another",
+            evidence={"tracked": int(layer.tracked[0]), "most of the others": network.most_updates},
+            cause="a layer that was frozen, added later, or is not used in every step",
+        )
