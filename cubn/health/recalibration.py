@@ -13,7 +13,7 @@ from cubn._moments import Moments
 from cubn.errors import a_type, message, reporting_as
 from cubn.health.recalibration_commit import Target, commit, of_state
 from cubn.health.recalibration_passes import Observe, Options, Pools, Recalibration, Stage, Subject, bar_of
-from cubn.state import BatchNormState, checked_state
+from cubn.state import BatchNormState
 from cubn.typing import Comm
 
 
@@ -143,7 +143,7 @@ def _subject(states_or_model: Any, batches: Any, layerwise: bool | None, forward
         from cubn.torch._health.recalibration import Model
 
         layerwise = layerwise is None or flag(layerwise, "layerwise")
-        if layerwise and iter(batches) is batches:
+        if layerwise and isinstance(batches, Iterator):  # not by iter(), for which loaders draw random numbers
             remedy = "Give a list, a DataLoader or what else can be iterated again; or use layerwise=False."
             rule = "be iterable again for each layer of a model"
             raise TypeError(message("batches", rule, f"{a_type(batches)}, which ends after one pass", remedy))
@@ -172,10 +172,12 @@ class _States:
             rule = "be a BatchNormState, a list or mapping of them, or a torch.nn.Module"
             got = a_type(next(state for state in named.values() if not isinstance(state, BatchNormState)))
             raise TypeError(message("states_or_model", rule, got))
+        if not all(isinstance(name, str) for name in named):
+            raise TypeError(message("states_or_model", "have names that are str", list(named)))
         if len(set(map(id, named.values()))) < len(named):
             raise ValueError(message("states_or_model", "hold each state once", "one twice"))
         for state in named.values():
-            checked_state(state)._check_updatable()
+            state._check_updatable()
         self.targets: dict[str, Target] = {name: of_state(state) for name, state in named.items()}
         self.identity = {
             "kind": "states",

@@ -75,11 +75,11 @@ def _replace(state: BatchNormState, pooled: Moments) -> None:
 def _put_back(state: BatchNormState, before: BatchNormState) -> None:
     """The arrays and counters of a copy."""
     for name in STATISTICS:
-        array, old = state._arrays[name], before._arrays[name]
-        if _arrays.describe(array, name).library.immutable:
+        old = before._arrays[name]
+        try:
+            state._arrays[name][...] = old
+        except TypeError:  # of an immutable library
             state._set_arrays({name: old}, check=False)
-        else:
-            array[...] = old
     state._set_counters(before._counts())
 
 

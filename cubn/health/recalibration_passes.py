@@ -127,7 +127,8 @@ class Recalibration:
         path, comm = self.options.checkpoint, self.options.comm
         if path is None:
             return
-        about = {"subject": subject.identity, "weights": subject.digest(), "start": self.options.start}
+        start = None if self.options.start is None else int(self.options.start)
+        about = {"subject": subject.identity, "weights": subject.digest(), "start": start}
         if comm is not None:
             group = communicator(comm)
             about["rank"] = f"{group.rank} of {group.size}"

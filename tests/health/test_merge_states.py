@@ -77,7 +77,7 @@ def test_what_is_excluded_is_not_in_the_result():
 
 def test_one_without_data_counts_for_nothing():
     states = [*(client(part) for part in PARTS), cubn.BatchNormState(4, momentum=1.0, dtype="float64")]
-    states[-1].running_mean[:] = np.nan
+    states[-1].running_mean[:], states[-1].tracked = np.nan, 5
     expected = cubn.merge_states(states[:-1], counts=COUNTS)
     merged = cubn.merge_states(states, counts=[*COUNTS, 0])
     assert (merged.running_var == expected.running_var).all() and (merged.tracked == expected.tracked).all()

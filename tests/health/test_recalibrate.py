@@ -203,6 +203,7 @@ REFUSED = {
     "channels of batches": (lambda: (state_of(X), [X, X[:, :3]]), {}, ValueError, "4 channels"),
     "no state": (lambda: (3, [X]), {}, TypeError, "states_or_model must be a BatchNormState.*; got an int"),
     "no states": (lambda: ([], [X]), {}, ValueError, "states_or_model must hold a state"),
+    "numbers": (lambda: ({1: state_of(X)}, [{1: X}]), {}, TypeError, r"have names that are str; got \[1\]"),
     "twice": (lambda: ([state := state_of(X), state], [[X, X]]), {}, ValueError, "hold each state once"),
     "untracked": (lambda: (cubn.BatchNormState(4, track=False), [X]), {}, ValueError, "have running statistics"),
     "16 bits": (lambda: (of_16_bits(), [X]), {}, TypeError, "running_mean must have dtype float32 or float64"),

@@ -176,7 +176,7 @@ def test_ranks_resume_each_its_own_file(x, tmp_path):
 
     def again(comm):
         state, batches = state_of(x), [[parts[0]], np.array_split(parts[1], 8)][comm.rank]
-        return state, cubn.recalibrate(state, batches, comm=comm, start=11 * comm.rank, checkpoint=path)
+        return state, cubn.recalibrate(state, batches, comm=comm, start=np.int64(11 * comm.rank), checkpoint=path)
 
     threads.run(2, first)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["pooled.0", "pooled.1"]

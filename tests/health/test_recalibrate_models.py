@@ -201,7 +201,9 @@ def test_every_pass_draws_the_same_from_a_loader_that_shuffles(net, x):
         seen.append(batch[0].sum().item())
         return model(batch[0])
 
+    before = torch.get_rng_state()
     cubn.recalibrate(net, torch.utils.data.DataLoader(data, 7, shuffle=True), forward=forward)
+    assert torch.equal(torch.get_rng_state(), before)
     passes = [seen[i : i + 3] for i in range(1, len(seen), 3)]  # behind the first, which looks for the order
     assert len(passes) == len(LAYERS) and all(one == passes[0] for one in passes)
 

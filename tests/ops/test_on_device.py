@@ -118,6 +118,15 @@ def assert_same_states(there, here):
 
 
 @pytest.mark.parametrize("kind", STATES)
+def test_recalibrating_there_is_recalibrating_here(device, kind):
+    there, here = states(**STATES[kind])
+    cubn.recalibrate(there, [remote(X[:5]), remote(X[5:])])
+    cubn.recalibrate(here, [X[:5], X[5:]])
+    assert_same_states(there, here)
+    assert (here.running_mean == cubn.moments(X).mean.astype(np.float32)).all() and (here.tracked == 2).all()
+
+
+@pytest.mark.parametrize("kind", STATES)
 def test_training_there_is_training_here(device, kind):
     there, here = states(**STATES[kind])
     for _ in range(2):
