@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html import escape
 from importlib.util import find_spec
 from typing import Any
@@ -124,7 +125,16 @@ def _figures(report: Any) -> Iterator[str]:
     if find_spec("matplotlib") is None or find_spec("cubn.health.figures") is None:
         return
     figures = importlib.import_module("cubn.health.figures")
-    for title, figure in figures.of_report(report):
+    layers, findings = (
+        [replace(each, **{name: _plain(getattr(each, name))}) for each in held]
+        for held, name in ((report.layers, "name"), (report.findings, "layer"))
+    )
+    for title, figure in figures.of_report(type(report)(layers, findings)):
         drawn = figures.svg(figure)
         drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
         yield f"<figure>\n<figcaption>{escape(wording.printable(title))}</figcaption>\n{drawn}\n</figure>"
+
+
+def _plain(name: str) -> str:
+    """A name that matplotlib can draw, and takes for no formula."""
+    return wording.printable(name).replace("$", r"\$")

@@ -16,6 +16,9 @@ from cubn.health.layer import Layer
 _HEADINGS = ("severity", "layer", "channels", "rule", "what")
 _COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
+_NARROW = 80
+"""Columns of a terminal: in fewer, a table's own would be a few letters wide."""
+
 
 def as_text(layers: Sequence[Layer], findings: Sequence[Finding]) -> str:
     """The table, as it suits standard output."""
@@ -44,28 +47,35 @@ def plain(layers: Sequence[Layer], findings: Sequence[Finding]) -> str:
 def in_colour(layers: Sequence[Layer], findings: Sequence[Finding]) -> str:
     """The same by rich, as wide as the terminal. Names go in as text, so that no markup in them is obeyed."""
     from rich.console import Console
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
-    stream = io.StringIO()
-    console = Console(
-        file=stream,
-        force_terminal=True,
-        width=shutil.get_terminal_size().columns,
-        highlight=False,
-        legacy_windows=False,
-    )
+    stream, width = io.StringIO(), shutil.get_terminal_size().columns
+    console = Console(file=stream, force_terminal=True, width=width, highlight=False, legacy_windows=False)
+
+    def indented(text: str, style: str = "") -> None:
+        console.print(Padding(Text(text, style, overflow="fold"), (0, 0, 0, 2)))
+
+    rows = _rows(layers, findings)
     console.print(Text(wording.headline(layers, findings), "bold"))
-    if findings:
-        table = Table(*_HEADINGS, box=None, pad_edge=False, header_style="dim")
-        for severity, *cells in _rows(layers, findings):
-            colour = _COLOURS[severity]
-            table.add_row(Text(severity, colour), *map(Text, cells))
+    if rows and width < _NARROW:
+        for severity, layer, channels, rule, what in rows:
+            console.print(Text(f"{severity} ", _COLOURS[severity]) + Text(f"{layer}  {channels}", overflow="fold"))
+            indented(f"{rule}: {what}")
+    elif rows:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for heading in _HEADINGS:
+            table.add_column(heading, overflow="fold", no_wrap=heading in ("severity", "rule"))
+        for severity, *cells in rows:
+            table.add_row(Text(severity, _COLOURS[severity]), *map(Text, cells))
         console.print(table)
     for name, (causes, remedies) in wording.remedies(findings).items():
         console.print(Text(f"\n{name}:", "bold"))
-        for text, colour in [(f"usually {cause}", "dim") for cause in causes] + [(line, "green") for line in remedies]:
-            console.print(Text(f"  {text}", colour))
+        for cause in causes:
+            indented(f"usually {cause}", "dim")
+        for remedy in remedies:
+            indented(remedy, "green")
     return stream.getvalue().rstrip("\n")
 
 

@@ -115,9 +115,9 @@ def _of_mapping(subject: Mapping[Any, Any], name: str) -> Iterator[Layer]:
     if stored.is_a_state(subject):
         yield _layer(name or "state", stored.of_state(subject))
         return
-    values = {key: subject[key] for key in subject}
     arrays = {}
-    for key, value in values.items():
+    for key in subject:
+        value = subject[key]
         if _holds_subjects(value):
             yield from _layers(value, _below(name, str(key)))
         else:

@@ -9,7 +9,20 @@ To add one, write a function in one of these files (or in a new one, imported he
             yield Found("warning", "running_var is large", wrong, {"running_var": layer.running_var[wrong]})
 """
 
-from cubn.health.rules import options, ranks, storage, updates, values
+from cubn.health.rules import gains, numbers, options, ranks, staleness, storage, updates, variances
 from cubn.health.rules.registry import RULES, Found, Network, rule
 
-__all__ = ["RULES", "Found", "Network", "options", "ranks", "rule", "storage", "updates", "values"]
+__all__ = [
+    "RULES",
+    "Found",
+    "Network",
+    "gains",
+    "numbers",
+    "options",
+    "ranks",
+    "rule",
+    "staleness",
+    "storage",
+    "updates",
+    "variances",
+]

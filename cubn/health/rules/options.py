@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from cubn.health.layer import Layer
+from cubn.health.rules.measures import dead_channels
 from cubn.health.rules.registry import Found, Network, rule, weight
-from cubn.health.rules.values import dead_channels
 
 EPS_LOW, EPS_HIGH = 1e-12, 0.1
 """Frameworks have 1e-5 and 1e-3. Below the one, a channel that is constant amplifies its rounding a million times."""

@@ -10,8 +10,8 @@ from cubn._state.arrays import ARRAYS
 from cubn._state.counted import COUNTERS
 from cubn.health.finding import Severity
 from cubn.health.layer import Float64, Layer
+from cubn.health.rules.measures import eps_of
 from cubn.health.rules.registry import Channels, Found, Network, rule
-from cubn.health.rules.values import eps_of
 
 ROUNDING = 1e-5
 """Of outputs: what another order of additions does in float32, and no more."""

@@ -57,11 +57,13 @@ class Network:
     @cached_property
     def counts(self) -> dict[str, int]:
         """How many updates the layers that count them have seen."""
-        return {
-            layer.name: int(layer.tracked.max())
-            for layer in self.layers
-            if layer.tracked is not None and layer.tracked.size
-        }
+        counted = {layer.name: layer.tracked for layer in self.layers if layer.tracked is not None}
+        return {name: int(tracked.max(initial=0)) for name, tracked in counted.items()}
+
+    @cached_property
+    def most_updates(self) -> int:
+        """Of the layer that has seen most."""
+        return max(self.counts.values(), default=0)
 
 
 def untouched(layer: Layer) -> bool | None:
@@ -80,7 +82,7 @@ Examine = Callable[[Layer, Network], Iterable[Found]]
 Rule = Callable[[Layer, Network], list[Finding]]
 
 RULES: dict[str, Rule] = {}
-"""All rules, by their ids, in the order in which findings of one severity are shown."""
+"""All rules, by their ids."""
 
 
 def rule(name: str) -> Callable[[Examine], Examine]:

@@ -8,10 +8,11 @@ import numpy as np
 
 from cubn._state.arrays import STATISTICS
 from cubn.health.layer import Float64, Layer
+from cubn.health.rules.measures import RECALIBRATE
 from cubn.health.rules.registry import Found, Network, rule, statistics, weight
 
-DIGITS = {"float16": 11, "bfloat16": 8}
-"""Binary digits of 16-bit numbers."""
+DIGITS = {"bfloat16": 8, "float16": 11}
+"""Binary digits of 16-bit numbers; the fewest first, for most numbers with fewer are also ones with more."""
 
 LEAST_VALUES = 4
 """That tell whether numbers were rounded: a float32 number has a short form by chance once in 2**13."""
@@ -22,46 +23,35 @@ PLAIN = 8
 WIDEN = "bn.running_mean, bn.running_var = bn.running_mean.float(), bn.running_var.float()"
 
 
-@rule("16-bit-statistics")
-def sixteen_bit_statistics(layer: Layer, network: Network) -> Iterator[Found]:
-    """Running statistics are stored in 16 bits: updates that are less than half a unit of the last place are lost.
+@rule("16-bit")
+def sixteen_bits(layer: Layer, network: Network) -> Iterator[Found]:
+    """Running statistics are stored in 16 bits, or were: every one of them is a 16-bit number.
 
-    A statistic then stands still at a distance of half a unit / momentum from where it should go.
+    In 16 bits, updates of less than half a unit of the last place are lost: a statistic stands still where its goal is
+    nearer than half a unit / momentum.
     """
-    narrow = {name: dtype for name in STATISTICS if (dtype := layer.dtypes.get(name)) in DIGITS}
-    if not narrow:
-        return
-    digits = min(DIGITS[dtype] for dtype in narrow.values())
-    evidence: dict[str, object] = dict(narrow)
-    if momentum := weight(layer):
-        evidence["stands still at a distance of"] = f"{100 * 2.0**-digits / momentum:.2g} %"
-    yield Found(
-        "warning",
-        f"running statistics are stored in {' and '.join(sorted(set(narrow.values())))}",
-        evidence=evidence,
-        cause="model.half() or model.to(torch.bfloat16), which convert buffers, too",
-        remedy=WIDEN,
-    )
-
-
-@rule("rounded-statistics")
-def rounded_statistics(layer: Layer, network: Network) -> Iterator[Found]:
-    """All running statistics are 16-bit numbers, though they are stored in more: they went through 16 bits once."""
-    if any(layer.dtypes.get(name) in DIGITS for name in STATISTICS):
+    narrow = sorted({dtype for name in STATISTICS if (dtype := layer.dtypes.get(name, "")) in DIGITS})
+    if narrow:
+        evidence: dict[str, object] = {"stored in": ", ".join(narrow)}
+        if momentum := weight(layer):
+            digits = min(DIGITS[dtype] for dtype in narrow)
+            evidence["stands still up to"] = f"{100 * 2.0**-digits / momentum:.2g} % from its goal"
+        cause = "model.half() or model.to(torch.bfloat16), which convert buffers, too"
+        yield Found("warning", "running statistics are stored in 16 bits", None, evidence, cause, WIDEN)
         return
     for mean, var in statistics(layer):
         values = np.concatenate([mean, var])
-        telling = np.unique(values[np.isfinite(values) & (values * PLAIN != np.round(values * PLAIN))])
-        if telling.size < LEAST_VALUES:
-            return
+        values = values[np.isfinite(values)]
+        telling = np.unique(values[values * PLAIN != np.round(values * PLAIN)])
         for name in DIGITS:
-            if (_rounded(values, name) == values)[np.isfinite(values)].all():
+            if telling.size >= LEAST_VALUES and (_rounded(values, name) == values).all():
                 yield Found(
                     "warning",
-                    f"every running statistic is a {name} number, stored in {layer.dtypes.get('running_var', 'more')}",
-                    evidence={"values that tell": int(telling.size)},
-                    cause="a checkpoint or a model that was converted to 16 bits and back",
-                    remedy="cubn.recalibrate(model, batches)",
+                    f"every running statistic is a {name} number, though they are stored in more bits",
+                    None,
+                    {"values that tell": int(telling.size), "stored in": layer.dtypes.get("running_var", "unknown")},
+                    "a checkpoint or a model that was converted to 16 bits and back",
+                    RECALIBRATE,
                 )
                 return
 

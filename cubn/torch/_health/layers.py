@@ -41,11 +41,7 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _contents(module: nn.Module) -> dict[str, Any]:
     """The entries of a layer. A momentum of None is the cumulative average in torch; without the attribute, unknown."""
-    momentum = getattr(module, "momentum", "unknown")
-    return {
-        **_tensors(module),
-        "num_features": getattr(module, "num_features", None),
-        "eps": getattr(module, "eps", None),
-        "momentum": {None: "cumulative", "unknown": None}.get(momentum, momentum),
-        "running_variance": "unbiased",
-    }
+    known = {name: getattr(module, name, None) for name in ("num_features", "eps", "momentum")}
+    if known["momentum"] is None and hasattr(module, "momentum"):
+        known["momentum"] = "cumulative"
+    return {**_tensors(module), **known, "running_variance": "unbiased"}
