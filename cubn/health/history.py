@@ -24,7 +24,7 @@ from cubn.health.rules.registry import Found, finding_of
 Floats = NDArray[np.floating[Any]]
 Channels = NDArray[np.bool_]
 
-WINDOW = 10
+WINDOW = 6
 """Records over which what batches do by chance is evened out."""
 
 BEHIND, FAR_BEHIND = 1.6, 3.0

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
-from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from cubn.health.records import Reading
-
-Floats = NDArray[np.floating[Any]]
+from cubn.health.reading import Floats, Int64, Reading
 
 
 def batches_between(before: Reading | None, now: Reading) -> Floats:
@@ -39,17 +33,17 @@ def batches_between(before: Reading | None, now: Reading) -> Floats:
     made = counted - (before.counts[0] - before.counts[1])
     with np.errstate(all="ignore"):
         left = _left(now.momentum, made, counted)
-        weight = np.where(made > 0, 1 - left, np.nan)
-        found = (now.values[1:] - left * before.values[1:]) / weight
-    return np.where(np.isinf(found), np.nan, found)
+        found: Floats = (now.values[1:] - left * before.values[1:]) / (1 - left)
+    found[np.isinf(found)] = np.nan
+    return found
 
 
-def _left(momentum: Floats, made: NDArray[np.int64], counted: NDArray[np.int64]) -> Floats:
-    """What running statistics weigh after so many updates, of so many in all."""
-    left = 1 - momentum
-    if (made != 1).any():
-        left = left**made
-    is_average = np.isnan(momentum)
+def _left(momentum: Floats, made: Int64, counted: Int64) -> Floats:
+    """What running statistics weigh after so many updates, of so many in all; NaN after none."""
+    left = (1 - momentum) ** made
+    if made.min() <= 0:
+        left[made <= 0] = np.nan
+    is_average = momentum != momentum
     return np.where(is_average, 1 - made / counted, left) if is_average.any() else left
 
 

@@ -56,8 +56,8 @@ class Monitor:
     subject : BatchNormState, list or mapping of them, or torch.nn.Module
         Of a model, all modules with running statistics, torch's own and cubn's.
     every : int
-        Steps between two records. With more than 1, what is recorded of the batches is their average since the last
-        record.
+        Steps from a record to the next. With more than 1, what is recorded of the batches is their average since the
+        last record.
     check : int
         Records between two looks of the rules.
     memory : int
@@ -103,7 +103,7 @@ class Monitor:
     gain-growing (2,)
     variance-sinking (2,)
     >>> monitor.history["state"].running_var.shape
-    (100, 4)
+    (50, 4)
     """
 
     @reporting_as("Monitor")
@@ -111,8 +111,8 @@ class Monitor:
         self,
         subject: Any,
         *,
-        every: int = 1,
-        check: int = 5,
+        every: int = 2,
+        check: int = 4,
         memory: int = 1 << 25,
         on_finding: OnFinding = "warn",
     ) -> None:

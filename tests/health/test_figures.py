@@ -27,7 +27,7 @@ def state(features=6, wrong=False):
 
 def history(wrong):
     watched = state()
-    with Monitor(watched, on_finding=lambda found: None) as monitor:
+    with Monitor(watched, every=1, on_finding=lambda found: None) as monitor:
         for step in range(12):
             cubn.forward_train(np.random.default_rng(step).standard_normal((8, 6, 4), dtype=np.float32), watched)
             if wrong and step == 6:

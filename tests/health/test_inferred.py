@@ -1,12 +1,16 @@
 """The batches that running statistics saw follow from the running statistics, to what rounding leaves."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import cubn
-from cubn.health.monitor import Monitor
+from cubn import health
+
+Monitor = partial(health.Monitor, every=1)
 
 U = 2.0**-24
 """Of float32: the most by which rounding changes a number, relative to it."""
@@ -16,7 +20,7 @@ def trained(updates, every=1, steps=6, seed=0, **options):
     """A monitor, a state, and mean and unbiased variance of each batch that it saw."""
     rng = np.random.default_rng(seed)
     state = cubn.BatchNormState(3, **options)
-    monitor = Monitor(state, every=every)
+    monitor = health.Monitor(state, every=every)
     seen = []
     for _ in range(steps):
         for _ in range(updates):

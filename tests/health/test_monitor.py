@@ -2,12 +2,16 @@
 
 import logging
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 
 import cubn
-from cubn.health import HealthWarning, Monitor, monitor
+from cubn import health
+from cubn.health import HealthWarning, monitor
+
+Monitor = partial(health.Monitor, every=1)
 
 
 def batch(rng, features=4):
@@ -75,7 +79,7 @@ def test_what_has_no_running_statistics_is_refused():
 def test_options_that_are_not_positive_are_refused(options):
     (name,) = options
     with pytest.raises(ValueError, match=rf"Monitor: {name} must be at least 1; got"):
-        Monitor(cubn.BatchNormState(2), **options)
+        health.Monitor(cubn.BatchNormState(2), **options)
     with pytest.raises(TypeError, match=r"Monitor: on_finding must be 'warn', 'log' or a function; got 'mail'\."):
         Monitor(cubn.BatchNormState(2), on_finding="mail")
 

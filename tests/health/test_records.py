@@ -1,13 +1,17 @@
 """Records stay within their memory, evenly spaced over the whole training, with the newest ones complete."""
 
 import io
+from functools import partial
 
 import numpy as np
 import pytest
 
 import cubn
-from cubn.health.monitor import Monitor
-from cubn.health.records import RECENT, History, Reading, Watched
+from cubn import health
+from cubn.health.reading import Reading, Watched
+from cubn.health.records import RECENT, History
+
+Monitor = partial(health.Monitor, every=1)
 
 
 def reading(i, channels):
@@ -72,13 +76,13 @@ def follow(monitor, state, steps, seed):
 
 def test_a_monitor_stored_and_restored_goes_on_as_if_nothing_had_been():
     through, stored = cubn.BatchNormState(2), cubn.BatchNormState(2)
-    whole, first = Monitor(through, memory=3000, every=2), Monitor(stored, memory=3000, every=2)
+    whole, first = health.Monitor(through, memory=3000), health.Monitor(stored, memory=3000)
     for monitor, state in ((whole, through), (first, stored)):
         follow(monitor, state, 301, seed=0)
     file = io.BytesIO()
     np.savez(file, **first.to_dict())
     file.seek(0)
-    second = Monitor.from_dict(np.load(file), stored)
+    second = health.Monitor.from_dict(np.load(file), stored)
     for monitor, state in ((whole, through), (second, stored)):
         follow(monitor, state, 300, seed=1)
     assert repr(second) == repr(whole) and second.history.stride == whole.history.stride > 1
@@ -93,7 +97,7 @@ def test_what_was_told_is_not_told_again_after_a_checkpoint():
     first.step()
     state.running_mean[1] = np.nan
     first.step()
-    second = Monitor.from_dict(first.to_dict(), state, on_finding=told.append)
+    second = health.Monitor.from_dict(first.to_dict(), state, on_finding=told.append)
     second.step()
     assert [found.rule for found in told] == ["became-non-finite"]
     assert repr(second.findings) == repr(first.findings)  # of a NaN
@@ -102,4 +106,4 @@ def test_what_was_told_is_not_told_again_after_a_checkpoint():
 def test_the_records_of_other_layers_are_refused():
     stored = Monitor({"a": cubn.BatchNormState(2), "b": cubn.BatchNormState(3)}).to_dict()
     with pytest.raises(ValueError, match=r"from_dict: subject must have the layers that .* others: b\."):
-        Monitor.from_dict(stored, {"a": cubn.BatchNormState(2), "b": cubn.BatchNormState(4)})
+        health.Monitor.from_dict(stored, {"a": cubn.BatchNormState(2), "b": cubn.BatchNormState(4)})

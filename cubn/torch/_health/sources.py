@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from cubn._state.arrays import STATISTICS
 from cubn.errors import message
-from cubn.health.records import Reading, Watched
+from cubn.health.reading import Reading, Watched
 
 PLAIN = (Tensor, nn.Parameter)
 """What is read as it is. A sharded parameter is not: that takes all ranks."""
@@ -42,40 +42,36 @@ class ModuleSource:
         self._momentum = np.empty(0)
         self._constants: dict[tuple[Any, ...], Tensor] = {}
         self._readings = 0
+        self._count_skipped = any("skipped" in module._buffers for module in self._modules)
 
     @torch.no_grad()
     def read(self) -> Transfer:
         self._readings += 1
-        values, counts = self._values(), self._counts()
-        return Transfer(values, counts, np.array(self._sizes), self._weights())
-
-    def _values(self) -> Tensor:
-        gammas, means, variances = [], [], []
+        gammas, means, variances, tracked = [], [], [], []
         for module, size in zip(self._modules, self._sizes, strict=True):
-            weight, mean = module._parameters.get("weight"), module._buffers["running_mean"]
+            buffers, weight = module._buffers, module._parameters.get("weight")
+            mean, counter = buffers["running_mean"], buffers.get("num_batches_tracked")
             if type(weight) not in PLAIN:
                 weight = self._constant(1.0 if weight is None else math.nan, size, mean)
+            if counter is None:  # taken to be updated in each reading
+                counter = torch.full_like(mean[0], self._readings, dtype=torch.int64)
             gammas.append(weight)
             means.append(mean)
-            variances.append(module._buffers["running_var"])
-        return torch.cat(_together([*gammas, *means, *variances])).to(self._torch_dtype)
-
-    def _counts(self) -> Tensor:
-        """Batches tracked, one for each layer; and then batches skipped by channel, if any layer counts them.
-
-        A layer that counts nothing is taken to be updated in each reading.
-        """
-        tracked, skipped = [], []
-        for module in self._modules:
-            counter = module._buffers.get("num_batches_tracked")
-            if counter is None:
-                counter = torch.full_like(module._buffers["running_mean"][0], self._readings, dtype=torch.int64)
+            variances.append(buffers["running_var"])
             tracked.append(counter)
-        if any("skipped" in module._buffers for module in self._modules):
-            for module, size in zip(self._modules, self._sizes, strict=True):
-                skips, mean = module._buffers.get("skipped"), module._buffers["running_mean"]
-                skipped.append(self._constant(0, size, mean, torch.int64) if skips is None else skips)
-        return torch.cat((torch.stack(_together(tracked)), *_together(skipped)))
+        values = torch.cat(_together([*gammas, *means, *variances])).to(self._torch_dtype)
+        counts = torch.cat((torch.stack(_together(tracked)), *_together(self._skipped())))
+        return Transfer(values, counts, self._sizes, self._weights())
+
+    def _skipped(self) -> list[Tensor]:
+        """Batches skipped by channel, of all layers if any counts them."""
+        if not self._count_skipped:
+            return []
+        skipped = []
+        for module, size in zip(self._modules, self._sizes, strict=True):
+            skips, mean = module._buffers.get("skipped"), module._buffers["running_mean"]
+            skipped.append(self._constant(0, size, mean, torch.int64) if skips is None else skips)
+        return skipped
 
     def _constant(self, value: float, size: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         key = value if value == value else None, size, like.device, dtype or like.dtype
@@ -107,7 +103,7 @@ def _together(tensors: list[Tensor]) -> list[Tensor]:
 class Transfer:
     """A reading on its way to the host: from a CUDA device into pinned memory, behind what its stream has to do."""
 
-    def __init__(self, values: Tensor, counts: Tensor, sizes: NDArray[Any], momentum: NDArray[np.float64]) -> None:
+    def __init__(self, values: Tensor, counts: Tensor, sizes: list[int], momentum: NDArray[np.float64]) -> None:
         self._sizes, self._momentum = sizes, momentum
         self._event: torch.cuda.Event | None = None
         if values.is_cuda:
