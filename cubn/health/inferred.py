@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
-from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from cubn.health.records import Reading
-
-Floats = NDArray[np.floating[Any]]
+from cubn.health.reading import Floats, Int64, Reading
 
 
 def batches_between(before: Reading | None, now: Reading) -> Floats:
@@ -44,7 +38,7 @@ def batches_between(before: Reading | None, now: Reading) -> Floats:
     return found
 
 
-def _left(momentum: Floats, made: NDArray[np.int64], counted: NDArray[np.int64]) -> Floats:
+def _left(momentum: Floats, made: Int64, counted: Int64) -> Floats:
     """What running statistics weigh after so many updates, of so many in all; NaN after none."""
     left = (1 - momentum) ** made
     if made.min() <= 0:

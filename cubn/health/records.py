@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cubn.health.inferred import batches_between, rms_in_evaluation
-
-Floats = NDArray[np.floating[Any]]
-Int64 = NDArray[np.int64]
+from cubn.health.reading import Floats, Int64, Reading, Watched
 
 VALUES = ("gamma", "running_mean", "running_var", "batch_mean", "batch_var", "eval_rms")
 COUNTS = ("tracked", "skipped")
 
 RECENT = 32
 """So many of the newest records are always there."""
-
-
-class Watched(NamedTuple):
-    """One batch norm of those that are recorded."""
-
-    name: str
-    num_features: int
-    eps: float
-
-
-class Reading(NamedTuple):
-    """All layers at one moment, their channels one after the other."""
-
-    values: Floats
-    """Of shape (3, channels): gamma, running mean, running variance."""
-    counts: Int64
-    """Of shape (2, channels): updates seen, and those that changed nothing."""
-    momentum: Floats
-    """Of shape (channels,); NaN for the cumulative average."""
 
 
 class _Table:

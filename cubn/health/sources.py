@@ -11,7 +11,7 @@ import numpy as np
 from cubn._arguments import on_host
 from cubn._state.arrays import described
 from cubn.errors import a_type, message
-from cubn.health.records import Reading, Watched
+from cubn.health.reading import Reading, Watched
 from cubn.state import BatchNormState
 
 

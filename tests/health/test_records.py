@@ -8,7 +8,8 @@ import pytest
 
 import cubn
 from cubn import health
-from cubn.health.records import RECENT, History, Reading, Watched
+from cubn.health.reading import Reading, Watched
+from cubn.health.records import RECENT, History
 
 Monitor = partial(health.Monitor, every=1)
 

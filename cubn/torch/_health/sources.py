@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from cubn._state.arrays import STATISTICS
 from cubn.errors import message
-from cubn.health.records import Reading, Watched
+from cubn.health.reading import Reading, Watched
 
 PLAIN = (Tensor, nn.Parameter)
 """What is read as it is. A sharded parameter is not: that takes all ranks."""
