@@ -17,7 +17,7 @@ from cubn.health.finding import Finding
 from cubn.health.gap import TrainEvalGap
 from cubn.health.layer import Layer
 from cubn.health.records import LayerHistory
-from cubn.health.rules.values import eps_of
+from cubn.health.rules.measures import eps_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
