@@ -6,10 +6,12 @@ Kernels are specialised by the planner and the backend alone: asking them leaves
 import functools
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import cubn
 from cubn._types import (
     ITEMSIZE,
     Affine,
@@ -27,6 +29,10 @@ from cubn._types import (
 from cubn.backends.cuda.backend import CudaBackend
 from cubn.backends.cuda.plan import Launch, Limits
 from tests.cuda import calls
+from tests.kept import kept
+
+SOURCES = [*Path(cubn.__file__).parent.rglob("*.py"), *Path(__file__).parent.glob("*.py")]
+"""What the specialisations depend on, and more."""
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -210,6 +216,12 @@ class Specialisation(NamedTuple):
 @functools.cache
 def specialisations() -> tuple[Specialisation, ...]:
     """All of them, those of a kernel next to one another."""
+    found = kept("specialisations", SOURCES, every_specialisation)
+    return tuple(Specialisation(source, kernel, tuple(options)) for source, kernel, options in found)
+
+
+def every_specialisation() -> list[Specialisation]:
+    """What is launched, in order."""
     found = set()
     for limits in LIMITS:
         recorder = Recorder(limits)
@@ -218,4 +230,4 @@ def specialisations() -> tuple[Specialisation, ...]:
             for layout in DENSE + (ODD if name in ODD_SHAPES else ()):
                 run_everything(backend, Extents(*shape), layout, dtype)
         found |= {Specialisation(launch.source, launch.kernel, launch.options) for launch in recorder.launched}
-    return tuple(sorted(found))
+    return sorted(found)

@@ -10,7 +10,6 @@ import numpy as np
 from cubn.backends.cuda.plan import Launch, Limits
 from cubn.backends.cuda.source import translation_unit
 from tests.cuda_on_cpu import sanitized
-from tests.cuda_on_cpu.build import ADDRESS
 from tests.cuda_on_cpu.ordering import CpuStream, accesses
 from tests.cuda_on_cpu.runner import Module
 
@@ -20,9 +19,8 @@ SMALL = Limits(multiprocessors=2, shared_bytes=48 << 10, capability=(9, 0))
 
 @functools.cache
 def module(source: str, kernel: str, options: tuple[str, ...]) -> Module:
-    sanitizer = sanitized.active()
-    optimize = "-O0" if sanitizer == ADDRESS else "-O1"  # compiling takes most of the time, and no access is left out
-    return Module(translation_unit(source), kernel, options, sanitizer, optimize)
+    """Not optimized: compiling takes most of the time, and no access is left out."""
+    return Module(translation_unit(source), kernel, options, sanitized.active(), "-O0")
 
 
 class CaptureError(RuntimeError):

@@ -27,7 +27,7 @@ def _module(kernel: str, fault: str) -> Module:
     source = (FAULTS / f"{kernel}.cu").read_text()
     if not re.search(rf"\b{fault} = \d", source):
         raise ValueError(f"{kernel}.cu has no fault {fault}")
-    return Module(source, kernel, [f"-DFAULT={fault}", f"-DTHREADS={THREADS}"], active(), "-O1")
+    return Module(source, kernel, [f"-DFAULT={fault}", f"-DTHREADS={THREADS}"], active(), "-O0")
 
 
 def _warps(module: Module, order: int) -> bool:

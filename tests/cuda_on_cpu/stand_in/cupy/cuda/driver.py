@@ -30,7 +30,7 @@ class Function:
     """A kernel that was loaded on a device."""
 
     def __init__(self, source, kernel, options):
-        self.module = CpuModule(source, kernel, options, optimize="-O1")
+        self.module = CpuModule(source, kernel, options, optimize="-O0")
         self.name, self.context = kernel, _machine.context()
         cluster = _CLUSTER.search(source)
         self.cluster = int(dict(o[2:].split("=", 1) for o in options if "=" in o).get("CLUSTER", 1))
