@@ -85,7 +85,7 @@ def main():
     torch.set_num_threads(1)  # small arrays gain nothing of more
     training, validation = data()
     model, losses, broken = network(), [], None
-    monitor = Monitor(model, on_finding=lambda found: print(f"       {found.rule}: layer {found.layer}"))
+    monitor = Monitor(model, every=1, on_finding=lambda found: print(f"       {found.rule}: layer {found.layer}"))
     print("step   train mode   eval mode")
     for step, by_batch, by_running in train(model, training, validation, monitor):
         losses.append((step, by_batch, by_running))
