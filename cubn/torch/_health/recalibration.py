@@ -27,8 +27,8 @@ from cubn.torch._models.permitted import at
 
 Forward = Callable[[Any, Any], Any]
 
-Given = Callable[[str, int, Tensor, Tensor | None], Moments | None]
-"""Hears of the input and mask of a layer's call; gives what is known of such inputs so far."""
+Given = Callable[[str, int, Tensor, Moments], Moments]
+"""Hears of a layer's call, its input and the moments of that; gives what is known of such inputs so far."""
 
 
 class Model:
