@@ -137,8 +137,8 @@ def _checked_exclusions(exclude: Any, layers: Mapping[str, Any]) -> dict[str, tu
 
 def _checked_counts(counts: Any, models: int) -> list[int] | Equal:
     if isinstance(counts, str):
-        word: Equal = one_of(get_args(Equal), counts, "counts")
-        return word
+        one_of(get_args(Equal), counts, "counts")
+        return "equal"
     rule = f"be {models} numbers of values, one for each of states"
     try:
         found = [as_int(count, "counts") for count in counts]

@@ -124,7 +124,12 @@ REFUSED = {
         ValueError,
         "counts must be 2 or more in all",
     ),
-    "another word": (lambda: [named(0), named(1)], {"counts": "same"}, ValueError, "counts must be 'equal'; got 'same'"),
+    "another word": (
+        lambda: [named(0), named(1)],
+        {"counts": "same"},
+        ValueError,
+        "counts must be 'equal'; got 'same'",
+    ),
     "unknown layer": (lambda: [named(0)], {"exclude": ["nb"]}, ValueError, "exclude must name layers, 'bn'"),
     "a word": (lambda: [named(0)], {"exclude": "bn"}, TypeError, "exclude must be several names.*Use .'bn'."),
     "an unknown part": (lambda: [named(0)], {"exclude": {"bn": "all"}}, ValueError, "exclude must be 'statistics' or"),
