@@ -103,7 +103,7 @@ class Monitor:
     gain-growing (2,)
     variance-sinking (2,)
     >>> monitor.history["state"].running_var.shape
-    (50, 4)
+    (34, 4)
     """
 
     @reporting_as("Monitor")
@@ -111,8 +111,8 @@ class Monitor:
         self,
         subject: Any,
         *,
-        every: int = 2,
-        check: int = 4,
+        every: int = 3,
+        check: int = 3,
         memory: int = 1 << 25,
         on_finding: OnFinding = "warn",
     ) -> None:

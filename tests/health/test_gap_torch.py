@@ -149,9 +149,9 @@ def test_a_layer_called_twice_has_both_inputs():
 
     net = Twice()
     y = torch.randn(64, 4)
-    net.norm(y)
+    net.norm(2 * y)
     (layer,) = train_eval_gap(net, [y]).layers
-    assert layer.local == pytest.approx(2.8, rel=0.05)  # sqrt((0 + (5 - 1)**2) / 2)
+    assert layer.local == pytest.approx(1.118, rel=0.05)  # sqrt(((1/2 - 1)**2 + (5/2 - 1)**2) / 2)
 
 
 def test_batches_that_do_not_fit_are_refused():
