@@ -56,7 +56,7 @@ DRAWN = {
 }
 
 
-@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("wrong", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize("name", DRAWN)
 def test_a_figure_is_drawn_of_good_and_of_bad_values_and_is_the_same_text_each_time(name, wrong):
     figure = DRAWN[name](wrong)
