@@ -172,8 +172,8 @@ CLASSES = {
     "StatisticsGradients": cubn.StatisticsGradients,
 }
 RESULTS = tuple(CLASSES)
-APART = {"x", "dtype"}, {"groups", "renorm"}
-"""Integers are good where a dtype is given, and the latter two refuse each other."""
+APART = {"x", "dtype"}, {"groups", "renorm"}, {"check", "running_var"}
+"""One of two may refuse the other, or let it pass."""
 
 
 def _public(kind: type) -> list[str]:
