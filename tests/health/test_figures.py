@@ -66,6 +66,32 @@ def test_a_figure_is_drawn_of_good_and_of_bad_values_and_is_the_same_text_each_t
     assert figure.get_size_inches()[0] == 8
 
 
+NAMES = ["\x1b[31mred", "\udc80", "$x$", "a$b", "層", "\u202eabc", "a^{b}_c", "\\frac{$", "", "long." * 60]
+
+
+def test_any_name_is_drawn_as_text_that_can_be_read():
+    layers = [replace(layer, name=name) for layer, name in zip(layers_of([state()] * len(NAMES)), NAMES, strict=True)]
+    labels = [label.get_text() for label in figures.gain_histogram(layers).axes[1].get_yticklabels()]
+    assert labels[:5] == [r"\x1b[31mred", r"\udc80", "$x$", "a$b", r"\u5c64"], "one row for each, whatever it is called"
+    assert all(len(label) <= 24 for label in labels)
+    for draw in (figures.gain_histogram, figures.statistics):
+        assert "<svg" in figures.svg(draw(layers))
+    for name in NAMES:
+        assert "<svg" in figures.svg(figures.running_against_batch(replace(with_moments(wrong=False), name=name)))
+
+
+WILD = [0.0, -0.0, np.nan, np.inf, -np.inf, 5e-324, 5.6e-45, 3.4e38, 1.7e308, -1.7e308, -1e-9, 1.0]
+
+
+@pytest.mark.parametrize("values", [*([value] * 6 for value in WILD), WILD[:6], WILD[6:]], ids=str)
+def test_any_values_are_drawn_without_a_warning(values):
+    layer = replace(with_moments(wrong=False), running_var=np.array(values), running_mean=np.array(values[::-1]))
+    for eps in (1e-5, 0.0, 1e-300):
+        for draw in (figures.gain_histogram, figures.statistics):
+            figures.svg(draw([replace(layer, eps=eps)]))
+    figures.svg(figures.running_against_batch(layer))
+
+
 def test_a_band_holds_the_channels_that_chance_explains_and_no_others():
     layer = with_moments(wrong=False)
     layer = replace(layer, running_mean=layer.moments.mean.copy(), running_var=layer.moments.var().copy())
