@@ -170,8 +170,8 @@ def running_against_batch(layer: Layer | LayerHistory) -> Figure:
     with np.errstate(all="ignore"):
         deviation = np.sqrt(np.where(var > 0, var, np.nan))
         _against(left, mean / deviation, running_mean / deviation, error_of_mean, relative=False)
-        positive = (np.where(values > 0, values, np.nan) for values in (var, running_var))
-        _against(right, *positive, error_of_var, relative=True)
+        var, running_var = (np.where(values > 0, values, np.nan) for values in (var, running_var))
+        _against(right, var, running_var, error_of_var, relative=True)
     left.set(xlabel="batch mean, in its standard deviations", ylabel="running_mean, in the same")
     right.set(xlabel="batch variance", ylabel="running_var")
     _title(figure, layer.name)
