@@ -115,7 +115,9 @@ def test_a_constant_channel_that_is_constant_in_the_data_is_not():
 
 def test_a_subnormal_variance_is_a_warning_but_in_the_first_of_several_layers():
     layer, other = healthy(running_var={7: 5.6e-45}), replace(healthy(seed=1), name="other")
-    assert findings_of(layer) == [("subnormal-variance", "warning", (7,))], "of one layer nobody knows what is before it"
+    assert findings_of(layer) == [("subnormal-variance", "warning", (7,))], (
+        "of one layer nobody knows what is before it"
+    )
     assert findings_of(other, layer) == [("subnormal-variance", "warning", (7,))]
     (found,) = examine([layer, other]).findings
     assert found.severity == "info" and "harmless while its inputs stay constant" in found.message

@@ -35,8 +35,8 @@ CAUSE = "inputs that are constant, dead units before it, or weights that decayed
 def subnormal_variance(layer: Layer, network: Network) -> Iterator[Found]:
     """A running variance is below the smallest normal float32 number: batch after batch had no variance at all.
 
-    It is an error where the layer's Moments have some, and a warning elsewhere; info where the Moments have none either,
-    or in the first of several layers, whose inputs may have constant channels.
+    It is an error where the layer's Moments have some, and a warning elsewhere; info where the Moments have none
+    either, or in the first of several layers, whose inputs may have constant channels.
     """
     if layer.running_var is None:
         return
