@@ -24,6 +24,7 @@ from cubn.sync.collective import Started, together
 from cubn.warm_up import warm_up
 
 if TYPE_CHECKING:
+    from cubn import health
     from cubn.health.diagnose import diagnose
     from cubn.health.merging import merge_states
     from cubn.health.recalibration import recalibrate
@@ -58,6 +59,7 @@ __all__ = [
     "forward_train",
     "forward_train_start",
     "get_num_threads",
+    "health",
     "merge_states",
     "moments",
     "normalize",
@@ -70,6 +72,7 @@ __all__ = [
 
 _LATER = {
     "diagnose": "cubn.health.diagnose",
+    "health": "cubn.health",
     "merge_states": "cubn.health.merging",
     "recalibrate": "cubn.health.recalibration",
 }
@@ -79,7 +82,8 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_LATER[name]), name)
+    module = import_module(_LATER[name])
+    value = globals()[name] = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
     return value
 
 

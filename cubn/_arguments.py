@@ -78,7 +78,7 @@ def destination(out: Any, x: Array, in_place: Mapping[str, Array | None], apart:
 def values_per_channel(extents: Extents, mask: Array | None) -> int | None:
     """How many values of a channel are present; None where only the device knows."""
     N, _, S = extents
-    if mask is None:
+    if mask is None or not N * S:
         return N * S
     if mask.device[0] != CPU:
         return None

@@ -211,7 +211,7 @@ def _group_size(groups: int, extents: Extents) -> int:
     size = as_int(groups, "groups")
     if not 0 < size < MOST:
         raise ValueError(message("groups", "be 1 or more and less than 2**62, the samples of a group", size))
-    if size == extents.S == 1:
+    if extents.N and size == extents.S == 1:
         rule = "be 2 or more where a sample has one value per channel"
         raise ValueError(message("groups", rule, size, "The variance of one value is 0."))
     return size

@@ -54,8 +54,9 @@ class RenormalisedTraining(SynchronisedTraining):
         """y by the running statistics as they are now; it is its library's before they move."""
         state, held = self.state, self.inputs.held
         if not self.updates:
-            assert held.running
-            return self._renormalised(nodes, held.running, context)
+            running = state._now(held).running
+            assert running
+            return self._renormalised(nodes, running, context)
         with state._turn(), state._moving(held) as move:
             y, saved = self._renormalised(nodes, move.old, context)
             self.backend.update(saved._forward.statistics, move.old, move.new, move.counters, self.how)

@@ -99,7 +99,7 @@ class Training:
 
     def _by_running(self, statistics: Statistics, context: SyncContext | None) -> tuple[Any, Saved[Any]]:
         """With statistics that have copies of gamma and beta. The update, by a count of 0, is a skipped one."""
-        running, affine = self.inputs.held.running, statistics.affine
+        running, affine = self.state._now(self.inputs.held).running, statistics.affine
         assert running
         self.backend.frozen_statistics(running, self.eps, statistics)
         relu_mask = self.backend.normalize(self.inputs.extents, self.operands, statistics, affine, self.options)

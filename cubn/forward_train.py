@@ -190,7 +190,7 @@ def forward_train_start(
     Parameters
     ----------
     x, state, comm, sizes, mask, residual, relu, update, groups, on_single, renorm, out
-        As in `forward_train`; the running statistics that renorm compares with are those of `finish`.
+        As in `forward_train`; renorm and on_single take the running statistics as they are in `finish`.
 
     Returns
     -------

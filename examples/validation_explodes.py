@@ -2,7 +2,7 @@
 
 A perceptron of torch's own layers learns handwritten digits. A warm restart multiplies the learning rate by five: the
 weights, and with them what batch norms are given, then move faster than the running statistics follow. The loss in
-train mode is what such a restart costs; in eval mode it is more than 25 times that. The monitor warns before the next
+train mode is what such a restart costs; in eval mode it is more than ten times that. The monitor warns before the next
 validation shows it, `train_eval_gap` says which layer does it, and `recalibrate` ends it, without a step of training.
 
 And the other way to the same end: an overflow in one batch. torch's running statistics are NaN from then on; cubn's
@@ -85,7 +85,7 @@ def main():
     torch.set_num_threads(1)  # small arrays gain nothing of more
     training, validation = data()
     model, losses, broken = network(), [], None
-    monitor = Monitor(model, on_finding=lambda found: print(f"       {found.rule}: layer {found.layer}"))
+    monitor = Monitor(model, every=1, on_finding=lambda found: print(f"       {found.rule}: layer {found.layer}"))
     print("step   train mode   eval mode")
     for step, by_batch, by_running in train(model, training, validation, monitor):
         losses.append((step, by_batch, by_running))

@@ -168,18 +168,25 @@ class Holding:
             raise RuntimeError(message("state", rule, got, remedy))
         return self._lock
 
+    def _now(self, held: StateArrays | None) -> StateArrays:
+        """The arrays (those held, if they still are), on the device where those held were."""
+        if held is not None and held is self._held:
+            return held
+        now = self._current()
+        if held and held.device != now.device:
+            moved = now.arrays["running_mean"]
+            raise ValueError(refusal("running_mean", "stay on x's device meanwhile", moved))
+        return now
+
     @contextmanager
     def _moving(self, held: StateArrays | None = None) -> Iterator[Move]:
         """The running statistics (those held, if they still are), for a backend to move; inside a turn.
 
         `_check_updatable` has passed. What was written becomes the state's unless an error is raised.
         """
-        if held is None or held is not self._held:
-            before, held = held, self._current()
+        before, held = held, self._now(held)
+        if held is not before:
             self._check_updatable(held)
-            if before and before.device != held.device:
-                moved = held.arrays["running_mean"]
-                raise ValueError(refusal("running_mean", "stay on x's device meanwhile", moved))
         arrays = [held.arrays[name] for name in STATISTICS]
         fresh = [_arrays.empty_vector(a.shape[0], a.dtype, a) if a.library.immutable else None for a in arrays]
         assert self._counters

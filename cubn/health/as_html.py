@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from html import escape
 from importlib.util import find_spec
 from typing import Any
@@ -26,12 +25,17 @@ _STYLE = """
 .cubn-report .error { background: #b3261e; }
 .cubn-report .warning { background: #8a5a00; }
 .cubn-report .info { background: #2b5f8a; }
-.cubn-report figure { margin: 1.5em 0; padding: .5em; background: #fff; color: #000; border-radius: .4em; }
-.cubn-report figure svg { max-width: 100%; height: auto; display: block; }
+.cubn-report td:nth-child(2) code { display: block; min-width: 15em; }
+.cubn-report figure {
+  width: fit-content; max-width: 100%; box-sizing: border-box; overflow-x: auto;
+  margin: 1.5em 0; padding: .5em; background: #fff; color: #000; border-radius: .4em;
+}
+.cubn-report figure svg { max-width: 100%; min-width: 36rem; height: auto; display: block; }
 @media (max-width: 45em) {
   .cubn-report thead { display: none; }
   .cubn-report tr { display: block; padding: .6em 0; border-bottom: 1px solid #8886; }
   .cubn-report td { display: block; border: 0; padding: .1em 0; }
+  .cubn-report td:nth-child(n + 3):not(:empty)::before { content: attr(data-name) ": "; opacity: .75; }
 }
 """
 
@@ -108,8 +112,13 @@ def _layers(layers: Sequence[Layer]) -> str:
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{heading}</th>" for heading in headings)
-    body = "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    body = "\n".join(f"<tr>{_cells(headings, row)}</tr>" for row in rows)
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+
+def _cells(headings: Sequence[str], row: Sequence[str]) -> str:
+    """Each with its heading, which narrow screens show beside it."""
+    return "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in zip(headings, row, strict=True))
 
 
 def _code(text: str) -> str:
@@ -125,16 +134,7 @@ def _figures(report: Any) -> Iterator[str]:
     if find_spec("matplotlib") is None or find_spec("cubn.health.figures") is None:
         return
     figures = importlib.import_module("cubn.health.figures")
-    layers, findings = (
-        [replace(each, **{name: _plain(getattr(each, name))}) for each in held]
-        for held, name in ((report.layers, "name"), (report.findings, "layer"))
-    )
-    for title, figure in figures.of_report(type(report)(layers, findings)):
+    for title, figure in figures.of_report(report):
         drawn = figures.svg(figure)
         drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
         yield f"<figure>\n<figcaption>{escape(wording.printable(title))}</figcaption>\n{drawn}\n</figure>"
-
-
-def _plain(name: str) -> str:
-    """A name that matplotlib can draw, and takes for no formula."""
-    return wording.printable(name).replace("$", r"\$")

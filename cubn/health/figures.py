@@ -18,6 +18,7 @@ from cubn.health.gap import TrainEvalGap
 from cubn.health.layer import Layer
 from cubn.health.records import LayerHistory
 from cubn.health.rules.measures import eps_of
+from cubn.health.wording import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,8 +35,14 @@ WIDTH = 8.0
 
 BLUE, ORANGE, GREY, RED = "#0b559f", "#e08214", "#777777", "#c00000"
 
+LETTERS = 0x500
+"""Latin, Greek and Cyrillic are before this; the rest of a name is written as escapes."""
+
 SHOWN = 30
 """Layers that are drawn one by one; of more, those in the order given that fit."""
+
+LEAST, MOST = 1e-46, 1e39
+"""What axes can span, and float32 can hold: float64 numbers beyond are drawn at these."""
 
 ERRORS = 2
 """Standard errors on each side of a sampling band."""
@@ -55,15 +62,18 @@ def gain_histogram(layers: Sequence[Layer]) -> Figure:
     -------
     matplotlib.figure.Figure
     """
-    gains = {layer.name: _gain(layer) for layer in layers if layer.running_var is not None}
+    gains = [(layer.name, _gain(layer)) for layer in layers if layer.running_var is not None]
     figure = _figure(1.8 + _height(len(gains)))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1.4, _height(len(gains))))
-    known = [gain[np.isfinite(gain) & (gain > 0)] for gain in gains.values()]
+    known = [gain[np.isfinite(gain) & (gain > 0)] for _, gain in gains]
     together = np.concatenate([*known, np.empty(0)])
+    most = 1
     if together.size:
         low, high = np.log10(together.min()) - 0.05, np.log10(together.max()) + 0.05
-        above.hist(together, bins=np.logspace(low, high, 60).tolist(), color=BLUE)
+        counts, _, _ = above.hist(together, bins=np.logspace(low, high, 60).tolist(), color=BLUE)
+        most = int(np.max(counts))
     above.set(xscale="log", yscale="symlog", ylabel="channels")
+    above.set_yticks([0, *(10**power for power in range(len(str(most))))])
     above.yaxis.set_major_formatter("{x:g}")
     _strips(below, gains)
     below.set_xlabel("gain  |γ| / √(running_var + eps); the bar is the layer's median")
@@ -85,17 +95,23 @@ def statistics(layers: Sequence[Layer]) -> Figure:
     figure = _figure(0.8 + _height(len(held)))
     left, right = figure.subplots(1, 2, sharey=True)
     with np.errstate(all="ignore"):
-        means = {layer.name: layer.running_mean / np.sqrt(layer.running_var + eps_of(layer)) for layer in held}  # type: ignore[operator]
-    left.set_xscale("symlog", linthresh=1)
+        means = [
+            (layer.name, _drawable(layer.running_mean / np.sqrt(layer.running_var + eps_of(layer))))  # type: ignore[operator]
+            for layer in held
+        ]
+    reach = max((float(np.abs(each[np.isfinite(each)]).max(initial=0)) for _, each in means), default=0.0)
+    if reach > 1:
+        left.set_xscale("symlog", linthresh=1)
     _strips(left, means)
+    if reach > 1:
+        left.set_xticks(_signed_powers(reach))
     left.set_xlabel("running_mean / √(running_var + eps)")
     right.set_xscale("log")
-    _strips(right, {layer.name: np.asarray(layer.running_var) for layer in held}, positive=True)
-    for eps in sorted({eps_of(layer) for layer in held}):
+    _strips(right, [(layer.name, _drawable(layer.running_var)) for layer in held])  # type: ignore[arg-type]
+    for eps in sorted({eps_of(layer) for layer in held if LEAST < eps_of(layer) < MOST}):
         right.axvline(eps, color=GREY, linestyle="--", linewidth=1)
-        right.annotate(
-            "eps", (eps, 1.0), (2, -10), xycoords=("data", "axes fraction"), textcoords="offset points", color=GREY
-        )
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "annotation_clip": True}
+        right.annotate("eps", (eps, 1.0), (0, 3), color=GREY, ha="center", **place)
     right.set_xlabel("running_var")
     return figure
 
@@ -114,7 +130,7 @@ def channels_by_steps(history: LayerHistory) -> Figure:
     """
     from matplotlib.colors import LogNorm, SymLogNorm
 
-    mean, var = history.running_mean, history.running_var
+    mean, var = _drawable(history.running_mean), _drawable(history.running_var)
     figure = _figure(5.2)
     above, below = figure.subplots(2, 1, sharex=True)
     reach = np.max(np.abs(mean), initial=1e-6, where=np.isfinite(mean))
@@ -125,7 +141,7 @@ def channels_by_steps(history: LayerHistory) -> Figure:
         np.array([-1, -0.1, 0, 0.1, 1]) * reach, labels=[f"{part * reach:.2g}" for part in (-1, -0.1, 0, 0.1, 1)]
     )
     _image(below, history.steps, var, LogNorm(low, max(high, 1.01 * low)), "viridis", "running_var")
-    figure.suptitle(history.name)
+    _title(figure, history.name)
     below.set_xlabel("step")
     return figure
 
@@ -154,10 +170,11 @@ def running_against_batch(layer: Layer | LayerHistory) -> Figure:
     with np.errstate(all="ignore"):
         deviation = np.sqrt(np.where(var > 0, var, np.nan))
         _against(left, mean / deviation, running_mean / deviation, error_of_mean, relative=False)
-        _against(right, var, np.where(running_var > 0, running_var, np.nan), error_of_var, relative=True)
+        var, running_var = (np.where(values > 0, values, np.nan) for values in (var, running_var))
+        _against(right, var, running_var, error_of_var, relative=True)
     left.set(xlabel="batch mean, in its standard deviations", ylabel="running_mean, in the same")
     right.set(xlabel="batch variance", ylabel="running_var")
-    figure.suptitle(layer.name)
+    _title(figure, layer.name)
     return figure
 
 
@@ -185,8 +202,7 @@ def gap_by_layer(gap: TrainEvalGap) -> Figure:
     for axes, (label, (values, colour)) in zip(drawn, panels.items(), strict=True):
         _bars(axes, rows, [max(value, 0.0) for value in values], colour)
         axes.set_xlabel(label)
-    drawn[0].set_yticks(rows, [_short(layer.name) for layer in layers])
-    drawn[0].set_ylim(len(layers) - 0.5, -0.5)
+    _name_rows(drawn[0], [layer.name for layer in layers])
     return figure
 
 
@@ -248,16 +264,35 @@ def _height(rows: int) -> float:
     return 0.5 + 0.22 * min(max(rows, 1), SHOWN)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else f"…{name[-23:]}"
+def _short(name: str, length: int = 24) -> str:
+    """The end of a name, in characters that matplotlib's own font has."""
+    drawn = "".join(each if ord(each) < LETTERS else ascii(each)[1:-1] for each in printable(name))
+    return drawn if len(drawn) <= length else f"…{drawn[1 - length :]}"
+
+
+def _title(figure: Figure, name: str) -> None:
+    figure.suptitle(_short(name, 80), parse_math=False)
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """The first above."""
+    axes.set_yticks(range(len(names)), [_short(name) for name in names], parse_math=False)
+    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def _gain(layer: Layer) -> Floats:
     assert layer.running_var is not None
     gamma = np.ones(layer.num_features) if layer.gamma is None else layer.gamma
     with np.errstate(all="ignore"):
-        gain: Floats = np.abs(gamma) / np.sqrt(layer.running_var + eps_of(layer))
-    return gain
+        return _drawable(np.abs(gamma) / np.sqrt(layer.running_var + eps_of(layer)))
+
+
+def _drawable(values: Floats) -> Floats:
+    """Numbers within what axes can span; zeros, infinities and NaN as they are."""
+    values = np.asarray(values, np.float64)
+    size = np.clip(np.abs(values), LEAST, MOST)
+    drawable: Floats = np.where(np.isfinite(values) & (values != 0), np.copysign(size, values), values)
+    return drawable
 
 
 def _those_found_first(layers: Sequence[Layer], findings: Sequence[Finding]) -> list[Layer]:
@@ -268,19 +303,33 @@ def _those_found_first(layers: Sequence[Layer], findings: Sequence[Finding]) -> 
     return [layers[i] for i in sorted(by_finding[:SHOWN])]
 
 
-def _strips(axes: Axes, values: dict[str, Floats], *, positive: bool = False) -> None:
+def _signed_powers(reach: float) -> list[float]:
+    """Powers of ten up to a number, with both signs and 0, not too many to be read."""
+    most = int(np.log10(reach))
+    step = most // 2 + 1
+    powers = [10.0**power for power in range(most % step, most + 1, step)]
+    return [*(-power for power in reversed(powers)), 0.0, *powers]
+
+
+def _strips(axes: Axes, values: Sequence[tuple[str, Floats]]) -> None:
     """A row of points for each layer, the first above, with its median; at the edges what cannot be drawn."""
-    for row, each in enumerate(values.values()):
+    is_log = axes.get_xscale() == "log"
+    low, high = np.inf, -np.inf
+    for row, (_, each) in enumerate(values):
         finite = np.isfinite(each)
-        drawn = each[finite & (each > 0)] if positive or axes.get_xscale() == "log" else each[finite]
+        drawn = each[finite & (each > 0)] if is_log else each[finite]
+        low, high = min(low, drawn.min(initial=np.inf)), max(high, drawn.max(initial=-np.inf))
         axes.plot(drawn, np.full(len(drawn), row), "o", color=BLUE, markersize=3, alpha=0.5, markeredgewidth=0)
         if len(drawn):
             axes.plot([np.median(drawn)], [row], "|", color="black", markersize=9, markeredgewidth=1.5)
         for wrong, place, marker in ((~finite, 1.0, "x"), (finite & (each <= 0), 0.0, "<")):
             if wrong.any() and (marker == "x" or len(drawn) < finite.sum()):
                 axes.plot([place], [row], marker, color=RED, transform=axes.get_yaxis_transform(), clip_on=False)
-    axes.set_yticks(range(len(values)), [_short(name) for name in values])
-    axes.set_ylim(len(values) - 0.5, -0.5)
+    if not low < high:  # a single value, or none
+        middle = low if np.isfinite(low) else 1.0
+        reach = max(1.0, abs(middle))
+        axes.set_xlim(*((middle / 10, middle * 10) if is_log else (middle - reach, middle + reach)))
+    _name_rows(axes, [name for name, _ in values])
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
 
 
@@ -331,13 +380,14 @@ def _noise(momentum: float | None) -> float:
 def _against(axes: Axes, batch: Floats, running: Floats, error: float, *, relative: bool) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    batch, running = _drawable(batch), _drawable(running)
     known = np.isfinite(batch) & np.isfinite(running)
     both = np.concatenate((batch[known], running[known]))
     low, high = (float(both.min()), float(both.max())) if both.size else (0.1, 1.0)
     if relative:
         axes.set(xscale="log", yscale="log")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 3.0)))
+            axis.set_major_locator(LogLocator(numticks=5) if high > 30 * low else LogLocator(subs=(1.0, 3.0)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
         line = np.geomspace(low / 1.3, high * 1.3, 50)

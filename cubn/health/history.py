@@ -52,6 +52,9 @@ ROUNDING = 1e-5
 GROWN = 10.0
 """Times the median gain of the layer, and times what it was when the running statistics had forgotten 0 and 1."""
 
+BY_GAMMA = 2.0
+"""Times what gamma was: with less, it is the variance that makes the gain grow."""
+
 STILL_GROWING = 1.1
 """Times, over the window."""
 
@@ -211,7 +214,8 @@ def running_behind(layer: LayerHistory) -> Iterator[Found]:
 def variance_sinking(layer: LayerHistory) -> Iterator[Found]:
     """A running variance halves again and again, and nothing in the batches holds it up: the channel dies.
 
-    What the initial 1 still weighs is taken out first: it always sinks.
+    What the initial 1 still weighs is taken out first: it always sinks. Worth knowing, no more, in the first of several
+    layers, whose inputs may be constant for as long in a healthy training.
     """
     newest = layer.last(1).running_var[0]
     low = (newest > 0) & (newest < NEARLY_DEAD * layer.eps)
@@ -225,7 +229,7 @@ def variance_sinking(layer: LayerHistory) -> Iterator[Found]:
         steps = recent.steps[-1] - recent.steps[0]
         halved = steps / np.log2(var[0][wrong].astype(float) / var[-1][wrong])
         yield Found(
-            "warning",
+            "info" if layer.may_see_inputs else "warning",
             f"running_var halves every {halved.min():.0f} steps",
             wrong,
             {"running_var": newest[wrong], "steps to halve": halved, "eps": layer.eps},
@@ -236,21 +240,33 @@ def variance_sinking(layer: LayerHistory) -> Iterator[Found]:
 
 @trend("gain-growing", _large_gain)
 def gain_growing(layer: LayerHistory) -> Iterator[Found]:
-    """A channel's gain, |gamma| / sqrt(running_var + eps), grows out of proportion to its layer and to what it was."""
+    """A channel's gain, |gamma| / sqrt(running_var + eps), grows out of proportion to its layer and to what it was.
+
+    What it was is taken without what the initial 1 still weighed in the variance. Worth knowing, no more, where
+    the variance does it in the first of several layers: inputs that are seldom not constant do.
+    """
     gain = _gain(layer.last(1))[0]
     wrong = np.isfinite(gain) & (gain >= GROWN * np.median(gain))
     if len(layer) < WINDOW or not wrong.any():
         return
-    settled = (_initial_weights(layer) < FORGOTTEN).all(axis=1)
-    begin = _gain(layer)[settled.argmax()]
+    initial = _initial_weights(layer)
+    settled = (initial < FORGOTTEN).all(axis=1)
+    first = settled.argmax()
+    gamma, var = layer.gamma[first], (layer.running_var[first] - initial[first]) / (1 - initial[first])
+    begin = _gain_of(gamma, var, layer.eps)
     wrong &= settled.any() & (gain >= GROWN * begin) & (gain >= STILL_GROWING * _gain(layer.last(RECENT))[0])
-    if wrong.any():
-        times = gain[wrong] / begin[wrong]
+    by_variance = wrong & (np.abs(layer.last(1).gamma[0]) < BY_GAMMA * np.abs(gamma))
+    harmless = by_variance if layer.may_see_inputs else np.zeros_like(wrong)
+    by_severity: list[tuple[Severity, Channels]] = [("warning", wrong & ~harmless), ("info", harmless)]
+    for severity, found in by_severity:
+        if not found.any():
+            continue
+        times = gain[found] / begin[found]
         yield Found(
-            "warning",
+            severity,
             f"the gain has grown {times.max():.0f}-fold, and grows on",
-            wrong,
-            {"gain": gain[wrong], "times": times},
+            found,
+            {"gain": gain[found], "times": times},
             "a running variance that sinks while gamma does not, or a gamma that diverges",
             "weight decay on gamma, a larger eps, or a lower learning rate",
         )
@@ -271,5 +287,9 @@ def _median(values: Floats) -> Floats:
 
 
 def _gain(layer: LayerHistory) -> Floats:
-    gain: Floats = np.abs(layer.gamma) / np.sqrt(np.maximum(layer.running_var, 0) + layer.eps)
+    return _gain_of(layer.gamma, layer.running_var, layer.eps)
+
+
+def _gain_of(gamma: Floats, var: Floats, eps: float) -> Floats:
+    gain: Floats = np.abs(gamma) / np.sqrt(np.maximum(var, 0) + eps)
     return gain

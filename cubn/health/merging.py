@@ -21,6 +21,7 @@ from cubn.typing import SupportsDLPack
 
 Parameters = Literal["average", "first"]
 Excluded = Literal["statistics", "parameters", "both"]
+Equal = Literal["equal"]
 
 PARAMETERS = ("gamma", "beta")
 _ENTRIES = {"statistics": (*STATISTICS, *COUNTERS), "parameters": PARAMETERS}
@@ -33,7 +34,7 @@ _SAME = ("num_features", "eps", "channel_axis")
 def merge_states(
     states: Sequence[Any],
     *,
-    counts: Sequence[int] | None = None,
+    counts: Sequence[int] | Equal | None = None,
     parameters: Parameters = "average",
     exclude: Iterable[str] | Mapping[str, Excluded] = (),
     like: SupportsDLPack | None = None,
@@ -49,9 +50,9 @@ def merge_states(
     states : sequence
         Of BatchNormState; of mappings of names to them; of torch modules, whose batch norms are merged; or of the
         state_dicts of such modules. All of one kind, with the same layers.
-    counts : sequence of int, optional
+    counts : sequence of int or "equal", optional
         How many values per channel each one's running statistics are of; samples do, where all have as many positions.
-        0 leaves one out. None: all weigh the same, which is an error unless their counters agree.
+        0 leaves one out. "equal": all weigh the same. None: the same, and an error unless their counters agree.
     parameters : {"average", "first"}
         What becomes of gamma and beta: the average with the same weights, or the first state's.
     exclude : names of layers, or mapping of names to {"statistics", "parameters", "both"}
@@ -76,8 +77,8 @@ def merge_states(
     Notes
     -----
     In float64, rounded once to the dtype of the first state's arrays. What is unbiased is m2 / (count - 1) of each
-    state and of the result. Without counts they are taken for large, and no such factor is used. The order of the
-    states decides the last bits.
+    state and of the result: so counts are numbers of values, not weights in any unit, and 1 is refused. Without numbers
+    they are taken for large, and no such factor is used. The order of the states decides the last bits.
 
     References
     ----------
@@ -134,7 +135,10 @@ def _checked_exclusions(exclude: Any, layers: Mapping[str, Any]) -> dict[str, tu
     return {name: _ENTRIES.get(word, sum(_ENTRIES.values(), ())) for name, word in words.items()}
 
 
-def _checked_counts(counts: Any, models: int) -> list[int]:
+def _checked_counts(counts: Any, models: int) -> list[int] | Equal:
+    if isinstance(counts, str):
+        one_of(get_args(Equal), counts, "counts")
+        return "equal"
     rule = f"be {models} numbers of values, one for each of states"
     try:
         found = [as_int(count, "counts") for count in counts]
@@ -148,7 +152,7 @@ def _checked_counts(counts: Any, models: int) -> list[int]:
 def _merged(
     name: str,
     states: list[dict[str, Any]],
-    counts: list[int] | None,
+    counts: list[int] | Equal | None,
     parameters: Parameters,
     left_out: Sequence[str],
 ) -> BatchNormState | None:
@@ -166,9 +170,10 @@ def _merged(
         return None
     if counts is None:
         _check_counters(layer, states)
-    values = [1] * len(states) if counts is None else counts
+    known = isinstance(counts, list)
+    values = counts if isinstance(counts, list) else [1] * len(states)
     if "running_mean" in result:
-        result |= _pooled(layer, states, values, known=counts is not None)
+        result |= _pooled(layer, states, values, known=known)
     if parameters == "average":
         for entry in PARAMETERS:
             if entry in result:
@@ -186,7 +191,7 @@ def _check_counters(layer: str, states: Sequence[Mapping[str, Any]]) -> None:
     if not tracked or (tracked[0].all() and all((one == tracked[0]).all() for one in tracked)):
         return
     spans = "; ".join(" to ".join(map(str, sorted({int(one.min()), int(one.max())}))) for one in tracked)
-    remedy = "Give counts=, how many values or samples each one's statistics are of; [1, 1, ...] if all weigh the same."
+    remedy = "Give counts=, how many values or samples each one's statistics are of; 'equal' if all weigh the same."
     raise ValueError(message("counts", f"be given where counters{layer} are 0 or differ", f"tracked {spans}", remedy))
 
 
@@ -203,6 +208,9 @@ def _pooled(layer: str, states: Sequence[Mapping[str, Any]], counts: Sequence[in
             rule = "have finite running statistics and no negative variance"
             raise ValueError(message(f"states{layer}", rule, f"others at {i}", remedy))
         unbiased = known and state["running_variance"] == "unbiased"
+        if unbiased and count == 1:
+            remedy = "Give counts='equal' if all weigh the same."
+            raise ValueError(message("counts", "be 0, or 2 or more values, of an unbiased variance", counts, remedy))
         parts.append(Moments.from_statistics(count, mean, var * ((count - 1) / count) if unbiased else var))
     pooled = reduce(add, parts)
     unbiased = known and first["running_variance"] == "unbiased"

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -180,7 +180,12 @@ class Monitor:
         Report
         """
         self._settle(waiting=True)
-        layers = layers_of(self._subject)
+        layers = [
+            replace(layer, skipped_lately=self.history[layer.name].skipped_lately)
+            if self.history.records and layer.name in self.history and layer.skipped is not None
+            else layer
+            for layer in layers_of(self._subject)
+        ]
         return Report(layers, [*examine(layers).findings, *trends(self.history)])
 
     def to_dict(self) -> dict[str, Any]:

@@ -78,8 +78,8 @@ def recalibrate(
         If an argument does not fit; if batches cannot be iterated again and that is needed; if running statistics are
         of 16 bits.
     ValueError
-        If there are no batches or fewer than two values per channel; if statistics are not finite; if a checkpoint is
-        of something else.
+        If there are no batches or fewer than two values per channel; if statistics are not finite; if, layer by layer,
+        a batch has calls of a layer that the first one does not have; if a checkpoint is of something else.
     CollectiveMismatch
         With `comm`: if ranks differ in what they do, or one of them failed. Nothing was changed on any.
     ImportError

@@ -38,8 +38,10 @@ class Pools:
 
     def add(
         self, name: str, call: int, x: AnyArray, channels: int, *, first: int | None = None, **options: Any
-    ) -> Moments:
-        """One more input of a call of a layer; what there is of that call. `first` is where its samples begin."""
+    ) -> tuple[Moments, Moments]:
+        """One more input of a call of a layer: its moments, and what there is of that call. `first` is where its
+        samples begin.
+        """
         pools = self.found.get(name, ())
         before = pools[call] if call < len(pools) else None
         start = before.stop if before else self.start if first is None else first
@@ -49,7 +51,7 @@ class Pools:
             raise ValueError(message("a batch", rule, taken.num_features))
         together = before.merge(taken) if before else taken
         self.found[name] = (*pools[:call], together, *pools[call + 1 :])
-        return together
+        return taken, together
 
 
 Observe = Callable[[Any, Pools], None]

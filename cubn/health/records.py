@@ -73,6 +73,8 @@ class LayerHistory:
     eps : float
     momentum : float or None
         At the newest record; None for the cumulative average.
+    may_see_inputs : bool
+        Whether it is the first of several layers, and may be given raw inputs, of which some are constant.
     steps : int64 array of shape (T,)
         At which step each record was made.
     gamma, running_mean, running_var : array of shape (T, C)
@@ -92,9 +94,14 @@ class LayerHistory:
     tracked, skipped = (_Series(2, i) for i in range(len(COUNTS)))
 
     def __init__(
-        self, name: str, eps: float, momentum: float | None, tables: Sequence[tuple[NDArray[Any], ...]]
+        self,
+        name: str,
+        eps: float,
+        momentum: float | None,
+        tables: Sequence[tuple[NDArray[Any], ...]],
+        may_see_inputs: bool = False,
     ) -> None:
-        self.name, self.eps, self.momentum = name, eps, momentum
+        self.name, self.eps, self.momentum, self.may_see_inputs = name, eps, momentum, may_see_inputs
         self._tables = tables
 
     def __len__(self) -> int:
@@ -104,7 +111,15 @@ class LayerHistory:
         """The newest so many, of the recent ones: nothing is copied."""
         steps, values, counts = self._tables[-1]
         newest = steps[-records:], values[-records:], counts[-records:]
-        return LayerHistory(self.name, self.eps, self.momentum, (newest,))
+        return LayerHistory(self.name, self.eps, self.momentum, (newest,), self.may_see_inputs)
+
+    @property
+    def skipped_lately(self) -> NDArray[np.float64]:
+        """Of each channel, the share of the updates in the recent records that changed nothing."""
+        _, _, counts = self._tables[-1]
+        tracked, skipped = counts[-1] - counts[0]
+        share: NDArray[np.float64] = skipped / np.maximum(tracked, 1)
+        return share
 
 
 class History(Mapping[str, LayerHistory]):
@@ -217,7 +232,8 @@ class History(Mapping[str, LayerHistory]):
             if table.used or table is self._recent
         ]
         momentum = None if self._last is None else float(self._last.momentum[channels.start])
-        return LayerHistory(name, watched.eps, None if momentum != momentum else momentum, tables)
+        may_see_inputs = len(self.layers) > 1 and name == self.layers[0].name
+        return LayerHistory(name, watched.eps, None if momentum != momentum else momentum, tables, may_see_inputs)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._slices)

@@ -36,7 +36,7 @@ def main() -> None:
     images, labels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    with Monitor(model, on_finding=lambda found: print(found.layer, found.message)).attach(optimizer) as monitor:
+    with Monitor(model, on_finding=lambda found: None).attach(optimizer) as monitor:
         for step in range(3 * EPOCH):
             if step == JUMP:
                 optimizer.param_groups[0]["lr"] = 0.5
@@ -49,14 +49,16 @@ def main() -> None:
             if step == JUMP + 10:
                 exploded = train_eval_gap(model, [(images[1437:], labels[1437:])], loss=nn.functional.cross_entropy)
                 against = figures.running_against_batch(monitor.history["4"])
+    for step, found in monitor.findings:
+        print(f"step {step}, layer {found.layer}: {found.message}")
     print(exploded)
-    first = layers_of(model)
+    layers = [replace(layer, name=f"layer {layer.name}") for layer in layers_of(model)]
     drawn = {
         "health_channels_by_steps": figures.channels_by_steps(monitor.history["4"]),
         "health_running_against_batch": against,
         "health_train_eval_gap": figures.gap_by_layer(exploded),
-        "health_gains": figures.gain_histogram([replace(layer, name=f"layer {layer.name}") for layer in first]),
-        "health_statistics": figures.statistics([replace(layer, name=f"layer {layer.name}") for layer in first]),
+        "health_gains": figures.gain_histogram(layers),
+        "health_statistics": figures.statistics(layers),
     }
     for name, figure in drawn.items():
         figure.savefig(Path(__file__).with_name(f"{name}.png"), metadata={"Software": None})

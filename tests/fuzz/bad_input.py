@@ -39,7 +39,7 @@ class Case:
 
 ON_X = {"mask": weird.MASK, "residual": weird.BESIDE, "relu": weird.FLAG, "out": weird.OUT}
 TOGETHER = {"comm": weird.COMMUNICATOR, "sizes": weird.SIZES}
-TRAINING = {"update": weird.FLAG, "renorm": weird.RENORM}
+TRAINING = {"update": weird.FLAG, "groups": weird.GHOST, "on_single": weird.WORD, "renorm": weird.RENORM}
 STATE = {"state": weird.OBJECT}
 CHANNELS_OF_X = {"x": weird.CHANNELS}
 OPTIONS = {
@@ -55,7 +55,6 @@ VECTORS = {
     "running_var": weird.RUNNING_VAR,
 }
 GIVEN = {name: {n: w for n, w in role.items() if n != "None"} for name, role in VECTORS.items()}
-TRAINING = {"update": weird.FLAG, "groups": weird.GHOST, "on_single": weird.WORD}
 
 Call = Callable[..., Any]
 ROLES: dict[str, dict[str, dict[str, Weird]]] = {
@@ -173,6 +172,8 @@ CLASSES = {
     "StatisticsGradients": cubn.StatisticsGradients,
 }
 RESULTS = tuple(CLASSES)
+APART = {"x", "dtype"}, {"groups", "renorm"}, {"check", "running_var"}
+"""One of two may refuse the other, or let it pass."""
 
 
 def _public(kind: type) -> list[str]:
@@ -200,7 +201,7 @@ def draw(rng: random.Random) -> Case:
     roles = ROLES[target]
     names = rng.sample(list(roles), min(len(roles), rng.choice([1, 1, 1, 2])))
     alone = target in ("state", "changed", "__setstate__", "moments.from_dict", *RESULTS)
-    if alone or {"x", "dtype"} <= {*names}:  # integers are good where a dtype is given
+    if alone or any(pair <= {*names} for pair in APART):
         names = names[:1]
     bad = tuple((name, rng.choice(VALUES[target, name])) for name in names)
     optional = [n for n in ("mask", "residual", "out", "beta", "gamma") if n in roles and n not in names]

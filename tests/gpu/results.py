@@ -25,6 +25,16 @@ def _step(operation, name, x, dy, state, options):
     return found, y, grads, saved
 
 
+def _training_otherwise(x, dy, block):
+    """Ghost batches, two where there are samples enough, and batch renormalisation; each with a state of its own."""
+    found = {}
+    for name, options in {"groups": {"groups": max(2, x.shape[0] // 2 - 1)}, "renorm": {"renorm": (1.5, 0.25)}}.items():
+        state = cubn.BatchNormState(x.shape[1], like=x)
+        found |= _step(cubn.forward_train, name, x, dy, state, block | options)[0]
+        found |= {f"{name}: {which}": getattr(state, which) for which in ("running_mean", "running_var")}
+    return found
+
+
 def run_everything(x, dy, residual, mask=None):
     """Training, fine-tuning and inference, plain and with residual and ReLU, with their backwards; the state after.
 
@@ -45,6 +55,7 @@ def run_everything(x, dy, residual, mask=None):
         y, saved = cubn.forward_train(x, state, mask=mask)
         grads = cubn.backward(dy, saved)
         found |= {"masked: y": y, "masked: dx": grads.dx, "masked: dgamma": grads.dgamma, "masked: dbeta": grads.dbeta}
+    found |= _training_otherwise(x, dy, {"residual": residual, "relu": True})
     (comm,) = threads.communicators(1)
     y, saved = cubn.forward_train(x, state, comm=comm)
     found |= {"one rank: y": y, "one rank: dx": cubn.backward(dy, saved).dx}

@@ -56,7 +56,7 @@ DRAWN = {
 }
 
 
-@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("wrong", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize("name", DRAWN)
 def test_a_figure_is_drawn_of_good_and_of_bad_values_and_is_the_same_text_each_time(name, wrong):
     figure = DRAWN[name](wrong)
@@ -64,6 +64,30 @@ def test_a_figure_is_drawn_of_good_and_of_bad_values_and_is_the_same_text_each_t
     assert text.startswith("<svg") and "</svg>" in text
     assert text == figures.svg(figure) == figures.svg(DRAWN[name](wrong))
     assert figure.get_size_inches()[0] == 8
+
+
+NAMES = ["\x1b[31mred", "\udc80", "$x$", "a$b", "層", "\u202eabc", "a^{b}_c", "\\frac{$", "", "long." * 60]
+
+
+def test_any_name_is_drawn_as_text_that_can_be_read():
+    layers = [replace(layer, name=name) for layer, name in zip(layers_of([state()] * len(NAMES)), NAMES, strict=True)]
+    labels = [label.get_text() for label in figures.gain_histogram(layers).axes[1].get_yticklabels()]
+    assert labels[:5] == [r"\x1b[31mred", r"\udc80", "$x$", "a$b", r"\u5c64"], "one row for each, whatever it is called"
+    assert all(len(label) <= 24 for label in labels)
+    figures.gain_histogram(layers).draw_without_rendering()
+    for name in NAMES[:3]:
+        figures.running_against_batch(replace(with_moments(wrong=False), name=name)).draw_without_rendering()
+
+
+WILD = [0.0, -0.0, np.nan, np.inf, -np.inf, 5e-324, 5.6e-45, 3.4e38, 1.7e308, -1.7e308, -1e-9, 1.0]
+
+
+@pytest.mark.parametrize("values", [[-1e-9] * 6, [1.0] * 6, [1.7e308] * 6, WILD[:6], WILD[6:]], ids=str)
+def test_any_values_are_drawn_without_a_warning(values):
+    layer = replace(with_moments(wrong=False), running_var=np.array(values), running_mean=np.array(values[::-1]))
+    for draw in (figures.gain_histogram, figures.statistics):
+        draw([replace(layer, eps=1e-5 if values[0] == values[1] else 1e-300)]).draw_without_rendering()
+    figures.running_against_batch(layer).draw_without_rendering()
 
 
 def test_a_band_holds_the_channels_that_chance_explains_and_no_others():

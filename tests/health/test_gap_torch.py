@@ -30,6 +30,7 @@ def x(seed=100, size=32):
     return torch.randn(size, 2, 12, 12, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, cubn.torch.BatchNorm2d])
 @pytest.mark.parametrize("guilty", ["1", "4", "7"])
 def test_the_layer_at_fault_is_named_with_its_channel(norm, guilty):

@@ -51,7 +51,10 @@ def test_without_counts_states_of_unknown_weight_are_refused(tracked, said):
         state.tracked = updates
     with pytest.raises(ValueError, match=f"^merge_states: counts must be given .*; got tracked {said}.* Give counts="):
         cubn.merge_states(states)
-    cubn.merge_states(states, counts=[1, 1, 1])
+    merged = cubn.merge_states(states, counts="equal")
+    for state in states:
+        state.tracked = 1
+    assert (merged.running_var == cubn.merge_states(states).running_var).all()
 
 
 def test_gamma_and_beta_are_averaged_with_the_same_weights_or_the_first_ones():
@@ -114,7 +117,19 @@ REFUSED = {
     "negative": (lambda: [named(0), named(1)], {"counts": [3, -1]}, ValueError, "counts must be 2 numbers"),
     "no data": (lambda: [named(0), named(1)], {"counts": [0, 0]}, ValueError, "not all 0"),
     "fractions": (lambda: [named(0), named(1)], {"counts": [0.5, 0.5]}, TypeError, "counts must be 2 numbers"),
-    "a single value": (lambda: [named(0), named(1)], {"counts": [1, 0]}, ValueError, "counts must be 2 or more in all"),
+    "weights": (lambda: [named(0), named(1)], {"counts": [1, 1]}, ValueError, "counts must be 0, or 2 or .*'equal'"),
+    "a single value": (
+        lambda: [named(0), named(1, running_variance="biased")],
+        {"counts": [0, 1]},
+        ValueError,
+        "counts must be 2 or more in all",
+    ),
+    "another word": (
+        lambda: [named(0), named(1)],
+        {"counts": "same"},
+        ValueError,
+        "counts must be 'equal'; got 'same'",
+    ),
     "unknown layer": (lambda: [named(0)], {"exclude": ["nb"]}, ValueError, "exclude must name layers, 'bn'"),
     "a word": (lambda: [named(0)], {"exclude": "bn"}, TypeError, "exclude must be several names.*Use .'bn'."),
     "an unknown part": (lambda: [named(0)], {"exclude": {"bn": "all"}}, ValueError, "exclude must be 'statistics' or"),

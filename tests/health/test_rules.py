@@ -44,7 +44,7 @@ PLANTED = {
     "NaN in gamma": ({"gamma": {2: NAN}}, "non-finite", "error", (2,)),
     "-inf in beta": ({"beta": {2: -INF}}, "non-finite", "error", (2,)),
     "a negative variance": ({"running_var": {3: -1e-9}}, "negative-variance", "error", (3,)),
-    "a subnormal variance": ({"running_var": {3: 5.6e-45}}, "subnormal-variance", "info", (3,)),
+    "a subnormal variance": ({"running_var": {3: 5.6e-45}}, "subnormal-variance", "warning", (3,)),
     "a dead channel": ({"running_var": {7: 1e-9}}, "dead", "info", (7,)),
     "a variance of 0": ({"running_var": {7: 0.0}}, "dead", "info", (7,)),
     "a dying layer": ({"running_var": dict.fromkeys(range(9), 1e-9)}, "dead", "warning", tuple(range(9))),
@@ -111,6 +111,24 @@ def test_a_constant_channel_that_varies_in_the_data_is_an_error():
 def test_a_constant_channel_that_is_constant_in_the_data_is_not():
     layer = healthy(running_var={7: 1e-40, 8: 1e-10})
     assert {severity for _, severity, _ in findings_of(with_data(layer))} == {"info"}
+
+
+def test_a_subnormal_variance_is_a_warning_but_in_the_first_of_several_layers():
+    layer, other = healthy(running_var={7: 5.6e-45}), replace(healthy(seed=1), name="other")
+    assert findings_of(layer) == [("subnormal-variance", "warning", (7,))], (
+        "of one layer nobody knows what is before it"
+    )
+    assert findings_of(other, layer) == [("subnormal-variance", "warning", (7,))]
+    (found,) = examine([layer, other]).findings
+    assert found.severity == "info" and "harmless while its inputs stay constant" in found.message
+
+
+def test_moments_excuse_the_subnormal_variances_of_constant_channels_and_no_others():
+    layer = with_data(healthy(running_var={7: 5.6e-45, 9: 5.6e-45}))
+    x = np.random.default_rng(0).standard_normal((500, 16)) * np.sqrt(layer.running_var) + layer.running_mean
+    x[:, 9] += np.random.default_rng(1).normal(0, 5e-4, 500)  # a variance of eps / 40
+    found = [entry for entry in findings_of(replace(layer, moments=cubn.moments(x))) if entry[0] != "stale"]
+    assert found == [("subnormal-variance", "warning", (9,)), ("subnormal-variance", "info", (7,))]
 
 
 def test_pixels_that_are_seldom_not_0_are_not_stale():

@@ -97,6 +97,16 @@ def test_nodes_of_a_device_give_the_same(ranks, device, how, cut):  # noqa: F811
         assert [waits for _, waits in both] == [["synchronize"] * 2] * len(cut)
 
 
+def test_a_rank_without_samples_says_nothing_of_their_size(ranks):
+    batch = Batch(positions=(2,))
+
+    def body(comm):
+        x = batch.x[:0, :, :1] if comm.rank else batch.x
+        return cubn.forward_train(x, batch.state(), groups=1, comm=comm)[1].count.tolist()
+
+    assert ranks(2, body) == [[2] * 32] * 2
+
+
 def test_all_groups_share_one_exchange(ranks):
     batch = Batch(positions=(2,))
 

@@ -7,6 +7,7 @@ import pytest
 
 import cubn
 from cubn.sync import communicator
+from tests import oracle
 from tests.mpi.devices import device  # noqa: F401
 from tests.mpi.parts import CUTS, LAYOUTS, Batch, C, assert_one_answer, step
 from tests.ops import arrays
@@ -81,6 +82,41 @@ def test_the_running_statistics_are_those_of_finish(ranks):
     for first, second in ranks(2, body):
         assert (np.abs(second) < np.abs(first)).all()  # the running mean has moved towards the batch's
         assert len(first) == C
+
+
+@pytest.mark.parametrize("library", ["numpy", "jax"])
+@pytest.mark.parametrize(
+    ("samples", "option"),
+    [(16, {"renorm": (math.inf, math.inf)}), (1, {"on_single": "running"})],
+    ids=["renorm", "on_single"],
+)
+def test_without_an_update_they_are_those_of_finish_too(ranks, library, samples, option):
+    """Of a library whose arrays are replaced, and where they are assigned."""
+    batch = Batch(positions=())
+
+    def body(comm):
+        state = batch.state()
+        for name in ("running_mean", "running_var"):
+            setattr(state, name, arrays.carry(getattr(state, name), library))
+        x = batch.x[:samples][comm.rank :: 2]
+
+        def start():
+            return cubn.forward_train_start(x, state, comm=comm, update=False, **option)
+
+        moved, assigned = cubn.moments(batch.x + 3), arrays.carry(np.full(C, 7, np.float32), library)
+        found = []
+        for change in (None, lambda: cubn.update(state, moved), lambda: setattr(state, "running_mean", assigned)):
+            started = start()
+            if change:
+                change()
+            found += [(started.finish()[0], start().finish()[0])]
+        return found
+
+    for found in ranks(2, body):
+        for early, late in found:
+            arrays.assert_same(early, late)
+        if len(found[0][0]):
+            assert not oracle.equal(found[0][0], found[1][0]) and not oracle.equal(found[1][0], found[2][0])
 
 
 @pytest.mark.parametrize("declared", [False, True])

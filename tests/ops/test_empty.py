@@ -7,6 +7,7 @@ import pytest
 
 import cubn
 from tests.ops.arrays import assert_same, carry, library_of
+from tests.ops.test_on_device import device, remote  # noqa: F401
 
 SHAPES = [(0, 4), (0, 4, 2), (3, 4, 0), (2, 4, 0, 3)]
 OPTIONS = list(itertools.product([False, True], repeat=3))
@@ -54,6 +55,20 @@ def test_fine_tuning_on_nothing_has_gradients_of_zero(state, shape, relu, residu
     assert_same(gradients.dgamma, np.zeros(4, np.float32))
     assert_same(gradients.dbeta, np.zeros(4, np.float32))
     assert residual == (gradients.dresidual is not None)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"renorm": (3, 5)}, {"on_single": "running"}], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nothing_needs_no_count_behind_a_mask_on_a_device(shape, options):
+    here = cubn.BatchNormState(4)
+    state = cubn.BatchNormState.from_arrays(
+        running_mean=remote(here.running_mean), running_var=remote(here.running_var)
+    )
+    mask = remote(np.ones(shape[:1] + shape[2:], bool))
+    with pytest.raises(ValueError, match="x must have values to take statistics of; got 0 where the mask is True"):
+        cubn.forward_train(remote(np.zeros(shape, np.float32)), state, mask=mask, **options)
+    assert not state.tracked.any()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

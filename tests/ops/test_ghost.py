@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 import cubn
 from cubn import _ghost, reference
 from tests import oracle
+from tests.conftest import BACKENDS
 from tests.ops import arrays
-from tests.ops.pairwise import covering, every_pair
+from tests.ops.pairwise import covering, every_pair, others_full
 from tests.ops.test_on_device import device, remote  # noqa: F401
 
 EPS = 1e-5
@@ -121,24 +122,24 @@ AXES = {
     "mask": MASKS,
     "residual": [False, True],
     "relu": [False, True],
+    "backend": BACKENDS,
 }
 
 
-def rows():
-    """Rows in which every two values meet that can; all but a few, in which every value occurs, are `full`."""
-    found = every_pair(
-        AXES, lambda row: len(row.keys() & {"library", "layout"}) < 2 or arrays.can_carry(row["library"], row["layout"])
-    )
-    named = [{axis: repr(value) for axis, value in row.items()} for row in found]
-    few = covering(named, 1)
-    return [
-        pytest.param(row, id="-".join(map(str, row.values())), marks=() if i in few else pytest.mark.full)
-        for i, (row, name) in enumerate(zip(found, named, strict=True))
-    ]
+ROWS = every_pair(
+    AXES, lambda row: len(row.keys() & {"library", "layout"}) < 2 or arrays.can_carry(row["library"], row["layout"])
+)
+FEW = covering(ROWS, 1)
 
 
-@pytest.mark.parametrize("row", rows())
+@pytest.mark.parametrize(
+    ("backend", "row"),
+    others_full([(row.pop("backend"), row) for row in ROWS], FEW),
+    indirect=["backend"],
+    ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())),
+)
 def test_a_step_is_that_of_the_contract(backend, row):
+    """Any two values of any two options meet; by default, every value occurs."""
     ghost = Ghost(**row)
     assert_as_expected(ghost, ghost.step())
 

@@ -144,3 +144,8 @@ def test_what_examines_states_is_imported_when_it_is_asked_for():
     asked = "cubn.diagnose(cubn.BatchNormState(2))"
     program = f"import sys, cubn; assert 'cubn.health' not in sys.modules; print(end=str({asked})[:0])"
     assert not modules_after(program) & (HEAVY | SHOWN)
+
+
+def test_what_watches_trainings_is_there_after_a_plain_import_and_imported_when_it_is_asked_for():
+    program = "import sys, cubn; assert 'cubn.health' not in sys.modules; cubn.health.Monitor(cubn.BatchNormState(2))"
+    assert not modules_after(program) & (HEAVY | SHOWN)

@@ -56,6 +56,13 @@ def alive_in_data(layer: Layer) -> Channels:
     return (layer.moments.var() > eps_of(layer)) & ~seldom(layer)
 
 
+def constant_in_data(layer: Layer) -> Channels:
+    """Whose values in the layer's Moments are constant, or all but a few; no channels without Moments."""
+    if layer.moments is None or layer.moments.num_features != layer.num_features:
+        return np.zeros(layer.num_features, np.bool_)
+    return (layer.moments.var() < DEAD * eps_of(layer)) | seldom(layer)
+
+
 def seldom(layer: Layer) -> Channels:
     """Which may be constant but for values too few for a running average to know their variance, by the Moments.
 

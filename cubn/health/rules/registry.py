@@ -60,6 +60,10 @@ class Network:
         counted = {layer.name: layer.tracked for layer in self.layers if layer.tracked is not None}
         return {name: int(tracked.max(initial=0)) for name, tracked in counted.items()}
 
+    def may_see_inputs(self, layer: Layer) -> bool:
+        """Whether it is the first of several, and may be given raw inputs, of which some are constant."""
+        return len(self.layers) > 1 and layer.name == self.layers[0].name
+
     @cached_property
     def most_updates(self) -> int:
         """Of the layer that has seen most."""

@@ -1,7 +1,8 @@
 """Rules on running variances that are next to nothing.
 
 Constant inputs, and units that a ReLU switched off, leave such variances in healthy networks, and do no harm: what is
-constant in training is constant afterwards. So they are worth knowing, no more, unless something says otherwise.
+constant in training is constant afterwards. So they are worth knowing, no more, unless something says otherwise. Behind
+the first layer only a unit that has been dead for hundreds of batches has a subnormal one: that is worth a look.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 
 from cubn.health.finding import Severity
 from cubn.health.layer import Layer
-from cubn.health.rules.measures import RECALIBRATE, alive_in_data, dead_channels, eps_of, gains
+from cubn.health.rules.measures import RECALIBRATE, alive_in_data, constant_in_data, dead_channels, eps_of, gains
 from cubn.health.rules.registry import Channels, Found, Network, rule
 
 MANY = 0.5
@@ -32,12 +33,18 @@ CAUSE = "inputs that are constant, dead units before it, or weights that decayed
 
 @rule("subnormal-variance")
 def subnormal_variance(layer: Layer, network: Network) -> Iterator[Found]:
-    """A running variance is below the smallest normal float32 number: hundreds of batches had no variance at all.
+    """A running variance is below the smallest normal float32 number: batch after batch had no variance at all.
 
-    It is an error where the layer's Moments have some, and a warning where it is most of a layer.
+    It is an error where the layer's Moments have some, and a warning elsewhere; info where the Moments have none
+    either, or in the first of several layers, whose inputs may have constant channels.
     """
-    if layer.running_var is not None:
-        yield from _constant(layer, "running_var is subnormal", _subnormal(layer))
+    if layer.running_var is None:
+        return
+    wrong = _subnormal(layer)
+    explained = wrong & (constant_in_data(layer) | network.may_see_inputs(layer))
+    what = "running_var is subnormal: batch after batch had no variance"
+    yield from _constant(layer, what, explained, "info")
+    yield from _constant(layer, what, wrong & ~explained, "warning")
 
 
 @rule("dead")
@@ -45,7 +52,7 @@ def dead(layer: Layer, network: Network) -> Iterator[Found]:
     """A running variance is far below eps: the channel was constant.
 
     It is an error where the layer's Moments say that it is not, and a warning where it is most of a layer, or where the
-    mere rounding of its mean is amplified to something visible.
+    mere rounding of its mean is amplified to something visible. Otherwise it does no harm.
     """
     if layer.running_var is None:
         return
@@ -53,6 +60,7 @@ def dead(layer: Layer, network: Network) -> Iterator[Found]:
         layer,
         "the channel was constant: running_var is nothing beside eps",
         dead_channels(layer) & ~_subnormal(layer),
+        "info",
     )
     if layer.running_mean is None:
         return
@@ -91,7 +99,7 @@ def collapsing(layer: Layer, network: Network) -> Iterator[Found]:
         )
 
 
-def _constant(layer: Layer, what: str, wrong: Channels) -> Iterator[Found]:
+def _constant(layer: Layer, what: str, wrong: Channels, severity: Severity) -> Iterator[Found]:
     """Channels that were constant for the running statistics; apart, those that are not in the data."""
     assert layer.running_var is not None
     alive = wrong & alive_in_data(layer)
@@ -109,9 +117,10 @@ def _constant(layer: Layer, what: str, wrong: Channels) -> Iterator[Found]:
             RECALIBRATE,
         )
     if (still := wrong & ~alive).any():
+        harmless = severity == "info"
         yield Found(
-            _by_share(wrong),
-            what,
+            _by_share(wrong) if harmless else severity,
+            f"{what}; harmless while its inputs stay constant" if harmless else what,
             still,
             {"running_var": layer.running_var[still], "eps": eps_of(layer)},
             CAUSE,

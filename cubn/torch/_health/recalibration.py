@@ -16,19 +16,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from cubn._moments import Moments
+from cubn._moments import Float64, Moments
 from cubn._state.arrays import STATISTICS
 from cubn.errors import a_type, message
 from cubn.health.recalibration_commit import Target
 from cubn.health.recalibration_passes import Observe, Pools, Stage
+from cubn.moments import moments
 from cubn.state import BatchNormState
 from cubn.torch import _batch_norm as cubns
 from cubn.torch._models.permitted import at
 
 Forward = Callable[[Any, Any], Any]
 
-Given = Callable[[str, int, Tensor, Tensor | None], Moments | None]
-"""Hears of the input and mask of a layer's call; gives what is known of such inputs so far."""
+Given = Callable[[str, int, Tensor, Tensor | None], tuple[Moments, Moments]]
+"""Hears of the input and mask of a layer's call; gives their moments, and what is known of such inputs so far."""
 
 
 class Model:
@@ -48,8 +49,8 @@ class Model:
             raise ValueError(message("states_or_model", rule, f"{a_type(model)} without"))
         self._calls: Mapping[str, int] = {}  # of each layer in a forward
         self.targets = {path: _target(path, layer) for path, layer in self._layers.items()}
-        channels = {path: layer.num_features for path, layer in self._layers.items()}
-        self.identity = {"kind": "model", "layers": channels, "layerwise": layerwise}
+        options = {path: [layer.num_features, layer.eps] for path, layer in self._layers.items()}
+        self.identity = {"kind": "model", "layers": options, "layerwise": layerwise}
 
     def digest(self) -> str:
         """Of parameters and buffers, but for what is recalibrated."""
@@ -58,20 +59,18 @@ class Model:
         for name, tensor in self._model.state_dict().items():
             if name not in own and isinstance(tensor, Tensor):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(_dense(tensor).reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def stages(self, batches: Iterable[Any]) -> list[Stage]:
         """All layers at once; or one after the other, as the first batch meets them."""
-        if not self._layerwise:
+        if not self._layerwise or len(self._layers) == 1:
             return [tuple(self._layers)]
-        calls = Counter[str]()
         with self._forwards({}) as run:
             for batch in batches:
-                run(batch, lambda path, call, x, mask: calls.update([path]))
+                self._calls = run(batch, _of_a_batch)
                 break
-        self._calls = calls
-        return [(path,) for path in calls]
+        return [(path,) for path in self._calls]
 
     @contextmanager
     def observing(self, stage: Stage, done: Mapping[str, Moments]) -> Iterator[Observe]:
@@ -80,42 +79,55 @@ class Model:
             def observe(batch: Any, pools: Pools) -> None:
                 samples = _samples(batch) if pools.start else 0
 
-                def given(path: str, call: int, x: Tensor, mask: Tensor | None) -> Moments | None:
+                def given(path: str, call: int, x: Tensor, mask: Tensor | None) -> tuple[Moments, Moments]:
                     if path not in stage:
-                        return None
+                        return _of_a_batch(path, call, x, mask)
                     first = pools.start * len(x) // samples if samples else 0
-                    pooled = pools.add(path, call, x.detach(), self._layers[path].num_features, mask=mask, first=first)
-                    if call + 1 == self._calls.get(path):
+                    found = pools.add(path, call, x.detach(), self._layers[path].num_features, mask=mask, first=first)
+                    if call + 1 == self._calls.get(path) and not last:
                         raise _Seen
-                    return pooled
+                    return found
 
-                run(batch, given)
+                calls = run(batch, given)
+                if self._calls:
+                    self._check_calls(calls)
 
+            last = stage[-1:] == tuple(self._calls)[-1:]  # whose forwards go on, to see that there is no more
             yield observe
 
+    def _check_calls(self, calls: Mapping[str, int]) -> None:
+        """That nothing was missed: of a call that the first batch does not have no pass is."""
+        for path, times in calls.items():
+            if times > self._calls.get(path, 0):
+                rule = "call each layer as often with the first batch as with any other"
+                got = f"{times} calls of {path}, which the first calls {self._calls.get(path, 0)} times"
+                remedy = "Begin with a batch that has all calls, or use layerwise=False."
+                raise ValueError(message("states_or_model", rule, got, remedy))
+
     @contextmanager
-    def _forwards(self, done: Mapping[str, Moments]) -> Iterator[Callable[[Any, Given], None]]:
+    def _forwards(self, done: Mapping[str, Moments]) -> Iterator[Callable[[Any, Given], Mapping[str, int]]]:
         """Forwards in eval mode, in which layers that are done have their new statistics, and the others those of each
-        batch. Afterwards all is as it was.
+        batch; they give how often each layer was called. Afterwards all is as it was.
         """
         heard: Given | None = None
         calls = Counter[str]()
 
         def before(path: str, layer: _BatchNorm, args: Any, kwargs: Any) -> None:
             assert heard is not None
-            x, mask = _inputs(layer, args, kwargs)
             calls[path] += 1
-            pooled = heard(path, calls[path] - 1, x, mask)
-            layer._buffers.update(_for_a_batch(x, pooled, old[path]))
+            if path not in done:
+                given, pooled = heard(path, calls[path] - 1, *_inputs(layer, args, kwargs))
+                layer._buffers.update(_for_a_batch(given, pooled, old[path]))
 
-        def run(batch: Any, given: Given) -> None:
+        def run(batch: Any, given: Given) -> Mapping[str, int]:
             nonlocal heard
             heard = given
             calls.clear()
             with torch.no_grad(), suppress(_Seen):
                 self._forward(self._model, batch)
+            return dict(calls)
 
-        old = {path: {name: layer._buffers[name] for name in STATISTICS} for path, layer in self._layers.items()}
+        old = {path: {name: layer._buffers.get(name) for name in _OWN} for path, layer in self._layers.items()}
         with ExitStack() as afterwards:
             afterwards.enter_context(_random_numbers_kept(self._model))
             afterwards.enter_context(_uncompiled())
@@ -123,15 +135,16 @@ class Model:
                 afterwards.callback(setattr, module, "training", module.training)
                 module.training = False  # not by eval(), which models give meanings of their own
             for path, layer in self._layers.items():
-                afterwards.callback(layer._buffers.update, old[path])
+                kept = {name: tensor for name, tensor in old[path].items() if tensor is not None}
+                afterwards.callback(layer._buffers.update, kept)
+                layer._buffers.update({name: tensor.clone() for name, tensor in kept.items()})
                 if isinstance(layer, cubns._BatchNorm):
                     afterwards.callback(setattr, layer, "_ranks", layer._ranks)
                     layer._ranks = None  # whose forwards may be more, or fewer
                 if path in done:
-                    layer._buffers.update(_tensors(done[path], old[path]))
-                else:
-                    hook = layer.register_forward_pre_hook(partial(before, path), with_kwargs=True)
-                    afterwards.callback(hook.remove)
+                    layer._buffers.update(_tensors(done[path], done[path].var_unbiased(), old[path]))
+                hook = layer.register_forward_pre_hook(partial(before, path), with_kwargs=True)
+                afterwards.callback(hook.remove)
             yield run
 
 
@@ -189,6 +202,12 @@ def _target(path: str, layer: _BatchNorm) -> Target:
     return Target(state, set_counters)
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """Its numbers as plain memory on the CPU."""
+    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+    return dense.cpu().resolve_conj().resolve_neg().contiguous()
+
+
 def _samples(batch: Any) -> int:
     """Of a batch: the extent of the first tensor in it."""
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
@@ -205,22 +224,30 @@ def _inputs(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | 
     return next(iter(arguments.values())), arguments.get("mask")
 
 
-def _for_a_batch(x: Tensor, pooled: Moments | None, old: Mapping[str, Tensor | None]) -> Mapping[str, Tensor | None]:
-    """By what to normalise a batch: None, which is by its own statistics, or, where it has a single value per channel
-    and so no variance, by what is known of those before.
+def _of_a_batch(path: str, call: int, x: Tensor, mask: Tensor | None) -> tuple[Moments, Moments]:
+    """For a layer that is not pooled: no more is known than the batch."""
+    taken = moments(x.detach(), mask=mask)
+    return taken, taken
+
+
+def _for_a_batch(given: Moments, pooled: Moments, old: Mapping[str, Tensor | None]) -> Mapping[str, Tensor | None]:
+    """By what to normalise a batch: its own statistics, or, where it has a single value per channel and so no variance,
+    by what is known of those before.
     """
-    if x.numel() >= 2 * x.shape[1]:
-        return dict.fromkeys(STATISTICS)
-    return old if pooled is None or pooled.count < 2 else _tensors(pooled, old)
+    if given.count >= 2:
+        return _tensors(given, given.var(), old)
+    return (
+        {name: old[name] for name in STATISTICS} if pooled.count < 2 else _tensors(pooled, pooled.var_unbiased(), old)
+    )
 
 
-def _tensors(pooled: Moments, like: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """The running statistics that a layer is going to have."""
-    values = dict(zip(STATISTICS, (pooled.mean, pooled.var_unbiased()), strict=True))
+def _tensors(of: Moments, var: Float64, like: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Running statistics that make a layer normalise by these."""
+    values = dict(zip(STATISTICS, (of.mean, var), strict=True))
     return {
         name: torch.tensor(values[name], dtype=old.dtype, device=old.device)
-        for name, old in like.items()
-        if old is not None
+        for name in STATISTICS
+        if (old := like[name]) is not None
     }
 
 

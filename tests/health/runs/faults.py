@@ -57,6 +57,8 @@ class Fault:
         How bad it has to be found.
     before, at_step, after : callable
         What plants it: before training (subject), after a step (subject, step), or when all is measured (run).
+    data : bool
+        Whether diagnosis is given Moments of the inputs, or the running statistics alone.
     ranks : callable, optional
         What ranks hold of it: the subject of each, from the run.
     """
@@ -70,6 +72,7 @@ class Fault:
     before: Callable[[Any], None] = nothing
     at_step: Callable[[Any, int], None] = nothing
     after: Callable[[Run], None] = nothing
+    data: bool = True
     ranks: Callable[[Run], list[Any]] | None = None
 
     def run(self):
@@ -136,6 +139,16 @@ FAULTS = [
         (2,),
         (4, 9),
         after=setting((2,), "running_var", to(5.6e-45), (4, 9)),
+    ),
+    Fault(
+        "a subnormal variance, without data",
+        {"subnormal-variance"},
+        CONVOLUTIONAL,
+        (1,),
+        (6,),
+        severity="warning",
+        after=setting((1,), "running_var", to(5.6e-45), (6,)),
+        data=False,
     ),
     Fault(
         "a channel without inputs",

@@ -6,10 +6,9 @@ pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
 import cubn
-from cubn.health.finding import SEVERITIES
 from cubn.health.rules import RULES
-from cubn.sync import threads
 from tests.health.runs.faults import FAULTS, NUMPY, PERCEPTRON
+from tests.health.runs.judging import judged
 from tests.health.runs.settings import draw
 from tests.health.runs.training import train
 
@@ -40,14 +39,6 @@ def test_a_hundred_healthy_runs_give_no_error_and_at_most_two_warnings():
     assert not errors and len(warnings) <= 2, (errors, warnings)
 
 
-def diagnosed(fault, run):
-    """The report of a run, of its first rank where there are several."""
-    if fault.ranks is None:
-        return cubn.diagnose(run.subject, run.moments)
-    subjects = fault.ranks(run)
-    return threads.run(len(subjects), lambda comm: cubn.diagnose(subjects[comm.rank], comm=comm))[0]
-
-
 def cost(fault):
     """Perceptrons take a tenth of a second."""
     cheap = fault.settings.network in (NUMPY.network, PERCEPTRON.network)
@@ -56,18 +47,8 @@ def cost(fault):
 
 @pytest.mark.parametrize("fault", [cost(fault) for fault in FAULTS])
 def test_a_planted_fault_is_found_with_layer_and_channel_and_nothing_else_is_blamed(fault):
-    run = fault.run()
-    report, named = diagnosed(fault, run), fault.named(run)
-    at_least = SEVERITIES[: SEVERITIES.index(fault.severity) + 1]
-    for layer in named:
-        found = [f for f in report.findings if f.layer == layer and f.rule in fault.rules and f.severity in at_least]
-        assert found, layer
-        if fault.channels:
-            assert {channel for finding in found for channel in finding.channels} == set(fault.channels)
-    for finding in report.of("error"):
-        assert finding.layer in named
-        if fault.channels:
-            assert set(finding.channels) <= set(fault.channels)
+    verdict = judged(fault, fault.run())
+    assert (verdict.missed, verdict.blamed) == ([], [])
 
 
 def test_every_rule_has_a_planted_fault():
