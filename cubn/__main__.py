@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from typing import Any
@@ -32,15 +33,19 @@ def main(argv: list[str] | None = None) -> int:
             from cubn.cli.demo import demo
 
             return demo()
+        from cubn.cli.info import info
+
+        print(info())
+        sys.stdout.flush()
+        return 0
     except (ImportError, cubn.BackendUnavailable) as error:  # what is missing, and how to get it
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    from cubn.cli.info import info
-
-    print(info())
-    return 0
+    except BrokenPipeError:  # who reads has read enough, `head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at exit
+        return 141
 
 
 OF_NETWORKS = {"batch": 32, "image": 224, "channels_last": False, "fuse": False, "device": "cpu", "architecture": None}

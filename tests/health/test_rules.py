@@ -153,6 +153,11 @@ def test_a_small_variance_alone_makes_a_large_gain_worth_knowing_only():
     assert findings_of(layer) == [("gain", "info", (3,))]
 
 
+def test_a_dead_channel_hides_no_exploded_gamma():
+    layer = replace(healthy(4), gamma=np.array([1, 3000.0, 1, 1]), running_var=np.array([1.0, 1.0, 5.6e-45, 1.0]))
+    assert ("gain", "error", (1,)) in findings_of(layer)
+
+
 def test_gains_that_are_spread_may_be_far():
     gamma = np.exp(np.random.default_rng(0).normal(0, 2.5, 16))
     assert gamma.max() / np.median(gamma) > 30

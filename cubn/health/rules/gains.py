@@ -8,7 +8,7 @@ import numpy as np
 
 from cubn.health.finding import Severity
 from cubn.health.layer import Float64, Layer
-from cubn.health.rules.measures import RECALIBRATE, eps_of, gains
+from cubn.health.rules.measures import RECALIBRATE, dead_channels, eps_of, gains
 from cubn.health.rules.registry import Channels, Found, Network, rule
 
 FAR = 30.0
@@ -40,7 +40,7 @@ def exploding_gain(layer: Layer, network: Network) -> Iterator[Found]:
     if var is None:
         return
     gain = gains(layer)
-    output = gain * np.sqrt(var)
+    output = np.where(dead_channels(layer), np.nan, gain * np.sqrt(var))
     above = _times_what_is_far(output)
     by_variance = (_times_what_is_far(np.where(var < eps_of(layer), np.nan, gain)) > 1) & ~(above > 1)
     by_severity: list[tuple[Severity, Channels, str]] = [

@@ -1,6 +1,7 @@
 """`python -m cubn diagnose`: what it prints, its exit status, and what it reads and imports."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -161,3 +162,12 @@ def test_a_figure_without_matplotlib_is_refused_with_a_command(tmp_path, capsys,
     monkeypatch.setitem(sys.modules, "cubn.health.figures", None)
     assert main(["diagnose", healthy(tmp_path), "--figure", str(tmp_path / "a.svg")]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "cubn", "diagnose", str(tmp_path / "missing.pth"), "--json"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
