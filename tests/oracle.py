@@ -219,6 +219,27 @@ def backward(dy, x, stats, gamma=None, beta=None, *, frozen=False, mask=None, re
     return Gradients(narrow(dx, x.dtype), dgamma, dbeta, narrow(dresidual, x.dtype))
 
 
+def ghost_batches(x, dy, size, eps, gamma=None, beta=None, *, mask=None, residual=None, relu=False):
+    """y of groups of so many samples, their gradients, and the statistics of each group."""
+    each, outputs, gradients, nodes = [], [], [], []
+    for group in reference.groups(len(x), size):
+        parts = {name: None if a is None else a[group] for name, a in (("mask", mask), ("residual", residual))}
+        stats = batch_statistics(x[group], eps, mask=parts["mask"])
+        y = normalize(x[group], stats, gamma, beta, relu=relu, **parts)
+        each.append(stats)
+        outputs.append(y)
+        gradients.append(backward(dy[group], x[group], stats, gamma, beta, relu=relu, **parts))
+        gated = reference.behind_relu(widen(dy[group]), widen(y)) if relu else widen(dy[group])
+        with np.errstate(all="ignore"):
+            terms = gated, gated * reference.centre(widen(x[group]), stats.mean)
+        nodes.append(root(sample_sums(*terms, mask=parts["mask"]), reference.add))
+    with np.errstate(all="ignore"):
+        sums = reference.group_parameter_gradients(nodes, [stats.invstd for stats in each], np.float64)
+    dgamma, dbeta = (narrow(s, np.float32 if a is None else a.dtype) for s, a in zip(sums, (gamma, beta), strict=True))
+    dx, dresidual = (np.concatenate([getattr(g, name) for g in gradients]) for name in ("dx", "dresidual"))
+    return np.concatenate(outputs), Gradients(dx, dgamma, dbeta, dresidual), each
+
+
 @dataclass
 class DoubleGradients:
     ddy: np.ndarray

@@ -50,6 +50,8 @@ class Case:
     restated: bool = False  # whether the backward is made a second time, by backward_from
     constants: tuple[tuple[str, int], ...] = ()
     seed: int = 0
+    groups: int = 0  # samples of a ghost batch
+    limits: tuple[float, float] | None = None  # of batch renormalisation
     known: bool = False  # whether there was a call of the same layouts before, with other values in other places
 
 
@@ -90,6 +92,8 @@ def draw(rng: random.Random) -> Case:
         constants=plans.draw(rng),
         seed=rng.randrange(1 << 30),
         known=rng.random() < 0.5,
+        groups=rng.choice([0, 0, 0, 0, 0, 2, 3, 8, max(2, N // 2)]),
+        limits=rng.choice([None, None, None, None, (1.0, 0.0), (1.5, 0.25), (1e300, 1e300)]),
     )
     return settled(case)
 
@@ -138,8 +142,15 @@ def settled(case: Case) -> Case:
         if math.prod(case.shape) < 2 * case.shape[case.axis]:
             case = replace(case, operation="normalize")
     if case.operation != "train":
+        case = replace(case, repeats=1, groups=0, limits=None)
+    if case.groups:
+        case = replace(case, repeats=1, limits=None)
+        if case.mask != "positions":  # every group needs two values
+            case = replace(case, mask="none")
+    if case.limits:
         case = replace(case, repeats=1)
-    if case.operation not in ("train", "frozen") or case.residual or case.out == "in place":
+    otherwise = case.groups or case.limits or case.residual or case.out == "in place"
+    if case.operation not in ("train", "frozen") or otherwise:
         case = replace(case, restated=False)
     return case
 
@@ -157,6 +168,8 @@ def simpler(case: Case) -> Iterator[Case]:
         "affine": (),
         "wild": 0.0,
         "out": "fresh",
+        "groups": 0,
+        "limits": None,
         "repeats": 1,
         "biased": False,
         "restated": False,

@@ -119,7 +119,33 @@ class Given:
 
     def gradients(self, statistics: Any) -> dict[str, Any]:
         frozen = self.case.operation == "frozen"
-        found = oracle.backward(self.ncs("dy"), self.ncs(), statistics, frozen=frozen, **self.options())
+        return self._wanted(oracle.backward(self.ncs("dy"), self.ncs(), statistics, frozen=frozen, **self.options()))
+
+    def step(self, statistics: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """y and gradients of a training or frozen step, renormalised if the case says so."""
+        case, given = self.case, self.options()
+        if not case.limits:
+            return self.output(statistics), self.gradients(statistics)
+        old, parameters = (
+            (self.values["running_mean"], self.values["running_var"]),
+            (given.get("gamma"), given.get("beta")),
+        )
+        new = oracle.renormalised(statistics, *old, case.eps, case.limits, *parameters)
+        options = given | {"gamma": new.gamma, "beta": new.beta}
+        found = oracle.backward(self.ncs("dy"), self.ncs(), statistics, **options)
+        with np.errstate(all="ignore"):
+            sums = new.r * found.dgamma + new.d * found.dbeta, found.dbeta
+        of = (np.float32 if p is None else p.dtype for p in parameters)
+        found.dgamma, found.dbeta = (oracle.narrow(total, dtype) for total, dtype in zip(sums, of, strict=True))
+        return {"y": oracle.normalize(self.ncs(), statistics, **options)}, self._wanted(found)
+
+    def by_groups(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """y and gradients of ghost batches."""
+        x, dy, case = self.ncs(), self.ncs("dy"), self.case
+        y, found, _ = oracle.ghost_batches(x, dy, case.groups, case.eps, **self.options())
+        return {"y": y}, self._wanted(found)
+
+    def _wanted(self, found: Any) -> dict[str, Any]:
         wanted = {"dx": found.dx} | {f"d{name}": getattr(found, f"d{name}") for name in self.parameters}
         return wanted | ({"dresidual": found.dresidual} if self.case.residual else {})
 

@@ -71,6 +71,7 @@ def _train(given: Given) -> Any:
     gradient = _outs(given, "dx", dy, options)
     given.protect()
     goes_back = options.get("out") is not x
+    options |= {"groups": case.groups} if case.groups else {"renorm": case.limits} if case.limits else {}
 
     def perform() -> dict[str, Any]:
         for _ in range(case.repeats):
@@ -84,8 +85,9 @@ def _train(given: Given) -> Any:
     def expected() -> dict[str, Any]:
         statistics = given.statistics()
         kept = {name: given.values[name] for name in ("running_mean", "running_var")}
-        found = given.output(statistics) | (given.updated(statistics) if trains else kept)
-        gradients = given.gradients(statistics) if goes_back else {}
+        output, gradients = given.by_groups() if case.groups else given.step(statistics)
+        found = output | (given.updated(statistics) if trains else kept)
+        gradients = gradients if goes_back else {}
         again = {f"{name} again": value for name, value in gradients.items() if goes_back and case.restated}
         return found | gradients | again
 

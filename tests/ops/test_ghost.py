@@ -68,26 +68,10 @@ class Ghost:
         """Stores of y, dx, dresidual, dgamma, dbeta; statistics of each group, and of the whole batch."""
         x, dy, skip = (oracle.as_ncs(store, self.axis) for store in (self.x, self.dy, self.residual))
         mask = None if self.mask is None else oracle.mask_as_ns(self.mask, self.x.shape, self.axis)
-        found, each, nodes = [], [], []
-        for group in reference.groups(len(x), self.size):
-            here = None if mask is None else mask[group]
-            options = {"mask": here, "residual": skip[group] if self.on["residual"] else None, "relu": self.on["relu"]}
-            stats = oracle.batch_statistics(x[group], EPS, mask=here)
-            y = oracle.normalize(x[group], stats, self.gamma, self.beta, **options)
-            gradients = oracle.backward(dy[group], x[group], stats, self.gamma, self.beta, **options)
-            gated = oracle.widen(dy[group])
-            if self.on["relu"]:
-                gated = reference.behind_relu(gated, oracle.widen(y))
-            with np.errstate(all="ignore"):
-                terms = gated, gated * reference.centre(oracle.widen(x[group]), stats.mean)
-            nodes.append(oracle.root(oracle.sample_sums(*terms, mask=here), reference.add))
-            found.append((y, gradients.dx, gradients.dresidual))
-            each.append(stats)
-        of_parameters = reference.group_parameter_gradients(nodes, [stats.invstd for stats in each], np.float32)
-        of_samples = (
-            oracle.from_ncs(np.concatenate(parts), self.x.shape, self.axis) for parts in zip(*found, strict=True)
-        )
-        return *of_samples, *of_parameters, each, oracle.batch_statistics(x, EPS, mask=mask)
+        options = {"mask": mask, "residual": skip if self.on["residual"] else None, "relu": self.on["relu"]}
+        y, found, each = oracle.ghost_batches(x, dy, self.size, EPS, self.gamma, self.beta, **options)
+        of_samples = (oracle.from_ncs(a, self.x.shape, self.axis) for a in (y, found.dx, found.dresidual))
+        return *of_samples, found.dgamma, found.dbeta, each, oracle.batch_statistics(x, EPS, mask=mask)
 
 
 def assert_as_expected(ghost, result):
