@@ -38,7 +38,7 @@ def entries(root: Any) -> Iterator[Entry]:
             if isinstance(value, dict | list | tuple | Opaque):
                 inner.append((path if key in _OF_MODULES else _joined(path, key), value))
                 if isinstance(value, Opaque) and key.rpartition(".")[2] in STATISTICS:
-                    yield _entry(path, key, Unread(str(value.made_by)))
+                    yield _entry(path, key, Unread(str(value.made_by or "objects")))
             elif isinstance(value, Tensor) or (key in OPTIONS and isinstance(value, _PLAIN)):
                 yield _entry(path, key, value)
         waiting += reversed(inner)
