@@ -113,10 +113,10 @@ def test_names_are_printed_in_any_encoding(encoding, tmp_path, monkeypatch):
 
 
 def test_a_file_name_of_any_bytes_is_printed(tmp_path, capsys):
-    name = os.fsdecode(bytes(tmp_path) + b"/\xff.npz")
+    name = os.fsdecode(bytes(tmp_path) + b"/\x1b[2J\xff.npz")
     os.rename(healthy(tmp_path), name)
     assert main(["diagnose", name]) == 0
-    assert "\\udcff.npz" in capsys.readouterr().out
+    assert "\\x1b[2J\\udcff.npz" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(os.name != "posix", reason="of pipes")
