@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from cubn.health.diagnose import examine
 from cubn.health.files import UnreadableFile, read
 from cubn.health.report import Report
+from cubn.health.wording import printable
 
 CLEAN, FAULTY, UNREADABLE = 0, 1, 2
 """Exit statuses: no more than infos; a warning or an error; a file that cannot be read, or a page not written."""
@@ -26,13 +28,23 @@ def diagnose(parser: argparse.ArgumentParser, files: list[str], **options: Any) 
     reports = {file: _report(file) for file in files}
     for file, report in reports.items():
         if reason := _reason(report):
-            print(f"cubn diagnose: {file}: {reason}", file=sys.stderr)
-    print(_as_json(reports) if options["json"] else "\n\n".join(_as_text(reports)), flush=True)
+            _print(f"cubn diagnose: {printable(file)}: {printable(reason)}", sys.stderr)
+    if text := _as_json(reports) if options["json"] else "\n\n".join(_as_text(reports)):
+        _print(text, sys.stdout)
     statuses = [_status(report) for report in reports.values()]
     for report in reports.values():
         if isinstance(report, Report):
             statuses.append(_written(report, options["html"], options["figure"]))
     return max(statuses)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """As far as the stream's encoding has the characters, and anybody reads it."""
+    encoding = stream.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is left in the buffer goes there at the end
 
 
 def _report(file: str) -> Report | UnreadableFile:
@@ -62,7 +74,7 @@ def _status(report: Report | UnreadableFile) -> int:
 def _as_text(reports: dict[str, Report | UnreadableFile]) -> list[str]:
     """A table for each file that could be read, under the file's name."""
     return [
-        f"{file}\n{report if report.layers else 'There are no batch norms with running statistics in it.'}"
+        f"{printable(file)}\n{report if report.layers else 'There are no batch norms with running statistics in it.'}"
         for file, report in reports.items()
         if isinstance(report, Report)
     ]
@@ -86,7 +98,7 @@ def _written(report: Report, html: str | None, figure: str | None) -> int:
         if figure:
             _draw(report, figure)
     except (OSError, ImportError, ValueError) as error:  # ValueError: a figure's format that there is not
-        print(f"cubn diagnose: {error}", file=sys.stderr)
+        _print(f"cubn diagnose: {printable(str(error))}", sys.stderr)
         return UNREADABLE
     return CLEAN
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from cubn._types import FLOATS
-from cubn.health.files.tensors import Entry, Tensor, Value
+from cubn.health.files.tensors import Entry, Tensor, Unread, Value
 from cubn.health.files.unreadable import UnreadableFile
 from cubn.health.layer import Counts, Float64, Layer
 from cubn.typing import RunningVariance
@@ -45,7 +45,8 @@ OF_FLAX = Names("mean", "var", "scale", "bias", running_variance="biased")
 def layers(entries: Iterable[Entry], whole: str) -> list[Layer]:
     """The batch norms among the entries; `whole` names one that has no name, because it is all there is."""
     groups = _groups(entries)
-    found = {key: names for key, group in groups.items() if (names := _names(key, group))}
+    named = {key: names for key, group in groups.items() if (names := _names(key, group))}
+    found = {key: names for key, names in named.items() if any(isinstance(x, Tensor) for x in groups[key].values())}
     left = MOST_VALUES
     made = []
     for (collection, name), label in zip(found, _labels(list(found), whole), strict=True):
@@ -56,7 +57,17 @@ def layers(entries: Iterable[Entry], whole: str) -> list[Layer]:
         layer = _layer(label, arrays, group, found[collection, name].running_variance)
         if layer is not None:
             made.append(layer)
+    if not made:
+        _check_unread(value for key in named for value in groups[key].values())
     return made
+
+
+def _check_unread(values: Iterable[Value]) -> None:
+    """That there are no batch norms is not said of a file whose running statistics are only of another kind."""
+    for value in values:
+        if isinstance(value, Unread):
+            how = "save tensors, by torch.save(model.state_dict(), path)"
+            raise UnreadableFile(f"its running statistics are pickled as {value.kind[:80]}, which is not read; {how}")
 
 
 Key = tuple[str, str]
@@ -177,4 +188,4 @@ def _plain(value: Value) -> float | int | str | None:
     if isinstance(value, Tensor):
         known = value.size == 1 and value.dtype in (*FLOATS, "int64", "int32")
         return value.array().item() if known else None
-    return value
+    return None if isinstance(value, Unread) else value

@@ -18,6 +18,9 @@ from cubn.health.files.unreadable import UnreadableFile
 MOST_STEPS = 4_000_000
 """Of a machine, each for one opcode or one element moved: a hundred thousand tensors, in a few seconds."""
 
+MOST_OF_INTEGER = 255
+"""Bytes; generators of random numbers have states of some hundred bits."""
+
 ATTACKS = frozenset(
     {"os", "posix", "nt", "subprocess", "sys", "shutil", "runpy", "pty", "commands", "code", "ctypes", "importlib"}
     | {"pickle", "_pickle", "socket", "asyncio", "multiprocessing", "webbrowser", "urllib", "http", "requests"}
@@ -55,8 +58,10 @@ Calls = Mapping[str, Callable[..., Any]]
 """By the name of what is called: what it gives for its arguments, as data."""
 
 _MARK = object()
-_PUSHED = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY: Mapping[str, Callable[[], Any]] = {
+_PUSHED: Mapping[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
     "EMPTY_TUPLE": tuple,
@@ -76,7 +81,6 @@ _COUNTED = {  # bytes of the length that stands before the text
     "LONG4": 4,
 }
 _UNSIGNED = {"BININT1": 1, "BININT2": 2}
-_NAMES = {opcode.code.encode("latin-1"): opcode.name for opcode in pickletools.opcodes}
 
 
 def load(stream: Stream, calls: Calls, persistent: Callable[[Any], Any]) -> Any:
@@ -104,12 +108,13 @@ class _Machine:
     def run(self) -> Any:
         while True:
             self.spend(1)
-            name = _NAMES.get(self.stream.read(1))
-            if name is None:
-                raise UnreadableFile("its pickle has an opcode that does not exist: it is damaged")
-            if name == "STOP":
+            code = self.stream.read(1)
+            if code == b".":
                 return self.stack.pop()
-            self.step(name)
+            step = _STEPS.get(code)
+            if step is None:
+                raise UnreadableFile("its pickle has an opcode that does not exist: it is damaged")
+            step(self)
 
     def spend(self, steps: int) -> None:
         self.steps += steps
@@ -118,27 +123,21 @@ class _Machine:
                 f"its pickle takes more than {MOST_STEPS} steps or {MOST} bytes, as no checkpoint does"
             )
 
-    def step(self, name: str) -> None:
-        if name in _PUSHED:
-            self.stack.append(_PUSHED[name])
-        elif name in _EMPTY:
-            self.stack.append(_EMPTY[name]())
-        elif name in _COUNTED:
-            self.counted(name)
-        elif name in _UNSIGNED:
-            self.stack.append(int.from_bytes(self.stream.read(_UNSIGNED[name]), "little"))
-        else:
-            method = getattr(self, f"op_{name.lower()}", None)
-            if method is None:
-                raise UnreadableFile(f"its pickle has {name}, which no checkpoint needs")
-            method()
+    def push(self, make: Callable[[], Any]) -> None:
+        self.stack.append(make())
+
+    def unsigned(self, length: int) -> None:
+        self.stack.append(int.from_bytes(self.stream.read(length), "little"))
+
+    def refuse(self, name: str) -> None:
+        raise UnreadableFile(f"its pickle has {name}, which no checkpoint needs")
 
     def counted(self, name: str) -> None:
         length = int.from_bytes(self.stream.read(_COUNTED[name]), "little")
+        if "LONG" in name and length > MOST_OF_INTEGER:
+            raise UnreadableFile(f"its pickle has an integer of more than {MOST_OF_INTEGER} bytes")
         data = self.stream.read(length)
         if "LONG" in name:
-            if length > 16:
-                raise UnreadableFile("its pickle has an integer of more than 128 bits")
             self.stack.append(int.from_bytes(data, "little", signed=True))
         elif "BYTE" in name:
             self.stack.append(data)
@@ -340,8 +339,22 @@ class _Machine:
         self.stack.append(self.persistent(self.stack.pop()))
 
 
+def _step(name: str) -> Callable[[_Machine], None]:
+    """What an opcode does."""
+    if name in _PUSHED:
+        return lambda machine: machine.push(_PUSHED[name])
+    if name in _COUNTED:
+        return lambda machine: machine.counted(name)
+    if name in _UNSIGNED:
+        return lambda machine: machine.unsigned(_UNSIGNED[name])
+    return getattr(_Machine, f"op_{name.lower()}", lambda machine: machine.refuse(name))
+
+
+_STEPS = {opcode.code.encode("latin-1"): _step(opcode.name) for opcode in pickletools.opcodes}
+
+
 def _whole(text: bytes) -> int:
     """A number in decimals."""
-    if len(text) > 40:
-        raise UnreadableFile("its pickle has an integer of more than 40 digits")
+    if len(text) > MOST_OF_INTEGER:
+        raise UnreadableFile(f"its pickle has an integer of more than {MOST_OF_INTEGER} digits")
     return int(text)

@@ -82,9 +82,9 @@ class Stream:
 
     def read(self, length: int) -> bytes:
         """The next bytes."""
-        self._check(length)
         at = self.offset - self._begin
-        if not 0 <= at <= len(self._window) - length:
+        if not 0 <= at <= at + length <= len(self._window):  # which never reaches beyond the stop
+            self._check(length)
             self._window = self.source.read(self.offset, min(max(length, _WINDOW), self.left))
             self._begin, at = self.offset, 0
         self.offset += length

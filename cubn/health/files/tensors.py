@@ -60,7 +60,14 @@ def itemsize(dtype: str) -> int:
     return np.dtype(NUMPY[dtype]).itemsize
 
 
-Value = Tensor | float | int | str | None
+@dataclass(frozen=True)
+class Unread:
+    """What stands where running statistics would, and is no tensor that can be read."""
+
+    kind: str
+
+
+Value = Tensor | Unread | float | int | str | None
 """A tensor, or an option that stands beside tensors."""
 
 

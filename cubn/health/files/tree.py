@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from cubn._state.arrays import STATISTICS
 from cubn.health.files.pickles import Opaque
-from cubn.health.files.tensors import Entry, Tensor
+from cubn.health.files.tensors import Entry, Tensor, Unread
 
 OPTIONS = ("eps", "momentum", "num_features", "channel_axis", "running_variance")
 """What is an option where it stands beside tensors."""
@@ -36,6 +37,8 @@ def entries(root: Any) -> Iterator[Entry]:
                 continue
             if isinstance(value, dict | list | tuple | Opaque):
                 inner.append((path if key in _OF_MODULES else _joined(path, key), value))
+                if isinstance(value, Opaque) and key.rpartition(".")[2] in STATISTICS:
+                    yield _entry(path, key, Unread(str(value.made_by or "objects")))
             elif isinstance(value, Tensor) or (key in OPTIONS and isinstance(value, _PLAIN)):
                 yield _entry(path, key, value)
         waiting += reversed(inner)

@@ -80,6 +80,54 @@ def test_statistics_of_a_type_that_is_not_read_are_not_called_healthy(tmp_path, 
     assert "running_mean of body.bn0 is stored as float8_e5m2" in capsys.readouterr().err
 
 
+def test_what_files_and_their_names_say_is_no_command_to_a_terminal(tmp_path, capsys):
+    """A name of a file, of a class in a pickle, and of a type of numbers."""
+    escape = "\x1b[31m\n\r\u202e"
+    storage = (
+        b"\x80\x02}U\x0fbn.running_mean"
+        + b"ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nA\x1b[31mStorage\n"
+    )
+    storage += b"U\x010U\x03cpuK\x01tQK\x00K\x01\x85K\x01\x85\x89}tRs."
+    contents = {escape: b"?", "class": b"\x80\x02cfoo\nbar\x1b[31m\n)R."}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "type", "w") as file:
+        file.writestr("a/data.pkl", storage)
+    assert main(["diagnose", *(str(tmp_path / name) for name in [*contents, "type"])]) == 2
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 3 and "bar\\x1b[31m" in err and "stored as a\\x1b[31m" in err
+    assert (out + err).replace("\n", "").isprintable()
+
+
+PRINTED = {"ascii": "b\\xe9ta\\u4e2d", "utf-8": "b\xe9ta\u4e2d"}
+
+
+@pytest.mark.parametrize("encoding", PRINTED)
+def test_names_are_printed_in_any_encoding(encoding, tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    np.savez(path, **{"b\xe9ta\u4e2d.running_mean": np.zeros(2), "b\xe9ta\u4e2d.running_var": -np.ones(2)})
+    with (tmp_path / "out").open("w", encoding=encoding) as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["diagnose", str(path)]) == 1
+    assert PRINTED[encoding] in (tmp_path / "out").read_text(encoding)
+
+
+def test_a_file_name_of_any_bytes_is_printed(tmp_path, capsys):
+    name = os.fsdecode(bytes(tmp_path) + b"/\x1b[2J\xff.npz")
+    os.rename(healthy(tmp_path), name)
+    assert main(["diagnose", name]) == 0
+    assert "\\x1b[2J\\udcff.npz" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="of pipes")
+def test_a_reader_that_has_enough_is_no_error(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["diagnose", faulty(tmp_path)]) == 1
+
+
 def test_a_page_is_written_whose_text_is_escaped(tmp_path):
     entries = state_dict(network(faults=True))
     np.savez(tmp_path / "a.npz", **{name.replace(NEGATIVE[0], "<script>"): array for name, array in entries.items()})
@@ -164,10 +212,9 @@ def test_a_figure_without_matplotlib_is_refused_with_a_command(tmp_path, capsys,
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
+def test_a_reader_of_another_command_that_has_read_enough_is_no_error():
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "cubn", "diagnose", str(tmp_path / "missing.pth"), "--json"]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", "cubn", "info"], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode == 141 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr

@@ -1,6 +1,9 @@
 """Every format gives back what was written, to the bit, with what the format says of options."""
 
+import pickle
+import random
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +97,44 @@ def test_a_model_and_its_average_are_told_apart(tmp_path):
     layers = {layer.name: layer for layer in read(tmp_path / "model")}
     assert {*layers} == {f"{of}.{name}" for of in ("state_dict", "ema") for name in LAYERS}
     assert np.array_equal(layers["ema.head.bn"].running_mean, network(seed=1)["head.bn"].running_mean)
+
+
+class OfAUser:
+    """Nothing that can be imported elsewhere."""
+
+    best = 0.5
+
+
+def test_what_else_a_checkpoint_has_is_passed_over(tmp_path):
+    """States of random generators, objects of the user's, tensors of all kinds."""
+    torch = pytest.importorskip("torch")
+    generator = np.random.PCG64(1).state
+    generator["state"]["state"] = (1 << 128) - 1  # with a byte for the sign
+    saved = {
+        "state_dict": {f"model.{name}": tensor for name, tensor in tensors(network()).items()},
+        "hyper_parameters": {"user": OfAUser(), "path": Path("/a"), "dtype": torch.float32, "running_mean": OfAUser()},
+        "random": [generator, random.getstate(), np.random.RandomState(0).get_state(), torch.get_rng_state()],
+        "arrays": [np.arange(3.0), np.float64(3), {1, 2}, frozenset([3]), slice(1, 2), 1j, bytearray(b"a")],
+        "tensors": [
+            torch.ones(2, dtype=torch.complex64).conj(),
+            torch.ones(2).to(torch.float8_e4m3fn),
+            torch.eye(3).to_sparse(),
+            torch.empty(3, device="meta"),
+            torch.nn.Parameter(torch.ones(2)),
+            torch.zeros(2).untyped_storage(),
+        ],
+    }
+    torch.save(saved, tmp_path / "a.ckpt")
+    assert [layer.name for layer in read(tmp_path / "a.ckpt")] == [f"model.{name}" for name in LAYERS]
+
+
+@pytest.mark.parametrize("of", ["torch", "numpy"])
+def test_statistics_in_a_pickle_that_are_no_tensors_are_not_called_absent(of, tmp_path):
+    """By pickle.dump, which torch's and NumPy's arrays answer with calls of their own."""
+    entries = tensors(network()) if of == "torch" else state_dict(network())
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(entries, protocol=2))
+    with pytest.raises(UnreadableFile, match=r"statistics are pickled as (objects|numpy\S+), which is not read; save"):
+        read(tmp_path / "a.pkl")
 
 
 def test_a_view_of_a_larger_storage_is_read_with_its_strides(tmp_path):

@@ -72,10 +72,12 @@ def test_no_call_in_a_pickle_is_made(call, place, protocol, tmp_path):
     data = pickle.dumps(PLACES[place](CALLS[call](canary)), protocol)
     (tmp_path / "plain").write_bytes(data)
     for path in (zipped(tmp_path / "zip", data), tmp_path / "plain"):
-        if call == "a harmless name" and place != "the whole":
+        if call == "a harmless name" and place not in ("the whole", "a value"):
             assert read(path) == []
         else:
-            with pytest.raises(UnreadableFile, match=r"nothing was run|is not understood"):
+            with pytest.raises(
+                UnreadableFile, match=r"nothing was run|is not understood|as numpy.savetxt, which is not"
+            ):
                 read(path)
     assert not canary.exists()
     if call != "getattr":  # which only fetches
@@ -127,6 +129,7 @@ PICKLES = {
     "a storage without its word": opcodes(storage(word="system"), "STOP"),
     "a storage of a call": opcodes(b"cos\nsystem\n\x8c\x04true\x85RQ", "STOP"),
     "an integer of a gigabyte": opcodes(LONGEST, "STOP"),
+    "an integer of 256 bytes": opcodes(b"\x8b" + struct.pack("<i", 256) + b"\1" * 256, "STOP"),
     "an integer of many digits": opcodes(b"I" + b"9" * 10000 + b"\n", "STOP"),
     "text of a gigabyte": opcodes(b"X" + struct.pack("<I", 1 << 30), "STOP"),
     "a memo of what is not there": opcodes(b"j" + struct.pack("<I", 1 << 31), "STOP"),
