@@ -63,6 +63,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--figure", metavar="PATH", help="draw it, as SVG or PNG")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the same bits on any number of cores
     model, x = tower(), boards(63)
     print(f"row 0 alone and among 63, torch's batch norms: outputs differ by up to {difference(model, x):.1e}")
     cubn.torch.convert(model)

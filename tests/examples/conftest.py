@@ -1,0 +1,3 @@
+"""Fixtures of all tests of examples."""
+
+from tests.one_thread import one_thread_of_torch  # noqa: F401
