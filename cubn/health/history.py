@@ -28,9 +28,9 @@ WINDOW = 6
 """Records over which what batches do by chance is evened out."""
 
 BEHIND, FAR_BEHIND = 1.6, 3.0
-"""Times the size that training gives them. Of 290 healthy runs on the digits (momenta 0.01 to 0.5 and cumulative averages,
-batches of 8 to 256, rates up to where losses still fall) ten came to more than 1.4, and one to 1.6: by its running
-statistics the loss was ten times that by the batches'. Those of runs whose validation exploded are at 1.7 to 3.7."""
+"""Times the size that training gives them. Of 290 healthy runs on the digits (momenta 0.01 to 0.5 and cumulative
+averages, batches of 8 to 256, rates up to where losses still fall) ten came to more than 1.4, and one to 1.6: by its
+running statistics the loss was ten times that by the batches'. Runs whose validation exploded are at 1.7 to 3.7."""
 
 SUDDEN = 3
 """Records in which `FAR_BEHIND` is seen, too: after a jump a large momentum has caught up before a window is over. Of
