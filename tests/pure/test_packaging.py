@@ -148,6 +148,8 @@ def test_the_wheel_the_package_and_the_command_line_have_one_version(tmp_path, c
 
 @pytest.mark.parametrize("absent", ["tqdm", "sklearn"])
 def test_a_demo_without_its_packages_is_one_line(absent, monkeypatch, capsys):
+    for loaded in [name for name in sys.modules if name.startswith(f"{absent}.")]:
+        monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, absent, None)
     assert main(["demo"]) == 1
     out, err = capsys.readouterr()
