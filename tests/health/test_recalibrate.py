@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cubn
-from cubn.health import recalibration_commit
+from cubn.health.recalibration import commit as recalibration_commit
 from cubn.sync import threads
 from tests.health.recalibrating import assert_same_statistics, data, rank_by_rank, state_of
 

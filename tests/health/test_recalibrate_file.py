@@ -20,7 +20,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
 import cubn
-from cubn.health.recalibration_file import RecordFile
+from cubn.health.recalibration.file import RecordFile
 
 path, kills = Path(sys.argv[1]), int(sys.argv[2])
 x = np.random.default_rng(0).normal(size=(40_000, 300))

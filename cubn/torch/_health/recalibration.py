@@ -19,8 +19,8 @@ from torch.nn.parameter import is_lazy
 from cubn._moments import Float64, Moments
 from cubn._state.arrays import STATISTICS
 from cubn.errors import a_type, message
-from cubn.health.recalibration_commit import Target
-from cubn.health.recalibration_passes import Observe, Pools, Stage
+from cubn.health.recalibration.commit import Target
+from cubn.health.recalibration.passes import Observe, Pools, Stage
 from cubn.moments import moments
 from cubn.state import BatchNormState
 from cubn.torch import _batch_norm as cubns

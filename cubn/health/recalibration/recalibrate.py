@@ -11,8 +11,8 @@ from typing import Any
 from cubn._arguments import as_int, flag
 from cubn._moments import Moments
 from cubn.errors import a_type, message, reporting_as
-from cubn.health.recalibration_commit import Target, commit, of_state
-from cubn.health.recalibration_passes import Observe, Options, Pools, Recalibration, Stage, Subject, bar_of
+from cubn.health.recalibration.commit import Target, commit, of_state
+from cubn.health.recalibration.passes import Observe, Options, Pools, Recalibration, Stage, Subject, bar_of
 from cubn.state import BatchNormState
 from cubn.typing import Comm
 

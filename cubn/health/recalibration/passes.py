@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 
 from cubn._moments import Moments
 from cubn.errors import CollectiveMismatch, message
-from cubn.health.recalibration_commit import Target
-from cubn.health.recalibration_file import RecordFile
-from cubn.health.recalibration_record import Record, Written, as_message, of_message
+from cubn.health.recalibration.commit import Target
+from cubn.health.recalibration.file import RecordFile
+from cubn.health.recalibration.record import Record, Written, as_message, of_message
 from cubn.moments import moments
 from cubn.sync import Comm, communicator
 from cubn.sync.messages import exchanged

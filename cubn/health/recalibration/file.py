@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cubn.errors import message
-from cubn.health.recalibration_record import Record, Written
+from cubn.health.recalibration.record import Record, Written
 
 
 class RecordFile:
