@@ -50,7 +50,7 @@ def test_links_to_headings_find_them(path):
         assert anchor in anchors(path.parent / target if target else path), (target, anchor)
 
 
-FOLDERS = ("cubn", "kernels", "tests", "examples", "asv_benchmarks")
+FOLDERS = ("cubn", "kernels", "tests", "examples", "asv_benchmarks", "docs")
 OF_THE_READER = {"train.py"}
 
 

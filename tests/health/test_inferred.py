@@ -67,7 +67,7 @@ def test_the_batches_of_a_cumulative_average_follow_too():
 
 def test_where_nothing_was_updated_nothing_is_known():
     state = cubn.BatchNormState(2)
-    monitor = Monitor(state)
+    monitor = Monitor(state, on_finding=lambda found: None)
     x = np.random.default_rng(0).standard_normal((4, 2, 5), dtype=np.float32)
     cubn.forward_train(x, state)
     monitor.step()
