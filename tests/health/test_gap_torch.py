@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import contextmanager
 
 import pytest
 
@@ -128,6 +129,28 @@ def test_a_model_is_left_as_it_was_by_an_exception():
     before = everything(net)
     with pytest.raises(KeyError):
         train_eval_gap(net, [x()])
+    assert_as_before(net, before)
+
+
+def test_ctrl_c_while_a_run_puts_back_what_it_lent_leaves_the_model_as_it_was(monkeypatch):
+    @contextmanager
+    def interrupted(model, devices):
+        yield
+        raise KeyboardInterrupt
+
+    net = model()
+    before = everything(net)
+    monkeypatch.setattr("cubn.torch._health.gap.unchanged", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_eval_gap(net, [x()])
+    assert_as_before(net, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_every_type_are_measured_and_left_as_they_were(dtype):
+    net = model().to(dtype)
+    before = everything(net)
+    assert 0 < train_eval_gap(net, [x().to(dtype)]).total < 0.3
     assert_as_before(net, before)
 
 

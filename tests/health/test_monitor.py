@@ -265,6 +265,58 @@ def test_a_small_variance_that_keeps_still_is_not_sinking():
     assert not found_by("variance-sinking", train(state, [state], 160, small, on_finding=lambda found: None))
 
 
+def test_pixels_that_are_seldom_not_constant_are_worth_knowing_in_the_first_of_several_layers_only():
+    def border(step, x):
+        x[:, 2] *= step < 30
+
+    for count, severity in ((2, "info"), (1, "warning")):
+        states, told = [cubn.BatchNormState(4, momentum=0.2) for _ in range(count)], []
+        found = train(states, states[:1], 100, border, on_finding=told.append).findings
+        assert {noticed.finding.rule for noticed in found} == {"variance-sinking", "gain-growing"}
+        assert {(noticed.finding.severity, noticed.finding.channels) for noticed in found} == {(severity, (2,))}
+        assert bool(told) == (severity == "warning")
+
+
+def test_a_channel_that_was_always_constant_has_no_growing_gain():
+    state = cubn.BatchNormState(4, momentum=0.2)
+
+    def constant(step, x):
+        x[:, 2] = 0
+
+    assert train(state, [state], 100, constant, on_finding=lambda found: None).findings == []
+
+
+def test_a_report_knows_that_lately_more_was_skipped():
+    state = cubn.BatchNormState(4)
+
+    def overflow(step, x):
+        if step >= 290:
+            x[0, 3] = np.nan
+
+    watching = train(state, [state], 300, overflow, on_finding=lambda found: None)
+    (found,) = [found for found in watching.report().findings if found.rule == "skipped"]
+    assert found.severity == "warning" and "lately more" in found.message and found.channels == (3,)
+
+
+def test_memory_is_bounded_whatever_the_number_of_steps_and_channels():
+    state = cubn.BatchNormState(1000)
+    watching = Monitor(state, memory=100_000, on_finding=lambda found: None)
+    before = watching.history.nbytes
+    for _ in range(200):
+        watching.step()
+    assert watching.history.nbytes == before < 100_000 + 65 * 1000 * 48
+
+
+def test_what_is_far_behind_is_told_before_a_window_is_over():
+    state = cubn.BatchNormState(8, momentum=0.02)
+
+    def jump(step, x):
+        x *= 1 if step < 60 else 6
+
+    noticed, *_ = found_by("running-behind", train(state, [state], 70, jump, check=1, on_finding=lambda found: None))
+    assert noticed.step == 61 and noticed.finding.severity == "warning" and noticed.finding.evidence["size"] > 3
+
+
 def test_a_gain_that_grows_is_found_and_one_that_was_large_is_not():
     state = cubn.BatchNormState(6)
     state.gamma[1] = 50

@@ -62,6 +62,29 @@ def test_buffers_that_are_replaced_are_followed():
     assert (monitor.history["1"].running_var == 2).all()
 
 
+def test_batch_norms_that_are_no_longer_what_they_were_are_refused():
+    net = model(nn.BatchNorm1d(4))
+    monitor = Monitor(net)
+    net[1].running_mean = torch.zeros(5)
+    with pytest.raises(
+        ValueError, match=r"step: subject must keep .*; got 5 channels instead of 4\. Make a new Monitor"
+    ):
+        monitor.step()
+    net[1].running_mean = None
+    with pytest.raises(ValueError, match=r"step: subject must keep .*; got no running_mean\."):
+        monitor.step()
+
+
+@pytest.mark.parametrize("change", [nn.Module.half, nn.Module.double, lambda net: net.to_empty(device="cpu")])
+def test_another_type_or_other_memory_is_followed(change):
+    net = model(nn.BatchNorm1d(4))
+    monitor = Monitor(net, on_finding=lambda found: None)
+    monitor.step()
+    change(net)
+    monitor.step()
+    assert np.array_equal(monitor.history["1"].running_var[-1], net[1].running_var.float().numpy(), equal_nan=True)
+
+
 def test_the_optimizer_s_hook_records_each_step_and_goes():
     net = model(nn.BatchNorm1d(4))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

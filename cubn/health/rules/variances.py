@@ -42,7 +42,7 @@ def subnormal_variance(layer: Layer, network: Network) -> Iterator[Found]:
         return
     wrong = _subnormal(layer)
     explained = wrong & (constant_in_data(layer) | network.may_see_inputs(layer))
-    what = "running_var is subnormal: batch after batch had no variance"
+    what = "running_var is subnormal"
     yield from _constant(layer, what, explained, "info")
     yield from _constant(layer, what, wrong & ~explained, "warning")
 

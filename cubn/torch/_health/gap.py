@@ -95,16 +95,28 @@ def _examined(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[_Ru
     """A model in eval mode, whose layers are heard; afterwards as it was."""
     modes = [(module, module.training) for module in model.modules()]
     run = _Run(model, layers)
-    hooks = []
-    try:
-        model.eval()
-        hooks += [layer.register_forward_pre_hook(run.before, with_kwargs=True) for layer in layers.values()]
-        yield run
-    finally:
+    random_numbers = torch.get_rng_state()
+    hooks: list[Any] = []
+
+    def put_back() -> None:
         for hook in hooks:
             hook.remove()
         for module, training in modes:
             module.training = training
+        for name, module in layers.items():
+            module._buffers.update(zip(STATISTICS, run.own[name], strict=True))
+        torch.set_rng_state(random_numbers)
+
+    try:
+        model.eval()
+        for layer in layers.values():
+            hooks.append(layer.register_forward_pre_hook(run.before, with_kwargs=True))
+        yield run
+    finally:
+        try:
+            put_back()
+        finally:  # Ctrl-C may have come amid that, or amid what each run puts back
+            put_back()
 
 
 class _Comparison:

@@ -51,6 +51,10 @@ class ModuleSource:
         for module, size in zip(self._modules, self._sizes, strict=True):
             buffers, weight = module._buffers, module._parameters.get("weight")
             mean, counter = buffers["running_mean"], buffers.get("num_batches_tracked")
+            if mean is None or mean.numel() != size:
+                rule = "keep its batch norms as they are while it is watched"
+                got = "no running_mean" if mean is None else f"{mean.numel()} channels instead of {size}"
+                raise ValueError(message("subject", rule, got, "Make a new Monitor.", function="step"))
             if type(weight) not in PLAIN:
                 weight = self._constant(1.0 if weight is None else math.nan, size, mean)
             if counter is None:  # taken to be updated in each reading
