@@ -171,7 +171,8 @@ def updates_skipped(layer: LayerHistory) -> Iterator[Found]:
     if some.any():
         made = recent.tracked[-1] - recent.tracked[0]
         worst = float((missed / np.maximum(made, 1)).max())
-        severity: Severity = "error" if worst >= SKIPPED_OFTEN else "warning" if worst > SKIPPED_MORE_THAN else "info"
+        often = worst >= SKIPPED_OFTEN and made.max() >= FEW_UPDATES
+        severity: Severity = "error" if often else "warning" if worst > SKIPPED_MORE_THAN else "info"
         yield Found(
             severity,
             f"{int(missed.max())} of the last {int(made.max())} batches were not finite and changed nothing",
