@@ -2,6 +2,7 @@
 
     python asv_benchmarks/monitor.py            measure, print, and write results/<machine>/monitor.json
     python asv_benchmarks/monitor.py --json     print the rows as JSON, write nothing
+    python asv_benchmarks/monitor.py --table FILE   the table from a result file
 
 A step is forward, loss, backward and SGD on 32 images of 8 × 8 pixels, with torch's batch norms and with cubn's. Each
 `Monitor.step` is timed where it stands in the training, in processor time of one thread: other programs disturb that
@@ -9,8 +10,10 @@ least. "share" is the median over blocks of what monitoring takes, over what the
 """
 
 import argparse
+import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from benchmarks.layers import contestants
@@ -63,11 +66,23 @@ def measure(name: str, blocks: int) -> Row:
     }
 
 
+def table(rows: list[Row]) -> str:
+    lines = ["| batch norms | layers | step, ms | monitor, ms | share |", "|---" * 5 + "|"]
+    for r in rows:
+        figures = f"{r['step_ms']:.1f} | {r['monitor_ms']:.2f} | {100 * r['share']:.1f} %"
+        lines.append(f"| {r['batch_norms']} | {r['layers']} | {figures} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=30)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, write nothing")
+    parser.add_argument("--table", type=Path, metavar="FILE")
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text())["rows"]))
+        return
     torch.set_num_threads(1)
     cubn.set_num_threads(1)
     rows = [measure(name, options.blocks) for name in ("torch", "cubn")]

@@ -82,6 +82,8 @@ def test_the_architecture_names_every_file_of_the_package():
         ("cycles.py", "cycles.json", ROOT / "docs" / "cpu.md"),
         ("cycles.py", "contracts.json", ROOT / "docs" / "decisions" / "0012-what-the-contract-costs.md"),
         ("cycles_here.py", "cycles_here.json", ROOT / "docs" / "cpu.md"),
+        ("checkpoints.py", "checkpoints.json", ROOT / "docs" / "health.md"),
+        ("monitor.py", "monitor.json", ROOT / "docs" / "health.md"),
     ],
 )
 def test_table_is_that_of_the_committed_result_file(script, result, document):
