@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from cubn.moments import moments
 from cubn.state import BatchNormState
 from cubn.torch import _batch_norm as cubns
 from cubn.torch._models.permitted import at
+from cubn.torch._models.uncompiled import uncompiled
 
 Forward = Callable[[Any, Any], Any]
 
@@ -130,7 +131,7 @@ class Model:
         old = {path: {name: layer._buffers.get(name) for name in _OWN} for path, layer in self._layers.items()}
         with ExitStack() as afterwards:
             afterwards.enter_context(_random_numbers_kept(self._model))
-            afterwards.enter_context(_uncompiled())
+            afterwards.enter_context(uncompiled())
             for module in self._model.modules():
                 afterwards.callback(setattr, module, "training", module.training)
                 module.training = False  # not by eval(), which models give meanings of their own
@@ -255,10 +256,3 @@ def _random_numbers_kept(model: nn.Module) -> AbstractContextManager[None]:
     """Every pass draws the same, so that a loader that shuffles by torch's generator gives it the same batches."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
     return torch.random.fork_rng([device.index for device in devices], device_type="cuda")
-
-
-def _uncompiled() -> Any:
-    """Compiled forwards would not call hooks that are new."""
-    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        return torch.compiler.set_stance("force_eager")
-    return nullcontext()
