@@ -3,8 +3,7 @@
 import pytest
 
 torch = pytest.importorskip("torch")
-
-import torch._dynamo  # noqa: E402
+pytest.importorskip("torch._dynamo")
 
 from cubn.torch._models.uncompiled import uncompiled  # noqa: E402
 
