@@ -186,3 +186,8 @@ def test_batches_that_do_not_fit_are_refused():
         train_eval_gap(net, [x()], loss=nn.functional.mse_loss)
     with pytest.raises(ValueError, match=r"train_eval_gap: subject must have batch norms with running statistics"):
         train_eval_gap(nn.Linear(2, 2), [torch.ones(3, 2)])
+
+
+def test_a_lazy_layer_that_has_no_statistics_yet_is_refused():
+    with pytest.raises(ValueError, match=r"^train_eval_gap: subject must have all its buffers; got a lazy 0\."):
+        train_eval_gap(nn.Sequential(nn.LazyBatchNorm2d()), [x()])

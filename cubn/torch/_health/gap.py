@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from cubn._state.arrays import STATISTICS
@@ -41,6 +42,8 @@ def of_model(model: nn.Module, given: Sequence[Any], loss: Loss | None, contribu
     }
     if not layers:
         raise ValueError(message("subject", "have batch norms with running statistics", type(model).__name__))
+    if lazy := [name for name, module in layers.items() if is_lazy(module.running_mean)]:
+        raise ValueError(message("subject", "have all its buffers", f"a lazy {lazy[0]}", "Call it once before."))
     batches = [_batch(batch, loss is not None) for batch in given]
     with _examined(model, layers) as run:
         compare = _Comparison(run, batches, loss)
