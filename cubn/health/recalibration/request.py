@@ -92,12 +92,13 @@ def recalibrate(
     batch weighs as one more of these. Everything else is as before, also after an exception: gamma, beta, momentum, the
     mode of each module, hooks, random numbers.
 
-    A model computes in eval mode meanwhile, without dropout and without gradients. Layer by layer, L layers take a
-    forward of the first batch and L passes over the batches, each of which ends a forward at its layer: about
-    (L + 1) / 2 times the forwards of one pass, and L times the loading. Every pass begins with the same random numbers
-    of torch, so a loader that shuffles by them gives the same batches. A batch norm that runs several times in a
-    forward gets the statistics of all its inputs; it, and those after it, then normalise each batch by its own
-    statistics in its pass. A batch with one value per channel is normalised by what was pooled before.
+    A model computes in eval mode meanwhile, without dropout and without gradients, and what torch.compile made of it
+    runs eagerly, in all threads of the process. Layer by layer, L layers take a forward of the first batch and L passes
+    over the batches, each of which ends a forward at its layer: about (L + 1) / 2 times the forwards of one pass, and L
+    times the loading. Every pass begins with the same random numbers of torch, so a loader that shuffles by them gives
+    the same batches. A batch norm that runs several times in a forward gets the statistics of all its inputs; it, and
+    those after it, then normalise each batch by its own statistics in its pass. A batch with one value per channel is
+    normalised by what was pooled before.
 
     What is exact of a model is the pooling: its convolutions may give other bits for other batch sizes.
 
