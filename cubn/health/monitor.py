@@ -228,9 +228,7 @@ class Monitor:
         found = {layer.name: layer.num_features for layer in monitor.history.layers}
         if recorded != found:
             different = ", ".join(sorted({name for name, _ in recorded.items() ^ found.items()}))
-            raise ValueError(
-                message("subject", "have the layers that were recorded", f"others: {', '.join(different)}")
-            )
+            raise ValueError(message("subject", "have the layers that were recorded", f"others: {different}"))
         monitor.history.restore(d)
         monitor._steps = int(d["steps"])
         for step, finding in json.loads(str(d["findings"])):
