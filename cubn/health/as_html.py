@@ -131,7 +131,7 @@ def _shown(option: float | str | None) -> str:
 
 def _figures(report: Any) -> Iterator[str]:
     """Each as an SVG without its prologue and metadata, which name other places."""
-    if find_spec("matplotlib") is None or find_spec("cubn.health.figures") is None:
+    if find_spec("matplotlib") is None:
         return
     figures = importlib.import_module("cubn.health.figures")
     for title, figure in figures.of_report(report):
